@@ -1,0 +1,50 @@
+# Everything runs in .venv, which the first target that needs it makes from requirements.lock.
+PYTHON ?= python3.11
+BIN := .venv/bin
+UV_VERSION := 0.13.9
+# Start-up is half of the demo's time where bytecode is not written.
+export PYTHONDONTWRITEBYTECODE :=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test check bench lock down clean
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/installed ## make .venv with the locked versions
+
+.venv/installed: requirements.lock pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) is not here; set PYTHON=" >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python --require-hashes --link-mode=copy requirements.lock
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	$(BIN)/python -m compileall -q -j 0 .venv/lib >/dev/null || true
+	@touch $@
+
+demo: .venv/installed ## run the whole pipeline on the digits, and show where to look
+	@$(BIN)/eqm up
+	@$(BIN)/eqm pipeline demo
+
+test: .venv/installed ## run all tests but those marked slow or gpu
+	$(BIN)/python -m pytest
+
+check: .venv/installed ## ruff, format, import rules, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+	$(BIN)/basedpyright
+
+bench: .venv/installed ## measure speed and memory, as ratios within one run
+	$(BIN)/python -m bench
+
+lock: ## resolve requirements.lock again from pyproject.toml
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-annotate --no-header --extra dev pyproject.toml -o requirements.lock
+
+down: ## stop the embedded services; data is kept
+	@$(BIN)/eqm down
+
+clean: ## stop the services and delete .eqm and .venv
+	@if [ -x $(BIN)/eqm ]; then $(BIN)/eqm down; fi
+	rm -rf .eqm .venv

@@ -1,0 +1,38 @@
+"""Do samples look like their class, to somebody who had no part in making them?
+
+A scikit-learn classifier is fitted on training images alone (no held-out image, no feature of ours)
+and reads samples and held-out images. Called by evaluate.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+LARGEST_SIDE_PX = 16
+"""Larger images are averaged down to this before they are read."""
+MOST_IMAGES = 10_000
+
+Images = NDArray[np.uint8]
+
+
+class Reader:
+    """A support vector classifier on pixels, fitted on training images (N, C, H, W) uint8."""
+
+    def __init__(self, images: Images, labels: NDArray[np.int64]) -> None:
+        from sklearn.svm import SVC
+
+        self._classifier = SVC(C=10.0, gamma="scale")
+        self._classifier.fit(_flat(images[:MOST_IMAGES]), labels[:MOST_IMAGES])
+
+    def agreement(self, images: Images, labels: NDArray[np.int64]) -> float:
+        """Share of images that are read as their label."""
+        return float((self._classifier.predict(_flat(images)) == labels).mean())
+
+
+def _flat(images: Images) -> NDArray[np.float64]:
+    """Pixels as rows in [0, 1], sides brought below LARGEST_SIDE_PX by averaging blocks."""
+    step = -(-images.shape[-1] // LARGEST_SIDE_PX)
+    side = images.shape[-1] // step * step
+    cut = images[..., :side, :side].astype(np.float64) / 255
+    n, c, h, w = cut.shape
+    blocks = cut.reshape(n, c, h // step, step, w // step, step).mean(axis=(3, 5))
+    return blocks.reshape(n, -1)

@@ -1,0 +1,139 @@
+"""Training state <-> safetensors and JSON in the store.
+
+A checkpoint is complete when its commit ``train/<digest>/checkpoints/<images>.json`` exists; the commit
+is written last, create-once, and names its files by digest. Nothing is pickled, nothing is guessed:
+the commit with the most images is the one that training goes on from, and a damaged one is refused by
+name. Called by train.
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eqm.errors import IntegrityError
+from eqm.records import Blob, from_json, to_json
+from eqm.storage import Store
+
+SCHEMA = "eqm-checkpoint/1"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """All that the rest of a run is a function of (with its config and data)."""
+
+    images_seen: int
+    """The whole data position."""
+    parameters: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimiser: dict[str, Tensor]
+    """"<moment>/<parameter>" -> tensor."""
+    history: dict[str, list[float]]
+    """Training curve so far."""
+    pending: list[list[float]]
+    """(loss, gradient norm) of the updates since the last point of the curve."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit:
+    """What makes a checkpoint complete."""
+
+    schema: str
+    images_seen: int
+    files: dict[str, Blob]
+
+
+def save(store: Store, digest: str, state: TrainState) -> str:
+    """Make a checkpoint durable; returns the key of its commit. Idempotent."""
+    files = {
+        "parameters": store.put(tensors_to_bytes(state.parameters)),
+        "ema": store.put(tensors_to_bytes(state.ema)),
+        "optimiser": store.put(tensors_to_bytes(state.optimiser)),
+        "curve": store.put(json.dumps([state.history, state.pending]).encode()),
+    }
+    commit = Commit(schema=SCHEMA, images_seen=state.images_seen, files=files)
+    key = f"{_folder(digest)}{state.images_seen:012d}.json"
+    store.write_once(key, json.dumps(to_json(commit), indent=1).encode())
+    return key
+
+
+def load_newest(store: Store, digest: str) -> TrainState | None:
+    """State of the complete checkpoint with the most images; None before the first.
+
+    Raises IntegrityError, naming the commit to delete, if any file of it is damaged.
+    """
+    keys = store.list(_folder(digest))
+    if not keys:
+        return None
+    where = store.where(keys[-1])
+    try:
+        return _load(store, keys[-1], where)
+    except (IntegrityError, ValueError) as error:
+        raise IntegrityError(
+            f"checkpoint {where} cannot be used: {error}. To go on from the checkpoint before it, "
+            f"delete {where}"
+        ) from error
+
+
+def _load(store: Store, key: str, where: str) -> TrainState:
+    commit = from_json(Commit, json.loads(store.read(key)), where)
+    if commit.schema != SCHEMA:
+        raise IntegrityError(f"it is of schema {commit.schema!r}, this program reads {SCHEMA!r}")
+    data = {name: store.get(blob) for name, blob in commit.files.items()}
+    history, pending = json.loads(data["curve"])
+    return TrainState(
+        images_seen=commit.images_seen,
+        parameters=tensors_from_bytes(data["parameters"]),
+        ema=tensors_from_bytes(data["ema"]),
+        optimiser=tensors_from_bytes(data["optimiser"]),
+        history=history,
+        pending=pending,
+    )
+
+
+def _folder(digest: str) -> str:
+    return f"train/{digest}/checkpoints/"
+
+
+def tensors_to_bytes(tensors: dict[str, Tensor]) -> bytes:
+    """Safetensors bytes; the same for the same tensors."""
+    from safetensors.torch import save
+
+    return save({name: tensors[name].detach().cpu().contiguous() for name in sorted(tensors)})
+
+
+def tensors_from_bytes(data: bytes) -> dict[str, Tensor]:
+    """Tensors of verified safetensors bytes."""
+    from safetensors.torch import load
+
+    return load(data)
+
+
+def optimiser_to_tensors(
+    optimiser: torch.optim.Optimizer, names: dict[Tensor, str]
+) -> dict[str, Tensor]:
+    """Moments of an optimiser under the names of its parameters (cloned)."""
+    return {
+        f"{moment}/{names[parameter]}": value.detach().clone()
+        for parameter, moments in optimiser.state.items()
+        for moment, value in moments.items()
+    }
+
+
+def tensors_to_optimiser(
+    tensors: dict[str, Tensor], optimiser: torch.optim.Optimizer, names: dict[Tensor, str]
+) -> None:
+    """Put saved moments back. Raises IntegrityError if a parameter has none."""
+    by_name: dict[str, dict[str, Any]] = {}
+    for key, value in tensors.items():
+        moment, _, name = key.partition("/")
+        by_name.setdefault(name, {})[moment] = value
+    if set(by_name) != set(names.values()):
+        odd = sorted(set(by_name) ^ set(names.values()))[:3]
+        raise IntegrityError(f"optimiser state and parameters do not match at {', '.join(odd)}")
+    for parameter, name in names.items():
+        # The step counter of a fused optimiser lives where its parameter lives.
+        moved = {m: v.to(parameter.device).clone() for m, v in by_name[name].items()}
+        optimiser.state[parameter] = moved

@@ -1,0 +1,591 @@
+"""Typed configuration of a pipeline and of each stage, checked when it is built.
+
+A run is one frozen :class:`PipelineConfig`. Each stage is handed only the part its output depends on,
+because that part is hashed into the address of its record; where things lie and how fast they run is
+:class:`Runtime`, which is hashed into nothing. Presets are functions. Counts are in images.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from eqm.errors import ConfigError
+from eqm.records import Ref, from_json, to_json
+
+ALGORITHMS = {
+    "autoencoder": 1,
+    "extractor": 1,
+    "latents": 1,
+    "train": 1,
+    "samples": 1,
+    "evaluation": 1,
+}
+"""Stage -> number that is raised when the stage's output for the same input would change."""
+
+PROGRAMS = {
+    "autoencoder": "eqm.fit",
+    "extractor": "eqm.fit",
+    "latents": "eqm.encode",
+    "train": "eqm.train",
+    "samples": "eqm.generate",
+    "evaluation": "eqm.evaluate",
+}
+"""Stage -> module that is run as a program, ``python -m MODULE CONFIG.json``."""
+
+
+def require(ok: bool, name: str, value: object, rule: str) -> None:
+    """Refuse a value in words: its name, itself, and the rule it breaks. Raises ConfigError."""
+    if not ok:
+        raise ConfigError(f"{name} is {value!r}; it must be {rule}")
+
+
+def _positive(config: Any, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(value > 0, f"{section}.{name}", value, "greater than 0")
+
+
+def _fraction(config: Any, section: str, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        require(0 <= value < 1, f"{section}.{name}", value, "at least 0 and less than 1")
+
+
+def _seed(config: Any, section: str, name: str = "seed") -> None:
+    value = getattr(config, name)
+    require(0 <= value < 2**63, f"{section}.{name}", value, "from 0 to 2**63 - 1")
+
+
+# -- data ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+    """Which images, at what size, and how they are split."""
+
+    kind: Literal["digits", "folder"] = "digits"
+    """"digits": the 1,797 of scikit-learn. "folder": class folders of images at ``source_uri``."""
+    image_size_px: int = 16
+    channels: int = 1
+    """1 (grayscale) or 3 (RGB)."""
+    mirror: bool = False
+    """Whether the left-right mirror of an image is an image of its class as well."""
+    held_out_fraction: float = 0.2
+    """Share of the keys kept from training, chosen by a hash of the key."""
+    split_seed: int = 0
+    on_corrupt: Literal["refuse", "skip"] = "refuse"
+    """What to do about images that cannot be decoded. Skipped ones are named in the manifest."""
+
+    def __post_init__(self) -> None:
+        require(self.channels in (1, 3), "source.channels", self.channels, "1 or 3")
+        size = self.image_size_px
+        require(4 <= size <= 4096, "source.image_size_px", size, "from 4 to 4096")
+        _fraction(self, "source", "held_out_fraction")
+        _seed(self, "source", "split_seed")
+        require(
+            not (self.kind == "digits" and self.mirror),
+            "source.mirror",
+            self.mirror,
+            "false for digits: a mirrored digit is not a digit",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderFit:
+    """How a small AutoencoderKL is fitted where no pretrained one is given."""
+
+    latent_channels: int = 4
+    widths: tuple[int, ...] = (16, 32)
+    """Channels of each resolution; every one after the first halves the size."""
+    images: int = 96_000
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    kl_weight: float = 1e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        section = "autoencoder.fit"
+        _positive(self, section, "latent_channels", "images", "batch_size", "learning_rate")
+        require(len(self.widths) > 0, f"{section}.widths", self.widths, "at least one width")
+        for width in self.widths:
+            require(width > 0 and width % 8 == 0, f"{section}.widths", width, "multiples of 8")
+        require(self.kl_weight >= 0, f"{section}.kl_weight", self.kl_weight, "0 or greater")
+        _seed(self, section)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PretrainedFile:
+    """Weights that somebody else made: where they lie and what they must hash to."""
+
+    uri: str
+    """A local path, an s3:// URI, or a hub id."""
+    sha256: str
+    """Of the weights file; checked before it is parsed."""
+    revision: str | None = None
+    """Commit of the hub repository; required for a hub id."""
+
+    def __post_init__(self) -> None:
+        ok = len(self.sha256) == 64 and all(c in "0123456789abcdef" for c in self.sha256)
+        require(ok, "pretrained.sha256", self.sha256, "64 hexadecimal digits, as sha256sum prints")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderConfig:
+    """What maps pixels to moments and latents back to pixels."""
+
+    kind: Literal["fit", "identity", "pretrained"] = "fit"
+    fit: AutoencoderFit = field(default_factory=AutoencoderFit)
+    pretrained: PretrainedFile | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "pretrained" and self.pretrained is None:
+            raise ConfigError(
+                "autoencoder.kind is 'pretrained', but autoencoder.pretrained is missing: "
+                "give its uri and sha256"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorFit:
+    """How a small feature extractor is fitted where no Inception weights are given."""
+
+    width: int = 32
+    dimension: int = 64
+    images: int = 48_000
+    batch_size: int = 64
+    learning_rate: float = 2e-3
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        names = ("width", "dimension", "images", "batch_size", "learning_rate")
+        _positive(self, "extractor.fit", *names)
+        require(self.width % 8 == 0, "extractor.fit.width", self.width, "a multiple of 8")
+        _seed(self, "extractor.fit")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorConfig:
+    """What maps images to the features that distances are computed on."""
+
+    kind: Literal["fit", "inception"] = "fit"
+    fit: ExtractorFit = field(default_factory=ExtractorFit)
+    pretrained: PretrainedFile | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind == "inception" and self.pretrained is None:
+            raise ConfigError(
+                "extractor.kind is 'inception', but extractor.pretrained is missing: give the uri "
+                "and sha256 of torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """How images become shards."""
+
+    shard_images: int = 1024
+    batch_size: int = 128
+    """Images a call of the autoencoder; a batch never spans two shards."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "encode", "shard_images", "batch_size")
+
+
+# -- model and training -------------------------------------------------------------------------
+
+SIZES = {
+    "S": (384, 12, 6),
+    "B": (768, 12, 12),
+    "L": (1024, 24, 16),
+    "XL": (1152, 28, 16),
+}
+"""Name -> (width, depth, heads), as in DiT, SiT and the paper."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The transformer: adaLN-zero blocks over patches; no time input."""
+
+    width: int = 64
+    depth: int = 4
+    heads: int = 4
+    patch: int = 2
+    mlp_ratio: float = 4.0
+
+    def __post_init__(self) -> None:
+        _positive(self, "network", "width", "depth", "heads", "patch", "mlp_ratio")
+        rule = f"a multiple of 4 and of heads ({self.heads})"
+        require(self.width % self.heads == 0 == self.width % 4, "network.width", self.width, rule)
+
+    @staticmethod
+    def size(name: str, *, patch: int) -> "NetworkConfig":
+        """Sizes of the paper: S, B, L, XL. Raises ConfigError for another name."""
+        require(name in SIZES, "network size", name, f"one of {', '.join(SIZES)}")
+        width, depth, heads = SIZES[name]
+        return NetworkConfig(width=width, depth=depth, heads=heads, patch=patch)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ObjectiveConfig:
+    """The loss: ||f(x_gamma) - (eps - x) c(gamma)||^2 (Eq. 3) and the c of Eqs. 4-6."""
+
+    c: Literal["constant", "linear", "truncated", "piecewise"] = "truncated"
+    a: float = 0.8
+    """Where the decay begins (truncated, piecewise)."""
+    b: float = 1.0
+    """Value at gamma = 0 (piecewise)."""
+    multiplier: float = 4.0
+    """lambda: scales c as a whole."""
+    energy: Literal["implicit", "dot", "l2"] = "implicit"
+
+    def __post_init__(self) -> None:
+        _fraction(self, "objective", "a")
+        _positive(self, "objective", "multiplier")
+        require(self.b >= 0, "objective.b", self.b, "0 or greater")
+        piecewise_ok = self.c != "piecewise" or self.a > 0
+        require(piecewise_ok, "objective.a", self.a, "greater than 0 for a piecewise c")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The optimisation: AdamW at a constant rate, EMA, label dropout (paper, appendix A)."""
+
+    images: int = 200_000
+    """Length of the run."""
+    batch_size: int = 128
+    """Global: over all processes."""
+    learning_rate: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warmup_images: int = 0
+    decay_images: int = 0
+    """The rate falls linearly to zero over the last so many images; 0 keeps it constant."""
+    gradient_clip: float | None = None
+    ema_half_life_images: float = 10_000.0
+    label_dropout: float = 0.1
+    """Probability of the null label; 0 gives a model without guidance."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _positive(self, "train", "images", "batch_size", "learning_rate", "ema_half_life_images")
+        _fraction(self, "train", "label_dropout")
+        require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or greater")
+        for name in ("warmup_images", "decay_images"):
+            value = getattr(self, name)
+            require(0 <= value <= self.images, f"train.{name}", value, "from 0 to train.images")
+        clip = self.gradient_clip
+        require(clip is None or clip > 0, "train.gradient_clip", clip, "greater than 0, or null")
+        require(all(0 <= b < 1 for b in self.betas), "train.betas", self.betas, "in [0, 1)")
+        _seed(self, "train")
+
+    @property
+    def updates(self) -> int:
+        """Optimiser updates in the whole run: the last one may pass ``images`` by part of a batch."""
+        return math.ceil(self.images / self.batch_size)
+
+
+# -- sampling, evaluation, promotion ------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplerConfig:
+    """Descent: x <- x - step_size * gradient (NAG: the gradient is taken ahead, section 3.3)."""
+
+    rule: Literal["gd", "nag"] = "nag"
+    step_size: float = 0.003
+    momentum: float = 0.3
+    updates: int = 249
+    """Updates, not the "steps" of the released code, which are one more."""
+    guidance: float = 1.0
+    guidance_channels: int | None = None
+    """Guide only the first so many channels (3 reproduces the released numbers); null: all."""
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        _positive(self, "sampler", "step_size", "updates", "batch_size")
+        _fraction(self, "sampler", "momentum")
+        require(self.guidance >= 0, "sampler.guidance", self.guidance, "0 or greater")
+        channels = self.guidance_channels
+        ok = channels is None or channels > 0
+        require(ok, "sampler.guidance_channels", channels, "greater than 0, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """Which samples are generated."""
+
+    samples: int = 1797
+    first_seed: int = 0
+    labels: Literal["balanced"] = "balanced"
+    """Sample s has label s modulo the number of classes."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    keep_images: int = 10_000
+    """The first so many images are sealed beside the features of all."""
+    trajectory_points: int = 8
+    """Moments of the descent that are shown, from noise to sample."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "generate", "samples", "trajectory_points")
+        require(self.keep_images >= 0, "generate.keep_images", self.keep_images, "0 or greater")
+        _seed(self, "generate", "first_seed")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig:
+    """What is measured."""
+
+    neighbours: int = 3
+    """k of precision and recall."""
+    ood_images: int = 360
+    """Images a set of out-of-distribution images has at most."""
+    grid_rows: int = 8
+    """Samples of each class in the report's grid."""
+    as_of: str | None = None
+    """Date of a scheduled re-evaluation (YYYY-MM-DD); part of what is asked for."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "evaluate", "neighbours", "ood_images", "grid_rows")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyConfig:
+    """What a candidate must show to become champion."""
+
+    name: str = "default"
+    minimum_samples: int = 50_000
+    maximum_distance: float | None = None
+    """Frechet distance to the training images; null: no absolute bound."""
+    maximum_distance_ratio: float = 1.0
+    """Distance of the candidate over that of the champion, at the same protocol."""
+    minimum_recall: float = 0.0
+    minimum_precision: float = 0.0
+    minimum_label_agreement: float = 0.0
+    minimum_auroc: dict[str, float] = field(default_factory=dict)
+    """OOD set -> least AUROC of the gradient norm."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "policy", "minimum_samples", "maximum_distance_ratio")
+        for name in ("minimum_recall", "minimum_precision", "minimum_label_agreement"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"policy.{name}", value, "from 0 to 1")
+
+
+# -- the whole, and one stage of it -------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineConfig:
+    """A whole run."""
+
+    name: str = "digits"
+    """Names the registered model, ``eqm-<name>``."""
+    source_uri: str | None = None
+    """Where the images lie; in no digest, the listing of the images is."""
+    source: SourceConfig = field(default_factory=SourceConfig)
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
+    encode: EncodeConfig = field(default_factory=EncodeConfig)
+    network: NetworkConfig = field(default_factory=NetworkConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    generate: GenerateConfig = field(default_factory=GenerateConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
+    policy: PolicyConfig = field(default_factory=PolicyConfig)
+    processes: int = 1
+    """Training processes on this machine (torchrun when more than 1)."""
+
+    def __post_init__(self) -> None:
+        ok = self.name.replace("-", "").isalnum() and self.name.isascii() and len(self.name) <= 60
+        require(ok, "name", self.name, "letters, digits and dashes, at most 60")
+        require(
+            self.source.kind == "digits" or self.source_uri is not None,
+            "source_uri",
+            self.source_uri,
+            "the folder that holds one folder of images a class",
+        )
+        _positive(self, "config", "processes")
+        require(
+            self.train.batch_size % self.processes == 0,
+            "train.batch_size",
+            self.train.batch_size,
+            f"a multiple of processes ({self.processes})",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Runtime:
+    """Where things lie and how they run: changes no result, is hashed into no digest."""
+
+    store: str
+    """s3://bucket/prefix or a local directory."""
+    cache: str | None = None
+    """Directory for verified local copies of blobs."""
+    source_uri: str | None = None
+    mlflow_uri: str | None = None
+    mlflow_experiment: str = "eqm"
+    run_name: str = ""
+    device: str = "auto"
+    threads: int | None = None
+    """CPU threads a process; null: all cores over the local processes."""
+    checkpoint_every_images: int = 25_600
+    grid_every_images: int = 51_200
+    grid_sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How the grids that training shows are sampled."""
+    error_file: str | None = None
+    """Where a failed program leaves its message for whoever started it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """The CONFIG.json of one stage program."""
+
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, Ref]
+    runtime: Runtime
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderStage:
+    """Config of stage "autoencoder"."""
+
+    source: SourceConfig
+    autoencoder: AutoencoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExtractorStage:
+    """Config of stage "extractor"."""
+
+    source: SourceConfig
+    extractor: ExtractorConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentsStage:
+    """Config of stage "latents"."""
+
+    source: SourceConfig
+    encode: EncodeConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStage:
+    """Config of stage "train"."""
+
+    network: NetworkConfig
+    objective: ObjectiveConfig
+    train: TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplesStage:
+    """Config of stage "samples"."""
+
+    generate: GenerateConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluationStage:
+    """Config of stage "evaluation"."""
+
+    source: SourceConfig
+    evaluate: EvaluateConfig
+
+
+# -- presets and files --------------------------------------------------------------------------
+
+
+def demo() -> PipelineConfig:
+    """The 1,797 digits of scikit-learn through a small fitted autoencoder, minutes on two cores."""
+    return PipelineConfig(name="digits", policy=demo_policy())
+
+
+def demo_policy() -> PolicyConfig:
+    """Policy of the demo: as many samples as there are digits, floors that a broken model misses."""
+    return PolicyConfig(
+        name="demo",
+        minimum_samples=1797,
+        maximum_distance_ratio=1.05,
+        minimum_recall=0.3,
+        minimum_precision=0.5,
+        minimum_label_agreement=0.9,
+        minimum_auroc={"photographs": 0.9},
+    )
+
+
+def tiny() -> PipelineConfig:
+    """The demo in seconds: every stage real, nothing learnt. For tests and first contact."""
+    return PipelineConfig(
+        name="tiny",
+        autoencoder=AutoencoderConfig(fit=AutoencoderFit(widths=(8, 16), images=640)),
+        extractor=ExtractorConfig(fit=ExtractorFit(width=8, dimension=16, images=640)),
+        network=NetworkConfig(width=16, depth=1, heads=2),
+        train=TrainConfig(images=1280, batch_size=64, ema_half_life_images=320.0),
+        generate=GenerateConfig(samples=100, sampler=SamplerConfig(updates=5)),
+        evaluate=EvaluateConfig(ood_images=40, grid_rows=2),
+        policy=PolicyConfig(name="tiny", minimum_samples=100),
+    )
+
+
+OPEN_TABLES = {"minimum_auroc"}
+
+PRESETS: dict[str, Callable[[], PipelineConfig]] = {"demo": demo, "tiny": tiny}
+
+
+def pipeline_config(data: Mapping[str, Any]) -> PipelineConfig:
+    """Build a pipeline config from a table; ``preset`` names the one it changes (else "demo").
+
+    Raises ConfigError for unknown keys, wrong types and values out of range.
+    """
+    changes = dict(data)
+    preset = changes.pop("preset", "demo")
+    require(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
+    return from_json(PipelineConfig, _merged(to_json(PRESETS[preset]()), changes))
+
+
+def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in changes.items():
+        inner = merged.get(key)
+        both_tables = isinstance(inner, dict) and isinstance(value, Mapping)
+        # A table with keys of the user's own is given whole, or none of them could be taken out.
+        merge = both_tables and key not in OPEN_TABLES
+        merged[key] = _merged(inner, value) if merge else value
+    return merged
+
+
+def with_settings(config: PipelineConfig, settings: Mapping[str, Any]) -> PipelineConfig:
+    """Change single settings by dotted name, as ``{"train.images": 1000}``. Raises ConfigError."""
+    data = to_json(config)
+    for dotted, value in settings.items():
+        *path, last = dotted.split(".")
+        table = data
+        for part in path:
+            table = table.get(part) if isinstance(table, dict) else None
+        # Tables may be extended by a misspelt key here; from_json refuses it by name below.
+        if not isinstance(table, dict):
+            raise ConfigError(f"there is no table {'.'.join(path)!r} to set {last!r} in")
+        table[last] = value
+    return from_json(PipelineConfig, data)
+
+
+def stage_config(stage: str, config: Mapping[str, Any]) -> Any:
+    """Build the typed config of a stage from the JSON of its job. Raises ConfigError."""
+    classes = {
+        "autoencoder": AutoencoderStage,
+        "extractor": ExtractorStage,
+        "latents": LatentsStage,
+        "train": TrainStage,
+        "samples": SamplesStage,
+        "evaluation": EvaluationStage,
+    }
+    require(stage in classes, "stage", stage, f"one of {', '.join(classes)}")
+    return from_json(classes[stage], config, stage)
+
+
+def replace(config: Any, **changes: Any) -> Any:
+    """Copy of a frozen config with some fields changed, checked again."""
+    return dataclasses.replace(config, **changes)

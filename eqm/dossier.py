@@ -1,0 +1,90 @@
+"""Sealed records -> all that a report shows, verified on the way.
+
+Reads the chain of records behind an evaluation and the bytes that the page needs. Called by flows.
+"""
+
+import json
+
+import numpy as np
+from numpy.typing import NDArray
+
+from eqm.champion import Entry
+from eqm.records import Blob, Decision, Evaluation, Record, from_json
+from eqm.report import ReportInput
+from eqm.stage import open_ref
+from eqm.storage import Store
+
+STORY = ("autoencoder", "extractor", "latents", "train", "samples", "evaluation")
+"""Order of the chain on the page."""
+
+
+def evaluation_of(record: Record) -> Evaluation:
+    """The typed evaluation in its record."""
+    return from_json(Evaluation, record.values["evaluation"], f"evaluation {record.digest[:12]}")
+
+
+def champion_evaluation(store: Store, standing: Entry | None) -> Evaluation | None:
+    """What was measured of the champion when it was promoted."""
+    return None if standing is None else evaluation_of(open_ref(store, standing.evaluation))
+
+
+def chain_of(store: Store, record: Record) -> tuple[Record, ...]:
+    """The record and everything it was built on, in the order of the story."""
+    found: dict[str, Record] = {}
+    _collect(store, record, found)
+    return tuple(sorted(found.values(), key=lambda r: (STORY.index(r.stage), r.digest)))
+
+
+def _collect(store: Store, record: Record, found: dict[str, Record]) -> None:
+    found[record.digest] = record
+    for ref in record.inputs.values():
+        if ref.stage != "source" and ref.digest not in found:
+            _collect(store, open_ref(store, ref), found)
+
+
+def collect(
+    store: Store,
+    record: Record,
+    *,
+    title: str,
+    model_name: str,
+    decision: Decision | None,
+) -> ReportInput:
+    """Gather what the report of an evaluation shows; the champion is the decision's."""
+    compared = decision.champion if decision else None
+    samples = open_ref(store, record.inputs["samples"])
+    trained = open_ref(store, record.inputs["train"])
+    path = _arrays(store, samples.outputs["trajectory.safetensors"])
+    scores = _arrays(store, record.outputs["ood-scores.safetensors"])
+    generated = samples.config["generate"]
+    first = generated["first_seed"]
+    return ReportInput(
+        title=title,
+        model_name=model_name,
+        evaluation=evaluation_of(record),
+        decision=decision,
+        champion=evaluation_of(open_ref(store, compared)) if compared else None,
+        chain=chain_of(store, record),
+        history=json.loads(store.get(trained.outputs["history.json"])),
+        sample_images=_images(store, record.outputs["sample-images.safetensors"]),
+        real_images=_images(store, record.outputs["real-images.safetensors"]),
+        class_names=tuple(record.values["classes"]),
+        ood_scores={name: values.tolist() for name, values in sorted(scores.items())},
+        trajectory=path["images"],
+        trajectory_updates=path["updates"].tolist(),
+        generated_with={
+            **generated["sampler"],
+            "labels": generated["labels"],
+            "seeds": f"{first} to {first + generated['samples'] - 1}",
+        },
+    )
+
+
+def _images(store: Store, blob: Blob) -> NDArray[np.uint8]:
+    return _arrays(store, blob)["images"]
+
+
+def _arrays(store: Store, blob: Blob) -> dict[str, NDArray[np.generic]]:
+    from safetensors.numpy import load
+
+    return load(store.get(blob))

@@ -1,0 +1,38 @@
+"""Errors that a person can act upon.
+
+Every error a user can cause is an :class:`EqmError` whose message names the value, the place and the
+remedy; programs print it as one paragraph and exit with 2. Anything else is a defect of ours and
+keeps its traceback.
+"""
+
+
+class EqmError(Exception):
+    """Base of all errors that are told to a person without a traceback."""
+
+
+class ConfigError(EqmError, ValueError):
+    """A configuration value is unknown, of the wrong type or out of range."""
+
+
+class DataError(EqmError, ValueError):
+    """The user's images, shards or manifests cannot be used as they are."""
+
+
+class IntegrityError(EqmError):
+    """Bytes do not match the digest under which they were sealed."""
+
+
+class StoreError(EqmError):
+    """The store cannot be reached, refuses us, or is full."""
+
+
+class MissingError(StoreError):
+    """The store works, but the object is not there."""
+
+
+class TrackingError(EqmError):
+    """MLflow cannot be reached or refuses a call."""
+
+
+class StageError(EqmError):
+    """A stage program failed; the message is the stage's own."""

@@ -1,0 +1,299 @@
+"""Stage "evaluation": samples + real images -> numbers. ``python -m eqm.evaluate CONFIG.json``
+
+Distances are to the training images, as in the field, with the distance between held-out and training
+images beside them: the floor that a perfect model would reach. Out-of-distribution scores are gradient
+norms at the mean latents, unlabelled, held-out images against others.
+"""
+
+import sys
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from eqm import frechet, images, model, ood
+from eqm.agreement import Reader
+from eqm.autoencoder import Autoencoder
+from eqm.checkpoint import tensors_from_bytes, tensors_to_bytes
+from eqm.config import EvaluateConfig, EvaluationStage
+from eqm.features import FeatureExtractor, extract, load_extractor
+from eqm.images import ImageSource
+from eqm.latents import mean_latents
+from eqm.model import Model
+from eqm.records import Evaluation, Metric, OODRow, Record, to_json
+from eqm.stage import Context, Outcome
+from eqm.stage import main as stage_main
+
+BATCH = 256
+SHUFFLE_SEED = 0
+GRID_CLASSES = 10
+
+
+@dataclass(frozen=True)
+class Split:
+    """Images of one side of the split, with labels and features."""
+
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    features: NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Material:
+    """All that is measured."""
+
+    config: EvaluateConfig
+    training: Split
+    held_out: Split
+    samples: Split
+    """Images are the kept ones; features are those of all samples."""
+    sample_count: int
+    mean_field_evaluations: float
+
+
+def program(context: Context) -> Outcome | None:
+    """Measure; one process does it all."""
+    if not context.world.is_first:
+        return None
+    stage: EvaluationStage = context.config
+    samples, trained = context.input("samples"), context.input("train")
+    extractor = load_extractor(context.input("extractor"), context.store, context.world.device)
+    source = images.checked_source(
+        stage.source, context.job.runtime.source_uri, context.job.inputs["source"]
+    )
+    material = gather(context, stage.evaluate, source, extractor, samples)
+    rows, scores = out_of_distribution(
+        stage.evaluate,
+        model.from_record(context.store, trained).to(context.world.device),
+        material.held_out.images,
+    )
+    evaluation = Evaluation(
+        protocol=protocol(stage, extractor, samples, source.digest),
+        samples=material.sample_count,
+        metrics=measure(material, extractor),
+        ood=rows,
+        mean_field_evaluations=material.mean_field_evaluations,
+    )
+    shown = min(GRID_CLASSES, len(source.classes))
+    return Outcome(
+        outputs={
+            "ood-scores.safetensors": tensors_to_bytes(scores),
+            "real-images.safetensors": tensors_to_bytes(
+                {"images": grid_of(material.held_out, shown, stage.evaluate.grid_rows)}
+            ),
+            "sample-images.safetensors": tensors_to_bytes(
+                {"images": grid_of(material.samples, shown, stage.evaluate.grid_rows)}
+            ),
+        },
+        values={
+            "evaluation": to_json(evaluation),
+            "protocol_digest": evaluation.protocol_digest,
+            "classes": list(source.classes[:shown]),
+        },
+    )
+
+
+# -- what is measured ---------------------------------------------------------------------------
+
+
+def gather(
+    context: Context,
+    config: EvaluateConfig,
+    source: ImageSource,
+    extractor: FeatureExtractor,
+    samples: Record,
+) -> Material:
+    """Real images of both splits with their features, and the sealed samples."""
+    sealed = tensors_from_bytes(context.store.get(samples.outputs["samples.safetensors"]))
+    kept = tensors_from_bytes(context.store.get(samples.outputs["images.safetensors"]))
+    return Material(
+        config=config,
+        training=real_split(context, source, extractor, held_out=False),
+        held_out=real_split(context, source, extractor, held_out=True),
+        samples=Split(
+            kept["images"].numpy(), sealed["labels"].numpy(), sealed["features"].numpy()
+        ),
+        sample_count=int(samples.values["samples"]),
+        mean_field_evaluations=float(samples.values["mean_field_evaluations"]),
+    )
+
+
+def real_split(
+    context: Context, source: ImageSource, extractor: FeatureExtractor, *, held_out: bool
+) -> Split:
+    """Images of one side of the split."""
+    chosen = [i for i, entry in enumerate(source.entries) if entry.held_out == held_out]
+    label = "held-out images" if held_out else "training images"
+    pixels: list[Tensor] = []
+    features: list[NDArray[np.float32]] = []
+    with context.progress(label, len(chosen)) as bar:
+        for start in range(0, len(chosen), BATCH):
+            batch = torch.stack([source.read(i) for i in chosen[start : start + BATCH]])
+            pixels.append(batch)
+            features.append(extract(extractor, [batch.to(context.world.device)]))
+            bar.advance(len(batch))
+    labels = np.array([source.entries[i].label for i in chosen], dtype=np.int64)
+    return Split(torch.cat(pixels).numpy(), labels, np.concatenate(features))
+
+
+def protocol(
+    stage: EvaluationStage, extractor: FeatureExtractor, samples: Record, source: str
+) -> dict[str, Any]:
+    """All that must be equal for two evaluations to be comparable."""
+    how = dict(samples.config["generate"])
+    for name in ("keep_images", "trajectory_points"):
+        how.pop(name)
+    how["sampler"] = {k: v for k, v in how["sampler"].items() if k != "batch_size"}
+    return {
+        "images": {"source": source, **to_json(stage.source)},
+        "extractor": {"name": extractor.name, "digest": extractor.digest},
+        "generate": how,
+        "neighbours": stage.evaluate.neighbours,
+        "ood_images": stage.evaluate.ood_images,
+        "pixels": "clamp(127.5 x + 128, 0, 255), truncated to uint8",
+        "reference": "training images; beside: held-out images",
+    }
+
+
+# -- samples against real images ----------------------------------------------------------------
+
+
+def measure(material: Material, extractor: FeatureExtractor) -> dict[str, Metric]:
+    """Every number about the samples, each with that of held-out images beside it."""
+    train, held, made = material.training, material.held_out, material.samples
+    k = material.config.neighbours
+    precision, recall = frechet.precision_recall(train.features, made.features, neighbours=k)
+    real_precision, real_recall = frechet.precision_recall(
+        train.features, held.features, neighbours=k
+    )
+    count = f"{extractor.name}]-{material.sample_count}"
+    size_note = f"held-out images: {len(held.images)}"
+    metrics = {
+        "distance": Metric(
+            name=f"FD[{count}",
+            value=frechet.frechet_from_features(made.features, train.features),
+            beside=frechet.frechet_from_features(held.features, train.features),
+            note=f"Fréchet distance to the {len(train.images)} training images; {size_note}",
+        ),
+        "distance_held_out": Metric(
+            name=f"FD[{count} to held-out",
+            value=frechet.frechet_from_features(made.features, held.features),
+            note="Fréchet distance to the held-out images",
+        ),
+        "kid": Metric(
+            name=f"KID[{count}",
+            value=frechet.kernel_distance(made.features, train.features).mean,
+            beside=frechet.kernel_distance(held.features, train.features).mean,
+            note="unbiased, so it may be slightly negative",
+        ),
+        "precision": Metric(name=f"precision[{count}", value=precision, beside=real_precision),
+        "recall": Metric(name=f"recall[{count}", value=recall, beside=real_recall),
+    }
+    return {**metrics, **read_images(material)}
+
+
+def read_images(material: Material) -> dict[str, Metric]:
+    """Numbers on pixels of the kept images; none where none are kept."""
+    train, held, made = material.training, material.held_out, material.samples
+    kept = len(made.images)
+    if not kept:
+        return {}
+    reader = Reader(train.images, train.labels)
+    near = partial(_nearest, train)
+    return {
+        "label_agreement": Metric(
+            name="read as their own class",
+            value=reader.agreement(made.images, made.labels[:kept]),
+            beside=reader.agreement(held.images, held.labels),
+            note=f"by a support vector classifier fitted on training pixels; {kept} samples",
+        ),
+        "nearest": Metric(
+            name="distance to the nearest training image",
+            value=float(np.median(near(made.images))),
+            beside=float(np.median(near(held.images))),
+            note="median root mean square of pixel differences, 0 to 255; far below the held-out "
+            "figure would mean copies",
+        ),
+    }
+
+
+def _nearest(train: Split, queries: NDArray[np.uint8]) -> NDArray[np.float64]:
+    flat = [x.reshape(len(x), -1).astype(np.float64) for x in (queries, train.images)]
+    return frechet.nearest_distances(*flat) / np.sqrt(flat[0].shape[1])
+
+
+# -- out of distribution ------------------------------------------------------------------------
+
+
+def out_of_distribution(
+    config: EvaluateConfig, trained: Model, held_out: NDArray[np.uint8]
+) -> tuple[tuple[OODRow, ...], dict[str, Tensor]]:
+    """Rows and scores of each set against held-out images; empty without a null label."""
+    if not trained.spec.null_label:
+        return (), {}
+    real = torch.from_numpy(held_out[: config.ood_images])
+    size, channels = trained.spec.latent.image_size_px, trained.spec.latent.image_channels
+    sets = {
+        "photographs": (images.sample_photographs(size, channels, config.ood_images), True),
+        "constant": (images.constant_images(size, channels, config.ood_images), True),
+        "flipped": (images.flipped(real), False),
+        "shuffled": (images.shuffled(real, SHUFFLE_SEED), False),
+    }
+    score = partial(gradient_norms, trained, trained.autoencoder)
+    scores = {"held-out": score(real), **{name: score(x) for name, (x, _) in sets.items()}}
+    inside = scores["held-out"].numpy()
+    rows = (_row(n, inside, scores[n].numpy(), gated) for n, (_, gated) in sets.items())
+    return tuple(rows), scores
+
+
+def gradient_norms(trained: Model, autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
+    """Norm of the gradient at each image's mean latent, (N,): low on data, higher off it."""
+    found = []
+    for batch in pixels.split(BATCH):
+        moments = autoencoder.encode(batch.to(trained.device))
+        x = mean_latents(moments, trained.spec.latent).to(trained.dtype)
+        found.append(trained.gradient(x).flatten(1).norm(dim=1).double().cpu())
+    return torch.cat(found)
+
+
+def _row(
+    name: str, inside: NDArray[np.float64], outside: NDArray[np.float64], gated: bool
+) -> OODRow:
+    result = ood.compare(inside, outside)
+    low, high = result.auroc_interval
+    return OODRow(
+        name=name,
+        count=len(outside),
+        auroc=result.auroc,
+        auroc_low=low,
+        auroc_high=high,
+        aupr=result.aupr_out,
+        fpr95=result.fpr95_in,
+        gated=gated,
+    )
+
+
+# -- pictures -----------------------------------------------------------------------------------
+
+
+def grid_of(split: Split, classes: int, rows: int) -> Tensor:
+    """The first images of each class, uint8 (K, R, C, H, W); black where there are too few."""
+    grid = torch.zeros((classes, rows, *split.images.shape[1:]), dtype=torch.uint8)
+    labels = split.labels[: len(split.images)]
+    for k in range(classes):
+        chosen = np.flatnonzero(labels == k)[:rows]
+        grid[k, : len(chosen)] = torch.from_numpy(split.images[chosen])
+    return grid
+
+
+def main(argv: list[str]) -> int:
+    """Run the stage program."""
+    return stage_main(("evaluation",), program, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

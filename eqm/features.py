@@ -1,0 +1,325 @@
+"""Images -> features, by extractors that carry a digest.
+
+The only door to torch_fidelity. An extractor is frozen (eval mode, float32, no gradients, no TF32)
+and maps uint8 images (B, C, H, W) to float32 features (B, D). What is computed of the features is
+eqm.frechet's business, how a SmallCNN is trained eqm.fit's. Called by fit, generate and evaluate.
+"""
+
+import contextlib
+import copy
+import io
+import json
+import pickle
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from eqm.config import require
+from eqm.errors import DataError, IntegrityError
+from eqm.records import canonical_bytes, digest, from_json, sha256
+
+SMALLEST_IMAGE_PX = 8
+"""Two halvings leave a SmallCNN 2 x 2 positions to average."""
+
+CHANNELS_A_GROUP = 8
+"""Of GroupNorm: never BatchNorm, whose output depends on the rest of the batch."""
+
+
+class FeatureExtractor(Protocol):
+    """What every extractor offers."""
+
+    name: str
+    """For people and in the name of a metric: "digits-cnn", "inception-v3-compat"."""
+    digest: str
+    """SHA-256 over architecture and weights; features of different digests are never compared."""
+    dimension: int
+    """D."""
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features float32 (B, D), where the weights lie, of uint8 images (B, C, H, W)."""
+        ...
+
+
+def extract(extractor: FeatureExtractor, batches: Iterable[Tensor]) -> NDArray[np.float32]:
+    """Features (N, D) of all images of all batches, each uint8 (B, C, H, W), in their order.
+
+    Raises DataError for no images, other images than the extractor takes, or features that are not
+    finite.
+    """
+    features = [extractor(images).cpu().numpy() for images in batches if len(images)]
+    if not features:
+        raise DataError("there are no images to extract features of: give at least one")
+    rows = np.concatenate(features)
+    bad = np.flatnonzero(~np.isfinite(rows).all(axis=1))
+    if len(bad):
+        raise DataError(
+            f"{extractor.name} gives NaN or infinity for {len(bad)} of {len(rows)} images, first "
+            f"for number {bad[0]}: its weights are damaged or its training diverged; fit it again"
+        )
+    return rows
+
+
+# -- a small network, fitted on the data --------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmallCNNConfig:
+    """Architecture of a SmallCNN."""
+
+    channels: int
+    """Of the images: 1 or 3."""
+    classes: int
+    width: int = 32
+    """Channels after the first convolution; each halving of the size doubles them."""
+    dimension: int = 64
+    """D."""
+
+    def __post_init__(self) -> None:
+        require(self.channels in (1, 3), "extractor.channels", self.channels, "1 or 3")
+        for name in ("classes", "width", "dimension"):
+            value = getattr(self, name)
+            require(value > 0, f"extractor.{name}", value, "greater than 0")
+        rule = f"a multiple of {CHANNELS_A_GROUP}"
+        require(self.width % CHANNELS_A_GROUP == 0, "extractor.width", self.width, rule)
+
+
+class SmallCNN(nn.Module):
+    """A classifier whose last hidden layer is the feature; images of 8 x 8 px and more.
+
+    Takes float images in [-1, 1], see ``signed``. Initialised by torch's generator.
+    """
+
+    def __init__(self, config: SmallCNNConfig) -> None:
+        super().__init__()
+        self.config = config
+        w = config.width
+        self.body = nn.Sequential(
+            *_block(config.channels, w),
+            *_block(w, 2 * w, stride=2),
+            *_block(2 * w, 2 * w),
+            *_block(2 * w, 4 * w, stride=2),
+        )
+        self.project = nn.Linear(4 * w, config.dimension)
+        self.head = nn.Linear(config.dimension, config.classes)
+
+    def features(self, x: Tensor) -> Tensor:
+        """Features (B, D) of float images (B, C, H, W) in [-1, 1]; DataError for other shapes."""
+        _check_shape(x, (self.config.channels,), smallest_px=SMALLEST_IMAGE_PX)
+        return self.project(self.body(x).mean(dim=(2, 3)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (B, classes) of float images (B, C, H, W) in [-1, 1]."""
+        return self.head(F.silu(self.features(x)))
+
+
+def _block(inside: int, outside: int, *, stride: int = 1) -> tuple[nn.Module, ...]:
+    return (
+        nn.Conv2d(inside, outside, 3, stride=stride, padding=1),
+        nn.GroupNorm(outside // CHANNELS_A_GROUP, outside),
+        nn.SiLU(),
+    )
+
+
+def signed(images: Tensor) -> Tensor:
+    """What a SmallCNN sees of uint8 images: float32 in [-1, 1], same shape."""
+    return images.float() / 127.5 - 1
+
+
+class CNNExtractor:
+    """A trained SmallCNN as a FeatureExtractor: a frozen copy, where the network lies."""
+
+    def __init__(self, network: SmallCNN, name: str) -> None:
+        frozen = copy.deepcopy(network).float().eval().requires_grad_(False)
+        weights, _ = extractor_to_bytes(frozen, network.config)
+        architecture = {"kind": "small-cnn", "config": network.config, "pixels": "x / 127.5 - 1"}
+        self.name = name
+        self.digest = _digest(architecture, sha256(weights))
+        self.dimension = network.config.dimension
+        self._network = frozen
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features float32 (B, D) of uint8 images (B, C, H, W)."""
+        return self._run(self._network.features, images)
+
+    def logits(self, images: Tensor) -> Tensor:
+        """What the classifier says, float32 (B, classes), of uint8 images (B, C, H, W)."""
+        return self._run(self._network, images)
+
+    def _run(self, function: Any, images: Tensor) -> Tensor:
+        _check_uint8(images)
+        with torch.no_grad(), _full_precision():
+            return function(signed(images.to(self._network.head.weight.device)))
+
+
+def extractor_to_bytes(network: SmallCNN, config: SmallCNNConfig) -> tuple[bytes, bytes]:
+    """Weights as safetensors, and config as JSON: the same bytes for the same values.
+
+    Raises ConfigError where the config is not the network's, DataError for weights not finite.
+    """
+    require(config == network.config, "config", config, f"the network's own, {network.config}")
+    state = {key: value.detach().cpu().contiguous() for key, value in network.state_dict().items()}
+    for key, value in state.items():
+        if not value.isfinite().all():
+            raise DataError(f"weight {key!r} holds NaN or infinity: the training diverged")
+    return safetensors.torch.save(state), canonical_bytes(config)
+
+
+def extractor_from_bytes(weights: bytes, config: bytes) -> SmallCNN:
+    """The network that ``extractor_to_bytes`` wrote, in eval mode.
+
+    Raises ConfigError for a config that is none, DataError for weights that are not its own.
+    """
+    try:
+        values = json.loads(config)
+    except ValueError as error:
+        raise DataError(
+            f"the config of the extractor is not JSON ({error}): fit it again"
+        ) from error
+    with torch.random.fork_rng(devices=[]):  # initial weights cost nobody a random number
+        network = SmallCNN(from_json(SmallCNNConfig, values, "extractor"))
+    with _in_words("the extractor's weights"):
+        network.load_state_dict(_from_safetensors(weights, "the extractor's weights"))
+    return network.eval()
+
+
+# -- Inception ----------------------------------------------------------------------------------
+
+
+def inception_extractor(
+    weights_path: Path, expected_sha256: str, *, device: torch.device | str = "cpu"
+) -> FeatureExtractor:
+    """The Inception network of FID as torch-fidelity has it (2048 features), from a local file.
+
+    The file is torch-fidelity's ``weights-inception-2015-12-05-6726825d.pth``, or the same tensors
+    as ``.safetensors``. Grayscale images are repeated to 3 channels. Raises DataError for a file
+    that is missing or holds other tensors or more than tensors, IntegrityError for another digest,
+    which is checked before anything is parsed.
+    """
+    if not weights_path.is_file():
+        raise DataError(
+            f"there are no Inception weights at {weights_path}: give the path of a file"
+        )
+    data = weights_path.read_bytes()
+    found = sha256(data)
+    if found != expected_sha256:
+        raise IntegrityError(
+            f"{weights_path} has SHA-256 {found}, but {expected_sha256} is expected: "
+            "fetch the file again, or correct the digest if you trust this file"
+        )
+    parse = _from_safetensors if weights_path.suffix == ".safetensors" else _from_restricted_pickle
+    return _InceptionExtractor(parse(data, str(weights_path)), found, str(weights_path), device)
+
+
+class _InceptionExtractor:
+    def __init__(
+        self, state: dict[str, Tensor], weights_sha256: str, place: str, device: torch.device | str
+    ) -> None:
+        import torch_fidelity
+
+        self.name = "inception-v3-compat"
+        self.dimension = 2048
+        architecture = {"kind": self.name, "torch_fidelity": torch_fidelity.__version__}
+        self.digest = _digest(architecture, weights_sha256)
+        # Its constructor unpickles whatever it is given, without restriction: it is given bytes
+        # made here, of tensors that are parsed already.
+        file = io.BytesIO()
+        torch.save(state, file)
+        file.seek(0)
+        with torch.random.fork_rng(devices=[]), _in_words(place):
+            network = torch_fidelity.FeatureExtractorInceptionV3(
+                self.name, [str(self.dimension)], feature_extractor_weights_path=file
+            )
+        self._network = network.to(device)
+        self._device = device
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features float32 (B, 2048) of uint8 images (B, 1 or 3, H, W), resized to 299 x 299."""
+        _check_uint8(images)
+        _check_shape(images, (1, 3), smallest_px=1)
+        colour = images.to(self._device).expand(-1, 3, -1, -1)
+        with torch.no_grad(), _full_precision():
+            return self._network(colour)[0]
+
+
+# -- weights ------------------------------------------------------------------------------------
+
+
+def _digest(architecture: dict[str, Any], weights_sha256: str) -> str:
+    return digest({"architecture": architecture, "weights": weights_sha256})
+
+
+def _from_safetensors(data: bytes, place: str) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load(data)
+    except safetensors.SafetensorError as error:
+        raise DataError(
+            f"{place} cannot be read as safetensors ({error}): get them again"
+        ) from error
+
+
+def _from_restricted_pickle(data: bytes, place: str) -> dict[str, Tensor]:
+    try:
+        state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+        raise DataError(
+            f"{place} cannot be read as plain tensors, and code in a file is never run: "
+            "give a state dict written by torch.save, or .safetensors"
+        ) from error
+    tensors = isinstance(state, Mapping) and all(isinstance(v, Tensor) for v in state.values())
+    if not tensors:
+        raise DataError(f"{place} holds no state dict of tensors: give the weights alone")
+    return dict(state)
+
+
+@contextlib.contextmanager
+def _in_words(place: str) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        raise DataError(f"{place}: these tensors are not the network's. {error}") from error
+
+
+# -- images -------------------------------------------------------------------------------------
+
+
+def _check_uint8(images: Tensor) -> None:
+    if images.dtype != torch.uint8:
+        raise DataError(
+            f"images are {images.dtype}: give uint8 pixels, rounded as they would be stored"
+        )
+
+
+def _check_shape(images: Tensor, channels: tuple[int, ...], *, smallest_px: int) -> None:
+    shape = tuple(images.shape)
+    if len(shape) != 4 or shape[1] not in channels:
+        wanted = " or ".join(map(str, channels))
+        raise DataError(f"images have shape {shape}; the extractor takes (B, {wanted}, H, W)")
+    if min(shape[2:]) < smallest_px:
+        raise DataError(
+            f"images have shape {shape}; the least height and width is {smallest_px} px"
+        )
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """IEEE float32 whatever training has chosen: TF32, on by default, moves features by 1e-3."""
+    backends: Any = torch.backends
+    cuda = (backends.cudnn.conv, backends.cuda.matmul)
+    knobs = (*cuda, backends.mkldnn.conv, backends.mkldnn.matmul)
+    before = [knob.fp32_precision for knob in knobs]
+    try:
+        for knob in knobs:
+            knob.fp32_precision = "ieee"
+        yield
+    finally:
+        for knob, value in zip(knobs, before, strict=True):
+            knob.fp32_precision = value

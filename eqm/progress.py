@@ -1,0 +1,87 @@
+"""Progress of long work: a Rich bar in a terminal, a plain line now and then elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+from typing import Any
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+class Progress:
+    """Counts towards a total and shows how far, how fast and how long still.
+
+    ``with Progress("training", total=n, unit="images") as bar: bar.advance(128, loss=1.5)``
+    A silent one (``show=False``) is for ranks other than the first.
+    """
+
+    def __init__(
+        self, label: str, *, total: int, unit: str = "images", done: int = 0, show: bool = True
+    ) -> None:
+        self.label, self.total, self.unit, self.done, self.show = label, total, unit, done, show
+        self._first, self._began, self._said = done, time.monotonic(), 0.0
+        self._bar: Any = None
+        self._task: Any = None
+
+    def __enter__(self) -> "Progress":
+        if self.show and sys.stderr.isatty():
+            self._bar, self._task = _rich_bar(self.label, self.total, self.unit, self.done)
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self.show and error is None:
+            self._say({})
+
+    @property
+    def per_second(self) -> float:
+        """Units a second since this began."""
+        return (self.done - self._first) / max(time.monotonic() - self._began, 1e-9)
+
+    def advance(self, count: int, **figures: float) -> None:
+        """Count work done; ``figures`` are shown beside it."""
+        self.done += count
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self.done, figures=_figures(figures))
+        elif self.show and time.monotonic() - self._said > PLAIN_LINE_SECONDS and self._said:
+            self._say(figures)
+        elif not self._said:
+            self._said = time.monotonic()
+
+    def _say(self, figures: dict[str, float]) -> None:
+        self._said = time.monotonic()
+        rate = self.per_second
+        left = (self.total - self.done) / rate if rate > 0 else 0.0
+        more = f"  {_figures(figures)}" if figures else ""
+        ending = f", {left:.0f} s left" if self.done < self.total else ""
+        line = f"{self.label}: {self.done:,} of {self.total:,} {self.unit}"
+        sys.stderr.write(f"{line}, {rate:,.0f}/s{ending}{more}\n")
+        sys.stderr.flush()
+
+
+def _figures(figures: dict[str, float]) -> str:
+    return "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+
+
+def _rich_bar(label: str, total: int, unit: str, done: int) -> tuple[Any, Any]:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as RichProgress
+
+    bar = RichProgress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn(unit),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[figures]}"),
+        console=Console(stderr=True),
+    )
+    return bar, bar.add_task(label, total=total, completed=done, figures="")

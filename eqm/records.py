@@ -1,0 +1,377 @@
+"""What crosses a boundary: frozen dataclasses, their JSON, and their digests.
+
+A *record* is the seal of a stage (``<stage>/<digest>/record.json`` in the store). ``digest`` says what
+was asked for (config, inputs, algorithm number) and is the address; ``content`` says what came out
+(outputs, values) and is what the next stage builds on, so the records of a run form a Merkle chain.
+Times, machines and git revisions are provenance: kept in the record, in neither digest.
+
+Pure: nothing here touches the world. Read by every module.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import math
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from eqm.errors import ConfigError, IntegrityError
+
+T = TypeVar("T")
+Json = Any
+"""A JSON value: None, bool, int, float, str, list or dict of them."""
+
+
+# -- JSON and digests ---------------------------------------------------------------------------
+
+
+def to_json(value: Any) -> Json:
+    """Turn a dataclass tree into plain JSON values; refuses NaN and infinities."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): to_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{value} cannot be recorded: only finite numbers have a JSON form")
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def canonical_bytes(value: Any) -> bytes:
+    """One byte string per value: sorted keys, no spaces, UTF-8."""
+    text = json.dumps(
+        to_json(value), sort_keys=True, separators=(",", ":"), allow_nan=False, ensure_ascii=False
+    )
+    return text.encode()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of the canonical JSON of a value, in hexadecimal."""
+    return sha256(canonical_bytes(value))
+
+
+def sha256(data: bytes) -> str:
+    """SHA-256 of bytes, in hexadecimal."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def from_json(cls: type[T], data: Json, where: str = "config") -> T:
+    """Build a dataclass from JSON; unknown keys and wrong types are refused by name.
+
+    ``where`` names the place in messages ("train.batch_size"). Raises ConfigError.
+    """
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{where} must be a table of settings, not {data!r}")
+    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in data:
+        if key not in known:
+            raise ConfigError(_unknown_key(str(key), where, list(known)))
+    hints = get_type_hints(cls)
+    values = {key: _decode(hints[key], item, f"{where}.{key}") for key, item in data.items()}
+    missing = [
+        name
+        for name, f in known.items()
+        if name not in values
+        and f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+    ]
+    if missing:
+        raise ConfigError(f"{where} lacks {', '.join(missing)}: add it")
+    return cls(**values)
+
+
+def _unknown_key(key: str, where: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {close[0]!r}?" if close else f"known: {', '.join(known)}"
+    return f"unknown setting {key!r} in {where}: {hint}"
+
+
+def _decode(hint: Any, value: Json, where: str) -> Any:
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        return _decode_union(get_args(hint), value, where)
+    if origin is Literal:
+        return _decode_literal(get_args(hint), value, where)
+    if origin is tuple:
+        return _decode_tuple(get_args(hint), value, where)
+    if origin is dict:
+        return _decode_dict(get_args(hint), value, where)
+    if dataclasses.is_dataclass(hint):
+        return from_json(hint, value, where)  # type: ignore[arg-type]
+    return _decode_scalar(hint, value, where)
+
+
+def _decode_union(options: tuple[Any, ...], value: Json, where: str) -> Any:
+    if value is None and type(None) in options:
+        return None
+    (inner,) = (option for option in options if option is not type(None))
+    return _decode(inner, value, where)
+
+
+def _decode_literal(options: tuple[Any, ...], value: Json, where: str) -> Any:
+    if value in options:
+        return value
+    close = difflib.get_close_matches(str(value), [str(o) for o in options], n=1)
+    hint = f" (did you mean {close[0]!r}?)" if close else ""
+    raise ConfigError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, options))}{hint}")
+
+
+def _decode_tuple(args: tuple[Any, ...], value: Json, where: str) -> tuple[Any, ...]:
+    if not isinstance(value, list | tuple):
+        raise ConfigError(f"{where} is {value!r}; it must be a list")
+    if len(args) == 2 and args[1] is Ellipsis:
+        args = (args[0],) * len(value)
+    if len(args) != len(value):
+        raise ConfigError(f"{where} has {len(value)} entries; it must have {len(args)}")
+    pairs = enumerate(zip(args, value, strict=True))
+    return tuple(_decode(arg, item, f"{where}[{i}]") for i, (arg, item) in pairs)
+
+
+def _decode_dict(args: tuple[Any, ...], value: Json, where: str) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{where} is {value!r}; it must be a table")
+    return {str(key): _decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
+
+
+def _decode_scalar(hint: Any, value: Json, where: str) -> Any:
+    if hint is Any:
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    right = isinstance(value, hint) and (hint is bool or not isinstance(value, bool))
+    if not right:
+        raise ConfigError(f"{where} is {value!r}; it must be of type {hint.__name__}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{where} is {value!r}; it must be finite")
+    return value
+
+
+# -- what stages leave behind -------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Blob:
+    """Bytes in the store, named by what they are."""
+
+    sha256: str
+    """Digest of the bytes, hexadecimal."""
+    size_bytes: int
+
+    @property
+    def key(self) -> str:
+        """Where the bytes lie in the store."""
+        return f"blobs/sha256/{self.sha256}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ref:
+    """A sealed result that another one builds on."""
+
+    stage: str
+    digest: str
+    """Address: what was asked for."""
+    content: str
+    """What came out; checked before anything of it is used."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """The seal of a stage."""
+
+    stage: str
+    algorithm: int
+    """Raised when the stage's output for the same input would change."""
+    config: dict[str, Any]
+    inputs: dict[str, Ref]
+    outputs: dict[str, Blob]
+    """Reproducible bytes: part of ``content``."""
+    values: dict[str, Any]
+    """Reproducible small results (numbers, names): part of ``content``."""
+    logs: dict[str, Blob] = field(default_factory=dict)
+    """Bytes that differ from run to run (timings)."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    """Times, versions, machine, git revision: in no digest."""
+
+    @property
+    def digest(self) -> str:
+        """What was asked for: the address of this record."""
+        return stage_digest(self.stage, self.algorithm, self.config, self.inputs)
+
+    @property
+    def content(self) -> str:
+        """What came out."""
+        return digest({"digest": self.digest, "outputs": self.outputs, "values": self.values})
+
+    @property
+    def ref(self) -> Ref:
+        """How another stage names this one."""
+        return Ref(stage=self.stage, digest=self.digest, content=self.content)
+
+
+def stage_digest(
+    stage: str, algorithm: int, config: Mapping[str, Any], inputs: Mapping[str, Ref]
+) -> str:
+    """Address of the result of a stage: SHA-256 over all that its output is a function of."""
+    return digest({"stage": stage, "algorithm": algorithm, "config": config, "inputs": inputs})
+
+
+def record_to_bytes(record: Record) -> bytes:
+    """JSON of a record, with both digests in it for readers and for the check on the way back."""
+    body = {"digest": record.digest, "content": record.content, **to_json(record)}
+    return json.dumps(body, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+def record_from_bytes(data: bytes, where: str) -> Record:
+    """Read a record and check both of its digests. Raises IntegrityError."""
+    try:
+        body = json.loads(data)
+        stated = (body.pop("digest"), body.pop("content"))
+        record = from_json(Record, body, where)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise IntegrityError(f"{where} is not a record ({error}); it must not be edited") from error
+    if stated != (record.digest, record.content):
+        raise IntegrityError(
+            f"{where} does not match its own digest: it was changed after it was sealed; "
+            "restore it or delete it and run the stage again"
+        )
+    return record
+
+
+# -- latents and their manifest -----------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentSpec:
+    """What stored moments mean: which autoencoder made them, and how they become latents.
+
+    latents = (mean + std * noise - shift) * scale, per channel. A model trained under one spec
+    refuses data of another.
+    """
+
+    autoencoder: str
+    """Name and digest of the autoencoder, "identity" for pixels."""
+    image_size_px: int
+    image_channels: int
+    shape: tuple[int, int, int]
+    """(C, H, W) of one latent."""
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+    def __post_init__(self) -> None:
+        channels = self.shape[0]
+        if len(self.shift) != channels or len(self.scale) != channels:
+            raise ConfigError(
+                f"latent spec has {channels} channels, but {len(self.shift)} shifts "
+                f"and {len(self.scale)} scales"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shard:
+    """One tar of latents and the index into it."""
+
+    tar: Blob
+    index: Blob
+    count: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """A sealed set of latents: the order of shards and samples is part of it."""
+
+    spec: LatentSpec
+    source: str
+    """Digest of the listing of images."""
+    classes: tuple[str, ...]
+    mirrored: bool
+    """Whether each sample holds the moments of the mirror image as well."""
+    shards: tuple[Shard, ...]
+    train_per_class: tuple[int, ...]
+    held_out_per_class: tuple[int, ...]
+    channel_mean: tuple[float, ...]
+    """Of the stored means over the training split, per latent channel."""
+    channel_std: tuple[float, ...]
+    skipped: tuple[str, ...] = ()
+    """Keys of corrupt images that were left out."""
+
+    @property
+    def count(self) -> int:
+        """Samples in all, training and held-out."""
+        return sum(shard.count for shard in self.shards)
+
+
+# -- evaluation and decision --------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Metric:
+    """One number, under a name that tells what it is."""
+
+    name: str
+    """For people and for comparison: "FD[digits-cnn]-1797" is neither an FID nor on 50,000."""
+    value: float
+    beside: float | None = None
+    """The same quantity for real held-out images: what a perfect model would show."""
+    note: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OODRow:
+    """How well the gradient norm tells one set of images from held-out ones."""
+
+    name: str
+    count: int
+    auroc: float
+    auroc_low: float
+    auroc_high: float
+    aupr: float
+    fpr95: float
+    gated: bool
+    """Whether a policy may read this row; rows that only inform are never gated."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What was measured of one model, and under which protocol."""
+
+    protocol: dict[str, Any]
+    """All that must be equal for two evaluations to be comparable; not the model."""
+    samples: int
+    metrics: dict[str, Metric]
+    """By key: distance, distance_held_out, kid, precision, recall, label_agreement, nearest."""
+    ood: tuple[OODRow, ...]
+    mean_field_evaluations: float
+
+    @property
+    def protocol_digest(self) -> str:
+        """Numbers with different protocol digests are never compared."""
+        return digest(self.protocol)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reason:
+    """One check of a policy, and how it came out."""
+
+    check: str
+    passed: bool
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """Whether a candidate becomes champion, with every reason."""
+
+    promote: bool
+    policy: dict[str, Any]
+    """The policy as it stood (config.PolicyConfig)."""
+    candidate: Ref
+    """Evaluation record of the candidate."""
+    champion: Ref | None
+    """Evaluation record of the champion it was compared with."""
+    reasons: tuple[Reason, ...]

@@ -1,0 +1,237 @@
+"""What every stage program does around its own work: read the job, skip, run, seal, say why not.
+
+``python -m eqm.encode CONFIG.json`` (alone or under torchrun) is an SPMD program that knows nothing of
+Prefect. It is done when its record is sealed; started again after that it does nothing, started again
+before that it goes on from whatever it had made durable.
+"""
+
+import datetime
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from eqm import distributed
+from eqm.config import ALGORITHMS, Job, stage_config
+from eqm.distributed import World
+from eqm.errors import ConfigError, DataError, EqmError, IntegrityError
+from eqm.progress import Progress
+from eqm.records import Blob, Record, Ref, from_json, stage_digest, to_json
+from eqm.storage import Store, disk_errors, open_store
+
+EXIT_REFUSED = 2
+"""Exit status when the reason is one that a person can mend; its message is on stderr."""
+
+VERSIONS_OF = ("torch", "numpy", "diffusers", "webdataset", "torch-fidelity", "mlflow", "prefect")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Context:
+    """What a stage works with."""
+
+    job: Job
+    config: Any
+    """Typed config of the stage (config.stage_config)."""
+    store: Store
+    world: World
+
+    @property
+    def digest(self) -> str:
+        """Address under which the result will be sealed."""
+        return job_digest(self.job)
+
+    def input(self, name: str) -> Record:
+        """Record of an input, verified against what the job expects of it."""
+        if name not in self.job.inputs:
+            raise ConfigError(f"stage {self.job.stage} was given no input {name!r}")
+        return open_ref(self.store, self.job.inputs[name])
+
+    def progress(self, label: str, total: int, *, unit: str = "images", done: int = 0) -> Progress:
+        """Progress that only the first rank shows."""
+        return Progress(label, total=total, unit=unit, done=done, show=self.world.is_first)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a stage leaves behind; bytes and files become blobs."""
+
+    outputs: Mapping[str, bytes | Path | Blob]
+    values: Mapping[str, Any] = field(default_factory=dict)
+    logs: Mapping[str, bytes | Path | Blob] = field(default_factory=dict)
+
+
+Program = Callable[[Context], Outcome | None]
+"""The work of a stage; ranks other than the first may return None."""
+
+
+def job_digest(job: Job) -> str:
+    """Address of what a job asks for. Raises ConfigError for an unknown stage."""
+    if job.stage not in ALGORITHMS:
+        raise ConfigError(f"stage is {job.stage!r}; it must be one of {', '.join(ALGORITHMS)}")
+    return stage_digest(job.stage, ALGORITHMS[job.stage], job.config, job.inputs)
+
+
+def open_ref(store: Store, ref: Ref) -> Record:
+    """Record of a reference; its content must be the one that was referred to."""
+    record = store.record(ref.stage, ref.digest)
+    if record is None:
+        raise DataError(
+            f"{ref.stage} {ref.digest[:12]} is not sealed in {store.uri}: run that stage first"
+        )
+    if record.content != ref.content:
+        raise IntegrityError(
+            f"{ref.stage} {ref.digest[:12]} in {store.uri} has content {record.content[:12]}, but "
+            f"this job builds on content {ref.content[:12]}: it was made again elsewhere; run the "
+            "pipeline again to build on what is there"
+        )
+    return record
+
+
+def verify(store: Store, record: Record) -> None:
+    """Check that every blob a record names is there and undamaged. Raises StoreError."""
+    for blob in [*record.outputs.values(), *record.logs.values()]:
+        store.fetch(blob)
+
+
+def main(stages: tuple[str, ...], program: Program, argv: list[str]) -> int:
+    """Run a stage program from its command line; returns the exit status."""
+    if len(argv) != 1 or argv[0].startswith("-"):
+        names = " or ".join(stages)
+        sys.stderr.write(f"usage: python -m {_module()} CONFIG.json  (seals stage {names})\n")
+        return EXIT_REFUSED
+    job = None
+    try:
+        job = read_job(Path(argv[0]), stages)
+        run(job, program)
+    except EqmError as error:
+        return _refuse(str(error), job)
+    except OSError as error:
+        try:
+            with disk_errors(str(error.filename or "this machine")):
+                raise
+        except EqmError as told:
+            return _refuse(str(told), job)
+    return 0
+
+
+def _module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name if spec else "eqm.STAGE"
+
+
+def _refuse(message: str, job: Job | None) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    if job is not None and job.runtime.error_file:
+        Path(job.runtime.error_file).write_text(message)
+    return EXIT_REFUSED
+
+
+def read_job(path: Path, stages: tuple[str, ...]) -> Job:
+    """Read CONFIG.json. Raises ConfigError."""
+    try:
+        job = from_json(Job, json.loads(path.read_text()), path.name)
+    except (OSError, json.JSONDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read as a job ({error})") from error
+    if job.stage not in stages:
+        raise ConfigError(f"{path} is a job for stage {job.stage!r}, not {' or '.join(stages)}")
+    return job
+
+
+def run(job: Job, program: Program) -> Record:
+    """Run a job unless it is sealed; returns the sealed record."""
+    runtime = job.runtime
+    config = stage_config(job.stage, job.config)
+    store = open_store(runtime.store, cache=Path(runtime.cache) if runtime.cache else None)
+    sealed = store.record(job.stage, job_digest(job))
+    if sealed is not None:
+        _say(f"{job.stage} {sealed.digest[:12]} is sealed already")
+        return sealed
+    with distributed.connect(runtime.device, threads=runtime.threads) as world:
+        began = _now()
+        context = Context(job=job, config=config, store=store, world=world)
+        outcome = program(context)
+        record = None
+        if world.is_first:
+            if outcome is None:
+                raise AssertionError("the first rank must return what the stage made")
+            record = store.seal(_record(context, outcome, began))
+            _say(f"{job.stage} {record.digest[:12]} sealed, content {record.content[:12]}")
+        world.barrier()
+    return record if record is not None else open_sealed(store, job)
+
+
+def open_sealed(store: Store, job: Job) -> Record:
+    """Record of a job that has been sealed by somebody else. Raises DataError."""
+    record = store.record(job.stage, job_digest(job))
+    if record is None:
+        raise DataError(f"{job.stage} {job_digest(job)[:12]} was not sealed in {store.uri}")
+    return record
+
+
+def _record(context: Context, outcome: Outcome, began: str) -> Record:
+    job, store = context.job, context.store
+    return Record(
+        stage=job.stage,
+        algorithm=ALGORITHMS[job.stage],
+        config=job.config,
+        inputs=job.inputs,
+        outputs={name: _blob(store, data) for name, data in outcome.outputs.items()},
+        values=to_json(dict(outcome.values)),
+        logs={name: _blob(store, data) for name, data in outcome.logs.items()},
+        provenance=provenance(context.world, began),
+    )
+
+
+def _blob(store: Store, data: bytes | Path | Blob) -> Blob:
+    return data if isinstance(data, Blob) else store.put(data)
+
+
+def provenance(world: World, began: str) -> dict[str, Any]:
+    """Where, when and with what a result was made. Names no user, no path, no secret."""
+    import torch
+
+    return {
+        "began": began,
+        "ended": _now(),
+        "world_size": world.size,
+        "device": str(world.device.type),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "versions": {name: _version(name) for name in VERSIONS_OF},
+        "git_revision": git_revision(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def git_revision(root: Path | None = None) -> str | None:
+    """Commit of the source tree this runs from; None outside a git checkout."""
+    git = (root or Path(__file__).resolve().parent.parent) / ".git"
+    try:
+        head = (git / "HEAD").read_text().strip()
+        if not head.startswith("ref: "):
+            return head
+        return (git / head[5:]).read_text().strip()
+    except OSError:
+        return None
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _say(line: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # noqa: TID251  before a world is connected
+        sys.stderr.write(line + "\n")

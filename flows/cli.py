@@ -1,0 +1,332 @@
+"""The ``eqm`` command: services, stages, samples, promotion.
+
+Everything heavy is imported by the command that needs it, so that ``eqm --help`` answers at once.
+"""
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train generative models with Equilibrium Matching: latents, training, registry, "
+    "evaluation, promotion.\n\nFirst steps: `eqm up`, then `eqm pipeline demo`.",
+)
+out = Console()
+err = Console(stderr=True)
+
+ConfigArgument = Annotated[
+    str, typer.Argument(help="A preset (demo, tiny) or a TOML file with what differs from it.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one setting: --set train.images=50000. Repeatable."),
+]
+DryRunOption = Annotated[
+    bool, typer.Option("--dry-run", help="Print the resolved config as JSON and start nothing.")
+]
+
+
+def run() -> None:
+    """Entry point: errors that a person can mend are one message and exit status 2."""
+    from eqm.errors import EqmError
+
+    try:
+        app()
+    except EqmError as error:
+        err.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        err.print("interrupted: the same command goes on where this one was")
+        sys.exit(130)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+# -- services -----------------------------------------------------------------------------------
+
+
+@app.command()
+def up() -> None:
+    """Start the embedded S3, MLflow and Prefect on this machine; keeps what runs already."""
+    from flows.settings import start_services
+
+    stack = start_services(report=_say)
+    _links(stack)
+
+
+@app.command()
+def down() -> None:
+    """Stop the embedded services; data is kept."""
+    from flows.settings import current_home
+    from infra import local
+
+    local.down(current_home(), report=_say)
+
+
+@app.command()
+def status() -> None:
+    """Show services, and the champion of every model."""
+    from flows.settings import current_home
+    from infra import local
+
+    table = Table("service", "state", "address", box=None)
+    for service in local.status(current_home()):
+        table.add_row(service.name, service.state, service.address)
+    out.print(table)
+    _champions()
+
+
+def _champions() -> None:
+    from eqm import champion
+    from eqm.errors import EqmError
+    from eqm.storage import open_store
+    from flows.settings import current_settings
+
+    try:
+        settings = current_settings()
+        store = open_store(settings.store, cache=settings.home / "cache")
+        models = sorted({key.split("/")[1] for key in store.list("history/")})
+    except EqmError as error:
+        out.print(f"champions: unknown ({_plain(str(error))})")
+        return
+    for model in models:
+        standing = champion.current(store, model)
+        if standing is not None:
+            out.print(f"{model}: version {standing.version} is champion since {standing.at}")
+    if not models:
+        out.print("no champion yet")
+
+
+@app.command()
+def env() -> None:
+    """Print the environment of the services, for `eval "$(eqm env)"`. Shows the S3 secret."""
+    import shlex
+
+    from flows.settings import current_settings
+
+    for name, value in current_settings().service_environment().items():
+        sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
+
+
+@app.command()
+def doctor() -> None:
+    """Check this machine: what is there, what is missing and how to get it."""
+    from flows.doctor import examine
+
+    table = Table("", "what", "found", "remedy", box=None)
+    findings = list(examine())
+    for finding in findings:
+        mark = "[green]ok[/]" if finding.ok else "[red]no[/]" if finding.needed else "[yellow]--[/]"
+        table.add_row(mark, finding.what, _plain(finding.found), _plain(finding.remedy))
+    out.print(table)
+    if any(not finding.ok and finding.needed for finding in findings):
+        raise typer.Exit(1)
+
+
+# -- the story ----------------------------------------------------------------------------------
+
+
+@app.command()
+def pipeline(
+    config: ConfigArgument = "demo", set_: SetOption = None, dry_run: DryRunOption = False
+) -> None:
+    """Run all stages: images to decision. Sealed stages are verified and skipped."""
+    result = _flow("flows.pipeline", "pipeline", config, set_, dry_run)
+    if result:
+        _summary(result)
+
+
+@app.command()
+def encode(
+    config: ConfigArgument = "demo", set_: SetOption = None, dry_run: DryRunOption = False
+) -> None:
+    """Encode images into sealed shards of latents."""
+    _said("latents", _flow("flows.encode", "encode", config, set_, dry_run))
+
+
+@app.command()
+def train(
+    config: ConfigArgument = "demo", set_: SetOption = None, dry_run: DryRunOption = False
+) -> None:
+    """Train and register a model; goes on from the newest checkpoint."""
+    _said("model", _flow("flows.train", "train", config, set_, dry_run))
+
+
+@app.command()
+def evaluate(
+    config: ConfigArgument = "demo", set_: SetOption = None, dry_run: DryRunOption = False
+) -> None:
+    """Generate samples, measure, judge and report; promotes nothing."""
+    _said("report", _flow("flows.evaluate", "evaluate", config, set_, dry_run))
+
+
+@app.command()
+def promote(
+    config: ConfigArgument = "demo", set_: SetOption = None, dry_run: DryRunOption = False
+) -> None:
+    """Judge the evaluated model; make it champion if the policy is met."""
+    promoted = _flow("flows.promote", "promote", config, set_, dry_run)
+    if promoted is not None:
+        out.print("champion" if promoted else "not promoted: the reasons are above")
+        raise typer.Exit(0 if promoted else 1)
+
+
+@app.command()
+def rollback(config: ConfigArgument = "demo", set_: SetOption = None) -> None:
+    """Make the champion before this one champion again."""
+    _said("champion: version", _flow("flows.promote", "rollback", config, set_, False))
+
+
+@app.command()
+def report(
+    config: ConfigArgument = "demo",
+    set_: SetOption = None,
+    to: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
+) -> None:
+    """Fetch the report on which the champion was promoted."""
+    from eqm import champion
+    from eqm.errors import DataError
+    from flows.plan import make_plan
+
+    _prepare()
+    plan = make_plan(config, _changes(set_))
+    standing = champion.current(plan.store, plan.model_name)
+    if standing is None:
+        raise DataError(f"{plan.model_name} has no champion yet: run `eqm pipeline` first")
+    to.write_bytes(plan.store.read(standing.report))
+    out.print(f"{plan.model_name} version {standing.version}: {to}")
+
+
+@app.command()
+def sample(
+    model: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS, a sealed train record, or a directory.")
+    ] = "models:/eqm-digits@champion",
+    labels: Annotated[str, typer.Option(help="Class numbers, as 0,1,2 or 0-9.")] = "0-9",
+    seeds: Annotated[str, typer.Option(help="Seeds for each label, as 0-7.")] = "0-7",
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 1.0,
+    updates: Annotated[int, typer.Option(min=1, help="Descent updates.")] = 249,
+    step_size: Annotated[float, typer.Option(min=0, help="Descent step size.")] = 0.003,
+    momentum: Annotated[float, typer.Option(min=0, max=0.999, help="NAG momentum.")] = 0.3,
+    to: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
+) -> None:
+    """Draw a grid of samples: one row a label, one column a seed."""
+    _prepare()
+    import eqm
+    from eqm.report import sample_grid
+    from flows.settings import current_settings
+
+    rows, columns = _numbers("labels", labels), _numbers("seeds", seeds)
+    loaded = eqm.load(model, mlflow_uri=current_settings().mlflow_uri)
+    found = eqm.sample(
+        loaded,
+        labels=[k for k in rows for _ in columns],
+        # Seeds differ between rows too, or rows would share their noise.
+        seeds=[s * len(loaded.spec.classes) + k for k in rows for s in columns],
+        rule=eqm.NAG(step_size=step_size, momentum=momentum),
+        updates=updates,
+        guidance=guidance,
+    )
+    images = found.images().cpu().numpy()
+    grid = images.reshape(len(rows), len(columns), *images.shape[1:])
+    names = [loaded.spec.classes[k] for k in rows]
+    to.write_bytes(sample_grid(grid, names, scale=max(1, 64 // images.shape[-1])))
+    cost = float(found.evaluations.double().mean())
+    out.print(f"{to}: {len(images)} samples, {cost:.0f} field evaluations each")
+
+
+# -- helpers ------------------------------------------------------------------------------------
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    from eqm.errors import ConfigError
+
+    try:
+        spans = [part.partition("-") for part in text.split(",")]
+        return [n for a, dash, b in spans for n in range(int(a), int(b if dash else a) + 1)]
+    except ValueError as error:
+        raise ConfigError(f"--{name} is {text!r}; it must look like 0-9 or 0,3,5") from error
+
+
+def _changes(settings: list[str] | None) -> dict[str, Any]:
+    from eqm.errors import ConfigError
+
+    changes: dict[str, Any] = {}
+    for item in settings or []:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item!r} must look like name=value")
+        try:
+            changes[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            # A bare word is a string, as in --set source.kind=folder.
+            changes[name.strip()] = value
+    return changes
+
+
+def _prepare() -> None:
+    """Point this process at the services before any of their clients is imported."""
+    from flows.settings import activate
+
+    activate()
+
+
+def _flow(module: str, name: str, config: str, settings: list[str] | None, dry_run: bool) -> Any:
+    """Run a flow here, in this process; None for a dry run."""
+    from importlib import import_module
+
+    from eqm.records import to_json
+    from flows.settings import check_prefect
+
+    changes = _changes(settings)
+    if dry_run:
+        from flows.plan import read_config
+
+        out.print_json(data=to_json(read_config(config, changes)))
+        return None
+    _prepare()
+    check_prefect()
+    flow: Callable[..., Any] = getattr(import_module(module), name)
+    return flow(config=config, changes=changes)
+
+
+def _said(what: str, result: Any) -> None:
+    if result is not None:
+        out.print(f"{what}: {result}", soft_wrap=True)
+
+
+def _say(line: str) -> None:
+    err.print(line, highlight=False, soft_wrap=True)
+
+
+def _summary(result: dict[str, Any]) -> None:
+    verdict = "champion" if result["promoted"] else "not promoted: the report says why"
+    out.print(f"\n{result['model']} version {result['version']}: {verdict}")
+    out.print(f"report   {Path(result['report']).resolve().as_uri()}", soft_wrap=True)
+    if result["run_page"]:
+        out.print(f"MLflow   {result['run_page']}", soft_wrap=True)
+    from flows.settings import current_settings
+
+    out.print(f"Prefect  {current_settings().prefect_ui}", soft_wrap=True)
+
+
+def _links(stack: Any) -> None:
+    out.print(f"S3       {stack.s3_endpoint}")
+    out.print(f"MLflow   {stack.mlflow_uri}")
+    out.print(f"Prefect  {stack.prefect_ui_url}")
+
+
+if __name__ == "__main__":
+    run()

@@ -1,0 +1,115 @@
+"""What this machine has, what it lacks, and how to get it. Called by ``eqm doctor``."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from eqm.errors import EqmError
+
+LEAST_DISK_BYTES = 5 * 2**30
+PINNED = {
+    "torch": "2.13.0",
+    "prefect": "3.8.8",
+    "mlflow": "3.17.2",
+    "diffusers": "0.42.1",
+    "webdataset": "1.0.2",
+    "torch-fidelity": "0.4.0",
+}
+"""Versions that are known to work together; the rest is in requirements.lock."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at."""
+
+    what: str
+    ok: bool
+    found: str
+    remedy: str = ""
+    needed: bool = True
+
+
+def examine() -> Iterator[Finding]:
+    """Look at everything, cheapest first."""
+    yield python()
+    yield from packages()
+    yield disk()
+    yield compiler()
+    yield accelerator()
+    yield from services()
+
+
+def python() -> Finding:
+    """The interpreter."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    return Finding("Python", sys.version_info >= (3, 11), version, "install Python 3.11 or newer")
+
+
+def packages() -> Iterator[Finding]:
+    """Packages whose versions matter."""
+    for name, wanted in PINNED.items():
+        try:
+            found = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found = "missing"
+        ok = found.partition("+")[0] == wanted
+        yield Finding(name, ok, found, "" if ok else f"make setup (wants {wanted})")
+
+
+def disk() -> Finding:
+    """Space where the services keep their data."""
+    free = shutil.disk_usage(Path.cwd()).free
+    text = f"{free / 2**30:.1f} GiB free"
+    return Finding("disk", free >= LEAST_DISK_BYTES, text, "free some space", needed=False)
+
+
+def compiler() -> Finding:
+    """What torch.compile needs on a CPU."""
+    found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    return Finding(
+        "C++ compiler",
+        found is not None,
+        found or "none",
+        "" if found else "only torch.compile on a CPU needs one: install g++",
+        needed=False,
+    )
+
+
+def accelerator() -> Finding:
+    """GPU, or the cores there are instead."""
+    import torch
+
+    if torch.cuda.is_available():
+        return Finding("accelerator", True, torch.cuda.get_device_name(), needed=False)
+    cores = len(os.sched_getaffinity(0))
+    text = f"none; {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+    return Finding("accelerator", False, text, "fine for the demo", needed=False)
+
+
+def services() -> Iterator[Finding]:
+    """Store, MLflow and Prefect, as this environment has them."""
+    from eqm.registry import check
+    from eqm.storage import open_store
+    from flows.settings import activate, check_prefect
+
+    try:
+        settings = activate()
+    except EqmError as error:
+        yield Finding("services", False, str(error), "eqm up")
+        return
+    probes = {
+        f"store {settings.store}": lambda: open_store(settings.store).list("history/"),
+        "MLflow": lambda: check(settings.mlflow_uri),
+        "Prefect": check_prefect,
+    }
+    for what, probe in probes.items():
+        try:
+            probe()
+        except EqmError as error:
+            yield Finding(what, False, str(error), "eqm up")
+        else:
+            yield Finding(what, True, "answers")

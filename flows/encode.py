@@ -1,0 +1,42 @@
+"""Images -> latents: the autoencoder, and the shards that it makes.
+
+Wraps ``python -m eqm.fit`` and ``python -m eqm.encode``. Locally: ``eqm encode demo``.
+"""
+
+from typing import Any
+
+from prefect import flow
+
+from eqm.records import Record, Ref
+from flows.plan import Plan, autoencoder_job, ensure, latents_job, make_plan, source_ref
+from flows.prefect_tools import logged, stage
+
+
+@stage
+def list_images(plan: Plan) -> Ref:
+    """List the images of the source; its digest stands for all of them."""
+    ref = source_ref(plan)
+    logged(f"source {ref.digest[:12]}: listed")
+    return ref
+
+
+@stage
+def fit_autoencoder(plan: Plan, source: Ref) -> Record:
+    """Fit the autoencoder on the training images, or seal the one that is given."""
+    return ensure(plan, autoencoder_job(plan, source), say=logged)
+
+
+@stage
+def encode_images(plan: Plan, source: Ref, autoencoder: Record) -> Record:
+    """Encode all images into sealed shards of moments."""
+    job = latents_job(plan, source, autoencoder)
+    return ensure(plan, job, say=logged, processes=plan.config.processes)
+
+
+@flow(name="encode")
+def encode(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None = None) -> str:
+    """Encode the images of a config; returns the address of the sealed latents."""
+    plan = make_plan(config, changes)
+    source = list_images(plan)
+    latents = encode_images(plan, source, fit_autoencoder(plan, source))
+    return plan.store.where(f"latents/{latents.digest}")

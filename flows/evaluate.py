@@ -1,0 +1,178 @@
+"""A trained model -> samples, numbers, report.
+
+Wraps ``python -m eqm.generate`` and ``python -m eqm.evaluate``. Locally: ``eqm evaluate demo``.
+"""
+
+import datetime
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from eqm import champion, dossier, gate
+from eqm.config import replace
+from eqm.errors import DataError
+from eqm.records import Decision, Evaluation, Record, Ref, from_json
+from eqm.records import digest as digest_of
+from eqm.registry import Registry
+from eqm.report import render_html, render_json
+from eqm.stage import open_ref
+from flows.encode import encode_images, fit_autoencoder, list_images
+from flows.plan import Plan, ensure, evaluation_job, extractor_job, make_plan, samples_job
+from flows.prefect_tools import link, logged, stage
+from flows.train import register_model, train_model
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where a report lies."""
+
+    key: str
+    """In the store."""
+    file: Path
+    """A copy on this machine."""
+    run_page: str | None
+    """Page of the MLflow run that shows it."""
+
+
+@stage
+def fit_extractor(plan: Plan, source: Ref) -> Record:
+    """Fit the feature extractor on the training images, or seal the one that is given."""
+    return ensure(plan, extractor_job(plan, source), say=logged)
+
+
+@stage
+def generate_samples(plan: Plan, trained: Record, extractor: Record) -> Record:
+    """Generate the samples that are judged."""
+    job = samples_job(plan, trained, extractor)
+    return ensure(plan, job, say=logged, processes=plan.config.processes)
+
+
+@stage
+def evaluate_model(
+    plan: Plan, source: Ref, trained: Record, extractor: Record, samples: Record
+) -> Record:
+    """Measure the samples and the model."""
+    return ensure(plan, evaluation_job(plan, source, trained, extractor, samples), say=logged)
+
+
+@stage
+def judge(plan: Plan, evaluation: Record) -> Decision:
+    """Hold the evaluation against the policy and the champion."""
+    standing = champion.current(plan.store, plan.model_name)
+    if standing is not None and standing.evaluation == evaluation.ref:
+        logged(f"version {standing.version} is champion on this very evidence")
+        return from_json(Decision, standing.decision, "history")
+    decision = gate.decide(
+        dossier.evaluation_of(evaluation),
+        evaluation.ref,
+        plan.config.policy,
+        champion=dossier.champion_evaluation(plan.store, standing),
+        champion_ref=None if standing is None else standing.evaluation,
+    )
+    for reason in decision.reasons:
+        logged(f"{'passed' if reason.passed else 'FAILED'}  {reason.check}: {reason.text}")
+    return decision
+
+
+@stage
+def publish(plan: Plan, evaluation: Record, decision: Decision | None) -> Report:
+    """Make the report and put it into the store, MLflow and Prefect."""
+    content = dossier.collect(
+        plan.store,
+        evaluation,
+        title=f"{plan.config.name}: Equilibrium Matching",
+        model_name=plan.model_name,
+        decision=decision,
+    )
+    html, data = render_html(content), render_json(content)
+    judged = digest_of(decision)[:16] if decision else "unjudged"
+    key = f"reports/{evaluation.digest}/{judged}"
+    plan.store.write_once(f"{key}.html", html)
+    plan.store.write_once(f"{key}.json", data)
+    file = plan.settings.home / "reports" / f"{plan.config.name}-{evaluation.digest[:12]}.html"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(html)
+    report = Report(f"{key}.html", file, show(plan, evaluation, html, data))
+    logged(f"report: {file}")
+    return report
+
+
+def show(plan: Plan, evaluation: Record, html: bytes, data: bytes) -> str | None:
+    """Add report and numbers to the MLflow run of the training, and link it from Prefect."""
+    measured = dossier.evaluation_of(evaluation)
+    registry = Registry(plan.settings.mlflow_uri)
+    run_id = registry.add_evidence(
+        evaluation.inputs["train"].digest,
+        metrics=figures(measured),
+        files={"report/report.html": html, "report/report.json": data},
+    )
+    page = registry.run_page(run_id) if run_id else None
+    if page:
+        link(f"{plan.model_name}-report", f"{page}/artifacts", "Report, as an artifact in MLflow")
+    return page
+
+
+def figures(measured: Evaluation) -> dict[str, float]:
+    """Numbers of an evaluation under the names that MLflow shows."""
+    numbers = {f"eval/{key}": metric.value for key, metric in measured.metrics.items()}
+    auroc = {f"eval/auroc_{row.name}": row.auroc for row in measured.ood}
+    return {**numbers, **auroc}
+
+
+@flow(name="evaluate")
+def evaluate(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None = None) -> str:
+    """Train what is missing, evaluate, judge and report; promotes nothing."""
+    plan = make_plan(config, changes)
+    source = list_images(plan)
+    latents = encode_images(plan, source, fit_autoencoder(plan, source))
+    trained = train_model(plan, latents)
+    register_model(plan, trained)
+    extractor = fit_extractor(plan, source)
+    samples = generate_samples(plan, trained, extractor)
+    evaluation = evaluate_model(plan, source, trained, extractor, samples)
+    report = publish(plan, evaluation, judge(plan, evaluation))
+    return plan.store.where(report.key)
+
+
+@flow(name="reevaluate-champion")
+def reevaluate_champion(
+    config: str | dict[str, Any] = "demo",
+    changes: dict[str, Any] | None = None,
+    as_of: str | None = None,
+) -> str:
+    """Evaluate the champion again with the seeds of a day (YYYY-MM-DD; default: today, UTC).
+
+    The same day asks for the same thing, so a second run of a day starts nothing.
+    """
+    day = datetime.date.fromisoformat(as_of) if as_of else datetime.datetime.now(datetime.UTC).date()
+    plan = make_plan(config, changes)
+    plan = replace(plan, config=_of_day(plan, day))
+    standing = champion.current(plan.store, plan.model_name)
+    if standing is None:
+        raise DataError(f"{plan.model_name} has no champion yet: run `eqm pipeline` first")
+    source = list_images(plan)
+    trained = open_ref(plan.store, standing.train)
+    extractor = fit_extractor(plan, source)
+    samples = generate_samples(plan, trained, extractor)
+    evaluation = evaluate_model(plan, source, trained, extractor, samples)
+    compare_days(plan, standing, evaluation)
+    return plan.store.where(publish(plan, evaluation, None).key)
+
+
+def _of_day(plan: Plan, day: datetime.date) -> Any:
+    config = plan.config
+    first_seed = day.toordinal() * config.generate.samples
+    return replace(
+        config,
+        generate=replace(config.generate, first_seed=first_seed),
+        evaluate=replace(config.evaluate, as_of=day.isoformat()),
+    )
+
+
+def compare_days(plan: Plan, standing: champion.Entry, today: Record) -> None:
+    """Say today's distance beside that of the promotion: other seeds, the same model."""
+    then = dossier.evaluation_of(open_ref(plan.store, standing.evaluation)).metrics["distance"]
+    now = dossier.evaluation_of(today).metrics["distance"]
+    logged(f"{now.name}: {now.value:.4g} with today's seeds, {then.value:.4g} at promotion")

@@ -1,0 +1,96 @@
+"""Start a stage program, watch it, stop it: on this machine, alone or under torchrun.
+
+The program runs in a process group of its own. When the flow is cancelled or fails, the whole group is
+told to end (training makes a checkpoint), then made to. A flow that is killed outright leaves the
+program running: a dead orchestrator never kills training.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+from eqm.config import PROGRAMS, Job, replace
+from eqm.errors import StageError
+from eqm.records import to_json
+from eqm.stage import job_digest
+
+GRACE_SECONDS = 30.0
+"""From SIGTERM to SIGKILL: time for a checkpoint."""
+
+
+class Launcher(Protocol):
+    """Runs a stage program to its end."""
+
+    def run(self, job: Job, *, processes: int) -> None:
+        """Return when the program has ended well. Raises StageError with the program's reason."""
+        ...
+
+
+class LocalLauncher:
+    """Processes on this machine."""
+
+    def __init__(self, *, folder: Path, environment: Mapping[str, str]) -> None:
+        self.folder = folder
+        self.environment = dict(environment)
+
+    def run(self, job: Job, *, processes: int = 1) -> None:
+        """Run a program to its end. Raises StageError."""
+        name = f"{job.stage}-{job_digest(job)[:16]}"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        reason = self.folder / f"{name}.error"
+        reason.unlink(missing_ok=True)
+        file = self.folder / f"{name}.json"
+        told = replace(job, runtime=replace(job.runtime, error_file=str(reason)))
+        file.write_text(json.dumps(to_json(told), indent=1))
+        status = self._run(command(PROGRAMS[job.stage], file, processes))
+        if status != 0:
+            raise StageError(_why(name, status, reason))
+
+    def _run(self, line: list[str]) -> int:
+        child = subprocess.Popen(line, env=self.environment, start_new_session=True)
+        try:
+            return child.wait()
+        except BaseException:
+            # Cancelled or interrupted: the group ends before the flow does.
+            stop_group(child)
+            raise
+
+
+def command(module: str, file: Path, processes: int) -> list[str]:
+    """Command line of a stage program."""
+    if processes == 1:
+        return [sys.executable, "-m", module, str(file)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    return [*torchrun, f"--nproc-per-node={processes}", "-m", module, str(file)]
+
+
+def stop_group(child: subprocess.Popen[bytes]) -> None:
+    """End a process group: SIGTERM, and SIGKILL after a grace time."""
+    _signal_group(child.pid, signal.SIGTERM)
+    try:
+        child.wait(GRACE_SECONDS)
+    except subprocess.TimeoutExpired:
+        pass
+    finally:
+        _signal_group(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+def _signal_group(group: int, kind: signal.Signals) -> None:
+    try:
+        os.killpg(group, kind)
+    except ProcessLookupError:
+        return
+
+
+def _why(name: str, status: int, reason: Path) -> str:
+    if reason.exists():
+        return f"{name}: {reason.read_text()}"
+    if status < 0:
+        return f"{name} was killed by {signal.Signals(-status).name}: run it again to go on"
+    return f"{name} ended with status {status}: its output above says why"

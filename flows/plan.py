@@ -1,0 +1,195 @@
+"""From a config to jobs: what each stage is asked, and whether it has been answered already.
+
+A :class:`Plan` holds what all stages of a run share. ``ensure`` is the one way in which a flow gets a
+result: the sealed record if there is one, else a launched program and then its record.
+"""
+
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eqm.config import (
+    PRESETS,
+    PROGRAMS,
+    AutoencoderStage,
+    EvaluationStage,
+    ExtractorStage,
+    Job,
+    LatentsStage,
+    PipelineConfig,
+    Runtime,
+    SamplesStage,
+    TrainStage,
+    pipeline_config,
+    with_settings,
+)
+from eqm.errors import ConfigError, DataError
+from eqm.images import open_source
+from eqm.records import Record, Ref, to_json
+from eqm.stage import job_digest, verify
+from eqm.storage import Store, open_store
+from flows.launch import Launcher, LocalLauncher
+from flows.settings import Settings, current_settings
+
+Changes = Mapping[str, Any] | None
+"""Single settings by dotted name, as ``{"train.images": 1000}``."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all stages of a run share."""
+
+    config: PipelineConfig
+    settings: Settings
+    store: Store
+    launcher: Launcher
+
+    @property
+    def model_name(self) -> str:
+        """Name of the registered model."""
+        return f"eqm-{self.config.name}"
+
+    def runtime(self, stage: str) -> Runtime:
+        """Where things lie: in no digest."""
+        return Runtime(
+            store=self.store.uri,
+            cache=str(self.settings.home / "cache"),
+            source_uri=self.config.source_uri,
+            mlflow_uri=self.settings.mlflow_uri if stage == "train" else None,
+            mlflow_experiment=self.model_name,
+            grid_sampler=self.config.generate.sampler,
+        )
+
+
+def read_config(config: str | Mapping[str, Any], changes: Changes = None) -> PipelineConfig:
+    """A preset's name, a TOML file, or a table, with single settings changed. Raises ConfigError."""
+    return with_settings(pipeline_config(_table(config)), changes or {})
+
+
+def _table(config: str | Mapping[str, Any]) -> Mapping[str, Any]:
+    if not isinstance(config, str):
+        return config
+    if config in PRESETS:
+        return {"preset": config}
+    path = Path(config)
+    if path.suffix != ".toml":
+        raise ConfigError(
+            f"config {config!r} is neither a preset ({', '.join(PRESETS)}) nor a .toml file"
+        )
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"config {config} cannot be read: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"config {config} is not TOML: {error}") from error
+
+
+def make_plan(config: str | Mapping[str, Any], changes: Changes = None) -> Plan:
+    """Read config and environment, and open the store. Raises ConfigError, StoreError."""
+    checked = read_config(config, changes)
+    settings = current_settings()
+    store = open_store(settings.store, cache=settings.home / "cache")
+    # Asks before anything is begun whether the store is there and lets us in.
+    store.list("history/")
+    launcher = LocalLauncher(folder=settings.home / "jobs", environment=settings.child_environment())
+    return Plan(checked, settings, store, launcher)
+
+
+# -- what each stage is asked -------------------------------------------------------------------
+
+
+def source_ref(plan: Plan) -> Ref:
+    """List the images. New, changed or missing ones make another digest. Raises DataError."""
+    listing = open_source(plan.config.source, plan.config.source_uri).digest
+    return Ref(stage="source", digest=listing, content=listing)
+
+
+def autoencoder_job(plan: Plan, source: Ref) -> Job:
+    """Fit, or check and seal, the autoencoder."""
+    config = plan.config
+    asked = AutoencoderStage(source=config.source, autoencoder=config.autoencoder)
+    return _job(plan, "autoencoder", asked, {"source": source})
+
+
+def extractor_job(plan: Plan, source: Ref) -> Job:
+    """Fit, or check and seal, the feature extractor."""
+    config = plan.config
+    asked = ExtractorStage(source=config.source, extractor=config.extractor)
+    return _job(plan, "extractor", asked, {"source": source})
+
+
+def latents_job(plan: Plan, source: Ref, autoencoder: Record) -> Job:
+    """Encode the images into shards."""
+    asked = LatentsStage(source=plan.config.source, encode=plan.config.encode)
+    return _job(plan, "latents", asked, {"source": source, "autoencoder": autoencoder.ref})
+
+
+def train_job(plan: Plan, latents: Record) -> Job:
+    """Train on the latents."""
+    config = plan.config
+    asked = TrainStage(network=config.network, objective=config.objective, train=config.train)
+    return _job(plan, "train", asked, {"latents": latents.ref})
+
+
+def samples_job(plan: Plan, trained: Record, extractor: Record) -> Job:
+    """Generate samples and their features."""
+    asked = SamplesStage(generate=plan.config.generate)
+    return _job(plan, "samples", asked, {"train": trained.ref, "extractor": extractor.ref})
+
+
+def evaluation_job(
+    plan: Plan, source: Ref, trained: Record, extractor: Record, samples: Record
+) -> Job:
+    """Measure the samples and the model."""
+    asked = EvaluationStage(source=plan.config.source, evaluate=plan.config.evaluate)
+    inputs = {
+        "source": source,
+        "train": trained.ref,
+        "extractor": extractor.ref,
+        "samples": samples.ref,
+    }
+    return _job(plan, "evaluation", asked, inputs)
+
+
+def _job(plan: Plan, stage: str, asked: Any, inputs: dict[str, Ref]) -> Job:
+    return Job(stage=stage, config=to_json(asked), inputs=inputs, runtime=plan.runtime(stage))
+
+
+# -- how it is answered -------------------------------------------------------------------------
+
+
+def sealed(plan: Plan, job: Job) -> Record | None:
+    """The sealed record of a job, with every byte that it names verified."""
+    record = plan.store.record(job.stage, job_digest(job))
+    if record is not None:
+        verify(plan.store, record)
+    return record
+
+
+def ensure(plan: Plan, job: Job, *, say: Any, processes: int = 1) -> Record:
+    """The record of a job: the sealed one, or that of a program launched now."""
+    name = f"{job.stage} {job_digest(job)[:12]}"
+    record = sealed(plan, job)
+    if record is not None:
+        say(f"{name}: sealed and verified, skipped")
+        return record
+    say(f"{name}: starting {PROGRAMS[job.stage]}")
+    plan.launcher.run(job, processes=processes)
+    record = plan.store.record(job.stage, job_digest(job))
+    if record is None:
+        raise DataError(f"{name} ended well but sealed no record in {plan.store.uri}")
+    say(f"{name}: sealed, content {record.content[:12]}")
+    return record
+
+
+def require_sealed(plan: Plan, job: Job) -> Record:
+    """The sealed record of a job that must have been done before. Raises DataError."""
+    record = sealed(plan, job)
+    if record is None:
+        raise DataError(
+            f"{job.stage} {job_digest(job)[:12]} is not sealed in {plan.store.uri}: run "
+            "`eqm evaluate` with the same config first"
+        )
+    return record

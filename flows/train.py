@@ -1,0 +1,54 @@
+"""Latents -> a trained, registered model.
+
+Wraps ``python -m eqm.train`` (under torchrun for several processes). Locally: ``eqm train demo``.
+"""
+
+from typing import Any
+
+from prefect import flow
+
+from eqm.records import Record
+from eqm.records import digest as digest_of
+from eqm.registry import Registry, Version
+from eqm.stage import git_revision
+from flows.encode import encode_images, fit_autoencoder, list_images
+from flows.plan import Plan, ensure, make_plan, train_job
+from flows.prefect_tools import logged, stage
+
+
+@stage
+def train_model(plan: Plan, latents: Record) -> Record:
+    """Train, or go on training, to the end of the config."""
+    return ensure(plan, train_job(plan, latents), say=logged, processes=plan.config.processes)
+
+
+@stage
+def register_model(plan: Plan, trained: Record) -> Version:
+    """Make a registered version that points to the sealed model, alias ``candidate``."""
+    registry = Registry(plan.settings.mlflow_uri)
+    revision = trained.provenance.get("git_revision") or git_revision() or "unknown"
+    tags = {
+        "eqm.train": trained.digest,
+        "eqm.content": trained.content,
+        "eqm.weights": trained.outputs["ema.safetensors"].sha256,
+        "eqm.data": trained.inputs["latents"].content,
+        "eqm.config": digest_of(plan.config),
+        "eqm.git_revision": revision,
+    }
+    source = plan.store.where(f"train/{trained.digest}")
+    version = registry.register(
+        plan.model_name, source=source, tags=tags, run_digest=trained.digest
+    )
+    logged(f"{version.model} version {version.number}: registered as candidate")
+    return version
+
+
+@flow(name="train")
+def train(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None = None) -> str:
+    """Train and register the model of a config; returns the address of the sealed model."""
+    plan = make_plan(config, changes)
+    source = list_images(plan)
+    latents = encode_images(plan, source, fit_autoencoder(plan, source))
+    trained = train_model(plan, latents)
+    register_model(plan, trained)
+    return plan.store.where(f"train/{trained.digest}")

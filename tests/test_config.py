@@ -1,0 +1,104 @@
+"""Every setting a user can get wrong is refused in words, before anything is begun."""
+
+from typing import Any
+
+import pytest
+
+from eqm.config import (
+    ALGORITHMS,
+    PRESETS,
+    PROGRAMS,
+    NetworkConfig,
+    PipelineConfig,
+    TrainConfig,
+    demo,
+    pipeline_config,
+    stage_config,
+    with_settings,
+)
+from eqm.errors import ConfigError
+from eqm.records import to_json
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_valid_and_survive_json(name: str) -> None:
+    assert pipeline_config({"preset": name}) == PRESETS[name]()
+    assert pipeline_config(to_json(PRESETS[name]())) == PRESETS[name]()
+
+
+def test_every_stage_has_a_program_and_a_number() -> None:
+    assert ALGORITHMS.keys() == PROGRAMS.keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"trian": {}}, "did you mean 'train'"),
+        ({"train": {"batchsize": 3}}, "did you mean 'batch_size'"),
+        ({"preset": "demmo"}, "preset is 'demmo'"),
+        ({"train": {"batch_size": 0}}, "train.batch_size is 0"),
+        ({"train": {"images": -5}}, "train.images is -5"),
+        ({"train": {"label_dropout": 1.0}}, "train.label_dropout"),
+        ({"train": {"betas": [0.9, 1.0]}}, "train.betas"),
+        ({"train": {"learning_rate": "fast"}}, "must be of type float"),
+        ({"train": {"warmup_images": 10**9}}, "train.warmup_images"),
+        ({"train": {"gradient_clip": 0}}, "train.gradient_clip"),
+        ({"train": {"seed": -1}}, "train.seed"),
+        ({"train": {"batch_size": 127}, "processes": 2}, "a multiple of processes"),
+        ({"network": {"heads": 5}}, "network.width is 64"),
+        ({"objective": {"c": "truncate"}}, "did you mean 'truncated'"),
+        ({"objective": {"a": 1.0}}, "objective.a"),
+        ({"objective": {"c": "piecewise", "a": 0}}, "objective.a"),
+        ({"objective": {"multiplier": 0}}, "objective.multiplier"),
+        ({"source": {"kind": "folder"}}, "source_uri is None"),
+        ({"source": {"channels": 2}}, "source.channels"),
+        ({"source": {"mirror": True}}, "a mirrored digit"),
+        ({"source": {"held_out_fraction": 1.0}}, "held_out_fraction"),
+        ({"autoencoder": {"kind": "pretrained"}}, "give its uri and sha256"),
+        ({"autoencoder": {"fit": {"widths": [12]}}}, "multiples of 8"),
+        ({"extractor": {"kind": "inception"}}, "torch-fidelity"),
+        (
+            {"extractor": {"kind": "inception", "pretrained": {"uri": "x", "sha256": "1"}}},
+            "64 hexadecimal digits",
+        ),
+        ({"generate": {"samples": 0}}, "generate.samples"),
+        ({"generate": {"sampler": {"momentum": 1.0}}}, "sampler.momentum"),
+        ({"policy": {"minimum_recall": 1.5}}, "policy.minimum_recall"),
+        ({"name": "../etc"}, "letters, digits and dashes"),
+    ],
+)
+def test_wrong_settings_are_refused_in_words(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        pipeline_config(changes)
+
+
+def test_single_settings_by_dotted_name() -> None:
+    changed = with_settings(demo(), {"train.images": 1000, "generate.sampler.updates": 5})
+    assert (changed.train.images, changed.generate.sampler.updates) == (1000, 5)
+    with pytest.raises(ConfigError, match="unknown setting 'imags'"):
+        with_settings(demo(), {"train.imags": 1})
+    with pytest.raises(ConfigError, match="no table 'trian'"):
+        with_settings(demo(), {"trian.images": 1})
+
+
+def test_sizes_of_the_paper() -> None:
+    assert NetworkConfig.size("XL", patch=2) == NetworkConfig(width=1152, depth=28, heads=16)
+    with pytest.raises(ConfigError, match="S, B, L, XL"):
+        NetworkConfig.size("M", patch=2)
+
+
+def test_updates_cover_all_images() -> None:
+    assert TrainConfig(images=1000, batch_size=128).updates == 8
+
+
+def test_stage_config_is_typed() -> None:
+    config = demo()
+    asked = {k: to_json(getattr(config, k)) for k in ("network", "objective", "train")}
+    assert stage_config("train", asked).train == config.train
+    with pytest.raises(ConfigError, match="stage is 'trane'"):
+        stage_config("trane", {})
+
+
+def test_where_images_lie_is_in_no_stage_config() -> None:
+    config = PipelineConfig(source=demo().source, source_uri="somewhere")
+    assert "somewhere" not in str(to_json(config.source))

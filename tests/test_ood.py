@@ -1,0 +1,149 @@
+"""OOD measures: equal to scikit-learn including ties, both conventions, and what is refused."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
+
+from eqm.errors import ConfigError, DataError
+from eqm.ood import aupr, auroc, compare, fpr_at_95_tpr
+
+
+def scores(seed, inside=200, outside=150, *, apart=1.0, decimals=None):
+    generator = np.random.default_rng(seed)
+    sides = generator.normal(size=inside), generator.normal(apart, 1.5, size=outside)
+    return sides if decimals is None else tuple(np.round(side, decimals) for side in sides)
+
+
+def reference(inside, outside, positive):
+    """AUROC, average precision and FPR at 95 % TPR as scikit-learn has them."""
+    both = np.concatenate([inside, outside])
+    truth = np.concatenate([np.zeros(len(inside)), np.ones(len(outside))])
+    if positive == "in":
+        both, truth = -both, 1 - truth
+    false, true, _ = roc_curve(truth, both, drop_intermediate=False)
+    first = np.argmax(true >= 0.95)
+    return roc_auc_score(truth, both), average_precision_score(truth, both), false[first]
+
+
+def assert_equals_reference(inside, outside):
+    for positive in ("out", "in"):
+        area, precision, false = reference(inside, outside, positive)
+        assert auroc(inside, outside) == pytest.approx(area, abs=1e-12)
+        assert aupr(inside, outside, positive=positive) == pytest.approx(precision, abs=1e-12)
+        assert fpr_at_95_tpr(inside, outside, positive=positive) == pytest.approx(false, abs=1e-12)
+
+
+@pytest.mark.parametrize("decimals", [None, 1, 0])
+@pytest.mark.parametrize("apart", [-1.0, 0.0, 2.0])
+@pytest.mark.parametrize(("inside", "outside"), [(200, 150), (20, 1000), (1, 40), (40, 1)])
+def test_equal_to_scikit_learn_with_and_without_ties(inside, outside, apart, decimals):
+    assert_equals_reference(*scores(3, inside, outside, apart=apart, decimals=decimals))
+
+
+levels = st.lists(st.integers(-3, 3).map(float), min_size=1, max_size=25)
+numbers = st.lists(st.floats(-1e6, 1e6, width=32), min_size=1, max_size=25)
+relaxed = settings(max_examples=150, deadline=None, derandomize=True)
+
+
+@relaxed
+@given(st.one_of(levels, numbers), st.one_of(levels, numbers))
+def test_equal_to_scikit_learn_for_any_scores(inside, outside):
+    assert_equals_reference(np.array(inside), np.array(outside))
+
+
+@relaxed
+@given(levels, levels)
+def test_swapping_the_sides_and_the_sign_changes_names_only(inside, outside):
+    inside, outside = np.array(inside), np.array(outside)
+    assert auroc(inside, outside) == pytest.approx(1 - auroc(outside, inside), abs=1e-15)
+    for measure in (aupr, fpr_at_95_tpr):
+        swapped = measure(-outside, -inside, positive="in")
+        assert measure(inside, outside, positive="out") == swapped
+
+
+def test_the_out_of_distribution_side_has_the_higher_score():
+    result = compare([0.0, 1.0, 2.0], [3.0, 4.0])
+    assert (result.auroc, result.aupr_out, result.aupr_in) == (1, 1, 1)
+    assert (result.fpr95_out, result.fpr95_in) == (0, 0)
+    assert auroc([3.0, 4.0], [0.0, 1.0, 2.0]) == 0
+
+
+def test_ties_count_one_half_and_not_none_or_all():
+    inside, outside = [0.0, 1.0, 1.0], [1.0, 2.0]
+    assert auroc(inside, outside) == pytest.approx((3 + 1 + 2 * 0.5) / 6)
+    assert auroc([1.0, 1.0], [1.0, 1.0]) == 0.5
+
+
+def test_the_two_conventions_of_fpr95_differ():
+    inside, outside = np.arange(20.0), np.array([*[30.0] * 19, 0.5])
+    # 19 of 20 OOD images are flagged at 30, and no other image is.
+    assert fpr_at_95_tpr(inside, outside, positive="out") == 0
+    # Passing 19 of 20 in-distribution images, up to 18, passes the OOD image at 0.5.
+    assert fpr_at_95_tpr(inside, outside, positive="in") == 1 / 20
+
+
+@pytest.mark.parametrize("outside", [19, 20, 21, 99, 100, 101])
+def test_ninety_five_percent_is_met_exactly(outside):
+    inside, out = scores(5, 60, outside)
+    assert fpr_at_95_tpr(inside, out, positive="out") == reference(inside, out, "out")[2]
+
+
+def test_delong_equals_its_definition():
+    inside, outside = scores(1, 40, 25, decimals=1)
+    wins = np.heaviside(outside[:, None] - inside[None, :], 0.5)
+    spread = wins.mean(axis=1).var(ddof=1) / 25 + wins.mean(axis=0).var(ddof=1) / 40
+    low, high = compare(inside, outside).auroc_interval
+    assert low == pytest.approx(wins.mean() - 1.959963984540054 * np.sqrt(spread), rel=1e-12)
+    assert high == pytest.approx(wins.mean() + 1.959963984540054 * np.sqrt(spread), rel=1e-12)
+
+
+def test_delong_interval_covers_the_true_area():
+    truth = 0.7602499389065233  # Phi(1 / sqrt 2): two normals of unit variance, one apart
+    generator = np.random.default_rng(0)
+    covered = 0
+    for _ in range(400):
+        low, high = compare(
+            generator.normal(size=80), generator.normal(1, size=80)
+        ).auroc_interval
+        covered += low <= truth <= high
+    assert 0.92 <= covered / 400 <= 0.98
+
+
+def test_result_names_its_counts_and_agrees_with_the_functions():
+    inside, outside = scores(2, 30, 50, decimals=1)
+    result = compare(inside, outside)
+    assert (result.in_count, result.out_count) == (30, 50)
+    assert result.auroc == auroc(inside, outside)
+    assert result.aupr_in == aupr(inside, outside, positive="in")
+    assert result.aupr_out == aupr(inside, outside, positive="out")
+    assert result.fpr95_in == fpr_at_95_tpr(inside, outside, positive="in")
+    assert result.fpr95_out == fpr_at_95_tpr(inside, outside, positive="out")
+    low, high = compare([0.0, 1.0], [2.0, 3.0]).auroc_interval
+    assert (low, high) == (1, 1)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_scores_that_are_not_finite_are_refused(bad):
+    good, broken = np.arange(5.0), np.array([0.0, 1.0, bad])
+    for pair, side in (((good, broken), "out-of-distribution"), ((broken, good), "in-distrib")):
+        with pytest.raises(DataError, match=f"1 of 3 {side}.*number 2, is {bad}"):
+            compare(*pair)
+        with pytest.raises(DataError, match="NaN or infinite"):
+            auroc(*pair)
+
+
+def test_empty_few_and_misshapen_scores_are_refused():
+    with pytest.raises(DataError, match="0 out-of-distribution scores: give at least 1"):
+        auroc([1.0], [])
+    with pytest.raises(DataError, match="1 in-distribution scores: give at least 2"):
+        compare([1.0], [1.0, 2.0])
+    with pytest.raises(DataError, match=r"shape \(2, 1\): give one number an image"):
+        auroc([1.0], [[1.0], [2.0]])
+
+
+@pytest.mark.parametrize("measure", [aupr, fpr_at_95_tpr])
+def test_an_unknown_side_is_refused(measure):
+    with pytest.raises(ConfigError, match="positive is 'ood'; it must be 'out' or 'in'"):
+        measure([1.0, 2.0], [3.0], positive="ood")

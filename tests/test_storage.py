@@ -1,0 +1,194 @@
+"""Both stores keep the same promises: create-once, verified, nothing half-written."""
+
+import errno
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eqm import storage
+from eqm.errors import ConfigError, IntegrityError, MissingError, StoreError
+from eqm.records import Blob, Record
+from eqm.storage import LocalStore, Store, disk_errors, open_store
+
+
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.services)])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
+    if request.param == "local":
+        return open_store(str(tmp_path / "store"))
+    request.getfixturevalue("s3_environment")
+    return open_store(f"s3://eqm/test-{tmp_path.name}", cache=tmp_path / "cache")
+
+
+def damage(store: Store, blob: Blob) -> None:
+    """Flip one bit of a stored blob, behind the store's back."""
+    data = bytearray(store.read(blob.key))
+    data[len(data) // 2] ^= 1
+    if isinstance(store, LocalStore):
+        path = store.root / blob.key
+        path.write_bytes(bytes(data))
+    else:
+        store.client.put_object(  # type: ignore[attr-defined]
+            Bucket=store.bucket, Key=store._name(blob.key), Body=bytes(data)
+        )
+
+
+def test_a_key_is_written_once(store: Store) -> None:
+    assert store.write_once("a/b", b"first")
+    assert not store.write_once("a/b", b"second")
+    assert store.read("a/b") == b"first"
+
+
+def test_of_many_writers_one_wins(store: Store) -> None:
+    won: list[int] = []
+    start = threading.Barrier(8)
+
+    def write(number: int) -> None:
+        start.wait()
+        if store.write_once("race", str(number).encode()):
+            won.append(number)
+
+    threads = [threading.Thread(target=write, args=(n,)) for n in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 1
+    assert store.read("race") == str(won[0]).encode()
+
+
+def test_listing_is_sorted_and_by_prefix(store: Store) -> None:
+    for key in ("x/2", "x/10", "x/1", "y/1"):
+        store.write_once(key, b"")
+    assert store.list("x/") == ["x/1", "x/10", "x/2"]
+    assert store.list("x/1") == ["x/1", "x/10"]
+    assert store.list("z/") == []
+
+
+def test_missing_keys_are_told(store: Store) -> None:
+    assert not store.exists("nothing")
+    with pytest.raises(MissingError, match="nothing does not exist"):
+        store.read("nothing")
+
+
+@pytest.mark.parametrize("size", [0, 1, 100_000])
+def test_blobs_round_trip(store: Store, tmp_path: Path, size: int) -> None:
+    data = os.urandom(size)
+    (tmp_path / "file").write_bytes(data)
+    blob = store.put(data)
+    assert store.put(tmp_path / "file") == blob
+    assert store.get(blob) == data == store.fetch(blob).read_bytes()
+
+
+def test_large_blobs_travel_in_parts(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storage, "PART_BYTES", 5 * 2**20)
+    data = os.urandom(12 * 2**20)
+    (tmp_path / "file").write_bytes(data)
+    blob = store.put(tmp_path / "file")
+    assert store.put(data) == blob
+    assert store.fetch(blob).read_bytes() == data
+
+
+def test_one_flipped_bit_is_noticed(store: Store) -> None:
+    blob = store.put(b"x" * 1000)
+    damage(store, blob)
+    with pytest.raises(IntegrityError, match=blob.sha256[:16]):
+        store.get(blob)
+    with pytest.raises(IntegrityError, match="damaged"):
+        store.fetch(blob)
+
+
+def test_a_damaged_copy_in_the_cache_is_replaced(store: Store) -> None:
+    blob = store.put(b"y" * 1000)
+    if isinstance(store, LocalStore):
+        return
+    path = store.fetch(blob)
+    path.chmod(0o644)
+    path.write_bytes(b"z" * 1000)
+    os.utime(path, ns=(1, 1))
+    assert store.fetch(blob).read_bytes() == b"y" * 1000
+
+
+def test_the_first_seal_stands(store: Store) -> None:
+    first = Record(
+        stage="train", algorithm=1, config={}, inputs={}, outputs={}, values={"run": 1}
+    )
+    second = Record(
+        stage="train", algorithm=1, config={}, inputs={}, outputs={}, values={"run": 2}
+    )
+    assert store.record("train", first.digest) is None
+    assert store.seal(first) == first == store.seal(second) == store.record("train", first.digest)
+
+
+def test_a_record_under_another_address_is_refused(store: Store) -> None:
+    record = Record(stage="train", algorithm=1, config={}, inputs={}, outputs={}, values={})
+    store.write_once(storage.record_key("train", "0" * 64), storage.record_to_bytes(record))
+    with pytest.raises(IntegrityError, match="another result"):
+        store.record("train", "0" * 64)
+
+
+@pytest.mark.parametrize("uri", ["http://169.254.169.254/x", "file:///etc", "s3://", "pipe://x"])
+def test_other_addresses_are_refused(uri: str) -> None:
+    with pytest.raises(ConfigError, match="store"):
+        open_store(uri)
+
+
+@pytest.mark.parametrize("key", ["../outside", "/etc/passwd", "a/../../b"])
+def test_keys_stay_inside_the_directory(tmp_path: Path, key: str) -> None:
+    with pytest.raises(StoreError, match="leaves the store"):
+        LocalStore(tmp_path / "store").write_once(key, b"")
+
+
+def test_a_full_disk_leaves_nothing_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path)
+
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(StoreError, match="the disk is full"):
+        store.write_once("a/b", b"data")
+    assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_a_read_only_place_is_told(tmp_path: Path) -> None:
+    with (
+        pytest.raises(StoreError, match="cannot be written"),
+        disk_errors(str(tmp_path)),
+    ):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+
+def test_an_unreachable_s3_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
+    _environment(monkeypatch, endpoint="http://127.0.0.1:9", key="a", secret="b")
+    with pytest.raises(StoreError, match=r"127\.0\.0\.1:9 cannot be reached.*eqm up"):
+        open_store("s3://eqm/x").list("")
+
+
+@pytest.mark.services
+def test_wrong_credentials_are_one_message(
+    s3_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endpoint = s3_environment["AWS_ENDPOINT_URL_S3"]
+    _environment(monkeypatch, endpoint=endpoint, key="nobody", secret="nothing")
+    with pytest.raises(StoreError, match="refuses these credentials.*AWS_ACCESS_KEY_ID"):
+        open_store("s3://eqm/x").read("key")
+
+
+@pytest.mark.services
+def test_a_missing_bucket_is_one_message(s3_environment: dict[str, str]) -> None:
+    with pytest.raises(StoreError, match="no bucket 'elsewhere'"):
+        open_store("s3://elsewhere/x").write_once("key", b"")
+
+
+def _environment(monkeypatch: pytest.MonkeyPatch, **values: Any) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL_S3", values["endpoint"])
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", values["key"])
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", values["secret"])
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
