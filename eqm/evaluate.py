@@ -145,7 +145,8 @@ def protocol(
 ) -> dict[str, Any]:
     """All that must be equal for two evaluations to be comparable."""
     how = dict(samples.config["generate"])
-    for name in ("keep_images", "trajectory_points"):
+    # Seeds are not part of it: the same protocol may be run on others.
+    for name in ("keep_images", "trajectory_points", "first_seed"):
         how.pop(name)
     how["sampler"] = {k: v for k, v in how["sampler"].items() if k != "batch_size"}
     return {
@@ -272,7 +273,7 @@ def _row(
         auroc_low=low,
         auroc_high=high,
         aupr=result.aupr_out,
-        fpr95=result.fpr95_in,
+        fpr95_in=result.fpr95_in,
         gated=gated,
     )
 
@@ -281,13 +282,11 @@ def _row(
 
 
 def grid_of(split: Split, classes: int, rows: int) -> Tensor:
-    """The first images of each class, uint8 (K, R, C, H, W); black where there are too few."""
-    grid = torch.zeros((classes, rows, *split.images.shape[1:]), dtype=torch.uint8)
+    """The first images of each class, uint8 (K, R, C, H, W); R is what every class has."""
     labels = split.labels[: len(split.images)]
-    for k in range(classes):
-        chosen = np.flatnonzero(labels == k)[:rows]
-        grid[k, : len(chosen)] = torch.from_numpy(split.images[chosen])
-    return grid
+    chosen = [np.flatnonzero(labels == k)[:rows] for k in range(classes)]
+    full = min(len(numbers) for numbers in chosen)
+    return torch.from_numpy(np.stack([split.images[numbers[:full]] for numbers in chosen]))
 
 
 def main(argv: list[str]) -> int:

@@ -136,7 +136,8 @@ def _means_and_factors(
 def _factor_of_features(centred: Array) -> Array:
     scaled = centred / np.sqrt(len(centred) - 1)
     # R^T R of a QR is the same product in at most D rows, and squares nothing.
-    return np.linalg.qr(scaled, mode="r").T if len(scaled) > scaled.shape[1] else scaled.T
+    long = len(scaled) > scaled.shape[1]
+    return np.asarray(np.linalg.qr(scaled, mode="r") if long else scaled).T
 
 
 # -- kernel distance ----------------------------------------------------------------------------

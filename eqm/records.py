@@ -331,7 +331,9 @@ class OODRow:
     auroc_low: float
     auroc_high: float
     aupr: float
-    fpr95: float
+    """Area under precision and recall, the other images being the positive class."""
+    fpr95_in: float
+    """Share of the other images below the score under which 95 % of the held-out ones lie."""
     gated: bool
     """Whether a policy may read this row; rows that only inform are never gated."""
 

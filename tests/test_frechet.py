@@ -1,4 +1,4 @@
-"""Distances: known answers, torch-fidelity's answers, invariances, and wrong formulas that must fail."""
+"""Distances: known answers, torch-fidelity's answers, invariances, formulas that must fail."""
 
 import numpy as np
 import pytest
@@ -71,11 +71,15 @@ def wrong_without_root(a, b):
 
 
 def wrong_without_two(a, b):
-    return frechet_distance(a, b) + (
-        np.trace(a.covariance() + b.covariance())
-        + np.sum((a.mean - b.mean) ** 2)
-        - frechet_distance(a, b)
-    ) / 2
+    return (
+        frechet_distance(a, b)
+        + (
+            np.trace(a.covariance() + b.covariance())
+            + np.sum((a.mean - b.mean) ** 2)
+            - frechet_distance(a, b)
+        )
+        / 2
+    )
 
 
 def wrong_unsquared_mean(a, b):
@@ -307,9 +311,14 @@ def test_precision_and_recall_of_mode_collapse_and_of_noise():
     assert precision_recall(real, real) == (1, 1)
 
 
-def test_equal_features_are_at_distance_zero_even_far_from_the_origin():
-    repeated = np.repeat(draw(0, 30, shift=1e3), 5, axis=0)
-    assert precision_recall(repeated, repeated[::5].repeat(5, axis=0)) == (1, 1)
+@pytest.mark.parametrize("count", [4, 5, 9, 30])
+@pytest.mark.parametrize("offset", [0.0, 1e3])
+def test_copies_of_repeated_features_are_inside_however_products_are_rounded(count, offset):
+    # Reach is 0 where a feature occurs four times; products of few rows are rounded in other ways.
+    single = draw(0, 30, 64, shift=offset)
+    repeated = np.repeat(single, 4, axis=0)
+    assert precision_recall(repeated, single[:count])[0] == 1
+    assert precision_recall(repeated, single[:count] + 1e-3)[0] == 0
 
 
 def test_nearest_distances_equal_differences_taken_one_by_one():

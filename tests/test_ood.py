@@ -104,9 +104,7 @@ def test_delong_interval_covers_the_true_area():
     generator = np.random.default_rng(0)
     covered = 0
     for _ in range(400):
-        low, high = compare(
-            generator.normal(size=80), generator.normal(1, size=80)
-        ).auroc_interval
+        low, high = compare(generator.normal(size=80), generator.normal(1, size=80)).auroc_interval
         covered += low <= truth <= high
     assert 0.92 <= covered / 400 <= 0.98
 

@@ -1,0 +1,12 @@
+"""Run all benchmarks, or those named: ``python -m bench imports reading``."""
+
+import sys
+from importlib import import_module
+
+ALL = ("imports", "reading", "sampling")
+
+for name in sys.argv[1:] or ALL:
+    if name not in ALL:
+        sys.exit(f"error: no benchmark {name!r}; there are {', '.join(ALL)}")
+    print(f"== {name}")
+    import_module(f"bench.{name}").main()

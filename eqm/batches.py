@@ -1,0 +1,125 @@
+"""(latents, seed, first image, rank, world) -> batches; the position is arithmetic.
+
+Image number n of a run is a function of (seed, n): epoch n // N visits the N samples of the split in
+an order of its own, each once, and a coin of image n says whether its mirror is taken. Nothing is
+kept between batches, so going on at image k is the same as never having stopped, and any number of
+processes share the same global batch. What is drawn for an image after that is eqm.train's business.
+"""
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eqm.config import require
+from eqm.errors import ConfigError, DataError
+from eqm.randomness import Stream, permutation, uniform
+from eqm.shards import Int64, LatentSet, open_manifest
+
+Split = Literal["train", "held_out"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's share of a global batch."""
+
+    moments: Tensor
+    """(B, 2C, H, W) float16: mean, then standard deviation, raw."""
+    labels: Tensor
+    """(B,) int64."""
+    image_numbers: Tensor
+    """(B,) int64, counted from the start of the run: what everything random is drawn by."""
+    sample_numbers: Tensor
+    """(B,) int64, of the latent set."""
+
+
+def batches(
+    latents: LatentSet | str | Path,
+    *,
+    batch_size: int,
+    seed: int,
+    first_image: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    split: Split = "train",
+) -> Iterator[Batch]:
+    """Batches without end, from image number ``first_image`` on; the next is read ahead.
+
+    ``batch_size`` is global: each of ``world`` ranks gets its contiguous part. Raises ConfigError
+    for a batch that the ranks cannot share equally, DataError for a split without samples, and
+    what reading raises.
+    """
+    _check(batch_size, first_image, rank, world, split)
+    data = latents if isinstance(latents, LatentSet) else open_manifest(latents)
+    if not len(split_numbers(data, split)):
+        raise DataError(f"{data.where} has no {split} samples")
+    share = batch_size // world
+    return _read_ahead(data, seed, first_image + rank * share, batch_size, share, split)
+
+
+def _check(batch_size: int, first_image: int, rank: int, world: int, split: str) -> None:
+    require(batch_size > 0, "batch_size", batch_size, "greater than 0")
+    require(first_image >= 0, "first_image", first_image, "0 or greater")
+    require(world > 0, "world", world, "greater than 0")
+    require(0 <= rank < world, "rank", rank, f"from 0 to {world - 1}")
+    require(split in ("train", "held_out"), "split", split, "'train' or 'held_out'")
+    if batch_size % world:
+        raise ConfigError(
+            f"batch_size is {batch_size}, which {world} processes cannot share equally: change "
+            "one of them"
+        )
+
+
+def _read_ahead(
+    data: LatentSet, seed: int, start: int, stride: int, share: int, split: Split
+) -> Iterator[Batch]:
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(read_batch, data, seed, start, share, split)
+        while True:
+            batch = coming.result()
+            start += stride
+            coming = reader.submit(read_batch, data, seed, start, share, split)
+            yield batch
+
+
+def read_batch(data: LatentSet, seed: int, start: int, count: int, split: Split = "train") -> Batch:
+    """Images ``start`` to ``start + count`` of a run."""
+    numbers = np.arange(start, start + count, dtype=np.int64)
+    samples = samples_of(data, seed, numbers, split)
+    mirror = mirror_of(data, seed, numbers)
+    return Batch(
+        moments=torch.from_numpy(data.moments(samples, mirror)),
+        labels=torch.from_numpy(data.labels[samples]),
+        image_numbers=torch.from_numpy(numbers),
+        sample_numbers=torch.from_numpy(samples),
+    )
+
+
+def split_numbers(data: LatentSet, split: Split) -> Int64:
+    """Sample numbers of one side of the split."""
+    return data.train_numbers if split == "train" else data.held_out_numbers
+
+
+def samples_of(data: LatentSet, seed: int, image_numbers: Int64, split: Split = "train") -> Int64:
+    """Sample number of each image of a run, (B,)."""
+    chosen = split_numbers(data, split)
+    epochs, positions = np.divmod(image_numbers, len(chosen))
+    places = np.empty_like(positions)
+    for epoch in np.unique(epochs).tolist():
+        here = epochs == epoch
+        wanted = torch.from_numpy(positions[here])
+        places[here] = np.asarray(permutation(seed, epoch, len(chosen), wanted))
+    return chosen[places]
+
+
+def mirror_of(data: LatentSet, seed: int, image_numbers: Int64) -> np.ndarray | None:
+    """Whether each image of a run is taken in the mirror, (B,) bool; None without mirrors."""
+    if not data.manifest.mirrored:
+        return None
+    coins = uniform(seed, Stream.MIRROR, torch.from_numpy(image_numbers))
+    return (coins.view(-1) < 0.5).numpy()

@@ -1,0 +1,224 @@
+"""Stage "latents": images -> sealed shards of moments. ``python -m eqm.encode CONFIG.json``
+
+The plan cuts the listing into runs of consecutive images, one a shard. A finished shard is committed
+create-once under ``latents/<digest>/shards/``; interrupted, the stage goes on with the shards that
+are not. A batch of the autoencoder never spans two shards, so a shard's bytes do not depend on who
+encodes it, and processes share the shards without talking to each other.
+"""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from eqm.autoencoder import Autoencoder, load_autoencoder
+from eqm.config import EncodeConfig, LatentsStage
+from eqm.errors import DataError
+from eqm.images import ImageSource, checked_source, mirrored
+from eqm.records import Blob, Manifest, Record, Shard, from_json, to_json
+from eqm.shards import MANIFEST, Index, Sample, manifest_to_bytes, read_index, write_shard
+from eqm.stage import Context, Outcome
+from eqm.stage import main as stage_main
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardPlan:
+    """A run of consecutive images that become one shard."""
+
+    number: int
+    first: int
+    """Number of its first image in the listing, and of its first sample."""
+    count: int
+
+    def batches(self, size: int) -> Iterator[range]:
+        """Image numbers of each call of the autoencoder."""
+        end = self.first + self.count
+        for start in range(self.first, end, size):
+            yield range(start, min(start + size, end))
+
+
+def shard_plans(images: int, config: EncodeConfig) -> list[ShardPlan]:
+    """Cut a listing into shards; all but the last have config.shard_images."""
+    size = config.shard_images
+    starts = enumerate(range(0, images, size))
+    return [ShardPlan(number=i, first=s, count=min(size, images - s)) for i, s in starts]
+
+
+def program(context: Context) -> Outcome | None:
+    """Encode what is missing; the first rank returns the outcome."""
+    stage: LatentsStage = context.config
+    source = checked_source(
+        stage.source, context.job.runtime.source_uri, context.job.inputs["source"]
+    )
+    autoencoder = load_autoencoder(
+        context.input("autoencoder"), context.store, context.world.device
+    )
+    _check_sizes(source, autoencoder)
+    plans = shard_plans(len(source.entries), stage.encode)
+    mine = plans[context.world.rank :: context.world.size]
+    done = [plan for plan in mine if committed(context, plan) is not None]
+    total, skipped = sum(plan.count for plan in mine), sum(plan.count for plan in done)
+    with context.progress("encoding", total, done=skipped) as bar:
+        for plan in mine:
+            if plan not in done:
+                commit(context, plan, encode_shard(plan, source, autoencoder, stage.encode))
+                bar.advance(plan.count)
+    context.world.barrier()
+    return gather(context, source, autoencoder, plans) if context.world.is_first else None
+
+
+def _check_sizes(source: ImageSource, autoencoder: Autoencoder) -> None:
+    spec, config = autoencoder.spec, source.config
+    made_for = (spec.image_size_px, spec.image_channels)
+    if made_for != (config.image_size_px, config.channels):
+        raise DataError(
+            f"the autoencoder takes images of {made_for[0]} px and {made_for[1]} channels, the "
+            f"source gives {config.image_size_px} px and {config.channels}: fit one for this source"
+        )
+
+
+# -- one shard ----------------------------------------------------------------------------------
+
+
+def encode_shard(
+    plan: ShardPlan, source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig
+) -> list[Sample]:
+    """Moments of all images of a shard, and of their mirrors where the source has mirrors."""
+    samples: list[Sample] = []
+    batches = list(plan.batches(config.batch_size))
+    for numbers, pixels in zip(batches, source.read_many(batches), strict=True):
+        moments = autoencoder.encode(pixels).cpu()
+        mirrors = autoencoder.encode(mirrored(pixels)).cpu() if source.config.mirror else None
+        samples.extend(
+            _sample(source, number, moments[i], None if mirrors is None else mirrors[i])
+            for i, number in enumerate(numbers)
+        )
+    return samples
+
+
+def _sample(source: ImageSource, number: int, moments: Tensor, mirror: Tensor | None) -> Sample:
+    entry = source.entries[number]
+    return Sample(
+        key=entry.key,
+        label=entry.label,
+        held_out=entry.held_out,
+        moments=moments.numpy(),
+        mirror=None if mirror is None else mirror.numpy(),
+    )
+
+
+def _commit_key(context: Context, plan: ShardPlan) -> str:
+    return f"latents/{context.digest}/shards/{plan.number:05d}.json"
+
+
+def committed(context: Context, plan: ShardPlan) -> Shard | None:
+    """The finished shard of a plan; None if it must still be made."""
+    key = _commit_key(context, plan)
+    if not context.store.exists(key):
+        return None
+    data = json.loads(context.store.read(key))
+    shard = from_json(Shard, data, context.store.where(key))
+    # A blob that was lost since is made again: equal bytes come back under the same name.
+    there = all(context.store.exists(blob.key) for blob in (shard.tar, shard.index))
+    return shard if there else None
+
+
+def commit(context: Context, plan: ShardPlan, samples: list[Sample]) -> None:
+    """Make a shard durable: what it consists of first, what names it last."""
+    packed = write_shard(samples, first_number=plan.first)
+    tar, index = context.store.put(packed.tar), context.store.put(packed.index)
+    shard = Shard(tar=tar, index=index, count=packed.count)
+    context.store.write_once(_commit_key(context, plan), json.dumps(to_json(shard)).encode())
+
+
+# -- all of them --------------------------------------------------------------------------------
+
+
+def gather(
+    context: Context, source: ImageSource, autoencoder: Autoencoder, plans: list[ShardPlan]
+) -> Outcome:
+    """The manifest of all shards, and an outcome that names every one of them."""
+    shards = [_finished(context, plan) for plan in plans]
+    indices = [_index_of(context, plan, shard) for plan, shard in zip(plans, shards, strict=True)]
+    manifest = manifest_of(source, autoencoder, shards, indices)
+    outputs: dict[str, bytes | Blob] = {MANIFEST: manifest_to_bytes(manifest)}
+    for plan, shard in zip(plans, shards, strict=True):
+        outputs[f"shard-{plan.number:05d}.tar"] = shard.tar
+        outputs[f"shard-{plan.number:05d}.index"] = shard.index
+    return Outcome(
+        outputs=outputs,
+        values={
+            "spec": to_json(manifest.spec),
+            "images": manifest.count,
+            "train_images": sum(manifest.train_per_class),
+            "held_out_images": sum(manifest.held_out_per_class),
+            "classes": len(manifest.classes),
+            "shards": len(shards),
+            "skipped": len(manifest.skipped),
+        },
+    )
+
+
+def _finished(context: Context, plan: ShardPlan) -> Shard:
+    shard = committed(context, plan)
+    if shard is None:
+        raise DataError(
+            f"shard {plan.number} is not in {context.store.uri} although it was encoded: something "
+            "deletes from the store while this runs; run the stage again"
+        )
+    return shard
+
+
+def _index_of(context: Context, plan: ShardPlan, shard: Shard) -> Index:
+    return read_index(context.store.get(shard.index), shard, f"shard {plan.number}")
+
+
+def manifest_of(
+    source: ImageSource, autoencoder: Autoencoder, shards: list[Shard], indices: list[Index]
+) -> Manifest:
+    """The manifest: counts and statistics from the indices, the rest from listing and spec."""
+    labels = np.concatenate([index.label for index in indices])
+    held_out = np.concatenate([index.held_out for index in indices])
+    classes = len(source.classes)
+    mean, std = channel_statistics(indices, int((~held_out).sum()), autoencoder.spec.shape)
+    return Manifest(
+        spec=autoencoder.spec,
+        source=source.digest,
+        classes=source.classes,
+        mirrored=source.config.mirror,
+        shards=tuple(shards),
+        train_per_class=_per_class(labels[~held_out], classes),
+        held_out_per_class=_per_class(labels[held_out], classes),
+        channel_mean=mean,
+        channel_std=std,
+        skipped=source.skipped,
+    )
+
+
+def _per_class(labels: np.ndarray, classes: int) -> tuple[int, ...]:
+    return tuple(np.bincount(labels, minlength=classes).tolist())
+
+
+def channel_statistics(
+    indices: list[Index], samples: int, shape: tuple[int, int, int]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each latent channel over the training samples."""
+    count = samples * shape[1] * shape[2]
+    mean = np.sum([index.sum for index in indices], axis=0) / count
+    square = np.sum([index.sum_of_squares for index in indices], axis=0) / count
+    std = np.sqrt(np.maximum(square - mean**2, 0.0))
+    return tuple(mean.tolist()), tuple(std.tolist())
+
+
+def main(argv: list[str]) -> int:
+    """Run the stage program."""
+    torch.backends.cudnn.benchmark = False
+    return stage_main(("latents",), program, argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,196 @@
+"""The environment, read in one place, as one frozen value. Nothing else here looks at it.
+
+| variable              | what it is                                     | if it is not set |
+|-----------------------|------------------------------------------------|------------------|
+| EQM_HOME              | folder of services, caches and reports         | `.eqm` here      |
+| EQM_STORE             | where records and blobs are: s3:// or a folder | s3://eqm/store   |
+| EQM_S3_ENDPOINT       | S3 to use instead of the embedded one          | embedded         |
+| AWS_ACCESS_KEY_ID     | who we are to that S3                          | boto3's chain    |
+| AWS_SECRET_ACCESS_KEY | and our secret                                 | boto3's chain    |
+| AWS_DEFAULT_REGION    | and its region                                 | boto3's chain    |
+| MLFLOW_TRACKING_URI   | MLflow to use instead of the embedded one      | embedded         |
+| PREFECT_API_URL       | Prefect to use instead of the embedded one     | embedded         |
+
+An unknown EQM_* variable is refused: a misspelt one would be silently without effect.
+"""
+
+import difflib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from pydantic import SecretStr
+
+from eqm.errors import ConfigError
+from infra import local
+from infra.deployments import PrefectApi
+from infra.stack import BUCKET, External, ServiceError, Stack, child_environment
+
+KNOWN = ("EQM_HOME", "EQM_STORE", "EQM_S3_ENDPOINT")
+DEFAULT_STORE = f"s3://{BUCKET}/store"
+
+SERVICE_VARIABLES = (
+    "EQM_HOME",
+    "EQM_STORE",
+    "EQM_S3_ENDPOINT",
+    "AWS_ACCESS_KEY_ID",
+    "AWS_SECRET_ACCESS_KEY",
+    "AWS_DEFAULT_REGION",
+    "AWS_ENDPOINT_URL_S3",
+    "MLFLOW_TRACKING_URI",
+    "PREFECT_API_URL",
+    "PREFECT_API_AUTH_STRING",
+    "PREFECT_HOME",
+    "NO_PROXY",
+)
+"""What a shell needs to use the services by hand."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where everything is. None: not given and not running."""
+
+    home: Path
+    store: str
+    s3_endpoint: str | None = None
+    s3_access_key: SecretStr | None = None
+    s3_secret_key: SecretStr | None = None
+    s3_region: str | None = None
+    mlflow_uri: str | None = None
+    prefect_api_url: str | None = None
+    environ: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """The environment that was read; children inherit it."""
+
+    @property
+    def prefect_ui(self) -> str | None:
+        """Address of Prefect's pages."""
+        return self.prefect_api_url.removesuffix("/api") if self.prefect_api_url else None
+
+    def resolve(self, stack: Stack | None) -> "Settings":
+        """Fill in what the running embedded services provide; what was given stays."""
+        running = stack or Stack(home=self.home, embedded=frozenset())
+        applied = running.replaced_by(external(self, stack))
+        return replace(
+            self,
+            s3_endpoint=applied.s3_endpoint,
+            s3_access_key=_hidden(applied.s3_access_key) or self.s3_access_key,
+            s3_secret_key=_hidden(applied.s3_secret_key) or self.s3_secret_key,
+            s3_region=applied.s3_region if applied.s3_access_key else self.s3_region,
+            mlflow_uri=applied.mlflow_uri,
+            prefect_api_url=applied.prefect_api_url,
+            environ=child_environment(self.environ, applied),
+        )
+
+    def child_environment(self) -> dict[str, str]:
+        """The whole environment of a stage program or a worker. Holds secrets: never log it."""
+        mine = {
+            "EQM_HOME": str(self.home),
+            "EQM_STORE": self.store,
+            "AWS_ENDPOINT_URL_S3": self.s3_endpoint,
+            "MLFLOW_TRACKING_URI": self.mlflow_uri,
+            "PREFECT_API_URL": self.prefect_api_url,
+        }
+        return {**self.environ, **{name: value for name, value in mine.items() if value}}
+
+    def service_environment(self) -> dict[str, str]:
+        """The part of it that leads to the services. Holds secrets."""
+        everything = self.child_environment()
+        return {name: everything[name] for name in SERVICE_VARIABLES if name in everything}
+
+
+def read_settings(environ: Mapping[str, str]) -> Settings:
+    """Read the environment. Raises ConfigError."""
+    _refuse_unknown(environ)
+    store = environ.get("EQM_STORE") or DEFAULT_STORE
+    return Settings(
+        home=Path(environ.get("EQM_HOME") or ".eqm").absolute(),
+        # Children may run in another folder.
+        store=store if "://" in store else str(Path(store).absolute()),
+        s3_endpoint=_address(environ, "EQM_S3_ENDPOINT"),
+        s3_access_key=_hidden(environ.get("AWS_ACCESS_KEY_ID")),
+        s3_secret_key=_hidden(environ.get("AWS_SECRET_ACCESS_KEY")),
+        s3_region=environ.get("AWS_DEFAULT_REGION") or None,
+        mlflow_uri=environ.get("MLFLOW_TRACKING_URI") or None,
+        prefect_api_url=_address(environ, "PREFECT_API_URL"),
+        environ=dict(environ),
+    )
+
+
+def _refuse_unknown(environ: Mapping[str, str]) -> None:
+    for name in environ:
+        if name.startswith("EQM_") and name not in KNOWN:
+            close = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"environment variable {name} is unknown: did you mean {close}?")
+
+
+def _address(environ: Mapping[str, str], name: str) -> str | None:
+    value = environ.get(name) or None
+    if value is not None and not value.startswith(("http://", "https://")):
+        raise ConfigError(f"{name} is {value!r}: it must start with http:// or https://")
+    return value.rstrip("/") if value else None
+
+
+def _hidden(value: str | None) -> SecretStr | None:
+    return SecretStr(value) if value else None
+
+
+# -- this process -------------------------------------------------------------------------------
+
+
+def current_home() -> Path:
+    """Folder of the services of this process's environment. Raises ConfigError."""
+    return read_settings(os.environ).home
+
+
+def current_settings() -> Settings:
+    """Environment and running services together. Raises ConfigError."""
+    settings = read_settings(os.environ)
+    return settings.resolve(local.load(settings.home))
+
+
+def start_services(*, report: Callable[[str], None]) -> Stack:
+    """Start the embedded services that nothing given replaces. Raises ServiceError."""
+    settings = read_settings(os.environ)
+    given = external(settings, local.remembered(settings.home))
+    environ = {**settings.environ, "EQM_STORE": settings.store}
+    return local.up(settings.home, external=given, environ=environ, report=report)
+
+
+def external(settings: Settings, ours: Stack | None) -> External:
+    """What is given from outside.
+
+    The addresses of our own services, as `eqm env` puts them into a shell, are not outside: taken
+    for somebody else's they would never be started again.
+    """
+    endpoint = _unless(settings.s3_endpoint, ours.s3_endpoint if ours else None)
+    remote = settings.store.startswith("s3://")
+    bucket = settings.store.removeprefix("s3://").split("/")[0]
+    return External(
+        s3_endpoint=endpoint,
+        mlflow_uri=_unless(settings.mlflow_uri, ours.mlflow_uri if ours else None),
+        prefect_api_url=_unless(settings.prefect_api_url, ours.prefect_api_url if ours else None),
+        s3_bucket=bucket if endpoint and remote else BUCKET,
+    )
+
+
+def _unless(given: str | None, ours: str | None) -> str | None:
+    return None if given == ours else given
+
+
+def activate() -> Settings:
+    """Point this process at the services, before any of their clients is imported."""
+    settings = current_settings()
+    wanted = settings.child_environment()
+    for name in set(os.environ) - set(wanted):
+        del os.environ[name]
+    os.environ.update(wanted)
+    return settings
+
+
+def check_prefect() -> None:
+    """See that Prefect answers, before its client tries for a minute. Raises ServiceError."""
+    settings = current_settings()
+    if settings.prefect_api_url is None:
+        raise ServiceError("Prefect is not running: start it with `eqm up`, or set PREFECT_API_URL")
+    PrefectApi(settings.prefect_api_url, settings.child_environment()).check()

@@ -1,0 +1,134 @@
+"""The work pool and the deployments of ``prefect.yaml`` in a Prefect server.
+
+The server is asked over HTTP, so that looking costs milliseconds; registering is left to
+``prefect deploy``, as by hand.
+"""
+
+import base64
+import json
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from infra.files import make_private_folder, open_private
+from infra.processes import last_lines
+from infra.services import WORKER_NAME
+from infra.stack import LOOPBACK, POOL, ServiceError, Stack, digest_of
+
+DEPLOY_SECONDS = 180.0
+
+
+class PrefectApi:
+    """The few questions that we ask a Prefect server."""
+
+    def __init__(self, url: str, environment: Mapping[str, str]) -> None:
+        self.url = url
+        self._headers = {"Content-Type": "application/json", **_authorisation(environment)}
+        local = urlsplit(url).hostname in LOOPBACK
+        handlers = [urllib.request.ProxyHandler({})] if local else []
+        self._opener = urllib.request.build_opener(*handlers)
+
+    def check(self) -> None:
+        """See that it answers and lets us in. Raises ServiceError."""
+        self._post("/work_pools/filter", {"limit": 1})
+
+    def make_pool(self) -> None:
+        """Make the process work pool, if it is missing."""
+        self._post("/work_pools/", {"name": POOL, "type": "process"}, accept=(409,))
+
+    def heard_of_worker(self) -> str | None:
+        """When our worker was last heard of, by the clock of the server."""
+        found = self._post(f"/work_pools/{POOL}/workers/filter", {})
+        times = [one["last_heartbeat_time"] for one in found if one["name"] == WORKER_NAME]
+        return times[0] if times else None
+
+    def deployment_names(self) -> set[str]:
+        """Names of all deployments."""
+        return {found["name"] for found in self._post("/deployments/filter", {"limit": 200})}
+
+    def _post(self, path: str, body: dict[str, Any], *, accept: tuple[int, ...] = ()) -> Any:
+        request = urllib.request.Request(
+            self.url + path, data=json.dumps(body).encode(), headers=self._headers
+        )
+        try:
+            with self._opener.open(request, timeout=30) as answer:
+                return json.load(answer)
+        except urllib.error.HTTPError as error:
+            if error.code in accept:
+                return None
+            raise ServiceError(
+                f"Prefect at {self.url} refuses {path} ({error.code}): check PREFECT_API_URL and "
+                "PREFECT_API_KEY or PREFECT_API_AUTH_STRING"
+            ) from error
+        except (OSError, ValueError) as error:
+            raise ServiceError(
+                f"Prefect at {self.url} cannot be reached ({error}): start it with `eqm up`, or "
+                "check PREFECT_API_URL"
+            ) from error
+
+
+def _authorisation(environment: Mapping[str, str]) -> dict[str, str]:
+    if pair := environment.get("PREFECT_API_AUTH_STRING"):
+        return {"Authorization": f"Basic {base64.b64encode(pair.encode()).decode()}"}
+    if key := environment.get("PREFECT_API_KEY"):
+        return {"Authorization": f"Bearer {key}"}
+    return {}
+
+
+def has_deployments(project: Path) -> bool:
+    """Whether this folder declares deployments."""
+    return (project / "prefect.yaml").is_file()
+
+
+def deployments_digest(project: Path, stack: Stack) -> str:
+    """Changes when the deployments would have to be registered again."""
+    files = [project / "prefect.yaml", *sorted((project / "flows").glob("*.py"))]
+    # Deployed runs start in the project's folder: a clone that moves is deployed again.
+    parts: list[bytes | str] = [str(project), stack.prefect_api_url or ""]
+    for file in files:
+        parts += [file.name, file.read_bytes()]
+    return digest_of(parts)
+
+
+def declared_names(project: Path) -> set[str]:
+    """Names of the deployments in prefect.yaml. Raises ServiceError."""
+    import yaml
+
+    path = project / "prefect.yaml"
+    try:
+        declared = yaml.safe_load(path.read_text())["deployments"]
+        return {deployment["name"] for deployment in declared}
+    except (yaml.YAMLError, KeyError, TypeError) as error:
+        raise ServiceError(f"{path} declares no deployments that can be read ({error})") from error
+
+
+def deploy_all(project: Path, *, log: Path, environment: Mapping[str, str]) -> None:
+    """``prefect deploy --all`` in the project's folder. Raises ServiceError with what it said."""
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    make_private_folder(log.parent)
+    log.unlink(missing_ok=True)
+    with open_private(log) as output:
+        try:
+            ended = subprocess.run(
+                command,
+                cwd=project,
+                env=dict(environment),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                timeout=DEPLOY_SECONDS,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise ServiceError(
+                f"`prefect deploy --all` does not end within {DEPLOY_SECONDS:.0f} s: see {log}"
+            ) from error
+    if ended.returncode != 0:
+        raise ServiceError(
+            f"`prefect deploy --all` in {project} failed; {log} ends:\n{last_lines(log)}"
+        )

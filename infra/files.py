@@ -1,0 +1,33 @@
+"""Small private files: written whole or not at all, readable by their owner alone."""
+
+import os
+import tempfile
+from pathlib import Path
+from typing import BinaryIO
+
+
+def make_private_folder(path: Path) -> Path:
+    """Make a folder that only its owner can look into, if it is missing."""
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    return path
+
+
+def open_private(path: Path) -> BinaryIO:
+    """Open a file to write at its end; made with mode 0600 if it is missing."""
+    return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), "ab")
+
+
+def write_private(path: Path, data: bytes) -> None:
+    """Replace a file in one step, with mode 0600 from its first byte on."""
+    make_private_folder(path.parent)
+    # mkstemp creates with 0600; there is no moment at which others could open it.
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,324 @@
+"""The embedded services of one machine: start, look, stop.
+
+SeaweedFS (S3), MLflow and Prefect on loopback, and a Prefect worker, with all data, logs and
+secrets under one folder (``.eqm``). Starting what runs already changes nothing, what died is
+started again, stopping leaves all data and no process. Called by ``eqm up | status | down`` and by
+tests.
+"""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from infra import deployments, ports
+from infra.credentials import Credentials, make_credentials, read_credentials
+from infra.files import make_private_folder
+from infra.processes import MARK, Process, last_lines, members, spawn, terminate
+from infra.services import (
+    GRACE_SECONDS,
+    TITLES,
+    Service,
+    address,
+    answers,
+    mlflow_service,
+    prefect_service,
+    s3_service,
+    worker_service,
+)
+from infra.stack import (
+    MLFLOW,
+    PREFECT,
+    S3,
+    SERVICES,
+    WORKER,
+    External,
+    ServiceError,
+    ServiceStatus,
+    Stack,
+)
+from infra.state import (
+    Report,
+    Running,
+    State,
+    locked,
+    log_of,
+    mark_of,
+    read_state,
+    stack_of,
+    write_state,
+)
+
+START_SECONDS = 120.0
+PATIENCE_SECONDS = 20.0
+"""A service that runs may be slow to answer on a busy machine; it is not restarted for that."""
+LOOK_SECONDS = 0.05
+
+PROJECT = Path(__file__).resolve().parent.parent
+"""The checkout: where prefect.yaml and the flows are."""
+
+
+@dataclass(frozen=True)
+class Start:
+    """One call of `up`: what everybody in it needs."""
+
+    root: Path
+    state: State
+    secrets: Credentials
+    environ: Mapping[str, str] = field(repr=False)
+    report: Report
+    project: Path
+
+
+# -- the four verbs -----------------------------------------------------------------------------
+
+
+def up(
+    root: Path,
+    *,
+    external: External,
+    environ: Mapping[str, str],
+    report: Report,
+    services: Sequence[str] = SERVICES,
+    project: Path = PROJECT,
+) -> Stack:
+    """Start the services that do not run; wait until all answer. Raises ServiceError.
+
+    ``services`` may name fewer than all. ``project`` is the folder of ``prefect.yaml``.
+    """
+    root = make_private_folder(root).resolve()
+    with locked(root, report), ports.claims() as claims:
+        state = read_state(root)
+        state.external = external
+        wanted = [s for s in SERVICES if s in services and not external.replaces(s)]
+        secrets = make_credentials(root)
+        start = Start(root, state, secrets, environ, report, project.resolve())
+        for name in wanted:
+            if not state.lives(name):
+                # What a dead service left behind goes first: it may hold the port.
+                _stop((name,), root, state, report)
+                _choose_ports(name, state, claims)
+        _start_servers(start, [name for name in wanted if name != WORKER])
+        if WORKER in wanted:
+            _start_worker(start)
+        write_state(root, state)
+        return stack_of(root, state, secrets)
+
+
+def load(root: Path) -> Stack | None:
+    """The services of this folder that run now; None if there are none."""
+    root = root.resolve()
+    stack = stack_of(root, read_state(root), read_credentials(root))
+    given = (stack.s3_endpoint, stack.mlflow_uri, stack.prefect_api_url)
+    return stack if stack.embedded or any(given) else None
+
+
+def remembered(root: Path) -> Stack | None:
+    """The services of this folder where they ran last, whether they run now or not."""
+    root = root.resolve()
+    state = read_state(root)
+    known = [
+        name for name in (S3, MLFLOW, PREFECT) if set(ports.PREFERRED[name]) <= set(state.ports)
+    ]
+    return stack_of(root, state, read_credentials(root), planned=known) if known else None
+
+
+def status(root: Path) -> list[ServiceStatus]:
+    """One line for each service, in the order of SERVICES."""
+    root = root.resolve()
+    state = read_state(root)
+    return [_status(name, state) for name in SERVICES]
+
+
+def down(root: Path, *, report: Report) -> None:
+    """Stop all services of this folder, and every process that they started. Data is kept."""
+    root = root.resolve()
+    if not root.is_dir():
+        report(f"nothing to stop: {root} is not there")
+        return
+    with locked(root, report):
+        state = read_state(root)
+        # What uses a service goes before it; a training gets time for a checkpoint in S3.
+        for together in ((WORKER,), (PREFECT, MLFLOW), (S3,)):
+            _stop(together, root, state, report)
+
+
+# -- starting -----------------------------------------------------------------------------------
+
+
+def _choose_ports(name: str, state: State, claims: ports.Claims) -> None:
+    for port, preferred in ports.PREFERRED[name].items():
+        others = {p for other, p in state.ports.items() if other != port}
+        state.ports[port] = claims.choose(state.ports.get(port, preferred), avoid=others)
+
+
+def _start_servers(start: Start, wanted: Sequence[str]) -> None:
+    stack = stack_of(start.root, start.state, start.secrets, planned=wanted)
+    if MLFLOW in wanted and stack.s3_endpoint is None:
+        raise ServiceError("MLflow keeps artifacts in S3: start it too, or set EQM_S3_ENDPOINT")
+    described = [_describe(name, start, stack) for name in wanted]
+    begun = [(service, _begin(service, start)) for service in described]
+    for service, since in begun:
+        _wait(service, start, since)
+        if service.name == S3 and (since is not None or start.state.bucket != stack.s3_bucket):
+            make_bucket(stack)
+            start.state.bucket = stack.s3_bucket
+        if service.name == PREFECT and since is not None:
+            secrets = start.root / "credentials.json"
+            start.report(f"Prefect: its pages ask for a password, `prefect_auth` in {secrets}")
+
+
+def _start_worker(start: Start) -> None:
+    stack = stack_of(start.root, start.state, start.secrets, planned=(WORKER,))
+    if stack.prefect_api_url is None:
+        raise ServiceError("a worker needs Prefect: start it too, or set PREFECT_API_URL")
+    service = worker_service(start.root, stack, start.environ)
+    api = deployments.PrefectApi(stack.prefect_api_url, service.environment)
+    deploying = _outdated(start, stack, api)
+    api.make_pool()
+    log = start.root / "logs" / "deploy.log"
+    heard_before = api.heard_of_worker()
+    since = _begin(service, start)
+    if deploying is not None:
+        start.report("deployments: registering those of prefect.yaml")
+        environment = {**service.environment, MARK: mark_of(WORKER, start.root)}
+        deployments.deploy_all(start.project, log=log, environment=environment)
+        start.state.deployed = deploying
+        start.report("deployments: ready")
+    _wait(service, start, since, until=lambda: api.heard_of_worker() != heard_before)
+
+
+def _outdated(start: Start, stack: Stack, api: deployments.PrefectApi) -> str | None:
+    """The digest to remember after a new deployment; None where there is nothing to do."""
+    if not deployments.has_deployments(start.project):
+        start.report(f"deployments: none, {start.project} has no prefect.yaml")
+        return None
+    digest = deployments.deployments_digest(start.project, stack)
+    known = digest == start.state.deployed
+    if known and deployments.declared_names(start.project) <= api.deployment_names():
+        return None
+    return digest
+
+
+def _describe(name: str, start: Start, stack: Stack) -> Service:
+    chosen = start.state.ports
+    if name == S3:
+        return s3_service(start.root, chosen, start.secrets, start.environ)
+    if name == MLFLOW:
+        return mlflow_service(start.root, chosen, stack, start.environ)
+    return prefect_service(start.root, chosen, start.secrets, start.environ)
+
+
+def _current(service: Service, state: State) -> bool:
+    """Whether it runs, and was started as it would be started now."""
+    return state.lives(service.name) and state.running[service.name].digest == service.digest()
+
+
+def _begin(service: Service, start: Start) -> float | None:
+    """Start a service unless it is well; the time of the start, None if there was none."""
+    where = f"{TITLES[service.name]}: {{}}, {address(service.port)}"
+    if _current(service, start.state) and _answers_soon(service):
+        start.report(where.format("running"))
+        return None
+    _stop((service.name,), start.root, start.state, start.report)
+    start.report(where.format("starting"))
+    leader = spawn(
+        service.command,
+        environment={**service.environment, MARK: mark_of(service.name, start.root)},
+        folder=service.folder,
+        log=log_of(start.root, service.name),
+    )
+    start.state.running[service.name] = Running(leader.pid, leader.started_ticks, service.digest())
+    # At once: if we are killed now, the next command knows of it.
+    write_state(start.root, start.state)
+    return time.monotonic()
+
+
+def _answers_soon(service: Service) -> bool:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not answers(service.name, service.port):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(LOOK_SECONDS)
+    return True
+
+
+def _wait(
+    service: Service,
+    start: Start,
+    since: float | None,
+    *,
+    until: Callable[[], bool] | None = None,
+) -> None:
+    if since is None:
+        return
+    title, log = TITLES[service.name], log_of(start.root, service.name)
+    while not (until() if until else answers(service.name, service.port)):
+        if not start.state.lives(service.name):
+            raise ServiceError(f"{title} ended while starting; {log} ends:\n{last_lines(log)}")
+        if time.monotonic() - since > START_SECONDS:
+            raise ServiceError(
+                f"{title} does not answer at {address(service.port)} after {START_SECONDS:.0f} s; "
+                f"{log} ends:\n{last_lines(log)}"
+            )
+        time.sleep(LOOK_SECONDS)
+    start.report(f"{title}: ready after {time.monotonic() - since:.1f} s")
+
+
+def make_bucket(stack: Stack) -> None:
+    """Make the bucket, if it is missing; the signed request also proves that this S3 is ours."""
+    import boto3
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    client = boto3.client(
+        "s3",
+        endpoint_url=stack.s3_endpoint,
+        aws_access_key_id=stack.s3_access_key,
+        aws_secret_access_key=stack.s3_secret_key,
+        region_name=stack.s3_region,
+        config=Config(proxies={}, retries={"mode": "standard", "max_attempts": 8}),
+    )
+    try:
+        names = {bucket["Name"] for bucket in client.list_buckets()["Buckets"]}
+        if stack.s3_bucket not in names:
+            client.create_bucket(Bucket=stack.s3_bucket)
+    except (BotoCoreError, ClientError) as error:
+        raise ServiceError(
+            f"S3 at {stack.s3_endpoint} does not let us make bucket {stack.s3_bucket} ({error}): "
+            f"see {log_of(stack.home, S3)}"
+        ) from error
+
+
+# -- stopping and looking -----------------------------------------------------------------------
+
+
+def _stop(together: Sequence[str], root: Path, state: State, report: Report) -> None:
+    leaders = {n: state.running[n].leader if n in state.running else None for n in together}
+
+    def find() -> set[Process]:
+        return set().union(*(members(mark_of(name, root), leaders[name]) for name in together))
+
+    if find():
+        report(f"{' and '.join(TITLES[name] for name in together)}: stopping")
+        terminate(find, grace_seconds=max(GRACE_SECONDS[n] for n in together))
+    for name in together:
+        state.running.pop(name, None)
+    write_state(root, state)
+
+
+def _status(name: str, state: State) -> ServiceStatus:
+    title = TITLES[name]
+    if state.external.replaces(name):
+        given = state.external
+        where = {S3: given.s3_endpoint, MLFLOW: given.mlflow_uri, PREFECT: given.prefect_api_url}
+        return ServiceStatus(title, "external", where.get(name) or "-")
+    if not state.lives(name):
+        return ServiceStatus(title, "stopped", "-")
+    port = state.ports.get(name)
+    return ServiceStatus(
+        title,
+        "running" if answers(name, port) else "silent",
+        address(port),
+        state.running[name].pid,
+    )

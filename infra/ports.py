@@ -1,0 +1,84 @@
+"""Ports on loopback: the preferred ones where they are free, others where they are not."""
+
+import contextlib
+import socket
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from infra.stack import MLFLOW, PREFECT, S3, WORKER, ServiceError
+
+HOST = "127.0.0.1"
+
+PREFERRED: dict[str, dict[str, int]] = {
+    S3: {
+        "s3": 8333,
+        "s3-grpc": 18333,
+        "master": 9333,
+        "master-grpc": 19333,
+        "volume": 9340,
+        "volume-grpc": 19340,
+        "filer": 8888,
+        "filer-grpc": 18888,
+    },
+    MLFLOW: {"mlflow": 5000},
+    PREFECT: {"prefect": 4200},
+    WORKER: {},
+}
+"""First choice for every port that a service opens."""
+
+TRIES = 400
+
+
+@dataclass
+class Claims:
+    """Ports chosen by this program for services that do not listen yet."""
+
+    held: dict[int, socket.socket] = field(default_factory=dict)
+
+    def choose(self, preferred: int, *, avoid: Collection[int] = ()) -> int:
+        """The preferred port or the next free one; nobody else who asks gets it meanwhile."""
+        for port in range(preferred, min(preferred + TRIES, 65536)):
+            if port not in avoid and self._claim(port):
+                return port
+        raise ServiceError(
+            f"no free port on {HOST} between {preferred} and {preferred + TRIES}: "
+            "end the programs that listen there"
+        )
+
+    def _claim(self, port: int) -> bool:
+        # Seconds pass between choosing a port and listening on it. An abstract socket, which
+        # vanishes with us, keeps another start on this machine from choosing the same.
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0eqm-port-{port}")
+        except OSError:
+            claim.close()
+            return False
+        if not is_free(port):
+            claim.close()
+            return False
+        self.held[port] = claim
+        return True
+
+
+@contextlib.contextmanager
+def claims() -> Iterator[Claims]:
+    """Hold chosen ports until the services listen on them."""
+    mine = Claims()
+    try:
+        yield mine
+    finally:
+        for claim in mine.held.values():
+            claim.close()
+
+
+def is_free(port: int) -> bool:
+    """Whether a server could listen on this port of loopback now."""
+    with socket.socket(socket.AF_INET) as attempt:
+        # As servers do; a connection of yesterday in TIME_WAIT is no obstacle.
+        attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            attempt.bind((HOST, port))
+        except OSError:
+            return False
+    return True

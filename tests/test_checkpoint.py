@@ -1,0 +1,142 @@
+"""A checkpoint is complete or not there; a damaged one is refused by name."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from eqm import checkpoint
+from eqm.checkpoint import TrainState, load_newest, save
+from eqm.errors import IntegrityError
+from eqm.storage import LocalStore
+
+RUN = "d" * 64
+
+
+def a_state(images_seen: int = 128) -> TrainState:
+    generator = torch.Generator().manual_seed(images_seen)
+
+    def tensors() -> dict[str, torch.Tensor]:
+        return {"a.weight": torch.randn(3, 2, generator=generator), "b": torch.zeros(())}
+
+    return TrainState(
+        images_seen=images_seen,
+        parameters=tensors(),
+        ema=tensors(),
+        optimiser={f"exp_avg/{k}": v for k, v in tensors().items()},
+        history={"images": [64.0], "loss": [0.1], "gradient_norm": [2.0]},
+        pending=[[0.25, 1.5]],
+    )
+
+
+def assert_same(left: TrainState, right: TrainState) -> None:
+    assert (left.images_seen, left.history, left.pending) == (
+        right.images_seen,
+        right.history,
+        right.pending,
+    )
+    for name in ("parameters", "ema", "optimiser"):
+        one, other = getattr(left, name), getattr(right, name)
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[k], other[k]) for k in one)
+
+
+def test_round_trip(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    assert load_newest(store, RUN) is None
+    save(store, RUN, a_state())
+    found = load_newest(store, RUN)
+    assert found is not None
+    assert_same(found, a_state())
+
+
+def test_the_one_with_most_images_is_found(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    for images in (1000, 128, 99_999):
+        save(store, RUN, a_state(images))
+    found = load_newest(store, RUN)
+    assert found is not None
+    assert found.images_seen == 99_999
+
+
+def test_files_without_their_commit_are_no_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = LocalStore(tmp_path)
+    save(store, RUN, a_state(128))
+
+    def killed(*_: object) -> bool:
+        raise KeyboardInterrupt
+
+    real = store.write_once
+    monkeypatch.setattr(
+        store, "write_once", lambda k, d: killed() if k.endswith(".json") else real(k, d)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        save(store, RUN, a_state(256))
+    found = load_newest(store, RUN)
+    assert found is not None
+    assert found.images_seen == 128
+
+
+@pytest.mark.parametrize("file", ["parameters", "ema", "optimiser", "curve"])
+def test_one_flipped_bit_is_refused_with_the_way_on(tmp_path: Path, file: str) -> None:
+    store = LocalStore(tmp_path)
+    key = save(store, RUN, a_state())
+    commit = checkpoint.from_json(
+        checkpoint.Commit, json.loads(store.read(key)), "commit"
+    )
+    path = store.root / commit.files[file].key
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 4
+    path.write_bytes(bytes(data))
+    with pytest.raises(IntegrityError, match=rf"damaged.*delete .*{key}"):
+        load_newest(store, RUN)
+    (store.root / key).unlink()
+    assert load_newest(store, RUN) is None
+
+
+def test_another_schema_is_refused(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    key = save(store, RUN, a_state())
+    path = store.root / key
+    path.write_text(path.read_text().replace(checkpoint.SCHEMA, "eqm-checkpoint/0"))
+    with pytest.raises(IntegrityError, match="schema 'eqm-checkpoint/0'"):
+        load_newest(store, RUN)
+
+
+def test_optimiser_state_goes_on_bit_equal() -> None:
+    def parameters() -> list[torch.nn.Parameter]:
+        generator = torch.Generator().manual_seed(0)
+        return [torch.nn.Parameter(torch.randn(4, generator=generator)) for _ in range(2)]
+
+    def steps(optimiser: torch.optim.Optimizer, ps: list[torch.nn.Parameter], n: int) -> None:
+        for _ in range(n):
+            for p in ps:
+                p.grad = p.detach() ** 2
+            optimiser.step()
+
+    straight = parameters()
+    steps(torch.optim.AdamW(straight, lr=0.1, fused=True), straight, 6)
+
+    broken = parameters()
+    first = torch.optim.AdamW(broken, lr=0.1, fused=True)
+    steps(first, broken, 3)
+    names = {p: f"p{i}" for i, p in enumerate(broken)}
+    saved = checkpoint.tensors_from_bytes(
+        checkpoint.tensors_to_bytes(checkpoint.optimiser_to_tensors(first, names))
+    )
+    second = torch.optim.AdamW(broken, lr=0.1, fused=True)
+    checkpoint.tensors_to_optimiser(saved, second, names)
+    steps(second, broken, 3)
+    assert all(torch.equal(a, b) for a, b in zip(straight, broken, strict=True))
+
+
+def test_optimiser_state_of_another_network_is_refused() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimiser = torch.optim.AdamW([parameter])
+    with pytest.raises(IntegrityError, match="do not match at"):
+        checkpoint.tensors_to_optimiser(
+            {"exp_avg/other": torch.zeros(1)}, optimiser, {parameter: "p"}
+        )

@@ -1,0 +1,433 @@
+"""The page: the same bytes again, nothing from outside, nothing lost, nothing executed."""
+
+import dataclasses
+import hashlib
+import html
+import io
+import json
+import math
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eqm.config import PolicyConfig
+from eqm.errors import ConfigError, DataError
+from eqm.figures import GRID_GAP_PX, common_edges, curve_svg, histogram_svg, strip_png
+from eqm.gate import decide
+from eqm.records import (
+    Blob,
+    Evaluation,
+    Metric,
+    OODRow,
+    Record,
+    Ref,
+    canonical_bytes,
+    from_json,
+    sha256,
+    to_json,
+)
+from eqm.report import ReportInput, render_html, render_json, sample_grid
+
+HOSTILE = "\"><script>alert(1)</script><img src=http://x.example/y onerror=z>&'$x^{"
+VOID = {"meta", "img", "line", "circle"}
+
+
+def images(*shape):
+    return np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
+
+
+def record(stage, inputs, **values):
+    return Record(
+        stage=stage,
+        algorithm=7,
+        config={"of": stage},
+        inputs=inputs,
+        outputs={"out": Blob(sha256=sha256(stage.encode()), size_bytes=3)},
+        values=values,
+        logs={"log": Blob(sha256="f" * 64, size_bytes=1)},
+        provenance={"host": "machine-of-somebody", "at": "2026-01-01T00:00:00"},
+    )
+
+
+def evaluation(factor=1.0, name="photographs"):
+    return Evaluation(
+        protocol={"generate": {"samples": 100, "updates": 5}, "neighbours": 3},
+        samples=1797,
+        metrics={
+            "distance": Metric(
+                name="FD[cnn]-1797", value=6.12345 * factor, beside=4.87654, note="to training"
+            ),
+            "kid": Metric(name="KID[cnn]-1797", value=-0.002134, beside=0.000123),
+            "recall": Metric(name="recall[cnn]-1797", value=0.731987),
+            "unknown": Metric(name="a metric of tomorrow", value=12.5),
+        },
+        ood=(
+            OODRow(
+                name=name,
+                count=360,
+                auroc=0.98765,
+                auroc_low=0.97654,
+                auroc_high=0.99876,
+                aupr=0.96543,
+                fpr95_in=0.04321,
+                gated=True,
+            ),
+        ),
+        mean_field_evaluations=248.5,
+    )
+
+
+SOURCE = Ref(stage="source", digest=sha256(b"source"), content=sha256(b"listing"))
+
+
+def chain(measured):
+    latents = record("latents", {"source": SOURCE})
+    trained = record("train", {"latents": latents.ref})
+    samples = record("samples", {"train": trained.ref})
+    inputs = {"samples": samples.ref, "source": SOURCE}
+    return latents, trained, samples, record("evaluation", inputs, evaluation=to_json(measured))
+
+
+def report(name="7", *, refused=False, **changes):
+    measured = evaluation(name=name)
+    records = chain(measured)
+    champion = Ref(stage="evaluation", digest="1" * 64, content="2" * 64)
+    policy = PolicyConfig(name=name, minimum_samples=2000 if refused else 1)
+    decision = decide(
+        measured, records[-1].ref, policy, champion=evaluation(1.1), champion_ref=champion
+    )
+    rng = np.random.default_rng(1)
+    values = {
+        "title": f"report {name}",
+        "model_name": f"model {name}",
+        "evaluation": measured,
+        "decision": decision,
+        "champion": evaluation(1.1),
+        "chain": records,
+        "history": {
+            "images": [100, 200, 300],
+            "loss": [9.0, 3.0, 0.123456],
+            "gradient_norm": [3.0, 2.0, 1.5],
+        },
+        "sample_images": images(2, 3, 1, 8, 8),
+        "real_images": images(2, 3, 1, 8, 8),
+        "class_names": (name, "other"),
+        "ood_scores": {
+            "held-out": rng.gamma(9, 1, 40).tolist(),
+            name: rng.gamma(60, 1, 40).tolist(),
+        },
+        "trajectory": images(3, 2, 1, 8, 8),
+        "trajectory_updates": [0, 2, 5],
+        "generated_with": {"rule": "nag", "seeds": "0 to 99"},
+        **changes,
+    }
+    return ReportInput(**values)
+
+
+class Page(HTMLParser):
+    """Checks that elements nest, and keeps what it sees."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.open, self.tags, self.attributes, self.text = [], [], [], []
+        self.feed(page.decode())
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.attributes += attrs
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        self.attributes += attrs
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def of(self, name):
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+def test_the_same_bytes_again():
+    assert render_html(report()) == render_html(report())
+    assert render_json(report()) == render_json(report())
+
+
+def test_the_same_bytes_in_another_process(tmp_path):
+    # A person's own matplotlib settings must not matter either.
+    (tmp_path / "matplotlibrc").write_text("axes.labelsize: 20\nxtick.direction: in\n")
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\n"
+        "from test_report import render_html, render_json, report\n"
+        "open('page.html', 'wb').write(render_html(report()))\n"
+        "open('page.json', 'wb').write(render_json(report()))\n"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    assert (tmp_path / "page.html").read_bytes() == render_html(report())
+    assert (tmp_path / "page.json").read_bytes() == render_json(report())
+
+
+def test_another_number_gives_another_page():
+    other = report(evaluation=evaluation(1.0000001), decision=None)
+    assert render_html(other) != render_html(report(decision=None))
+
+
+def test_times_and_machines_are_not_in_it():
+    for data in (render_html(report()), render_json(report())):
+        assert b"machine-of-somebody" not in data
+        assert b"2026" not in data
+        assert b"matplotlib" not in data.lower()
+
+
+def test_nothing_from_outside():
+    page = render_html(report())
+    assert b"http:" not in page
+    assert b"https:" not in page
+    assert b"@import" not in page
+    parsed = Page(page)
+    assert not {"script", "link", "iframe", "object"} & {tag for tag, _ in parsed.tags}
+    for name, value in parsed.attributes:
+        if name == "src":
+            assert value.startswith("data:image/png;base64,")
+        if name == "href":
+            assert value.startswith("#")
+    (policy,) = [m["content"] for m in parsed.of("meta") if "http-equiv" in m]
+    assert policy.startswith("default-src 'none'")
+
+
+def test_links_lead_somewhere_and_ids_are_unique():
+    parsed = Page(render_html(report()))
+    ids = [value for name, value in parsed.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    links = [v[1:] for name, v in parsed.attributes if name == "href"]
+    clips = re.findall(r"url\(#([^)]*)\)", render_html(report()).decode())
+    assert {*links, *clips} <= set(ids)
+    assert clips
+
+
+def test_hostile_names_are_text():
+    page = render_html(report(HOSTILE))
+    parsed = Page(page)
+    calm = Page(render_html(report()))
+    assert [tag for tag, _ in parsed.tags] == [tag for tag, _ in calm.tags]
+    assert not [name for name, _ in parsed.attributes if name.startswith("on")]
+    assert html.escape(HOSTILE).encode() in page
+    assert HOSTILE in parsed.text
+    assert json.loads(render_json(report(HOSTILE)))["classes"][0] == HOSTILE
+
+
+def test_every_number_and_digest_is_in_the_page():
+    content = report()
+    page = render_html(content).decode()
+    exact = {d["value"] for d in Page(page.encode()).of("data")}
+    for metric in content.evaluation.metrics.values():
+        assert metric.name in page
+        assert repr(metric.value) in exact
+        assert metric.beside is None or repr(metric.beside) in exact
+    for name in ("count", "auroc", "auroc_low", "auroc_high", "aupr", "fpr95_in"):
+        assert repr(getattr(content.evaluation.ood[0], name)) in exact
+    for sealed in (*(r.ref for r in content.chain), SOURCE):
+        assert f"<code>{sealed.digest}</code>" in page
+        assert f"<code>{sealed.content}</code>" in page
+    assert content.evaluation.protocol_digest in page
+    assert repr(content.champion.metrics["distance"].value) in exact
+    assert sha256(render_json(content)) in page
+
+
+def test_numbers_are_readable():
+    text = "".join(Page(render_html(report())).text)
+    for shown in ("6.123", "4.877", "\N{MINUS SIGN}0.002134", "0.732", "1,797", "248.5"):
+        assert shown in text
+
+
+@pytest.mark.parametrize(
+    ("content", "verdict", "mark"),
+    [
+        (report(), "Promoted", "✓"),
+        (report(refused=True), "Not promoted", "✗"),
+        (report(decision=None), "No decision", None),
+    ],
+)
+def test_the_verdict(content, verdict, mark):
+    text = Page(render_html(content)).text
+    assert verdict in text
+    assert ("✗" in text) == (mark == "✗")
+    for reason in content.decision.reasons if content.decision else ():
+        assert reason.text in text
+
+
+def test_champions_of_another_protocol_are_not_compared():
+    other = dataclasses.replace(evaluation(1.1), protocol={"neighbours": 5})
+    text = " ".join(Page(render_html(report(champion=other))).text)
+    assert "the protocols differ in generate, neighbours" in text
+    assert "this model" not in text
+
+
+def test_what_is_optional_may_be_absent():
+    bare = report(
+        decision=None,
+        champion=None,
+        trajectory=None,
+        trajectory_updates=(),
+        ood_scores={},
+        history={},
+        chain=(),
+        evaluation=dataclasses.replace(evaluation(), metrics={}, ood=()),
+        generated_with={},
+    )
+    text = Page(render_html(bare)).text
+    assert "no distance was measured" in text
+    assert json.loads(render_json(bare))["champion"] is None
+
+
+def test_pictures_have_words():
+    parsed = Page(render_html(report()))
+    assert all(image["alt"] for image in parsed.of("img"))
+    drawings = [svg for svg in parsed.of("svg") if svg.get("aria-hidden") != "true"]
+    assert len(drawings) == 3
+    assert all(svg["role"] == "img" and svg["aria-label"] for svg in drawings)
+    assert all("scope" in head for head in parsed.of("th"))
+    assert len(parsed.of("caption")) == len(parsed.of("table"))
+
+
+def test_json_round_trip():
+    content = report()
+    data = render_json(content)
+    body = json.loads(data)
+    assert body["schema"] == "eqm-report/1"
+    assert canonical_bytes(body) + b"\n" == data
+    stated = body["evaluation"].pop("protocol_digest")
+    assert from_json(Evaluation, body["evaluation"]) == content.evaluation
+    assert stated == content.evaluation.protocol_digest
+    assert from_json(type(content.decision), body["decision"]) == content.decision
+    for kept, sealed in zip(body["chain"], content.chain, strict=True):
+        assert (kept.pop("digest"), kept.pop("content")) == (sealed.digest, sealed.content)
+        again = from_json(Record, kept)
+        assert (again.digest, again.content) == (sealed.digest, sealed.content)
+    assert body["images"]["samples"] == {
+        "shape": [2, 3, 1, 8, 8],
+        "sha256": hashlib.sha256(content.sample_images.tobytes()).hexdigest(),
+    }
+
+
+@pytest.mark.parametrize("render", [render_html, render_json])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_nan_is_refused(render, value):
+    broken = (
+        report(evaluation=evaluation(value), decision=None),
+        report(champion=evaluation(value)),
+        report(history={"images": [1], "loss": [value], "gradient_norm": [1.0]}),
+        report(ood_scores={"held-out": [1.0, 2.0], "x": [value]}),
+        report(generated_with={"step_size": value}),
+    )
+    for content in broken:
+        with pytest.raises(ConfigError, match="finite"):
+            render(content)
+
+
+REFUSED = {
+    "floats": ({"sample_images": np.zeros((2, 3, 1, 8, 8))}, "uint8"),
+    "flat": ({"real_images": images(2, 1, 8, 8)}, "5 dimensions"),
+    "channels": ({"sample_images": images(2, 3, 4, 8, 8)}, "1 or 3 channels"),
+    "none": ({"sample_images": images(2, 0, 1, 8, 8)}, "no images"),
+    "names": ({"class_names": ("a",)}, "2 classes of samples, 2 of real images, 1 names"),
+    "updates": ({"trajectory_updates": [0]}, "3 moments"),
+    "another evaluation": ({"chain": chain(evaluation(2.0))}, "judge again"),
+}
+
+
+@pytest.mark.parametrize(("changes", "words"), REFUSED.values(), ids=REFUSED.keys())
+def test_parts_that_do_not_belong_together_are_refused(changes, words):
+    with pytest.raises(DataError, match=words):
+        report(**changes)
+
+
+# -- pictures -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_grid_puts_every_pixel_where_it_belongs(channels):
+    made, scale = images(3, 4, channels, 5, 6), 7
+    png = sample_grid(made, ["a", "a longer name", HOSTILE], scale)
+    assert png == sample_grid(made, ["a", "a longer name", HOSTILE], scale)
+    sheet = np.asarray(Image.open(io.BytesIO(png)))
+    h, w = 5 * scale + GRID_GAP_PX, 6 * scale + GRID_GAP_PX
+    assert len(sheet) == 3 * h + GRID_GAP_PX
+    left = sheet.shape[1] - 4 * w
+    assert left > GRID_GAP_PX
+    for k in range(3):
+        for r in range(4):
+            cell = sheet[GRID_GAP_PX + k * h :, left + r * w :][: 5 * scale, : 6 * scale]
+            wanted = np.broadcast_to(made[k, r].transpose(1, 2, 0), (5, 6, 3))
+            np.testing.assert_array_equal(cell[::scale, ::scale], wanted)
+            np.testing.assert_array_equal(cell[scale - 1 :: scale, scale - 1 :: scale], wanted)
+    assert (sheet[:GRID_GAP_PX, left:] == 255).all()
+    assert (sheet[-GRID_GAP_PX:] == 255).all()
+
+
+def test_grid_names_its_rows():
+    made = images(2, 1, 1, 8, 8)
+    assert sample_grid(made, ["a", "b"], 4) != sample_grid(made, ["b", "a"], 4)
+    with pytest.raises(DataError, match="2 classes was given 1 names"):
+        sample_grid(made, ["a"], 4)
+
+
+def test_grid_has_no_metadata():
+    png = sample_grid(images(1, 1, 1, 8, 8), ["a"], 1)
+    assert not Image.open(io.BytesIO(png)).info
+
+
+@pytest.mark.parametrize("down", [False, True])
+def test_strip_enlarges_small_images_exactly(down):
+    made = images(3, 1, 8, 8)
+    sheet = np.asarray(Image.open(io.BytesIO(strip_png(made, cell_px=96, down=down))))
+    sheet = sheet.swapaxes(0, 1) if down else sheet
+    assert sheet.shape == (96, 3 * 96 + 2 * 6, 4)
+    for i in range(3):
+        cell = sheet[6::12, i * 102 :][:, :96][:, 6::12]
+        np.testing.assert_array_equal(cell[..., 0], made[i, 0].T if down else made[i, 0])
+    assert (sheet[:, 96:102, 3] == 0).all()
+
+
+def test_strip_averages_large_images_down():
+    made = images(2, 3, 256, 128)
+    sheet = np.asarray(Image.open(io.BytesIO(strip_png(made, cell_px=64))))
+    assert sheet.shape == (64, 2 * 32 + 4, 4)
+    blocks = made[0].reshape(3, 64, 4, 32, 4).mean(axis=(2, 4)).transpose(1, 2, 0)
+    np.testing.assert_allclose(sheet[:, :32, :3], blocks, atol=1)
+
+
+def test_curves_say_what_they_show():
+    svg = curve_svg([1e3, 2e3], [5.0, 6.0], title="a <b>", x_label="images seen", y_label="loss")
+    assert 'aria-label="a &lt;b&gt;"' in svg
+    assert "images seen" in svg
+    assert "var(--sample" in svg
+    assert "<style" not in svg
+    steep = curve_svg([1, 2], [1.0, 100.0], title="t", x_label="x", y_label="y")
+    assert ">100</text>" in steep
+
+
+def test_a_curve_of_one_point_is_drawn():
+    svg = curve_svg([5], [2.0], title="t", x_label="x", y_label="y")
+    assert "<use" in svg
+
+
+def test_common_edges_hold_every_score():
+    edges = common_edges([[1.0, 5.0], [2.0, 300.0]])
+    assert edges[0] == pytest.approx(1.0)
+    assert edges[-1] == pytest.approx(300.0)
+    assert edges[1] / edges[0] == pytest.approx(edges[-1] / edges[-2])
+    same = common_edges([[2.0, 2.0]])
+    assert same[0] < 2.0 < same[-1]
+    assert histogram_svg([2.0, 2.0], [2.0], same, title="t").count("<path") > 2

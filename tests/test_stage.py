@@ -1,0 +1,109 @@
+"""Around every stage program: skip what is sealed, seal last, refuse in words."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eqm import stage
+from eqm.config import Job, Runtime
+from eqm.errors import ConfigError, DataError, IntegrityError
+from eqm.records import Ref, to_json
+from eqm.stage import Context, Outcome
+from eqm.storage import LocalStore
+
+CONFIG: dict[str, Any] = {"source": {}, "encode": {}}
+
+
+def a_job(folder: Path, **changes: Any) -> Job:
+    runtime = Runtime(store=str(folder / "store"), device="cpu", threads=1)
+    values = {"stage": "latents", "config": CONFIG, "inputs": {}, "runtime": runtime}
+    return Job(**{**values, **changes})
+
+
+def makes(value: bytes) -> stage.Program:
+    return lambda context: Outcome(outputs={"out": value}, values={"n": 1})
+
+
+def test_a_stage_is_sealed_once(tmp_path: Path) -> None:
+    first = stage.run(a_job(tmp_path), makes(b"one"))
+    again = stage.run(a_job(tmp_path), lambda _: pytest.fail("a sealed stage was run"))
+    assert first == again
+    assert LocalStore(tmp_path / "store").get(first.outputs["out"]) == b"one"
+
+
+def test_where_it_runs_is_in_no_digest(tmp_path: Path) -> None:
+    one = stage.run(a_job(tmp_path / "a"), makes(b"x"))
+    two = stage.run(a_job(tmp_path / "b"), makes(b"x"))
+    assert (one.digest, one.content) == (two.digest, two.content)
+
+
+def test_a_failed_stage_seals_nothing(tmp_path: Path) -> None:
+    def fails(_: Context) -> Outcome:
+        raise DataError("no")
+
+    with pytest.raises(DataError):
+        stage.run(a_job(tmp_path), fails)
+    assert LocalStore(tmp_path / "store").list("latents/") == []
+
+
+def test_inputs_are_checked_before_use(tmp_path: Path) -> None:
+    made = stage.run(a_job(tmp_path), makes(b"x"))
+    store = LocalStore(tmp_path / "store")
+    assert stage.open_ref(store, made.ref) == made
+    with pytest.raises(IntegrityError, match="made again elsewhere"):
+        stage.open_ref(store, Ref(stage="latents", digest=made.digest, content="0" * 64))
+    with pytest.raises(DataError, match="not sealed"):
+        stage.open_ref(store, Ref(stage="latents", digest="0" * 64, content="0" * 64))
+
+
+def test_verify_looks_at_every_blob(tmp_path: Path) -> None:
+    made = stage.run(a_job(tmp_path), makes(b"data"))
+    store = LocalStore(tmp_path / "store")
+    stage.verify(store, made)
+    (store.root / made.outputs["out"].key).write_bytes(b"dat4")
+    with pytest.raises(IntegrityError, match="damaged"):
+        stage.verify(store, made)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "cannot be read"),
+        ("{}", "lacks stage"),
+        ('{"stage": 1}', "must be of type str"),
+    ],
+)
+def test_bad_job_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "job.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        stage.read_job(path, ("latents",))
+
+
+def test_a_job_of_another_stage_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(to_json(a_job(tmp_path))))
+    with pytest.raises(ConfigError, match="a job for stage 'latents', not train"):
+        stage.read_job(path, ("train",))
+
+
+def test_a_program_ends_with_one_message_and_status_2(tmp_path: Path) -> None:
+    runtime = Runtime(store="http://nowhere", error_file=str(tmp_path / "why"))
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(to_json(a_job(tmp_path, runtime=runtime))))
+    line = [sys.executable, "-m", "eqm.encode", str(path)]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: store 'http://nowhere'")
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "why").read_text() in done.stderr
+
+
+def test_provenance_names_no_place(tmp_path: Path) -> None:
+    made = stage.run(a_job(tmp_path), makes(b"x"))
+    assert str(tmp_path) not in json.dumps(to_json(made))
+    assert made.provenance["threads"] == 1
