@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def alternate(sides: dict[str, Callable[[], object]], *, rounds: int) -> dict[str, list[float]]:
-    """Seconds of each side, measured in turn ``rounds`` times after one round that is not counted."""
+    """Seconds of each side, measured in turn ``rounds`` times after one that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for number in range(rounds + 1):
         for name, run in sides.items():

@@ -1,9 +1,9 @@
 """(latents, seed, first image, rank, world) -> batches; the position is arithmetic.
 
-Image number n of a run is a function of (seed, n): epoch n // N visits the N samples of the split in
-an order of its own, each once, and a coin of image n says whether its mirror is taken. Nothing is
-kept between batches, so going on at image k is the same as never having stopped, and any number of
-processes share the same global batch. What is drawn for an image after that is eqm.train's business.
+Image number n of a run is a function of (seed, n): epoch n // N visits the N samples of the split
+in an order of its own, each once, and a coin of image n says whether its mirror is taken. Nothing
+is kept between batches, so going on at image k is the same as never having stopped, and any number
+of processes share the same global batch. What else is drawn for an image is eqm.train's business.
 """
 
 from collections.abc import Iterator
@@ -108,13 +108,13 @@ def split_numbers(data: LatentSet, split: Split) -> Int64:
 def samples_of(data: LatentSet, seed: int, image_numbers: Int64, split: Split = "train") -> Int64:
     """Sample number of each image of a run, (B,)."""
     chosen = split_numbers(data, split)
-    epochs, positions = np.divmod(image_numbers, len(chosen))
-    places = np.empty_like(positions)
-    for epoch in np.unique(epochs).tolist():
-        here = epochs == epoch
-        wanted = torch.from_numpy(positions[here])
-        places[here] = np.asarray(permutation(seed, epoch, len(chosen), wanted))
-    return chosen[places]
+    return chosen[order(seed, len(chosen), image_numbers)]
+
+
+def order(seed: int, size: int, image_numbers: Int64) -> Int64:
+    """Which of ``size`` things each image of a run is, (B,): every one once an epoch."""
+    epochs, positions = np.divmod(image_numbers, size)
+    return permutation(seed, torch.from_numpy(epochs), size, torch.from_numpy(positions)).numpy()
 
 
 def mirror_of(data: LatentSet, seed: int, image_numbers: Int64) -> np.ndarray | None:

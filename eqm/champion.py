@@ -1,8 +1,8 @@
 """Which version is champion, how it became so, and the way back.
 
-The truth is an append-only history in the store, ``history/<model>/<number>.json``, each entry create-once:
-of two promotions that race, one writes the next number and the other is told. MLflow's alias
-``champion`` mirrors the newest entry and is set again from it whenever they differ.
+The truth is an append-only history in the store, ``history/<model>/<number>.json``, each entry
+create-once: of two promotions that race, one writes the next number and the other is told.
+MLflow's alias ``champion`` mirrors the newest entry and is set again from it whenever they differ.
 """
 
 import datetime
@@ -83,7 +83,9 @@ def promote(
     """
     if not decision.promote:
         failed = "; ".join(r.text for r in decision.reasons if not r.passed)
-        raise DataError(f"version {version.number} of {version.model} may not be promoted: {failed}")
+        raise DataError(
+            f"version {version.number} of {version.model} may not be promoted: {failed}"
+        )
     verify(store, open_ref(store, train))
     entries = history(store, version.model)
     standing = lineage(entries)

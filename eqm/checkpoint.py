@@ -1,9 +1,9 @@
 """Training state <-> safetensors and JSON in the store.
 
-A checkpoint is complete when its commit ``train/<digest>/checkpoints/<images>.json`` exists; the commit
-is written last, create-once, and names its files by digest. Nothing is pickled, nothing is guessed:
-the commit with the most images is the one that training goes on from, and a damaged one is refused by
-name. Called by train.
+A checkpoint is complete when its commit ``train/<digest>/checkpoints/<images>.json`` exists; the
+commit is written last, create-once, and names its files by digest. Nothing is pickled, nothing is
+guessed: the commit with the most images is the one that training goes on from, and a damaged one
+is refused by name. Called by train.
 """
 
 import json

@@ -1,15 +1,15 @@
 """Typed configuration of a pipeline and of each stage, checked when it is built.
 
-A run is one frozen :class:`PipelineConfig`. Each stage is handed only the part its output depends on,
-because that part is hashed into the address of its record; where things lie and how fast they run is
-:class:`Runtime`, which is hashed into nothing. Presets are functions. Counts are in images.
+A run is one frozen :class:`PipelineConfig`. Each stage is handed only the part its output depends
+on, because that part is hashed into the address of its record; where things lie and how fast they
+run is :class:`Runtime`, which is hashed into nothing. Presets are functions. Counts are in images.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from eqm.errors import ConfigError
 from eqm.records import Ref, from_json, to_json
@@ -282,7 +282,7 @@ class TrainConfig:
 
     @property
     def updates(self) -> int:
-        """Optimiser updates in the whole run: the last one may pass ``images`` by part of a batch."""
+        """Optimiser updates in all; the last one may pass ``images`` by part of a batch."""
         return math.ceil(self.images / self.batch_size)
 
 
@@ -504,7 +504,7 @@ def demo() -> PipelineConfig:
 
 
 def demo_policy() -> PolicyConfig:
-    """Policy of the demo: as many samples as there are digits, floors that a broken model misses."""
+    """As many samples as there are digits, and floors that a broken model misses."""
     return PolicyConfig(
         name="demo",
         minimum_samples=1797,
@@ -546,14 +546,18 @@ def pipeline_config(data: Mapping[str, Any]) -> PipelineConfig:
     return from_json(PipelineConfig, _merged(to_json(PRESETS[preset]()), changes))
 
 
-def _merged(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+Table = Mapping[str, Any]
+
+
+def _merged(base: Table, changes: Table) -> dict[str, Any]:
     merged = dict(base)
     for key, value in changes.items():
         inner = merged.get(key)
-        both_tables = isinstance(inner, dict) and isinstance(value, Mapping)
         # A table with keys of the user's own is given whole, or none of them could be taken out.
-        merge = both_tables and key not in OPEN_TABLES
-        merged[key] = _merged(inner, value) if merge else value
+        if isinstance(inner, dict) and isinstance(value, Mapping) and key not in OPEN_TABLES:
+            merged[key] = _merged(cast("Table", inner), cast("Table", value))
+        else:
+            merged[key] = value
     return merged
 
 
@@ -562,9 +566,9 @@ def with_settings(config: PipelineConfig, settings: Mapping[str, Any]) -> Pipeli
     data = to_json(config)
     for dotted, value in settings.items():
         *path, last = dotted.split(".")
-        table = data
+        table: Any = data
         for part in path:
-            table = table.get(part) if isinstance(table, dict) else None
+            table = cast("dict[str, Any]", table).get(part) if isinstance(table, dict) else None
         # Tables may be extended by a misspelt key here; from_json refuses it by name below.
         if not isinstance(table, dict):
             raise ConfigError(f"there is no table {'.'.join(path)!r} to set {last!r} in")
@@ -586,6 +590,6 @@ def stage_config(stage: str, config: Mapping[str, Any]) -> Any:
     return from_json(classes[stage], config, stage)
 
 
-def replace(config: Any, **changes: Any) -> Any:
+def replace(config: Any, /, **changes: Any) -> Any:
     """Copy of a frozen config with some fields changed, checked again."""
     return dataclasses.replace(config, **changes)

@@ -1,9 +1,9 @@
 """Stage "latents": images -> sealed shards of moments. ``python -m eqm.encode CONFIG.json``
 
-The plan cuts the listing into runs of consecutive images, one a shard. A finished shard is committed
-create-once under ``latents/<digest>/shards/``; interrupted, the stage goes on with the shards that
-are not. A batch of the autoencoder never spans two shards, so a shard's bytes do not depend on who
-encodes it, and processes share the shards without talking to each other.
+The plan cuts the listing into runs of consecutive images, one a shard. A finished shard is
+committed create-once under ``latents/<digest>/shards/``; interrupted, the stage goes on with the
+shards that are not. A batch of the autoencoder never spans two shards, so a shard's bytes do not
+depend on who encodes it, and processes share the shards without talking to each other.
 """
 
 import json
@@ -19,7 +19,7 @@ from eqm.autoencoder import Autoencoder, load_autoencoder
 from eqm.config import EncodeConfig, LatentsStage
 from eqm.errors import DataError
 from eqm.images import ImageSource, checked_source, mirrored
-from eqm.records import Blob, Manifest, Record, Shard, from_json, to_json
+from eqm.records import Blob, Manifest, Shard, from_json, to_json
 from eqm.shards import MANIFEST, Index, Sample, manifest_to_bytes, read_index, write_shard
 from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
@@ -168,7 +168,7 @@ def _finished(context: Context, plan: ShardPlan) -> Shard:
     if shard is None:
         raise DataError(
             f"shard {plan.number} is not in {context.store.uri} although it was encoded: something "
-            "deletes from the store while this runs; run the stage again"
+            f"deletes from the store; delete {_commit_key(context, plan)} too and run again"
         )
     return shard
 

@@ -1,8 +1,8 @@
 """Errors that a person can act upon.
 
-Every error a user can cause is an :class:`EqmError` whose message names the value, the place and the
-remedy; programs print it as one paragraph and exit with 2. Anything else is a defect of ours and
-keeps its traceback.
+Every error a user can cause is an :class:`EqmError` whose message names the value, the place and
+the remedy; programs print it as one paragraph and exit with 2. Anything else is a defect of ours
+and keeps its traceback.
 """
 
 

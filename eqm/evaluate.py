@@ -1,8 +1,8 @@
 """Stage "evaluation": samples + real images -> numbers. ``python -m eqm.evaluate CONFIG.json``
 
-Distances are to the training images, as in the field, with the distance between held-out and training
-images beside them: the floor that a perfect model would reach. Out-of-distribution scores are gradient
-norms at the mean latents, unlabelled, held-out images against others.
+Distances are to the training images, as in the field, with the distance between held-out and
+training images beside them: the floor that a perfect model would reach. Out-of-distribution scores
+are gradient norms at the mean latents, unlabelled, held-out images against others.
 """
 
 import sys
@@ -114,9 +114,7 @@ def gather(
         config=config,
         training=real_split(context, source, extractor, held_out=False),
         held_out=real_split(context, source, extractor, held_out=True),
-        samples=Split(
-            kept["images"].numpy(), sealed["labels"].numpy(), sealed["features"].numpy()
-        ),
+        samples=Split(kept["images"].numpy(), sealed["labels"].numpy(), sealed["features"].numpy()),
         sample_count=int(samples.values["samples"]),
         mean_field_evaluations=float(samples.values["mean_field_evaluations"]),
     )

@@ -1,8 +1,9 @@
 """Stage "samples": a trained model and seeds -> samples. ``python -m eqm.generate CONFIG.json``
 
 Decoder output streams into feature extraction; features of all samples and the first images are
-sealed. Work is cut into parts of one batch, each committed create-once: interrupted, it goes on at the
-part where it was. Sample s is a function of (model, s), so parts may be made anywhere, in any order.
+sealed. Work is cut into parts of one batch, each committed create-once: interrupted, it goes on at
+the part where it was. Sample s is a function of (model, s), so parts may be made anywhere, in any
+order.
 """
 
 import json

@@ -294,8 +294,8 @@ def sample(
 ) -> Samples:
     """Find samples by descent (section 3.3) from noise, or from ``start`` (B, C, H, W).
 
-    Sample s of ``seeds`` begins at noise that is a function of s alone; ``labels`` (B,) int64, None for
-    the null label. ``rule`` is NAG(0.003, 0.3) unless given. Raises DataError.
+    Sample s of ``seeds`` begins at noise that is a function of s alone; ``labels`` (B,) int64,
+    None for the null label. ``rule`` is NAG(0.003, 0.3) unless given. Raises DataError.
     """
     if (seeds is None) == (start is None):
         raise DataError("give either seeds or start")
@@ -316,6 +316,4 @@ def sample(
         stop=stop,
         on_update=on_update,
     )
-    return Samples(
-        found.latents, found.evaluations, found.gradient_norms, found.diverged, model
-    )
+    return Samples(found.latents, found.evaluations, found.gradient_norms, found.diverged, model)

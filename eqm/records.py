@@ -1,9 +1,10 @@
 """What crosses a boundary: frozen dataclasses, their JSON, and their digests.
 
-A *record* is the seal of a stage (``<stage>/<digest>/record.json`` in the store). ``digest`` says what
-was asked for (config, inputs, algorithm number) and is the address; ``content`` says what came out
-(outputs, values) and is what the next stage builds on, so the records of a run form a Merkle chain.
-Times, machines and git revisions are provenance: kept in the record, in neither digest.
+A *record* is the seal of a stage (``<stage>/<digest>/record.json`` in the store). ``digest`` says
+what was asked for (config, inputs, algorithm number) and is the address; ``content`` says what
+came out (outputs, values) and is what the next stage builds on, so the records of a run form a
+Merkle chain. Times, machines and git revisions are provenance: kept in the record, in neither
+digest.
 
 Pure: nothing here touches the world. Read by every module.
 """
@@ -16,13 +17,15 @@ import math
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
 from eqm.errors import ConfigError, IntegrityError
 
 T = TypeVar("T")
 Json = Any
 """A JSON value: None, bool, int, float, str, list or dict of them."""
+Table = Mapping[Any, Any]
+Items = list[Any] | tuple[Any, ...]
 
 
 # -- JSON and digests ---------------------------------------------------------------------------
@@ -33,9 +36,9 @@ def to_json(value: Any) -> Json:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, Mapping):
-        return {str(key): to_json(item) for key, item in value.items()}
+        return {str(key): to_json(item) for key, item in cast("Table", value).items()}
     if isinstance(value, list | tuple):
-        return [to_json(item) for item in value]
+        return [to_json(item) for item in cast("Items", value)]
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{value} cannot be recorded: only finite numbers have a JSON form")
     if value is None or isinstance(value, bool | int | float | str):
@@ -68,12 +71,13 @@ def from_json(cls: type[T], data: Json, where: str = "config") -> T:
     """
     if not isinstance(data, Mapping):
         raise ConfigError(f"{where} must be a table of settings, not {data!r}")
+    table = cast("Table", data)
     known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-    for key in data:
+    for key in table:
         if key not in known:
             raise ConfigError(_unknown_key(str(key), where, list(known)))
     hints = get_type_hints(cls)
-    values = {key: _decode(hints[key], item, f"{where}.{key}") for key, item in data.items()}
+    values = {key: _decode(hints[key], item, f"{where}.{key}") for key, item in table.items()}
     missing = [
         name
         for name, f in known.items()
@@ -119,24 +123,28 @@ def _decode_literal(options: tuple[Any, ...], value: Json, where: str) -> Any:
         return value
     close = difflib.get_close_matches(str(value), [str(o) for o in options], n=1)
     hint = f" (did you mean {close[0]!r}?)" if close else ""
-    raise ConfigError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, options))}{hint}")
+    raise ConfigError(
+        f"{where} is {value!r}; it must be one of {', '.join(map(repr, options))}{hint}"
+    )
 
 
 def _decode_tuple(args: tuple[Any, ...], value: Json, where: str) -> tuple[Any, ...]:
     if not isinstance(value, list | tuple):
         raise ConfigError(f"{where} is {value!r}; it must be a list")
+    items = cast("Items", value)
     if len(args) == 2 and args[1] is Ellipsis:
-        args = (args[0],) * len(value)
-    if len(args) != len(value):
-        raise ConfigError(f"{where} has {len(value)} entries; it must have {len(args)}")
-    pairs = enumerate(zip(args, value, strict=True))
+        args = (args[0],) * len(items)
+    if len(args) != len(items):
+        raise ConfigError(f"{where} has {len(items)} entries; it must have {len(args)}")
+    pairs = enumerate(zip(args, items, strict=True))
     return tuple(_decode(arg, item, f"{where}[{i}]") for i, (arg, item) in pairs)
 
 
 def _decode_dict(args: tuple[Any, ...], value: Json, where: str) -> dict[str, Any]:
     if not isinstance(value, Mapping):
         raise ConfigError(f"{where} is {value!r}; it must be a table")
-    return {str(key): _decode(args[1], item, f"{where}.{key}") for key, item in value.items()}
+    pairs = cast("Table", value).items()
+    return {str(key): _decode(args[1], item, f"{where}.{key}") for key, item in pairs}
 
 
 def _decode_scalar(hint: Any, value: Json, where: str) -> Any:

@@ -238,9 +238,7 @@ class Registry:
         found = self._client.search_model_versions(query, max_results=1)
         return _version(found[0]) if found else None
 
-    def _create(
-        self, model: str, source: str, tags: Mapping[str, str], run_digest: str
-    ) -> Version:
+    def _create(self, model: str, source: str, tags: Mapping[str, str], run_digest: str) -> Version:
         from mlflow.exceptions import MlflowException
 
         with contextlib.suppress(MlflowException):

@@ -2,16 +2,15 @@
 
 The page refers to nothing outside itself and needs no script. It shows configs, digests and values
 alone: no times and no machines, which differ from run to run. Every string is escaped unless it is
-:class:`Html`, because names of classes and models are other people's input. Called by flows.
+:class:`eqm.page.Html`: names of classes and models are other people's input. Called by flows.
 """
 
-import base64
 import hashlib
-import html
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from eqm import page
 from eqm.errors import DataError
 from eqm.figures import (
     Images,
@@ -149,82 +148,13 @@ def _picture_json(images: Images) -> Json:
     return {"shape": list(images.shape), "sha256": hashlib.sha256(images.tobytes()).hexdigest()}
 
 
-# -- markup -------------------------------------------------------------------------------------
-
-
-class Html(str):
-    """Markup; any other string is text and is escaped."""
-
-    __slots__ = ()
-
-
-Child = str | Iterable["Child"]
-
-
-def el(tag: str, *children: Child, **attributes: str) -> Html:
-    """One element; ``class_`` is its class. Text and attributes are escaped."""
-    named = ((k.rstrip("_").replace("_", "-"), v) for k, v in attributes.items())
-    opening = "".join(f' {name}="{html.escape(value)}"' for name, value in named)
-    if tag in ("img", "meta"):
-        return Html(f"<{tag}{opening}>")
-    return Html(f"<{tag}{opening}>{_markup(children)}</{tag}>")
-
-
-def _markup(child: Child) -> str:
-    if isinstance(child, Html):
-        return child
-    return html.escape(child) if isinstance(child, str) else "".join(map(_markup, child))
-
-
-def _number(value: float) -> Html:
-    """Four digits to read, all of them for machines."""
-    shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-    return el("data", shown.replace("-", MINUS), value=repr(value))
-
-
-def _picture(png: bytes, alt: str) -> Html:
-    return el("img", src=f"data:image/png;base64,{base64.b64encode(png).decode()}", alt=alt)
-
-
-def _table(caption: str, heads: Sequence[str], rows: Iterable[Sequence[Child]], kind: str) -> Html:
-    """A table whose first column heads its rows; narrow pages show each row as a block."""
-    top = el("tr", [el("th", head, scope="col") for head in heads])
-    body = [
-        el(
-            "tr",
-            el("th", row[0], scope="row"),
-            [el("td", c, data_head=h) for h, c in zip(heads[1:], row[1:], strict=True)],
-        )
-        for row in rows
-    ]
-    table = el("table", el("caption", caption), el("thead", top), el("tbody", body), class_=kind)
-    return el("div", table, class_="scroll")
-
-
-def _section(heading: str, note: Child, *content: Child) -> Html:
-    intro = el("p", note, class_="note") if note else Html("")
-    return el("section", el("h2", heading), intro, *content)
-
-
-def _code(digest: str) -> Html:
-    return el("code", digest)
-
-
-def _flat(settings: Mapping[str, Any], within: str = "") -> Iterable[tuple[str, str]]:
-    for key, value in sorted(settings.items()):
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{within}{key}.")
-        else:
-            yield within + key, value if isinstance(value, str) else canonical_bytes(value).decode()
-
-
 # -- the page -----------------------------------------------------------------------------------
 
 
 def render_html(report: ReportInput) -> bytes:
     """The page. Raises ConfigError for NaN and infinities."""
     numbers = render_json(report)
-    main = el(
+    main = page.el(
         "main",
         _header(report),
         _decision(report),
@@ -237,39 +167,39 @@ def render_html(report: ReportInput) -> bytes:
         _chain(report),
         _protocol(report),
     )
-    footer = el(
+    footer = page.el(
         "footer",
-        el("p", "The same sealed records give this page again, byte for byte. "),
-        el("p", f"Numbers in full: {SCHEMA}, SHA-256 ", _code(sha256(numbers))),
+        page.el("p", "The same sealed records give this page again, byte for byte. "),
+        page.el("p", f"Numbers in full: {SCHEMA}, SHA-256 ", page.code(sha256(numbers))),
     )
     head = (
-        el("meta", charset="utf-8"),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        el("meta", http_equiv="Content-Security-Policy", content=POLICY),
-        el("title", f"{report.title} · {report.model_name}"),
-        el("style", Html(STYLE)),
+        page.el("meta", charset="utf-8"),
+        page.el("meta", name="viewport", content="width=device-width, initial-scale=1"),
+        page.el("meta", name="color-scheme", content="light dark"),
+        page.el("meta", http_equiv="Content-Security-Policy", content=page.POLICY),
+        page.el("title", f"{report.title} · {report.model_name}"),
+        page.el("style", page.Html(page.STYLE)),
     )
-    page = el("html", el("head", head), el("body", main, footer), lang="en")
-    return f"<!doctype html>\n{page}\n".encode()
+    whole = page.el("html", page.el("head", head), page.el("body", main, footer), lang="en")
+    return f"<!doctype html>\n{whole}\n".encode()
 
 
-def _header(report: ReportInput) -> Html:
+def _header(report: ReportInput) -> page.Html:
     evaluation = report.evaluation
     shown = [evaluation.metrics[k] for k in TILES if k in evaluation.metrics]
     shown.append(Metric(name="samples", value=evaluation.samples))
     shown.append(Metric(name="field evaluations a sample", value=evaluation.mean_field_evaluations))
-    tiles = el("div", [_tile(metric) for metric in shown], class_="tiles")
-    return el(
+    tiles = page.el("div", [_tile(metric) for metric in shown], class_="tiles")
+    return page.el(
         "header",
-        el("p", "Evaluation of ", el("b", report.model_name), class_="eyebrow"),
-        el("h1", report.title),
+        page.el("p", "Evaluation of ", page.el("b", report.model_name), class_="eyebrow"),
+        page.el("h1", report.title),
         _verdict(report.decision),
-        el("div", _headline(evaluation), tiles, class_="figures"),
+        page.el("div", _headline(evaluation), tiles, class_="figures"),
     )
 
 
-def _verdict(decision: Decision | None) -> Html:
+def _verdict(decision: Decision | None) -> page.Html:
     if decision is None:
         return _banner("none", "No decision", "This evaluation was not held against a policy.")
     policy = decision.policy.get("name", "")
@@ -282,40 +212,52 @@ def _verdict(decision: Decision | None) -> Html:
     return _banner("fail", "Not promoted", text)
 
 
-def _banner(kind: str, verdict: str, text: str) -> Html:
-    return el("p", el("strong", verdict, class_=f"pill {kind}"), " ", text, class_="verdict")
+def _banner(kind: str, verdict: str, text: str) -> page.Html:
+    return page.el(
+        "p", page.el("strong", verdict, class_=f"pill {kind}"), " ", text, class_="verdict"
+    )
 
 
-def _headline(evaluation: Evaluation) -> Html:
+def _headline(evaluation: Evaluation) -> page.Html:
     metric = evaluation.metrics.get("distance")
     if metric is None:
-        return el("div", el("p", "no distance was measured", class_="label"), class_="tile lead")
-    return _tile(metric, el("p", metric.note, class_="small"), kind="tile lead")
+        return page.el(
+            "div", page.el("p", "no distance was measured", class_="label"), class_="tile lead"
+        )
+    return _tile(metric, page.el("p", metric.note, class_="small"), kind="tile lead")
 
 
-def _tile(metric: Metric, *more: Child, kind: str = "tile") -> Html:
-    real: Child = ()
+def _tile(metric: Metric, *more: page.Child, kind: str = "tile") -> page.Html:
+    real: page.Child = ()
     if metric.beside is not None:
-        real = el("p", "real images ", _number(metric.beside), class_="small real")
-    value = el("p", _number(metric.value), class_="big")
-    return el("div", el("p", metric.name, class_="label"), value, real, *more, class_=kind)
+        real = page.el("p", "real images ", page.number(metric.beside), class_="small real")
+    value = page.el("p", page.number(metric.value), class_="big")
+    return page.el(
+        "div", page.el("p", metric.name, class_="label"), value, real, *more, class_=kind
+    )
 
 
-def _decision(report: ReportInput) -> Html:
+def _decision(report: ReportInput) -> page.Html:
     if report.decision is None:
-        return Html("")
+        return page.Html("")
     items = []
     for reason in report.decision.reasons:
         kind, mark, word = ("pass", "✓", "passed") if reason.passed else ("fail", "✗", "failed")
-        sign = el("span", mark, class_=f"mark {kind}", role="img", aria_label=word)
-        items.append(el("li", sign, el("div", el("b", reason.check), " ", el("span", reason.text))))
-    return _section("Decision", "", el("ul", items, class_="reasons"))
+        sign = page.el("span", mark, class_=f"mark {kind}", role="img", aria_label=word)
+        items.append(
+            page.el(
+                "li",
+                sign,
+                page.el("div", page.el("b", reason.check), " ", page.el("span", reason.text)),
+            )
+        )
+    return page.section("Decision", "", page.el("ul", items, class_="reasons"))
 
 
 # -- pictures -----------------------------------------------------------------------------------
 
 
-def _samples(report: ReportInput) -> Html:
+def _samples(report: ReportInput) -> page.Html:
     note = (
         "Samples beside held-out images, which the model has never seen. Neither side is chosen: "
         "they are the first of each class."
@@ -324,36 +266,38 @@ def _samples(report: ReportInput) -> Html:
     rows = [
         (
             name,
-            _picture(strip_png(made, cell_px=CELL_PX), f"{len(made)} samples of class {name}"),
-            _picture(strip_png(real, cell_px=CELL_PX), f"{len(real)} real images of class {name}"),
+            page.picture(strip_png(made, cell_px=CELL_PX), f"{len(made)} samples of class {name}"),
+            page.picture(
+                strip_png(real, cell_px=CELL_PX), f"{len(real)} real images of class {name}"
+            ),
         )
         for name, made, real in triples
     ]
     heads = ("class", "samples", "real, held out")
-    return _section(
-        "Samples", note, _table("Samples and real images by class", heads, rows, "grid")
+    return page.section(
+        "Samples", note, page.table("Samples and real images by class", heads, rows, "grid")
     )
 
 
-def _descent(report: ReportInput) -> Html:
+def _descent(report: ReportInput) -> page.Html:
     if report.trajectory is None:
-        return Html("")
+        return page.Html("")
     note = "One sample of each class on its way from noise down the field, by updates made."
     frames = [
-        el(
+        page.el(
             "figure",
-            _picture(
+            page.picture(
                 strip_png(frame, cell_px=CELL_PX, down=True),
                 f"one sample of each class after {updates} updates",
             ),
-            el("figcaption", f"{updates:,}"),
+            page.el("figcaption", f"{updates:,}"),
         )
         for frame, updates in zip(report.trajectory, report.trajectory_updates, strict=True)
     ]
-    return _section("Descent", note, el("div", frames, class_="film"))
+    return page.section("Descent", note, page.el("div", frames, class_="film"))
 
 
-def _training(report: ReportInput) -> Html:
+def _training(report: ReportInput) -> page.Html:
     x = report.history.get("images", [])
     names = {"loss": "loss", "gradient_norm": "gradient norm"}
     drawn = []
@@ -363,22 +307,26 @@ def _training(report: ReportInput) -> Html:
             title = f"{name} by training images seen"
             picture = curve_svg(x, y, title=title, x_label="images seen", y_label=name)
             drawn.append(
-                el("figure", Html(picture), el("figcaption", f"{name}, last ", _number(y[-1])))
+                page.el(
+                    "figure",
+                    page.Html(picture),
+                    page.el("figcaption", f"{name}, last ", page.number(y[-1])),
+                )
             )
     if not drawn:
-        return _section("Training", "No training curve was recorded.")
-    return _section("Training", "", el("div", drawn, class_="panels"))
+        return page.section("Training", "No training curve was recorded.")
+    return page.section("Training", "", page.el("div", drawn, class_="panels"))
 
 
 # -- numbers ------------------------------------------------------------------------------------
 
 
-def _metrics(report: ReportInput) -> Html:
+def _metrics(report: ReportInput) -> page.Html:
     rows = [
         (
             metric.name,
-            _number(metric.value),
-            DASH if metric.beside is None else _number(metric.beside),
+            page.number(metric.value),
+            DASH if metric.beside is None else page.number(metric.beside),
             BETTER.get(key, DASH),
             metric.note,
         )
@@ -389,7 +337,9 @@ def _metrics(report: ReportInput) -> Html:
         "for held-out images: what a perfect model would show."
     )
     heads = ("metric", "samples", "real images", "better", "note")
-    return _section("Metrics", note, _table("Metrics of the samples", heads, rows, "numbers"))
+    return page.section(
+        "Metrics", note, page.table("Metrics of the samples", heads, rows, "numbers")
+    )
 
 
 def _story_order(item: tuple[str, Metric]) -> tuple[int, str]:
@@ -397,14 +347,14 @@ def _story_order(item: tuple[str, Metric]) -> tuple[int, str]:
     return (order.index(item[0]) if item[0] in order else len(order), item[0])
 
 
-def _champion(report: ReportInput) -> Html:
+def _champion(report: ReportInput) -> page.Html:
     if report.champion is None:
-        return Html("")
+        return page.Html("")
     mine, other = report.evaluation, report.champion
     if mine.protocol_digest != other.protocol_digest:
         keys = ", ".join(differences(mine.protocol, other.protocol))
         note = f"The numbers are not compared: the protocols differ in {keys}."
-        return _section("Against the champion", note)
+        return page.section("Against the champion", note)
     pairs = [
         (metric.name, metric.value, other.metrics[key].value)
         for key, metric in sorted(mine.metrics.items(), key=_story_order)
@@ -412,10 +362,12 @@ def _champion(report: ReportInput) -> Html:
     ]
     theirs = {row.name: row.auroc for row in other.ood}
     pairs += [(f"AUROC {r.name}", r.auroc, theirs[r.name]) for r in mine.ood if r.name in theirs]
-    rows = [(name, _number(a), _number(b), _change(a, b)) for name, a, b in pairs]
+    rows = [(name, page.number(a), page.number(b), _change(a, b)) for name, a, b in pairs]
     heads = ("metric", "this model", "champion", "change")
-    table = _table("This model and the champion", heads, rows, "numbers")
-    return _section("Against the champion", "Both were measured under the same protocol.", table)
+    table = page.table("This model and the champion", heads, rows, "numbers")
+    return page.section(
+        "Against the champion", "Both were measured under the same protocol.", table
+    )
 
 
 def _change(mine: float, other: float) -> str:
@@ -425,10 +377,10 @@ def _change(mine: float, other: float) -> str:
     return difference + relative
 
 
-def _ood(report: ReportInput) -> Html:
+def _ood(report: ReportInput) -> page.Html:
     rows = [_ood_row(row) for row in report.evaluation.ood]
     if not rows:
-        return _section("Out of distribution", "No scores: the field has no unlabelled input.")
+        return page.section("Out of distribution", "No scores: the field has no unlabelled input.")
     note = (
         f"How well the norm of the gradient tells other images from held-out ones. AUROC with its "
         f"{PERCENT_95} interval; 0.5 is chance. AUPR: the other images are the positive class. "
@@ -436,22 +388,29 @@ def _ood(report: ReportInput) -> Html:
         "Sets that only inform are read by no policy."
     )
     heads = ("set", "images", "AUROC", f"{PERCENT_95} interval", "", "AUPR", "FPR95", "policy")
-    table = _table("Out-of-distribution detection", heads, rows, "numbers")
-    return _section("Out of distribution", note, table, _histograms(report.ood_scores))
+    table = page.table("Out-of-distribution detection", heads, rows, "numbers")
+    return page.section("Out of distribution", note, table, _histograms(report.ood_scores))
 
 
-def _ood_row(row: OODRow) -> Sequence[Child]:
-    interval = (_number(row.auroc_low), " to ", _number(row.auroc_high))
+def _ood_row(row: OODRow) -> Sequence[page.Child]:
+    interval = (page.number(row.auroc_low), " to ", page.number(row.auroc_high))
     use = "may read" if row.gated else "informs"
-    values = (_number(row.auroc), interval, _whisker(row))
-    return (row.name, _number(row.count), *values, _number(row.aupr), _number(row.fpr95_in), use)
+    values = (page.number(row.auroc), interval, _whisker(row))
+    return (
+        row.name,
+        page.number(row.count),
+        *values,
+        page.number(row.aupr),
+        page.number(row.fpr95_in),
+        use,
+    )
 
 
-def _whisker(row: OODRow) -> Html:
+def _whisker(row: OODRow) -> page.Html:
     """The interval on a line from 0 to 1, with a tick at chance."""
     low, high, at = (f"{100 * v:.2f}" for v in (row.auroc_low, row.auroc_high, row.auroc))
     line = '<line x1="{}" x2="{}" y1="7" y2="7" class="{}"/>'
-    return Html(
+    return page.Html(
         '<svg class="whisker" viewBox="-4 0 108 14" aria-hidden="true">'
         + line.format(0, 100, "axis")
         + '<line x1="50" x2="50" y1="3" y2="11" class="axis"/>'
@@ -460,31 +419,33 @@ def _whisker(row: OODRow) -> Html:
     )
 
 
-def _histograms(scores: Mapping[str, list[float]]) -> Html:
+def _histograms(scores: Mapping[str, list[float]]) -> page.Html:
     inside = scores.get(HELD_OUT, [])
     others = {name: s for name, s in sorted(scores.items()) if name != HELD_OUT and s}
     if not inside or not others:
-        return Html("")
+        return page.Html("")
     edges = common_edges([inside, *others.values()])
     drawn = [
-        el(
+        page.el(
             "figure",
-            Html(histogram_svg(inside, s, edges, title=f"gradient norms, held-out and {name}")),
-            el(
+            page.Html(
+                histogram_svg(inside, s, edges, title=f"gradient norms, held-out and {name}")
+            ),
+            page.el(
                 "figcaption",
-                el("span", "held-out", class_="key real"),
-                el("span", name, class_="key sample"),
+                page.el("span", "held-out", class_="key real"),
+                page.el("span", name, class_="key sample"),
             ),
         )
         for name, s in others.items()
     ]
-    return el("div", drawn, class_="panels")
+    return page.el("div", drawn, class_="panels")
 
 
 # -- lineage and protocol -----------------------------------------------------------------------
 
 
-def _chain(report: ReportInput) -> Html:
+def _chain(report: ReportInput) -> page.Html:
     note = (
         "Each stage is sealed under the digest of what was asked for; its content is the digest of "
         "what came out, and is checked before the next stage builds on it."
@@ -492,7 +453,9 @@ def _chain(report: ReportInput) -> Html:
     heads = ("stage", "digest: asked for", "content: came out", "algorithm", "built on")
     rows = [_chain_row(ref, DASH, {}) for ref in _origins(report.chain)]
     rows += [_chain_row(r.ref, str(r.algorithm), r.inputs) for r in report.chain]
-    return _section("Lineage", note, _table("Chain of sealed records", heads, rows, "chain"))
+    return page.section(
+        "Lineage", note, page.table("Chain of sealed records", heads, rows, "chain")
+    )
 
 
 def _origins(chain: Sequence[Record]) -> list[Ref]:
@@ -502,153 +465,41 @@ def _origins(chain: Sequence[Record]) -> list[Ref]:
     return [ref for digest, ref in sorted(used.items()) if digest not in known]
 
 
-def _chain_row(ref: Ref, algorithm: str, inputs: Mapping[str, Ref]) -> Sequence[Child]:
-    stage = el("span", ref.stage, id=f"r-{ref.digest}")
+def _chain_row(ref: Ref, algorithm: str, inputs: Mapping[str, Ref]) -> Sequence[page.Child]:
+    stage = page.el("span", ref.stage, id=f"r-{ref.digest}")
     links = [_link(name, used) for name, used in sorted(inputs.items())]
-    built_on = el("ul", links) if links else DASH
-    return (stage, _code(ref.digest), _code(ref.content), algorithm, built_on)
+    built_on = page.el("ul", links) if links else DASH
+    return (stage, page.code(ref.digest), page.code(ref.content), algorithm, built_on)
 
 
-def _link(name: str, ref: Ref) -> Html:
-    return el("li", el("a", name, href=f"#r-{ref.digest}"), " ", _code(ref.digest[:12]))
+def _link(name: str, ref: Ref) -> page.Html:
+    return page.el(
+        "li", page.el("a", name, href=f"#r-{ref.digest}"), " ", page.code(ref.digest[:12])
+    )
 
 
-def _protocol(report: ReportInput) -> Html:
+def _protocol(report: ReportInput) -> page.Html:
     evaluation = report.evaluation
-    note = ("Numbers are compared under equal protocols only. ", _code(evaluation.protocol_digest))
+    note = (
+        "Numbers are compared under equal protocols only. ",
+        page.code(evaluation.protocol_digest),
+    )
     heads = ("setting", "value")
     tables = [
-        _table("Protocol", heads, list(_flat(evaluation.protocol)), "settings"),
-        _table("How the samples were made", heads, list(_flat(report.generated_with)), "settings"),
+        page.table("Protocol", heads, list(_flat(evaluation.protocol)), "settings"),
+        page.table(
+            "How the samples were made", heads, list(_flat(report.generated_with)), "settings"
+        ),
     ]
     if report.decision is not None:
         rows = list(_flat(report.decision.policy))
-        tables.append(_table("Policy", heads, rows, "settings"))
-    return _section("Protocol", note, el("div", tables, class_="tables"))
+        tables.append(page.table("Policy", heads, rows, "settings"))
+    return page.section("Protocol", note, page.el("div", tables, class_="tables"))
 
 
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
-"""What a browser may load: nothing but what is in the page."""
-STYLE = """
-:root {
-  --paper: #fbfaf7; --card: #fff; --ink: #1d1f24; --soft: #5b606b; --faint: #8d929c;
-  --line: #e3e0d8; --sample: #3f51c4; --real: #a85f00; --pass: #146c37; --fail: #b3261e;
-  --pass-bg: #e0f2e6; --fail-bg: #fbe5e2; --none-bg: #ecebe6;
-}
-@media (prefers-color-scheme: dark) { :root {
-  --paper: #14161a; --card: #1c1f25; --ink: #e9e8e4; --soft: #a9adb6; --faint: #838995;
-  --line: #30343c; --sample: #93a4ff; --real: #f0a94b; --pass: #7ddb9d; --fail: #ff9a90;
-  --pass-bg: #17351f; --fail-bg: #431c19; --none-bg: #2a2d34;
-} }
-* { box-sizing: border-box; }
-html { -webkit-text-size-adjust: 100%; }
-body { margin: 0; background: var(--paper); color: var(--ink); line-height: 1.5;
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main, footer { max-width: 1120px; margin: 0 auto; padding: 0 24px; }
-header { padding: 44px 0 8px; }
-h1 { margin: 0; font-size: clamp(26px, 4.5vw, 40px); line-height: 1.15; letter-spacing: -.02em;
-  overflow-wrap: anywhere; }
-h2 { margin: 0 0 4px; font-size: 20px; letter-spacing: -.01em; }
-section { margin: 44px 0 0; }
-p { margin: 0; }
-.eyebrow { color: var(--soft); margin-bottom: 6px; overflow-wrap: anywhere; }
-.note { color: var(--soft); max-width: 74ch; margin-bottom: 14px; overflow-wrap: anywhere; }
-.small { color: var(--soft); font-size: 13px; }
-.verdict { margin: 14px 0 22px; }
-.pill { display: inline-block; padding: 3px 13px; border-radius: 99px; margin-right: 6px; }
-.pass { color: var(--pass); } .pill.pass { background: var(--pass-bg); }
-.fail { color: var(--fail); } .pill.fail { background: var(--fail-bg); }
-.pill.none { background: var(--none-bg); }
-.figures { display: grid; gap: 12px; grid-template-columns: minmax(300px, 2fr) 3fr; }
-.tiles { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(170px, 1fr)); }
-.tile { background: var(--card); border: 1px solid var(--line); border-radius: 12px;
-  padding: 14px 16px; overflow-wrap: anywhere; }
-.tile .big { font-size: 26px; font-weight: 650; letter-spacing: -.02em; line-height: 1.3; }
-.tiles .tile { display: flex; flex-direction: column; }
-.tiles .big { order: -1; }
-.tile .big data { white-space: nowrap; }
-.tile .label { font-size: 13px; color: var(--soft); }
-.tile.lead { padding: 20px 24px; align-content: center; }
-.tile.lead .big { font-size: clamp(48px, 8vw, 72px); line-height: 1.15; color: var(--sample); }
-.tile.lead .label { font-size: 16px; font-weight: 600; color: var(--ink); }
-.tile.lead .small { font-size: 14px; }
-.small.real data { color: var(--real); font-weight: 600; }
-data, td, code { font-variant-numeric: tabular-nums; }
-.reasons { list-style: none; margin: 10px 0 0; padding: 0; background: var(--card);
-  border: 1px solid var(--line); border-radius: 12px; }
-.reasons li { display: flex; gap: 12px; padding: 9px 16px; overflow-wrap: anywhere; }
-.reasons li + li { border-top: 1px solid var(--line); }
-.reasons b { display: inline-block; min-width: 12.5em; }
-.mark { font-weight: 700; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: 14px; }
-caption { position: absolute; width: 1px; height: 1px; overflow: hidden; clip-path: inset(50%); }
-th, td { text-align: left; padding: 8px 14px 8px 0; border-bottom: 1px solid var(--line);
-  vertical-align: top; overflow-wrap: anywhere; }
-thead th { color: var(--soft); font-weight: 500; font-size: 13px; white-space: nowrap; }
-tbody th { font-weight: 600; }
-.numbers td:not(:last-child) { white-space: nowrap; }
-.numbers td:last-child { color: var(--soft); }
-.grid tbody th { width: 1%; overflow-wrap: break-word; padding-right: 18px;
-  vertical-align: middle; }
-.grid td { width: 50%; vertical-align: middle; padding: 4px 11px 4px 0; border: 0; }
-.grid th { border: 0; } .grid td + td { padding: 4px 0 4px 11px; }
-.grid thead th:last-child { padding-left: 11px; }
-img { display: block; max-width: 100%; height: auto; image-rendering: pixelated; }
-.grid img { width: 100%; max-width: 640px; }
-figure { margin: 0; min-width: 0; }
-figcaption { color: var(--soft); font-size: 13px; }
-.film { display: flex; gap: clamp(3px, 1vw, 12px); }
-.film figure { flex: 0 1 64px; } .film figcaption { text-align: center; margin-top: 4px; }
-.panels { display: grid; gap: 22px 32px; margin-top: 18px;
-  grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); }
-figure svg { width: 100%; height: auto; }
-.key { margin-right: 16px; overflow-wrap: anywhere; }
-.key::before { content: ""; display: inline-block; width: 10px; height: 10px; margin-right: 6px;
-  border-radius: 3px; background: var(--sample); }
-.key.real::before { background: var(--real); }
-.whisker { width: 108px; height: 14px; display: block; margin-top: 4px; }
-.whisker .axis { stroke: var(--faint); stroke-width: 1; opacity: .55; }
-.whisker .range { stroke: var(--sample); stroke-width: 3; stroke-linecap: round; }
-.whisker circle { fill: var(--sample); }
-code { font: 11.5px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
-  overflow-wrap: anywhere; }
-.chain td code { display: inline-block; max-width: 33ch; word-break: break-all; }
-.chain ul { margin: 0; padding: 0; list-style: none; }
-.chain tr:has(:target) { background: var(--none-bg); }
-a { color: var(--sample); text-underline-offset: 2px; }
-.settings caption { position: static; width: auto; height: auto; clip-path: none; text-align: left;
-  font-weight: 600; padding-bottom: 4px; font-size: 15px; }
-.settings thead { display: none; }
-.tables { columns: 2 400px; column-gap: 32px; }
-.tables .scroll { break-inside: avoid; margin-bottom: 22px; }
-.settings th { font-weight: 400; color: var(--soft); width: 48%; overflow-wrap: break-word; }
-.settings :is(th, td) { padding-block: 5px; }
-footer { margin-top: 56px; padding-block: 18px 48px; color: var(--soft); font-size: 13px;
-  border-top: 1px solid var(--line); }
-@media (max-width: 720px) {
-  .figures { grid-template-columns: 1fr; }
-  .tiles { grid-template-columns: 1fr 1fr; }
-  main, footer { padding-inline: 16px; }
-  header { padding-top: 28px; }
-  .numbers thead, .chain thead { position: absolute; clip-path: inset(50%); }
-  .numbers tr, .chain tr { display: block; padding: 10px 0; border-bottom: 1px solid var(--line); }
-  .numbers :is(th, td), .chain :is(th, td) { display: flex; gap: 12px; border: 0; padding: 2px 0; }
-  .numbers td, .chain td { white-space: normal !important; }
-  :is(.numbers, .chain) td::before { content: attr(data-head); flex: 0 0 8.5em;
-    color: var(--soft); }
-  .grid thead { position: absolute; clip-path: inset(50%); }
-  .grid :is(tbody, tr, th, td) { display: block; width: auto !important; padding: 0; }
-  .grid tbody :is(th, td + td) { padding: 6px 0 2px; }
-  .grid td::before { content: attr(data-head); color: var(--soft); font-size: 12px; }
-  td:empty { display: none !important; }
-  .reasons b { display: block; }
-}
-@media print {
-  :root { --paper: #fff; --card: #fff; }
-  body { font-size: 11px; } main, footer { max-width: none; padding: 0; }
-  section { margin-top: 26px; } h2 { break-after: avoid; }
-  figure, tr, .tile, .reasons li { break-inside: avoid; }
-  .scroll { overflow: visible; }
-}
-"""
+def _flat(settings: Mapping[str, Any], within: str = "") -> Iterable[tuple[str, str]]:
+    for key, value in sorted(settings.items()):
+        if isinstance(value, Mapping) and value:
+            yield from _flat(value, f"{within}{key}.")
+        else:
+            yield within + key, value if isinstance(value, str) else canonical_bytes(value).decode()

@@ -1,8 +1,8 @@
 """What every stage program does around its own work: read the job, skip, run, seal, say why not.
 
-``python -m eqm.encode CONFIG.json`` (alone or under torchrun) is an SPMD program that knows nothing of
-Prefect. It is done when its record is sealed; started again after that it does nothing, started again
-before that it goes on from whatever it had made durable.
+``python -m eqm.encode CONFIG.json`` (alone or under torchrun) is an SPMD program that knows
+nothing of Prefect. It is done when its record is sealed; started again after that it does nothing,
+started again before that it goes on from whatever it had made durable.
 """
 
 import datetime

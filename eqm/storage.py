@@ -1,8 +1,8 @@
 """Bytes in and out of the store: S3 or a local directory behind one small interface.
 
-A store holds *blobs* (``blobs/sha256/<digest>``, named by what they are) and *keys* that are written
-once and never changed. Nothing read back is trusted until its digest matches. The only module that
-imports boto3.
+A store holds *blobs* (``blobs/sha256/<digest>``, named by what they are) and *keys* that are
+written once and never changed. Nothing read back is trusted until its digest matches. The only
+module that imports boto3.
 """
 
 import contextlib
@@ -306,9 +306,7 @@ class S3Store(Store):
         return True
 
     def _put(self, key: str, data: bytes) -> None:
-        self.client.put_object(
-            Bucket=self.bucket, Key=self._name(key), Body=data, IfNoneMatch="*"
-        )
+        self.client.put_object(Bucket=self.bucket, Key=self._name(key), Body=data, IfNoneMatch="*")
 
     def _upload(self, key: str, data: bytes | Path) -> None:
         """Upload in parts; the key appears, create-once, when the last call succeeds."""
@@ -363,7 +361,7 @@ class _KeyTakenError(StoreError):
 
 
 def _client() -> Any:
-    import boto3
+    import boto3.session
     from botocore.config import Config
 
     settings = Config(
@@ -372,7 +370,8 @@ def _client() -> Any:
         read_timeout=60,
         s3={"addressing_style": "path"},
     )
-    return boto3.client("s3", config=settings)
+    # A session of our own: the default one keeps the first credentials that it ever saw.
+    return boto3.session.Session().client("s3", config=settings)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Stage "train": sealed latents -> a trained gradient field. ``python -m eqm.train CONFIG.json``
 
 The loop is setup / step / report / persist. Everything random about training image number n is a
-function of (seed, n), and the position is one integer, so a killed run that is started again ends in
-the same bits. Gradients are summed over ranks flat, in one call: nothing is bucketed.
+function of (seed, n), and the position is one integer, so a killed run that is started again ends
+in the same bits. Gradients are summed over ranks flat, in one call: nothing is bucketed.
 """
 
 import json
@@ -55,7 +55,7 @@ class Run:
     spec: ModelSpec
     data: LatentSet
     network: torch.nn.Module
-    field: Field
+    gradient_field: Field
     optimiser: torch.optim.Optimizer
     ema: EMA
     images_seen: int = 0
@@ -114,7 +114,7 @@ def setup(context: Context) -> Run:
         spec=spec,
         data=data,
         network=net,
-        field=Field(net, energy=stage.objective.energy),
+        gradient_field=Field(net, energy=stage.objective.energy),
         optimiser=torch.optim.AdamW(
             trained.values(),
             lr=stage.train.learning_rate,
@@ -165,7 +165,7 @@ def step(run: Run, batch: Batch, stop: bool) -> bool:
     loss = losses.sum() / config.batch_size
     loss.backward()
     flags = torch.stack([loss.detach(), loss.new_tensor(float(stop))])
-    flat = torch.cat([*(p.grad.reshape(-1) for p in run.names), flags])
+    flat = torch.cat([*map(gradient_of, run.names), flags])
     run.world.sum_(flat)
     gradient, flags = flat[:-2], flat[-2:]
     norm = gradient.norm()
@@ -194,7 +194,13 @@ def batch_losses(run: Run, batch: Batch) -> Tensor:
     dropped = uniform(config.seed, Stream.LABEL_DROP, numbers).squeeze(1) < config.label_dropout
     labels = batch.labels.to(device).masked_fill(dropped, len(run.spec.classes))
     c = objective.decay(run.stage.objective)
-    return objective.eqm_loss(run.field, x, eps, gamma, labels, c=c, create_graph=True)
+    return objective.eqm_loss(run.gradient_field, x, eps, gamma, labels, c=c, create_graph=True)
+
+
+def gradient_of(parameter: Tensor) -> Tensor:
+    """Gradient of a parameter, flat; zeros where the loss does not depend on it."""
+    gradient = parameter.grad
+    return torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()
 
 
 def put_gradients(run: Run, flat: Tensor) -> None:
@@ -336,7 +342,7 @@ def loop(run: Run, mirror: RunMirror | None) -> None:
     """Step, report, persist until all images are seen."""
     runtime, total = run.context.job.runtime, total_images(run)
     bar = run.context.progress("training", total, done=run.images_seen)
-    with stop_signals() as asked, bar:
+    with StopSignals() as asked, bar:
         for batch in islice(feed(run), (total - run.images_seen) // run.config.batch_size):
             before = run.images_seen
             stop = step(run, batch, bool(asked))
@@ -390,7 +396,7 @@ def open_mirror(run: Run) -> RunMirror | None:
     )
 
 
-class stop_signals:  # noqa: N801  used like a function, as contextlib's are
+class StopSignals:
     """Collect SIGTERM and SIGINT while the loop runs, so that it ends between two updates."""
 
     def __enter__(self) -> list[int]:

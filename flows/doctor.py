@@ -103,7 +103,7 @@ def services() -> Iterator[Finding]:
         return
     probes = {
         f"store {settings.store}": lambda: open_store(settings.store).list("history/"),
-        "MLflow": lambda: check(settings.mlflow_uri),
+        "MLflow": lambda: check(settings.mlflow_uri or "(none)"),
         "Prefect": check_prefect,
     }
     for what, probe in probes.items():

@@ -102,7 +102,7 @@ def publish(plan: Plan, evaluation: Record, decision: Decision | None) -> Report
 def show(plan: Plan, evaluation: Record, html: bytes, data: bytes) -> str | None:
     """Add report and numbers to the MLflow run of the training, and link it from Prefect."""
     measured = dossier.evaluation_of(evaluation)
-    registry = Registry(plan.settings.mlflow_uri)
+    registry = Registry(plan.mlflow_uri)
     run_id = registry.add_evidence(
         evaluation.inputs["train"].digest,
         metrics=figures(measured),
@@ -146,7 +146,9 @@ def reevaluate_champion(
 
     The same day asks for the same thing, so a second run of a day starts nothing.
     """
-    day = datetime.date.fromisoformat(as_of) if as_of else datetime.datetime.now(datetime.UTC).date()
+    day = (
+        datetime.date.fromisoformat(as_of) if as_of else datetime.datetime.now(datetime.UTC).date()
+    )
     plan = make_plan(config, changes)
     plan = replace(plan, config=_of_day(plan, day))
     standing = champion.current(plan.store, plan.model_name)

@@ -1,8 +1,8 @@
 """Start a stage program, watch it, stop it: on this machine, alone or under torchrun.
 
-The program runs in a process group of its own. When the flow is cancelled or fails, the whole group is
-told to end (training makes a checkpoint), then made to. A flow that is killed outright leaves the
-program running: a dead orchestrator never kills training.
+The program runs in a process group of its own. When the flow is cancelled or fails, the whole
+group is told to end (training makes a checkpoint), then made to. A flow that is killed outright
+leaves the program running: a dead orchestrator never kills training.
 """
 
 import json

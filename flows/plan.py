@@ -1,7 +1,7 @@
 """From a config to jobs: what each stage is asked, and whether it has been answered already.
 
-A :class:`Plan` holds what all stages of a run share. ``ensure`` is the one way in which a flow gets a
-result: the sealed record if there is one, else a launched program and then its record.
+A :class:`Plan` holds what all stages of a run share. ``ensure`` is the one way in which a flow
+gets a result: the sealed record if there is one, else a launched program and then its record.
 """
 
 import tomllib
@@ -51,6 +51,15 @@ class Plan:
         """Name of the registered model."""
         return f"eqm-{self.config.name}"
 
+    @property
+    def mlflow_uri(self) -> str:
+        """The tracking server. Raises ConfigError."""
+        if self.settings.mlflow_uri is None:
+            raise ConfigError(
+                "no MLflow is running or given: start it with `eqm up`, or set MLFLOW_TRACKING_URI"
+            )
+        return self.settings.mlflow_uri
+
     def runtime(self, stage: str) -> Runtime:
         """Where things lie: in no digest."""
         return Runtime(
@@ -64,7 +73,7 @@ class Plan:
 
 
 def read_config(config: str | Mapping[str, Any], changes: Changes = None) -> PipelineConfig:
-    """A preset's name, a TOML file, or a table, with single settings changed. Raises ConfigError."""
+    """A preset's name, a TOML file or a table, with changes. Raises ConfigError."""
     return with_settings(pipeline_config(_table(config)), changes or {})
 
 
@@ -93,7 +102,9 @@ def make_plan(config: str | Mapping[str, Any], changes: Changes = None) -> Plan:
     store = open_store(settings.store, cache=settings.home / "cache")
     # Asks before anything is begun whether the store is there and lets us in.
     store.list("history/")
-    launcher = LocalLauncher(folder=settings.home / "jobs", environment=settings.child_environment())
+    launcher = LocalLauncher(
+        folder=settings.home / "jobs", environment=settings.child_environment()
+    )
     return Plan(checked, settings, store, launcher)
 
 

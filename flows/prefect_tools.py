@@ -1,7 +1,7 @@
 """The little that all flows share of Prefect.
 
-A stage is a task without result cache, retry or stored result: whether it is done is a sealed record's
-to say. Errors that a person can mend end a run with one line instead of a traceback.
+A stage is a task without result cache, retry or stored result: whether it is done is a sealed
+record's to say. Errors that a person can mend end a run with one line instead of a traceback.
 """
 
 import logging

@@ -32,7 +32,7 @@ def promote_model(
     plan: Plan, trained: Record, version: Version, decision: Decision, report: Report
 ) -> champion.Entry | None:
     """Move ``champion`` to the candidate where the decision says so."""
-    registry = Registry(plan.settings.mlflow_uri)
+    registry = Registry(plan.mlflow_uri)
     repaired = champion.repair(plan.store, registry, plan.model_name)
     if repaired:
         logged(f"repaired: {repaired}")
@@ -77,7 +77,7 @@ def promote(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | Non
 def rollback(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None = None) -> int:
     """Make the champion before this one champion again; returns its version."""
     plan = make_plan(config, changes)
-    registry = Registry(plan.settings.mlflow_uri)
+    registry = Registry(plan.mlflow_uri)
     entry = champion.rollback(plan.store, registry, plan.model_name)
     logged(f"{plan.model_name}: version {entry.version} is champion again ({entry.number})")
     return entry.version

@@ -25,7 +25,7 @@ def train_model(plan: Plan, latents: Record) -> Record:
 @stage
 def register_model(plan: Plan, trained: Record) -> Version:
     """Make a registered version that points to the sealed model, alias ``candidate``."""
-    registry = Registry(plan.settings.mlflow_uri)
+    registry = Registry(plan.mlflow_uri)
     revision = trained.provenance.get("git_revision") or git_revision() or "unknown"
     tags = {
         "eqm.train": trained.digest,

@@ -137,7 +137,12 @@ def down(root: Path, *, report: Report) -> None:
         report(f"nothing to stop: {root} is not there")
         return
     with locked(root, report):
-        state = read_state(root)
+        try:
+            state = read_state(root)
+        except ServiceError as error:
+            # The processes are found by their marks all the same.
+            report(str(error))
+            state = State()
         # What uses a service goes before it; a training gets time for a checkpoint in S3.
         for together in ((WORKER,), (PREFECT, MLFLOW), (S3,)):
             _stop(together, root, state, report)

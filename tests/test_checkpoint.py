@@ -84,9 +84,7 @@ def test_files_without_their_commit_are_no_checkpoint(
 def test_one_flipped_bit_is_refused_with_the_way_on(tmp_path: Path, file: str) -> None:
     store = LocalStore(tmp_path)
     key = save(store, RUN, a_state())
-    commit = checkpoint.from_json(
-        checkpoint.Commit, json.loads(store.read(key)), "commit"
-    )
+    commit = checkpoint.from_json(checkpoint.Commit, json.loads(store.read(key)), "commit")
     path = store.root / commit.files[file].key
     data = bytearray(path.read_bytes())
     data[-1] ^= 4

@@ -117,7 +117,9 @@ def test_config_round_trip() -> None:
 
 
 def test_unknown_keys_are_refused_with_the_nearest_known_one() -> None:
-    with pytest.raises(ConfigError, match="unknown setting 'witdh' in network: did you mean 'width'"):
+    with pytest.raises(
+        ConfigError, match="unknown setting 'witdh' in network: did you mean 'width'"
+    ):
         from_json(NetworkConfig, {"witdh": 64}, "network")
 
 

@@ -114,12 +114,8 @@ def test_a_damaged_copy_in_the_cache_is_replaced(store: Store) -> None:
 
 
 def test_the_first_seal_stands(store: Store) -> None:
-    first = Record(
-        stage="train", algorithm=1, config={}, inputs={}, outputs={}, values={"run": 1}
-    )
-    second = Record(
-        stage="train", algorithm=1, config={}, inputs={}, outputs={}, values={"run": 2}
-    )
+    first = Record(stage="train", algorithm=1, config={}, inputs={}, outputs={}, values={"run": 1})
+    second = Record(stage="train", algorithm=1, config={}, inputs={}, outputs={}, values={"run": 2})
     assert store.record("train", first.digest) is None
     assert store.seal(first) == first == store.seal(second) == store.record("train", first.digest)
 
@@ -143,9 +139,7 @@ def test_keys_stay_inside_the_directory(tmp_path: Path, key: str) -> None:
         LocalStore(tmp_path / "store").write_once(key, b"")
 
 
-def test_a_full_disk_leaves_nothing_behind(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store = LocalStore(tmp_path)
 
     def full(_: int) -> None:
@@ -177,7 +171,7 @@ def test_wrong_credentials_are_one_message(
 ) -> None:
     endpoint = s3_environment["AWS_ENDPOINT_URL_S3"]
     _environment(monkeypatch, endpoint=endpoint, key="nobody", secret="nothing")
-    with pytest.raises(StoreError, match="refuses these credentials.*AWS_ACCESS_KEY_ID"):
+    with pytest.raises(StoreError, match=r"refuses these credentials.*AWS_ACCESS_KEY_ID"):
         open_store("s3://eqm/x").read("key")
 
 

@@ -1,0 +1,67 @@
+"""Real services for tests: started when first asked for, once a session, on loopback, in a folder
+of their own. Torch runs deterministic and on few threads, so that bits can be compared.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from flows import settings
+from infra import local
+from infra.stack import External, Stack
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _few_threads() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def services_home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder of the session's services; whatever runs there is stopped at the end."""
+    home = tmp_path_factory.mktemp("services") / "eqm"
+    yield home
+    local.down(home, report=lambda _: None)
+
+
+def start(home: Path, *services: str) -> Stack:
+    """Start services that do not run yet, away from those of whoever runs the tests."""
+    taken = ("EQM_", "AWS_", "MLFLOW_", "PREFECT_")
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(taken)}
+    return local.up(
+        home,
+        external=External(worker="worker" in services),
+        environ=environ,
+        report=lambda _: None,
+        services=services,
+    )
+
+
+@pytest.fixture
+def s3_environment(services_home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """A real S3 server, and this process pointed at it."""
+    return _point(monkeypatch, start(services_home, "s3"))
+
+
+@pytest.fixture
+def mlflow_environment(services_home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Real S3 and MLflow servers, and this process pointed at them."""
+    return _point(monkeypatch, start(services_home, "s3", "mlflow"))
+
+
+@pytest.fixture
+def all_environment(services_home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """S3, MLflow, Prefect, its worker and the deployments, and this process pointed at them."""
+    return _point(monkeypatch, start(services_home, "s3", "mlflow", "prefect", "worker"))
+
+
+def _point(monkeypatch: pytest.MonkeyPatch, stack: Stack) -> dict[str, str]:
+    for name in settings.SERVICE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    environment = stack.environment()
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    return environment
