@@ -212,7 +212,7 @@ def _identity_of(config: Mapping[str, Any], weights: bytes) -> str:
 
 
 def _network(config: Mapping[str, Any], where: str) -> nn.Module:
-    from diffusers import AutoencoderKL
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
 
     try:
         return AutoencoderKL(**config)

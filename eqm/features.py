@@ -10,6 +10,7 @@ import copy
 import io
 import json
 import pickle
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from torch import Tensor, nn
 
 from eqm.config import require
 from eqm.errors import DataError, IntegrityError
-from eqm.records import canonical_bytes, digest, from_json, sha256
+from eqm.records import Record, canonical_bytes, digest, from_json, sha256
+from eqm.storage import Store
 
 SMALLEST_IMAGE_PX = 8
 """Two halvings leave a SmallCNN 2 x 2 positions to average."""
@@ -192,6 +194,21 @@ def extractor_from_bytes(weights: bytes, config: bytes) -> SmallCNN:
 
 
 # -- Inception ----------------------------------------------------------------------------------
+
+
+def load_extractor(record: Record, store: Store, device: torch.device) -> FeatureExtractor:
+    """The extractor of a sealed "extractor" record. Raises StoreError, IntegrityError."""
+    if record.values["kind"] == "inception":
+        (blob,) = record.outputs.values()
+        # The name decides how the file is parsed; its digest has been checked twice by then.
+        (name,) = record.outputs
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / name
+            path.write_bytes(store.get(blob))
+            return inception_extractor(path, blob.sha256, device=device)
+    files = {name: store.get(blob) for name, blob in record.outputs.items()}
+    network = extractor_from_bytes(files["weights.safetensors"], files["config.json"])
+    return CNNExtractor(network.to(device), record.values["name"])
 
 
 def inception_extractor(

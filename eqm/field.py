@@ -1,18 +1,140 @@
-"""provisional"""
+"""The gradient field of a network, and THE ONE SIGN.
+
+    The gradient points from data to noise, (eps - x) c(gamma). Samplers subtract it. Energies rise
+    toward noise.
+
+Nothing else in this project decides a sign. A network f is read in one of three ways (sections 3.1,
+3.4 of the paper):
+
+    implicit    gradient f(x)                                  no energy
+    dot         gradient of g(x) = x . f(x)
+    l2          gradient of g(x) = 1/2 ||f(x)||^2              (the sign of the released code)
+
+    x  latents (B, C, H, W)      f  the network       g  the energy, (B,)
+    u, c  gradients without and with labels           s  scale of guidance
+
+The gradient of an energy is always its true gradient, whatever grad mode the caller is in:
+autograd is switched on here, or there is an error. The l2 energy of a network whose head is zero
+has gradient zero in every weight: train it from other weights, or with ``initialise(seed,
+zero_head=False)``.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal, Protocol, get_args
 
 import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from eqm.network import check_labels
+
+Energy = Literal["implicit", "dot", "l2"]
+Gradient = Callable[[Tensor], Tensor]
+"""x (B, C, H, W) -> gradient (B, C, H, W)."""
+
+
+class Network(Protocol):
+    """What a field is made of: a function of latents and labels."""
+
+    classes: int | None
+    """Labels go from 0 to classes - 1, and classes is the null label; None: no labels."""
+
+    def __call__(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """Map (B, C, H, W) and (B,) int64 to (B, C, H, W)."""
+        ...
 
 
 class Field:
-    def __init__(self, network, *, energy="implicit"):
-        self.network, self.kind = network, energy
+    """A network read as a gradient field. Raises ValueError for an unknown kind of energy."""
 
-    def gradient(self, x, labels=None, *, create_graph=False):
-        if create_graph:
+    def __init__(self, network: Network, *, energy: Energy = "implicit") -> None:
+        if energy not in get_args(Energy):
+            raise ValueError(f"energy is {energy!r}; it must be one of {get_args(Energy)}")
+        self.network = network
+        self.kind = energy
+
+    def gradient(
+        self, x: Tensor, labels: Tensor | None = None, *, create_graph: bool = False
+    ) -> Tensor:
+        """Gradient at x, (B, C, H, W): from data to noise; x itself is left alone.
+
+        Detached, unless ``create_graph`` keeps what a loss needs to reach the weights (and x, if
+        that requires a gradient). Raises ValueError where a graph is asked for and grad mode is
+        off.
+        """
+        if create_graph and not torch.is_grad_enabled():
+            raise ValueError(
+                "create_graph=True keeps no graph under no_grad or inference_mode: leave them"
+            )
+        if self.kind != "implicit":
+            return self._energy_gradient(x, labels, create_graph)
+        with torch.set_grad_enabled(create_graph):
             return self.network(x, labels)
-        with torch.no_grad():
-            return self.network(x, labels)
+
+    def energy(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Energy at x, (B,): rises toward noise. Raises ValueError for an implicit field."""
+        if self.kind == "implicit":
+            raise ValueError(
+                "this field is implicit: it has a gradient and no energy. Use the norm of the "
+                "gradient, or train with energy 'dot' or 'l2'"
+            )
+        f = self.network(x, labels)
+        other = x if self.kind == "dot" else f / 2
+        return (other * f).flatten(1).sum(dim=1)
+
+    def _energy_gradient(self, x: Tensor, labels: Tensor | None, create_graph: bool) -> Tensor:
+        # Autograd cannot record inference tensors, and enable_grad alone does not end that mode.
+        with torch.inference_mode(False), torch.enable_grad(), _attention(create_graph):
+            tracked = create_graph and x.requires_grad
+            at = x if tracked else x.detach().clone().requires_grad_(True)
+            g = self.energy(at, None if labels is None else labels.clone())
+            return torch.autograd.grad(g.sum(), at, create_graph=create_graph)[0]
 
 
-def guided(field, labels, *, scale, channels=None):
-    return lambda x: field.gradient(x, labels)
+def _attention(create_graph: bool) -> AbstractContextManager[object]:
+    """Attention that can be differentiated as often as needed: fused kernels can only once."""
+    return sdpa_kernel(SDPBackend.MATH) if create_graph else nullcontext()
+
+
+def guided(
+    field: Field, labels: Tensor | None, *, scale: float, channels: int | None = None
+) -> Gradient:
+    """The gradient with classifier-free guidance, u + s (c - u), as a function of x alone.
+
+    ``channels`` guides only the first so many and leaves c in the others; None guides all. Both
+    parts are one call of the network, and scale 1 needs c alone. Raises ValueError for labels out
+    of range, and for guidance without labels.
+    """
+    classes = field.network.classes
+    if labels is not None and classes is not None:
+        check_labels(labels, classes=classes)
+    if scale == 1.0:
+        return lambda x: field.gradient(x, labels)
+    if labels is None or classes is None:
+        raise ValueError(f"guidance of scale {scale} needs labels: give them, or use scale 1")
+    if channels is not None and channels < 1:
+        raise ValueError(f"channels is {channels}; guide at least 1, or None for all")
+    both = torch.cat((labels, torch.full_like(labels, classes)))
+
+    def gradient(x: Tensor) -> Tensor:
+        c, u = field.gradient(torch.cat((x, x)), both).chunk(2)
+        k = x.shape[1] if channels is None else channels
+        return torch.cat((u[:, :k] + scale * (c[:, :k] - u[:, :k]), c[:, k:]), dim=1)
+
+    return gradient
+
+
+def composed(gradients: Sequence[Gradient], *, weights: Sequence[float] | None = None) -> Gradient:
+    """The gradient of a weighted sum of energies: the sum of their gradients. Weights are 1.
+
+    Raises ValueError where there is nothing to add, or not one weight for each gradient.
+    """
+    factors = [1.0] * len(gradients) if weights is None else list(weights)
+    if not gradients or len(factors) != len(gradients):
+        raise ValueError(f"{len(factors)} weights for {len(gradients)} gradients: give one each")
+
+    def gradient(x: Tensor) -> Tensor:
+        return torch.stack([w * g(x) for w, g in zip(factors, gradients, strict=True)]).sum(dim=0)
+
+    return gradient

@@ -158,7 +158,7 @@ def checked_source(config: SourceConfig, uri: str | None, ref: Ref) -> ImageSour
     """
     source = _scanned(_unscanned(config, uri), decode=False)
     if source.digest != ref.digest:
-        source = _scanned(source, decode=True)
+        source = _scanned(_unscanned(config, uri), decode=True)
     if source.digest != ref.digest:
         raise DataError(
             f"the images changed since this run was configured (listing {source.digest[:12]}, "
@@ -206,7 +206,6 @@ def _scanned(source: ImageSource, *, decode: bool) -> ImageSource:
         raise DataError(_corrupt(wrong, len(seen)))
     source.skipped = tuple(one.found.key for one in wrong)
     source.entries = tuple(_entry(config, one) for one in seen if not one.wrong)
-    source.__dict__.pop("digest", None)
     _check_split(source)
     return source
 

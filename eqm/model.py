@@ -46,9 +46,12 @@ class ModelSpec:
         channels, height, width = self.latent.shape
         if height != width:
             raise ConfigError(f"latents are {height} x {width}; the network takes square ones")
-        return network.Transformer(
-            self.network, input_size=height, channels=channels, classes=len(self.classes)
-        )
+        try:
+            return network.Transformer(
+                self.network, input_size=height, channels=channels, classes=len(self.classes)
+            )
+        except ValueError as error:
+            raise ConfigError(f"network: {error}") from error
 
 
 class Model:

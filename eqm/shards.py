@@ -72,7 +72,7 @@ def write_shard(samples: Sequence[Sample], *, first_number: int) -> Packed:
     Arrays are stored as float16. Raises DataError for a shard without samples, for arrays of
     different shapes, and for values that are not finite as float16.
     """
-    from webdataset import TarWriter
+    from webdataset.writer import TarWriter
 
     if not samples:
         raise DataError("a shard must hold at least one sample")
@@ -406,7 +406,7 @@ class LatentSet:
             tensor = torch.from_file(
                 str(path), shared=False, size=blob.size_bytes, dtype=torch.uint8
             )
-            self._mapped[shard] = memoryview(tensor.numpy())
+            self._mapped[shard] = tensor.numpy().data
         return self._mapped[shard]
 
     def _name(self, shard: int) -> str:

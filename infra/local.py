@@ -93,14 +93,10 @@ def up(
         wanted = [s for s in SERVICES if s in services and not external.replaces(s)]
         secrets = make_credentials(root)
         start = Start(root, state, secrets, environ, report, project.resolve())
-        for name in wanted:
-            if not state.lives(name):
-                # What a dead service left behind goes first: it may hold the port.
-                _stop((name,), root, state, report)
-                _choose_ports(name, state, claims)
-        _start_servers(start, [name for name in wanted if name != WORKER])
-        if WORKER in wanted:
-            _start_worker(start)
+        # Twice: a worker may end later for want of the Prefect that we found dead and started.
+        if not (_bring_up(start, wanted, claims) or _bring_up(start, wanted, claims)):
+            gone = [TITLES[name] for name in wanted if not state.lives(name)]
+            raise ServiceError(f"{gone} ended after starting: see {root / 'logs'}")
         write_state(root, state)
         return stack_of(root, state, secrets)
 
@@ -149,6 +145,19 @@ def down(root: Path, *, report: Report) -> None:
 
 
 # -- starting -----------------------------------------------------------------------------------
+
+
+def _bring_up(start: Start, wanted: Sequence[str], claims: ports.Claims) -> bool:
+    """Start what does not run; whether all of it still runs when all of it has answered."""
+    for name in wanted:
+        if not start.state.lives(name):
+            # What a dead service left behind goes first: it may hold the port.
+            _stop((name,), start.root, start.state, start.report)
+            _choose_ports(name, start.state, claims)
+    _start_servers(start, [name for name in wanted if name != WORKER])
+    if WORKER in wanted:
+        _start_worker(start)
+    return all(start.state.lives(name) for name in wanted)
 
 
 def _choose_ports(name: str, state: State, claims: ports.Claims) -> None:

@@ -46,6 +46,8 @@ class Claims:
         )
 
     def _claim(self, port: int) -> bool:
+        if port in self.held:
+            return is_free(port)
         # Seconds pass between choosing a port and listening on it. An abstract socket, which
         # vanishes with us, keeps another start on this machine from choosing the same.
         claim = socket.socket(socket.AF_UNIX)

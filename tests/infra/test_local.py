@@ -101,6 +101,19 @@ def environ_and_command(pid: str) -> str:
     return ""
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _ports_apart() -> Iterator[None]:
+    """Ports away from the usual ones, which somebody may take while a test has a service down."""
+    apart = 1000 + os.getpid() % 1000
+    moved = {
+        service: {name: port + apart for name, port in wanted.items()}
+        for service, wanted in ports.PREFERRED.items()
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ports, "PREFERRED", moved)
+        yield
+
+
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     project = tmp_path_factory.mktemp("project").resolve()
@@ -355,9 +368,10 @@ def test_a_killed_service_is_started_again(stack: Stack, home: Home, service: st
     os.kill(dead, signal.SIGKILL)
     while alive(Leader(dead, (read_process(dead) or Leader(0, 0)).started_ticks)):
         time.sleep(0.02)
-    assert home.up() == stack
+    again = home.up()
+    assert again == stack, home.lines
     assert home.leader(service) != dead
-    assert {name: home.leader(name) for name in others} == others
+    assert {name: home.leader(name) for name in others} == others, home.lines
 
 
 def test_down_leaves_no_process_and_all_data(stack: Stack, home: Home) -> None:
