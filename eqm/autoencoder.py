@@ -216,7 +216,7 @@ def _network(config: Mapping[str, Any], where: str) -> nn.Module:
 
     try:
         return AutoencoderKL(**config)
-    except (TypeError, ValueError, IndexError) as error:
+    except (TypeError, ValueError, IndexError, ArithmeticError, RuntimeError) as error:
         raise DataError(f"{where} is not the config of an AutoencoderKL: {error}") from error
 
 

@@ -99,9 +99,9 @@ class AutoencoderFit:
     latent_channels: int = 4
     widths: tuple[int, ...] = (16, 32)
     """Channels of each resolution; every one after the first halves the size."""
-    images: int = 96_000
-    batch_size: int = 64
-    learning_rate: float = 2e-3
+    images: int = 20_000
+    batch_size: int = 32
+    learning_rate: float = 4e-3
     kl_weight: float = 1e-3
     seed: int = 0
 
@@ -153,9 +153,9 @@ class ExtractorFit:
 
     width: int = 32
     dimension: int = 64
-    images: int = 48_000
-    batch_size: int = 64
-    learning_rate: float = 2e-3
+    images: int = 24_000
+    batch_size: int = 32
+    learning_rate: float = 4e-3
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ MEASURED_IMAGES = 4096
 MEASURE_BATCH = 128
 WARMUP = 0.05
 """Share of the fit over which the learning rate rises; a cosine takes it to zero after that."""
-LARGEST_SHIFT = 1 / 8
+LARGEST_SHIFT = 1 / 16
 """Of a classifier's training image in either direction, as a share of its size."""
 
 

@@ -21,8 +21,9 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 """Added to the key after every round."""
 ROUNDS = 10
-FEISTEL_ROUNDS = 24
-"""With 10, permutations of 5 or 6 things are measurably uneven; with 24 none are."""
+FEISTEL_ROUNDS = 10
+FEISTEL_ROUNDS_SMALL = 24
+"""Up to 64 things: 10 rounds leave permutations of 5 or 6 measurably uneven, 24 do not."""
 
 
 class Stream(IntEnum):
@@ -153,7 +154,8 @@ def permutation(seed: int, epoch: int | Tensor, size: int, positions: Tensor) ->
         raise ValueError(f"position {int(outside[0])} is outside 0 to {size - 1}")
     epochs = torch.as_tensor(epoch, dtype=torch.int64, device=positions.device)
     flat, width = positions.flatten(), (size - 1).bit_length()
-    keys = bits(seed, Stream.DATUM, epochs.flatten(), FEISTEL_ROUNDS).expand(len(flat), -1)
+    rounds = FEISTEL_ROUNDS if width > 6 else FEISTEL_ROUNDS_SMALL
+    keys = bits(seed, Stream.DATUM, epochs.flatten(), rounds).expand(len(flat), -1)
     found = _feistel(flat, keys, width)
     while bool((astray := found >= size).any()):
         found[astray] = _feistel(found[astray], keys[astray], width)

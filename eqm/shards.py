@@ -341,14 +341,14 @@ class LatentSet:
         views = views.astype(np.int64)
         starts, sizes = self._offset[wanted, views].tolist(), self._length[wanted, views].tolist()
         crcs = self._crc32[wanted, views].tolist()
-        out = np.empty((len(wanted), *self._shape), dtype="<f2")
-        header, flat = len(npy_header(self._shape)), out.view(np.uint8).reshape(len(wanted), -1)
+        header = len(npy_header(self._shape))
+        out = np.empty((len(wanted), 2 * int(np.prod(self._shape))), dtype=np.uint8)
         for i, shard in enumerate(shards.tolist()):
             member = self._bytes_of(shard)[starts[i] : starts[i] + sizes[i]]
             if zlib.crc32(member) != crcs[i]:
                 raise IntegrityError(self._damaged(shard, int(wanted[i]), starts[i]))
-            flat[i] = np.frombuffer(member, dtype=np.uint8)[header:]
-        return out
+            out[i] = np.frombuffer(member, dtype=np.uint8)[header:]
+        return out.view("<f2").reshape(len(wanted), *self._shape)
 
     def verify(self) -> None:
         """Read everything once: digests, the form of each tar, CRCs, and that values are finite.

@@ -1,0 +1,233 @@
+"""Batches: every image once an epoch, however many processes share it and wherever it went on."""
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eqm
+from eqm.batches import BLOCK_IMAGES, Batch, batches, mirror_of, order, read_batch, samples_of
+from eqm.errors import ConfigError, DataError
+from eqm.records import LatentSpec, Manifest, Shard
+from eqm.shards import LatentSet, Sample, write_shard
+from eqm.storage import LocalStore
+
+SHAPE = (4, 2, 2)
+
+
+def a_sample(i: int, *, held_out: bool, mirror: bool) -> Sample:
+    """Moments tell which sample and which view it is."""
+    moments = np.full(SHAPE, i, dtype=np.float32)
+    other = np.full(SHAPE, -i - 1, dtype=np.float32) if mirror else None
+    return Sample(f"k/{i}", i % 2, held_out, moments, other)
+
+
+def a_set(folder: Path, train: int = 10, held_out: int = 3, *, mirror: bool = False) -> LatentSet:
+    """A set in two shards; every third sample is held out as long as there are any."""
+    store = LocalStore(folder)
+    side = [i % 3 == 2 and i // 3 < held_out for i in range(train + held_out)]
+    samples = [a_sample(i, held_out=h, mirror=mirror) for i, h in enumerate(side)]
+    made = [write_shard(samples[:4], first_number=0), write_shard(samples[4:], first_number=4)]
+    counts = [
+        tuple(np.bincount([s.label for s in samples if s.held_out == h], minlength=2).tolist())
+        for h in (False, True)
+    ]
+    manifest = Manifest(
+        spec=LatentSpec(
+            autoencoder="test",
+            image_size_px=2,
+            image_channels=1,
+            shape=(2, 2, 2),
+            shift=(0.0, 0.0),
+            scale=(1.0, 1.0),
+        ),
+        source="s",
+        classes=("a", "b"),
+        mirrored=mirror,
+        shards=tuple(
+            Shard(tar=store.put(p.tar), index=store.put(p.index), count=p.count) for p in made
+        ),
+        train_per_class=counts[0],
+        held_out_per_class=counts[1],
+        channel_mean=(0.0, 0.0),
+        channel_std=(1.0, 1.0),
+    )
+    return LatentSet(manifest, store, "the set")
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> LatentSet:
+    return a_set(tmp_path_factory.mktemp("plain"))
+
+
+@pytest.fixture(scope="module")
+def with_mirrors(tmp_path_factory: pytest.TempPathFactory) -> LatentSet:
+    return a_set(tmp_path_factory.mktemp("mirrors"), train=40, held_out=4, mirror=True)
+
+
+def take(data: LatentSet, count: int, **how: int) -> list[Batch]:
+    return list(itertools.islice(batches(data, **how), count))
+
+
+def joined(parts: list[Batch], name: str) -> list[int]:
+    return torch.cat([getattr(part, name) for part in parts]).tolist()
+
+
+def equal(one: Batch, two: Batch) -> bool:
+    names = ("moments", "labels", "image_numbers", "sample_numbers")
+    return all(torch.equal(getattr(one, name), getattr(two, name)) for name in names)
+
+
+def test_a_batch_holds_what_its_sample_numbers_say(latents: LatentSet) -> None:
+    batch = take(latents, 1, batch_size=6, seed=3)[0]
+    assert batch.moments.shape == (6, *SHAPE)
+    assert batch.moments.dtype == torch.float16
+    assert batch.labels.dtype == batch.image_numbers.dtype == torch.int64
+    assert batch.image_numbers.tolist() == [0, 1, 2, 3, 4, 5]
+    assert batch.moments[:, 0, 0, 0].tolist() == batch.sample_numbers.tolist()
+    assert batch.labels.tolist() == [n % 2 for n in batch.sample_numbers.tolist()]
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 2**63 - 1),
+    world=st.sampled_from([1, 2, 3, 4, 6]),
+    share=st.integers(1, 7),
+    epoch=st.integers(0, 4),
+)
+def test_every_image_comes_once_an_epoch(
+    latents: LatentSet, seed: int, world: int, share: int, epoch: int
+) -> None:
+    size, total = world * share, len(latents.train_numbers)
+    start, needed = epoch * total, -(-total // size)
+    ranks = [
+        take(latents, needed, batch_size=size, seed=seed, first_image=start, rank=r, world=world)
+        for r in range(world)
+    ]
+    # Ranks side by side, batch by batch, are the images in their order.
+    mixed = [part for parts in zip(*ranks, strict=True) for part in parts]
+    assert joined(mixed, "image_numbers") == list(range(start, start + needed * size))
+    assert sorted(joined(mixed, "sample_numbers")[:total]) == latents.train_numbers.tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    size=st.integers(1, 25),
+    done=st.integers(0, 12),
+    world=st.sampled_from([1, 5]),
+)
+def test_going_on_is_the_same_as_never_having_stopped(
+    with_mirrors: LatentSet, seed: int, size: int, done: int, world: int
+) -> None:
+    how = {"batch_size": size * world, "seed": seed, "rank": world - 1, "world": world}
+    whole = take(with_mirrors, done + 2, **how)
+    resumed = take(with_mirrors, 2, first_image=done * size * world, **how)
+    assert all(equal(a, b) for a, b in zip(whole[done:], resumed, strict=True))
+
+
+@pytest.mark.parametrize("world", [2, 3, 4, 6, 12])
+def test_the_number_of_processes_changes_no_batch(with_mirrors: LatentSet, world: int) -> None:
+    alone = take(with_mirrors, 5, batch_size=12, seed=1)
+    ranks = [
+        take(with_mirrors, 5, batch_size=12, seed=1, rank=r, world=world) for r in range(world)
+    ]
+    for whole, parts in zip(alone, zip(*ranks, strict=True), strict=True):
+        for name in ("moments", "labels", "image_numbers", "sample_numbers"):
+            together = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(together, getattr(whole, name))
+        assert {len(part.labels) for part in parts} == {12 // world}
+
+
+def test_epochs_and_seeds_have_orders_of_their_own(with_mirrors: LatentSet) -> None:
+    numbers = np.arange(80, dtype=np.int64)
+    found = samples_of(with_mirrors, 0, numbers)
+    assert found[:40].tolist() != found[40:].tolist()
+    assert found.tolist() != samples_of(with_mirrors, 1, numbers).tolist()
+    assert found[:40].tolist() != with_mirrors.train_numbers.tolist()
+
+
+def test_the_order_does_not_see_the_blocks_it_is_computed_in() -> None:
+    from eqm.randomness import permutation
+
+    numbers = np.arange(BLOCK_IMAGES - 50, BLOCK_IMAGES + 50, dtype=np.int64)
+    for size in (1, 7, 1797):
+        expected = [
+            int(permutation(5, int(n) // size, size, torch.tensor([int(n) % size]))[0])
+            for n in numbers
+        ]
+        assert order(5, size, numbers).tolist() == expected
+
+
+def test_half_of_the_images_are_mirrored_where_that_is_allowed(with_mirrors: LatentSet) -> None:
+    numbers = np.arange(4000, dtype=np.int64)
+    coins = mirror_of(with_mirrors, 0, numbers)
+    assert coins is not None
+    assert 0.46 < coins.mean() < 0.54
+    batch = read_batch(with_mirrors, 0, 100, 50)
+    shown = batch.moments[:, 0, 0, 0].long()
+    expected = torch.where(
+        torch.from_numpy(coins[100:150]), -batch.sample_numbers - 1, batch.sample_numbers
+    )
+    assert torch.equal(shown, expected)
+
+
+def test_held_out_samples_are_batches_of_their_own(latents: LatentSet) -> None:
+    found = next(batches(latents, batch_size=3, seed=0, split="held_out"))
+    assert sorted(found.sample_numbers.tolist()) == latents.held_out_numbers.tolist()
+    trained = take(latents, 5, batch_size=4, seed=0)
+    assert not set(joined(trained, "sample_numbers")) & set(latents.held_out_numbers.tolist())
+
+
+def test_a_batch_may_be_larger_than_the_set(latents: LatentSet) -> None:
+    found = take(latents, 1, batch_size=25, seed=0)[0].sample_numbers.tolist()
+    assert sorted(found[:10]) == sorted(found[10:20]) == latents.train_numbers.tolist()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size is 0"),
+        ({"batch_size": 5, "world": 2}, "2 processes cannot share equally"),
+        ({"first_image": -1}, "first_image is -1"),
+        ({"world": 0}, "world is 0"),
+        ({"rank": 1}, "rank is 1"),
+        ({"rank": -1}, "rank is -1"),
+        ({"split": "test"}, "split is 'test'"),
+    ],
+)
+def test_what_cannot_be_shared_is_refused_before_anything_is_read(
+    latents: LatentSet, changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        batches(latents, **{"batch_size": 4, "seed": 0, **changes})  # type: ignore[arg-type]
+
+
+def test_a_side_without_samples_is_refused(tmp_path: Path) -> None:
+    data = a_set(tmp_path, held_out=0)
+    with pytest.raises(DataError, match="has no held_out samples"):
+        batches(data, batch_size=1, seed=0, split="held_out")
+
+
+def test_damage_reaches_the_reader(tmp_path: Path) -> None:
+    data = a_set(tmp_path)
+    feed = batches(data, batch_size=10, seed=0)
+    next(feed)
+    for shard in data.manifest.shards:
+        path = tmp_path / shard.tar.key
+        path.chmod(0o644)
+        with path.open("r+b") as file:
+            file.write(b"\xff" * shard.tar.size_bytes)
+    with pytest.raises(eqm.errors.IntegrityError, match="does not match its CRC"):
+        list(itertools.islice(feed, 3))
+
+
+def test_the_public_name_is_called_and_is_a_module(latents: LatentSet) -> None:
+    assert equal(
+        next(eqm.batches(latents, batch_size=4, seed=0)),
+        next(eqm.batches.batches(latents, batch_size=4, seed=0)),  # type: ignore[attr-defined]
+    )

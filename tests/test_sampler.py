@@ -1,0 +1,372 @@
+"""Descent: the official trajectories, counted evaluations, stops, and samples that blow up."""
+
+import math
+
+import pytest
+import torch
+from reference import formulas, official
+
+from eqm.config import ObjectiveConfig
+from eqm.field import Field, guided
+from eqm.objective import decay
+from eqm.randomness import Stream, normal
+from eqm.sampler import NAG, GradientDescent, GradientNormBelow, descend, start_noise
+
+GD = GradientDescent(step_size=0.003)
+NAG_OF_PAPER = NAG(step_size=0.003, momentum=0.3)
+RULES = [GradientDescent(step_size=0.05), NAG(step_size=0.05, momentum=0.3)]
+
+
+def noise(batch, *shape, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, *shape, generator=generator, dtype=torch.float64)
+
+
+# -- equal to the official code -----------------------------------------------------------------
+
+OFFICIAL = {
+    "sample_gd": (GD, 1.0, None),
+    "sample_nag": (NAG_OF_PAPER, 1.0, None),
+    "sample_nag_cfg": (NAG_OF_PAPER, 1.5, 3),
+}
+
+
+@pytest.mark.parametrize("name", OFFICIAL)
+def test_samples_are_the_official_ones_after_249_updates(name):
+    numbers, (rule, scale, channels) = official.outputs(), OFFICIAL[name]
+    field = Field(official.network())
+    gradient = guided(field, numbers["y"], scale=scale, channels=channels)
+    found = descend(gradient, numbers["start"], rule=rule, updates=249)
+    assert official.error(found.latents, numbers[name]) < 1e-11
+    assert found.evaluations.tolist() == [249] * 6
+    assert not bool(found.diverged.any())
+
+
+@pytest.mark.parametrize(
+    ("name", "rule", "sign", "updates"),
+    [
+        ("sample_gd", GD, 1, 250),
+        ("sample_gd", GD, -1, 249),
+        ("sample_gd", NAG_OF_PAPER, 1, 249),
+        ("sample_nag", GD, 1, 249),
+        ("sample_nag", NAG(step_size=0.003, momentum=0.35), 1, 249),
+        ("sample_nag_cfg", NAG_OF_PAPER, 1, 249),
+    ],
+)
+def test_parity_notices_other_rules_signs_and_counts(name, rule, sign, updates):
+    numbers, field = official.outputs(), Field(official.network())
+    found = descend(
+        lambda x: sign * field.gradient(x, numbers["y"]),
+        numbers["start"],
+        rule=rule,
+        updates=updates,
+    )
+    assert official.error(found.latents, numbers[name]) > 1e-6
+
+
+# -- rules --------------------------------------------------------------------------------------
+
+
+def bowl(x):
+    """Gradient of a quadratic with stiffnesses from 1 to 4."""
+    return x * torch.linspace(1, 4, x[0].numel(), dtype=x.dtype).view_as(x[0])
+
+
+def test_rules_are_those_that_keep_their_history():
+    start = noise(3, 2, 4)
+    for updates in (0, 1, 2, 17):
+        found = descend(bowl, start, rule=RULES[0], updates=updates).latents
+        expected = formulas.gradient_descent(bowl, start, 0.05, updates)
+        assert torch.allclose(found, expected, rtol=1e-13, atol=0)
+        found = descend(bowl, start, rule=RULES[1], updates=updates).latents
+        assert torch.allclose(
+            found, formulas.nag(bowl, start, 0.05, 0.3, updates), rtol=1e-13, atol=0
+        )
+
+
+def test_nag_without_momentum_is_gradient_descent_and_is_not_torchs_nesterov():
+    start = noise(2, 5)
+    plain = descend(bowl, start, rule=RULES[0], updates=20).latents
+    still = NAG(step_size=0.05, momentum=0.0)
+    assert torch.equal(descend(bowl, start, rule=still, updates=20).latents, plain)
+    weight = start.clone()
+    optimiser = torch.optim.SGD([weight], lr=0.05, momentum=0.3, nesterov=True)
+    for _ in range(20):
+        weight.grad = bowl(weight)
+        optimiser.step()
+    ours = descend(bowl, start, rule=RULES[1], updates=20).latents
+    assert official.error(ours, weight) > 0.05
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: GradientDescent(step_size=0.0), "step_size is 0"),
+        (lambda: GradientDescent(step_size=math.nan), "step_size is nan"),
+        (lambda: NAG(step_size=-1.0, momentum=0.3), "step_size is -1"),
+        (lambda: NAG(step_size=0.1, momentum=1.0), "momentum is 1"),
+        (lambda: NAG(step_size=0.1, momentum=-0.1), "momentum is -0.1"),
+        (lambda: GradientNormBelow(0.0), "threshold is 0"),
+        (lambda: descend(bowl, noise(1, 2), rule=GD, updates=-1), "updates is -1"),
+        (lambda: descend(bowl, noise(1), rule=GD, updates=1)[0], "shape"),
+        (lambda: descend(bowl, torch.ones(1, 2).long(), rule=GD, updates=1), "int64"),
+    ],
+)
+def test_what_cannot_be_is_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+# -- the perfect field --------------------------------------------------------------------------
+
+C = decay(ObjectiveConfig())
+
+
+@pytest.mark.parametrize("rule", [GD, NAG_OF_PAPER])
+def test_samples_of_a_perfect_field_are_data(rule):
+    data = noise(3, 1, 4, 4, seed=1)
+    gradient = Field(formulas.PerfectField(data, C, points=400)).gradient
+
+    def distances(gradient):
+        found = descend(gradient, noise(8, 1, 4, 4), rule=rule, updates=400)
+        return torch.cdist(found.latents.flatten(1), data.flatten(1)).min(dim=1).values
+
+    assert float(distances(gradient).max()) < 1e-3
+    assert float(distances(lambda x: -gradient(x)).min()) > 1
+
+
+@pytest.mark.parametrize(("updates", "left"), [(50, 0.40), (100, 0.0254), (150, 0.00115)])
+def test_noise_left_under_a_perfect_field_is_what_the_step_size_gives(updates, left):
+    datum, start = noise(1, 1, 16, 16, seed=1), noise(4, 1, 16, 16)
+    gradient = Field(formulas.PerfectField(datum, C)).gradient
+    found = descend(gradient, start, rule=GD, updates=updates).latents
+    share = (found - datum).flatten(1).norm(dim=1) / (start - datum).flatten(1).norm(dim=1)
+    assert torch.allclose(share, torch.tensor(left).double(), rtol=0.15)
+
+
+@pytest.mark.parametrize(("step_size", "stable"), [(0.09, True), (0.11, False)])
+def test_descent_is_stable_below_two_over_the_stiffness(step_size, stable):
+    data = noise(2, 1, 4, 4, seed=1)
+    gradient = Field(formulas.PerfectField(data, C)).gradient
+    rule = GradientDescent(step_size=step_size)
+    found = descend(gradient, data + 1e-4 * noise(2, 1, 4, 4), rule=rule, updates=30)
+    near = float((found.latents - data).norm()) < 1e-4
+    assert near == stable
+
+
+# -- counting and stopping ----------------------------------------------------------------------
+
+
+class Counting:
+    def __init__(self, gradient):
+        self.gradient, self.calls = gradient, 0
+
+    def __call__(self, x):
+        self.calls += 1
+        return self.gradient(x)
+
+
+def test_an_update_is_one_evaluation():
+    counting = Counting(bowl)
+    found = descend(counting, noise(3, 4), rule=RULES[1], updates=12)
+    assert counting.calls == 12
+    assert found.evaluations.tolist() == [12] * 3
+    assert found.evaluations.dtype == torch.int64
+
+
+def test_no_updates_are_a_copy_of_the_start():
+    start = noise(2, 3)
+    found = descend(bowl, start, rule=GD, updates=0)
+    assert torch.equal(found.latents, start)
+    assert found.latents.data_ptr() != start.data_ptr()
+    assert found.evaluations.tolist() == [0, 0]
+    assert bool(found.gradient_norms.isnan().all())
+
+
+def test_samples_stop_where_the_norm_falls_below_the_threshold():
+    start = torch.tensor([[8.0, 0.0], [0.5, 0.0], [0.0, 100.0], [0.0, 1.0]], dtype=torch.float64)
+    rule, counting = GradientDescent(step_size=0.1), Counting(lambda x: x)
+    found = descend(counting, start, rule=rule, updates=40, stop=GradientNormBelow(1.0))
+    # |x_k| = 0.9**k |x_0|; the evaluation at x_k is number k + 1. A norm of 1 is not below 1.
+    k = [math.ceil(math.log(1 / 8) / math.log(0.9)), 0, 40, 1]
+    assert found.evaluations.tolist() == [k[0] + 1, 1, 40, 2]
+    expected = torch.stack([x * 0.9**n for x, n in zip(start, k, strict=True)])
+    assert torch.allclose(found.latents, expected, rtol=1e-12, atol=0)
+    norms = expected.norm(dim=1)
+    # The sample that never stopped was evaluated last before its last move.
+    assert torch.allclose(found.gradient_norms[[0, 1, 3]], norms[[0, 1, 3]], rtol=1e-12, atol=0)
+    assert float(found.gradient_norms[2]) == pytest.approx(float(norms[2]) / 0.9)
+    assert counting.calls == 40
+
+
+def test_the_loop_ends_when_all_have_stopped():
+    counting, seen = Counting(lambda x: x), []
+    found = descend(
+        counting,
+        torch.tensor([[2.0], [4.0]]),
+        rule=GradientDescent(step_size=0.5),
+        updates=1000,
+        stop=GradientNormBelow(1.5),
+        on_update=lambda k, x: seen.append((k, x.flatten().tolist())),
+    )
+    assert counting.calls == 3
+    assert found.evaluations.tolist() == [2, 3]
+    assert seen == [(0, [2.0, 4.0]), (1, [1.0, 2.0]), (2, [1.0, 1.0])]
+
+
+def test_norms_of_nag_are_those_of_the_gradient_ahead():
+    rule = NAG(step_size=0.1, momentum=0.5)
+    found = descend(lambda x: x, torch.tensor([[1.0]]), rule=rule, updates=2)
+    # x_1 = 0.9, moved by -0.1; the second gradient is taken at 0.9 - 0.05.
+    assert float(found.gradient_norms) == pytest.approx(0.85)
+    assert float(found.latents) == pytest.approx(0.9 - 0.085)
+
+
+def test_on_update_sees_the_start_and_every_update():
+    seen = {}
+    start = noise(2, 3)
+    descend(bowl, start, rule=RULES[0], updates=4, on_update=seen.__setitem__)
+    assert sorted(seen) == [0, 1, 2, 3, 4]
+    for k, latents in seen.items():
+        expected = formulas.gradient_descent(bowl, start, 0.05, k)
+        assert torch.allclose(latents, expected, rtol=1e-13, atol=0)
+
+
+# -- samples that blow up, and their neighbours -------------------------------------------------
+
+
+def wild(x):
+    """A bowl for samples that begin with a positive number, an explosion for the others."""
+    return torch.where(x[:, :1] > 0, x, -50 * x)
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_exploding_samples_are_marked_and_finite(rule):
+    start = torch.tensor([[1.0, 2.0], [-1.0, 2.0], [3.0, -1.0]])
+    found = descend(wild, start, rule=rule, updates=200)
+    assert found.diverged.tolist() == [False, True, False]
+    assert bool(found.latents.isfinite().all())
+    assert int(found.evaluations[1]) < 30
+    assert found.evaluations[[0, 2]].tolist() == [200, 200]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_gradients_that_are_no_numbers_mark_their_sample_alone(bad):
+    def broken(x):
+        return torch.where(x[:, :1] < 0, torch.full_like(x, bad), x)
+
+    start = torch.tensor([[1.0, 2.0], [-1.0, 2.0]])
+    found = descend(broken, start, rule=RULES[0], updates=10)
+    assert found.diverged.tolist() == [False, True]
+    assert torch.equal(found.latents[1], start[1])
+    assert found.evaluations.tolist() == [10, 1]
+    assert not math.isfinite(float(found.gradient_norms[1]))
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_a_start_that_is_no_number_is_marked(bad):
+    start = torch.tensor([[1.0, 2.0], [bad, 2.0]])
+    for updates in (0, 5):
+        found = descend(lambda x: x, start, rule=RULES[0], updates=updates)
+        assert found.diverged.tolist() == [False, True]
+        assert found.evaluations.tolist() == [updates, 0]
+
+
+def test_large_data_are_not_called_diverged():
+    start = 1e6 * noise(2, 3)
+    assert not bool(descend(bowl, start, rule=RULES[0], updates=50).diverged.any())
+
+
+def test_a_stopped_sample_that_would_blow_up_is_sound():
+    found = descend(
+        lambda x: torch.full_like(x, 0.1),
+        torch.ones(1, 2),
+        rule=GradientDescent(step_size=1e9),
+        updates=5,
+        stop=GradientNormBelow(1.0),
+    )
+    assert found.diverged.tolist() == [False]
+    assert torch.equal(found.latents, torch.ones(1, 2))
+
+
+@pytest.mark.parametrize("stop", [None, GradientNormBelow(0.5)])
+@pytest.mark.parametrize("rule", RULES)
+def test_a_sample_does_not_depend_on_its_neighbours(rule, stop):
+    start = 3 * noise(9, 2, 2)
+    start[3] = math.nan
+    start[4, 0] *= 100
+
+    def gradient(x):
+        return wild(x.flatten(1)).view_as(x)
+
+    together = descend(gradient, start, rule=rule, updates=40, stop=stop)
+    assert len(set(together.diverged.tolist())) == 2
+    for i in range(9):
+        alone = descend(gradient, start[i : i + 1], rule=rule, updates=40, stop=stop)
+        for name in ("latents", "evaluations", "gradient_norms", "diverged"):
+            a, b = getattr(alone, name)[0], getattr(together, name)[i]
+            assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)), (i, name)
+
+
+# -- devices, modes, types ----------------------------------------------------------------------
+
+
+def test_without_a_stop_rule_nothing_waits_for_the_device():
+    # A meta tensor has no values: reading one is an error.
+    start = torch.empty(4, 3, device="meta")
+    found = descend(lambda x: 2 * x, start, rule=RULES[1], updates=5)
+    assert found.latents.shape == (4, 3)
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        descend(lambda x: 2 * x, start, rule=GD, updates=5, stop=GradientNormBelow(1.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_latents_keep_their_dtype_and_norms_do_not_overflow(dtype):
+    start = torch.full((1, 64, 64), 100.0, dtype=dtype)
+    found = descend(lambda x: x, start, rule=RULES[1], updates=2)
+    assert found.latents.dtype == dtype
+    assert not bool(found.diverged.any())
+    assert bool(found.gradient_norms.isfinite().all())
+
+
+def test_the_start_is_left_alone_and_no_graph_is_kept():
+    start = noise(2, 3).requires_grad_(True)
+    kept = start.detach().clone()
+    found = descend(bowl, start, rule=RULES[1], updates=3)
+    assert not found.latents.requires_grad
+    assert torch.equal(start, kept)
+    assert start.grad is None
+    with torch.inference_mode():
+        again = descend(bowl, kept, rule=RULES[1], updates=3).latents
+    assert torch.equal(again, found.latents)
+
+
+@pytest.mark.parametrize("energy", ["dot", "l2"])
+def test_explicit_energies_are_descended_by_their_true_gradient(energy):
+    numbers = official.outputs()
+    field = Field(official.network(), energy=energy)
+    gradient = guided(field, numbers["y"], scale=1.0)
+    rule = GradientDescent(step_size=0.003)
+    found = descend(gradient, numbers["start"], rule=rule, updates=20).latents
+    expected = numbers["start"]
+    for _ in range(20):
+        at = expected.clone().requires_grad_(True)
+        field.energy(at, numbers["y"]).sum().backward()
+        expected = expected - 0.003 * at.grad
+    assert official.error(found, expected) < 1e-12
+    energies = [field.energy(x, numbers["y"]) for x in (numbers["start"], found)]
+    assert bool((energies[1] < energies[0]).all())
+
+
+# -- where samples start ------------------------------------------------------------------------
+
+
+def test_start_noise_is_a_function_of_the_number_of_the_sample():
+    settings = {"dtype": torch.float32, "device": torch.device("cpu")}
+    together = start_noise(torch.tensor([5, 0, 2**40]), (4, 8, 8), **settings)
+    alone = start_noise(torch.tensor([2**40]), (4, 8, 8), **settings)
+    assert together.shape == (3, 4, 8, 8)
+    assert torch.equal(alone[0], together[2])
+    expected = normal(0, Stream.SAMPLE_NOISE, torch.tensor([5]), (4, 8, 8))
+    assert torch.equal(together[0], expected[0])
+    assert not torch.equal(together[0], together[1])

@@ -1,0 +1,429 @@
+"""Shards: stock tools read them, equal samples give equal bytes, no damage goes unnoticed."""
+
+import io
+import itertools
+import json
+import subprocess
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import eqm
+from eqm import shards
+from eqm.errors import ConfigError, DataError, IntegrityError, MissingError
+from eqm.records import Blob, LatentSpec, Manifest, Record, Shard, sha256, to_json
+from eqm.shards import LatentSet, Packed, Sample, open_manifest, write_shard
+from eqm.storage import LocalStore, record_key
+
+SHAPE = (4, 3, 3)
+CLASSES = ("a", "b", "c")
+
+
+def a_sample(i: int, *, mirror: bool = False) -> Sample:
+    draw = np.random.default_rng(i)
+    moments = draw.normal(size=SHAPE).astype(np.float32)
+    other = draw.normal(size=SHAPE).astype(np.float32) if mirror else None
+    return Sample(f"k/{i}", i % 3, i % 4 == 3, moments, other)
+
+
+def packed(count: int, *, first: int = 0, mirror: bool = False) -> Packed:
+    samples = [a_sample(first + i, mirror=mirror) for i in range(count)]
+    return write_shard(samples, first_number=first)
+
+
+def a_record(
+    folder: Path, counts: tuple[int, ...] = (5, 5, 3), *, mirror: bool = False, **changes: object
+) -> tuple[LocalStore, Record]:
+    """A sealed set of latents in a local store."""
+    store = LocalStore(folder / "store")
+    firsts = np.cumsum([0, *counts])[:-1].tolist()
+    made = [packed(count, first=f, mirror=mirror) for f, count in zip(firsts, counts, strict=True)]
+    stored = tuple(
+        Shard(tar=store.put(one.tar), index=store.put(one.index), count=one.count) for one in made
+    )
+    samples = [a_sample(i) for i in range(sum(counts))]
+    sides = [[s.label for s in samples if s.held_out == side] for side in (False, True)]
+    spec = LatentSpec(
+        autoencoder="test",
+        image_size_px=3,
+        image_channels=1,
+        shape=(2, 3, 3),
+        shift=(0.0, 0.0),
+        scale=(1.0, 1.0),
+    )
+    values = {
+        "spec": spec,
+        "source": "s",
+        "classes": CLASSES,
+        "mirrored": mirror,
+        "shards": stored,
+        "train_per_class": tuple(np.bincount(sides[0], minlength=3).tolist()),
+        "held_out_per_class": tuple(np.bincount(sides[1], minlength=3).tolist()),
+        "channel_mean": (0.0, 0.0),
+        "channel_std": (1.0, 1.0),
+    }
+    manifest = Manifest(**{**values, **changes})
+    return store, seal(store, manifest)
+
+
+def seal(store: LocalStore, manifest: Manifest) -> Record:
+    blob = store.put(shards.manifest_to_bytes(manifest))
+    record = Record(
+        stage="latents",
+        algorithm=1,
+        config={},
+        inputs={},
+        outputs={"manifest.json": blob},
+        values={},
+    )
+    return store.seal(record)
+
+
+def a_set(folder: Path, counts: tuple[int, ...] = (5, 5, 3), *, mirror: bool = False) -> LatentSet:
+    store, record = a_record(folder, counts, mirror=mirror)
+    return open_manifest(record, store)
+
+
+def damage(path: Path, at: int) -> None:
+    """Flip one bit of a file without changing its size."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 4
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+# -- writing ------------------------------------------------------------------------------------
+
+
+def test_equal_samples_give_equal_bytes() -> None:
+    one, two = packed(4, mirror=True), packed(4, mirror=True)
+    assert (one.tar, one.index) == (two.tar, two.index)
+    assert one.count == 4
+
+
+def test_members_carry_no_time_and_no_owner() -> None:
+    with tarfile.open(fileobj=io.BytesIO(packed(3).tar)) as archive:
+        for member in archive:
+            assert (member.mtime, member.uid, member.gid, member.mode) == (0, 0, 0, 0o444)
+            assert (member.uname, member.gname) == ("", "")
+            assert member.isreg()
+
+
+def test_tar_reads_a_shard(tmp_path: Path) -> None:
+    (tmp_path / "x.tar").write_bytes(packed(2, first=41, mirror=True).tar)
+    line = ["tar", "-tf", str(tmp_path / "x.tar")]
+    found = subprocess.run(line, capture_output=True, text=True, check=True, timeout=60)
+    kinds = ("cls", "json", "mirror.npy", "moments.npy")
+    numbers = ("00000041", "00000042")
+    assert found.stdout.split() == [f"{n}.{k}" for n, k in itertools.product(numbers, kinds)]
+    out = subprocess.run(
+        [*line[:1], "-xOf", line[2], "00000042.json"], capture_output=True, check=True, timeout=60
+    )
+    assert json.loads(out.stdout) == {"key": "k/42", "held_out": False}
+
+
+def test_webdataset_reads_a_shard(tmp_path: Path) -> None:
+    import webdataset
+
+    (tmp_path / "x.tar").write_bytes(packed(5, mirror=True).tar)
+    data = webdataset.WebDataset(str(tmp_path / "x.tar"), shardshuffle=False).decode()
+    found = list(data)
+    assert [sample["__key__"] for sample in found] == [f"{i:08d}" for i in range(5)]
+    for i, sample in enumerate(found):
+        expected = a_sample(i, mirror=True)
+        assert sample["cls"] == expected.label
+        assert sample["json"] == {"key": expected.key, "held_out": expected.held_out}
+        assert np.array_equal(sample["moments.npy"], expected.moments.astype(np.float16))
+        assert np.array_equal(sample["mirror.npy"], expected.mirror.astype(np.float16))
+        assert sample["moments.npy"].dtype == np.float16
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 70_000.0])
+def test_values_that_float16_cannot_hold_are_refused(value: float) -> None:
+    sample = a_sample(6)
+    sample.moments[1, 2, 0] = value
+    with pytest.raises(DataError, match=r"image 'k/6' reach .* not finite as float16"):
+        write_shard([a_sample(5), sample], first_number=5)
+
+
+def test_shards_that_make_no_sense_are_refused() -> None:
+    with pytest.raises(DataError, match="at least one sample"):
+        write_shard([], first_number=0)
+    with pytest.raises(DataError, match="100,000,000 samples"):
+        write_shard([a_sample(0)] * 2, first_number=99_999_999)
+    odd = Sample("odd", 0, False, np.zeros((4, 3, 2), dtype=np.float32))
+    with pytest.raises(DataError, match=r"'odd' has moments of shape \(4, 3, 2\)"):
+        write_shard([a_sample(0), odd], first_number=0)
+    with pytest.raises(DataError, match="either all samples"):
+        write_shard([a_sample(0), a_sample(1, mirror=True)], first_number=0)
+
+
+# -- reading ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mirror", [False, True])
+def test_what_is_read_is_what_was_written(tmp_path: Path, mirror: bool) -> None:
+    data = a_set(tmp_path, mirror=mirror)
+    assert len(data) == 13
+    assert data.keys == [f"k/{i}" for i in range(13)]
+    assert data.labels.tolist() == [i % 3 for i in range(13)]
+    assert data.held_out_numbers.tolist() == [3, 7, 11]
+    assert sorted([*data.train_numbers, *data.held_out_numbers]) == list(range(13))
+    numbers = np.array([12, 0, 5, 4, 12])
+    expected = np.stack([a_sample(i, mirror=mirror).moments for i in numbers]).astype(np.float16)
+    assert np.array_equal(data.moments(numbers), expected)
+    assert data.moments(numbers).dtype == np.float16
+    assert data.moments([]).shape == (0, *SHAPE)
+    data.verify()
+
+
+def test_mirrors_are_read_where_asked_for(tmp_path: Path) -> None:
+    data = a_set(tmp_path, mirror=True)
+    found = data.moments(np.arange(13), mirror=np.arange(13) % 2 == 1)
+    for i in range(13):
+        sample = a_sample(i, mirror=True)
+        expected = sample.mirror if i % 2 else sample.moments
+        assert np.array_equal(found[i], expected.astype(np.float16))
+
+
+def test_samples_that_are_not_there_are_refused(tmp_path: Path) -> None:
+    data = a_set(tmp_path)
+    for number in (-1, 13):
+        with pytest.raises(DataError, match=r"has samples 0 to 12, not"):
+            data.moments([number])
+    with pytest.raises(DataError, match="holds no mirror images"):
+        data.moments([1], mirror=[True])
+    assert len(data.moments([1], mirror=[False])) == 1
+
+
+def test_a_set_is_opened_by_its_address(tmp_path: Path) -> None:
+    store, record = a_record(tmp_path)
+    address = f"{store.uri}/latents/{record.digest}"
+    for where in (address, f"{address}/", f"{address}/record.json", Path(address)):
+        assert len(eqm.open_manifest(where)) == 13
+    assert len(eqm.open_manifest(record, store)) == 13
+
+
+def test_addresses_that_name_no_set_are_refused(tmp_path: Path) -> None:
+    store, record = a_record(tmp_path)
+    with pytest.raises(ConfigError, match="give its store"):
+        open_manifest(record)
+    for bad in ("x", f"{store.uri}/train/{record.digest}", f"{store.uri}/latents/abc"):
+        with pytest.raises(ConfigError, match="is no set of latents"):
+            open_manifest(bad)
+    for bad in ("pipe:cat", "http://169.254.169.254", "file:///etc"):
+        with pytest.raises(ConfigError, match="only s3://bucket/prefix or a local directory"):
+            open_manifest(f"{bad}://x/latents/{record.digest}")
+    with pytest.raises(DataError, match="there is no store at"):
+        open_manifest(str(tmp_path / "nowhere" / "latents" / record.digest))
+    assert not (tmp_path / "nowhere").exists()
+    with pytest.raises(DataError, match="is not sealed"):
+        open_manifest(f"{store.uri}/latents/{'0' * 64}")
+
+
+def test_the_record_of_another_stage_is_refused(tmp_path: Path) -> None:
+    store, record = a_record(tmp_path)
+    values = {**vars(record), "stage": "train"}
+    with pytest.raises(DataError, match="is no set of latents"):
+        open_manifest(Record(**values), store)
+
+
+def test_a_large_set_keeps_no_file_open(tmp_path: Path) -> None:
+    data = a_set(tmp_path, (1,) * 40)
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    data.moments(np.arange(40))
+    assert len(list(Path("/proc/self/fd").iterdir())) - before < 5
+
+
+# -- damage -------------------------------------------------------------------------------------
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_any_flipped_bit_is_noticed(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("flip")
+    store, record = a_record(folder, (3, 2), mirror=True)
+    files = sorted(path for path in store.root.rglob("*") if path.is_file())
+    path = data.draw(st.sampled_from(files))
+    damage(path, data.draw(st.integers(0, path.stat().st_size - 1)))
+    with pytest.raises((IntegrityError, MissingError, DataError)):
+        open_manifest(f"{store.uri}/latents/{record.digest}").verify()
+
+
+def test_a_bit_that_flips_after_opening_is_noticed_at_the_read(tmp_path: Path) -> None:
+    data = a_set(tmp_path)
+    data.moments(np.arange(13))
+    blob = data.manifest.shards[1].tar
+    offset = int(data._indices[1].offset[2, 0])
+    path = tmp_path / "store" / blob.key
+    path.chmod(0o644)
+    with path.open("r+b") as file:  # in place: the mapping sees it
+        file.seek(offset + 140)
+        byte = file.read(1)
+        file.seek(offset + 140)
+        file.write(bytes([byte[0] ^ 1]))
+    assert len(data.moments([6, 8])) == 2
+    with pytest.raises(IntegrityError, match=rf"shard 1 of .*: sample 7 at byte {offset} "):
+        data.moments([6, 7])
+
+
+@pytest.mark.parametrize("keep", [0, 512, 1000, 2560])
+def test_a_shard_that_was_cut_is_refused(tmp_path: Path, keep: int) -> None:
+    data = a_set(tmp_path)
+    path = tmp_path / "store" / data.manifest.shards[2].tar.key
+    path.chmod(0o644)
+    path.write_bytes(path.read_bytes()[:keep])
+    assert len(data.moments([0])) == 1
+    with pytest.raises(IntegrityError, match=f"damaged: it holds {keep} bytes"):
+        data.moments([12])
+
+
+def test_a_shard_that_is_missing_is_refused(tmp_path: Path) -> None:
+    data = a_set(tmp_path)
+    (tmp_path / "store" / data.manifest.shards[0].tar.key).unlink()
+    with pytest.raises(MissingError):
+        data.moments([0])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train_per_class": (4, 3, 4)}, "states"),
+        ({"held_out_per_class": (0, 0, 0)}, "states"),
+        ({"classes": ("a", "b")}, "label outside 0 to 1"),
+        ({"mirrored": True}, "has 1 views"),
+    ],
+)
+def test_manifests_that_say_something_else_are_refused(
+    tmp_path: Path, changes: dict[str, object], message: str
+) -> None:
+    store, record = a_record(tmp_path, **changes)
+    with pytest.raises(IntegrityError, match=message):
+        open_manifest(record, store)
+
+
+def test_a_spec_of_another_shape_is_refused(tmp_path: Path) -> None:
+    spec = LatentSpec(
+        autoencoder="x", image_size_px=4, image_channels=1, shape=(1, 4, 4), shift=(0,), scale=(1,)
+    )
+    store, record = a_record(tmp_path, spec=spec)
+    with pytest.raises(IntegrityError, match=r"moments of shape \(2, 4, 4\)"):
+        open_manifest(record, store)
+
+
+def test_an_index_of_another_shard_is_refused(tmp_path: Path) -> None:
+    one, other = packed(3), packed(4)
+    store = LocalStore(tmp_path)
+    shard = Shard(tar=store.put(one.tar), index=store.put(other.index), count=3)
+    with pytest.raises(IntegrityError, match="does not have 3 rows"):
+        shards.read_index(other.index, shard, "shard 0")
+    tensors = safetensors.numpy.load(one.index)
+    tensors["offset"] = tensors["offset"] + 10**6
+    with pytest.raises(IntegrityError, match="points outside its tar"):
+        shards.read_index(safetensors.numpy.save(tensors), shard, "shard 0")
+    tensors.pop("crc32")
+    with pytest.raises(IntegrityError, match="holds"):
+        shards.read_index(safetensors.numpy.save(tensors), shard, "shard 0")
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        shards.read_index(b"no index", shard, "shard 0")
+
+
+def test_a_manifest_that_is_not_json_is_refused() -> None:
+    with pytest.raises(IntegrityError, match="is not JSON"):
+        shards.manifest_from_bytes(b"{", "m")
+
+
+def test_a_record_that_was_edited_is_refused(tmp_path: Path) -> None:
+    store, record = a_record(tmp_path)
+    path = store.root / record_key("latents", record.digest)
+    body = json.loads(path.read_text())
+    body["values"] = {"more": 1}
+    path.chmod(0o644)
+    path.write_text(json.dumps(body))
+    with pytest.raises(IntegrityError, match="changed after it was sealed"):
+        open_manifest(f"{store.uri}/latents/{record.digest}")
+
+
+# -- the form of the tar: what stock readers pass over in silence ---------------------------------
+
+
+def rebuilt(tar: bytes, change: object) -> bytes:
+    """The tar with its list of (member, bytes) changed."""
+    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
+        members = [(m, archive.extractfile(m).read()) for m in archive]  # type: ignore[union-attr]
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for member, data in change(members):  # type: ignore[operator]
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return stream.getvalue()
+
+
+def renamed(name: str, kind: bytes = tarfile.REGTYPE) -> tarfile.TarInfo:
+    info = tarfile.TarInfo(name)
+    info.type = kind
+    return info
+
+
+TARS = {
+    "cut between two samples": lambda ms: ms[:-3],
+    "half a sample": lambda ms: ms[:-1],
+    "no label": lambda ms: [m for m in ms if m[0].name != "00000001.cls"],
+    "a sample twice": lambda ms: [*ms, *ms[-3:]],
+    "out of order": lambda ms: [*ms[3:6], *ms[:3], *ms[6:]],
+    "empty": lambda ms: [],
+    "a pickle": lambda ms: [*ms, (renamed("00000003.pkl"), b"cos\nsystem\n(S'x'\ntR.")],
+    "a path upwards": lambda ms: [(renamed("../00000000.cls"), b"0"), *ms[1:]],
+    "an absolute path": lambda ms: [(renamed("/00000000.cls"), b"0"), *ms[1:]],
+    "a link": lambda ms: [(renamed("00000000.cls", tarfile.SYMTYPE), b""), *ms[1:]],
+    "a fifo": lambda ms: [*ms, (renamed("fifo", tarfile.FIFOTYPE), b"")],
+    "a long name": lambda ms: [*ms, (renamed("n" * 300), b"")],
+    "another array": lambda ms: [*ms[:2], (ms[2][0], ms[5][1]), *ms[3:]],
+    "an object array": lambda ms: [
+        *ms[:2],
+        (ms[2][0], ms[2][1].replace(b"'<f2'", b"'|O' ")),
+        *ms[3:],
+    ],
+}
+
+
+@pytest.mark.parametrize("name", TARS)
+def test_tars_of_another_form_are_refused(name: str) -> None:
+    made = packed(3)
+    shard = Shard(tar=fake_blob(made.tar), index=fake_blob(made.index), count=3)
+    index = shards.read_index(made.index, shard, "shard 0")
+    views = shards.VIEWS[:1]
+    shards.check_tar(made.tar, index, 0, SHAPE, views, "shard 0")
+    with pytest.raises(IntegrityError, match="shard 0"):
+        shards.check_tar(rebuilt(made.tar, TARS[name]), index, 0, SHAPE, views, "shard 0")
+    with pytest.raises(IntegrityError, match="is not a tar"):
+        shards.check_tar(b"x" * 2000, index, 0, SHAPE, views, "shard 0")
+
+
+def fake_blob(data: bytes) -> Blob:
+    return Blob(sha256=sha256(data), size_bytes=len(data))
+
+
+def test_a_block_of_zeros_in_a_header_is_refused() -> None:
+    made = packed(3)
+    shard = Shard(tar=fake_blob(made.tar), index=fake_blob(made.index), count=3)
+    index = shards.read_index(made.index, shard, "shard 0")
+    second = int(index.offset[0, 0]) + 512
+    for start in (0, second):
+        tar = made.tar[:start] + bytes(1024) + made.tar[start + 1024 :]
+        with pytest.raises(IntegrityError, match="shard 0"):
+            shards.check_tar(tar, index, 0, SHAPE, shards.VIEWS[:1], "shard 0")
+
+
+def test_the_manifest_survives_its_json(tmp_path: Path) -> None:
+    manifest = a_set(tmp_path).manifest
+    again = shards.manifest_from_bytes(shards.manifest_to_bytes(manifest), "m")
+    assert again == manifest
+    assert to_json(again)["shards"][0]["count"] == 5
