@@ -18,10 +18,14 @@ class Reader:
     """A support vector classifier on pixels, fitted on training images (N, C, H, W) uint8."""
 
     def __init__(self, images: Images, labels: NDArray[np.int64]) -> None:
+        from sklearn.dummy import DummyClassifier
         from sklearn.svm import SVC
 
-        self._classifier = SVC(C=10.0, gamma="scale")
-        self._classifier.fit(_flat(images[:MOST_IMAGES]), labels[:MOST_IMAGES])
+        images, labels = images[:MOST_IMAGES], labels[:MOST_IMAGES]
+        # There is no boundary to fit where there is one class.
+        one = len(np.unique(labels)) == 1
+        self._classifier = DummyClassifier() if one else SVC(C=10.0, gamma="scale")
+        self._classifier.fit(_flat(images), labels)
 
     def agreement(self, images: Images, labels: NDArray[np.int64]) -> float:
         """Share of images that are read as their label."""

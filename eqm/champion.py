@@ -14,7 +14,7 @@ from typing import Any, Literal
 from eqm.errors import DataError, EqmError
 from eqm.records import Decision, Ref, from_json, to_json
 from eqm.registry import Registry, Version
-from eqm.stage import open_ref, verify
+from eqm.stage import open_ref
 from eqm.storage import Store
 
 ALIAS = "champion"
@@ -86,7 +86,7 @@ def promote(
         raise DataError(
             f"version {version.number} of {version.model} may not be promoted: {failed}"
         )
-    verify(store, open_ref(store, train))
+    _verify(store, train)
     entries = history(store, version.model)
     standing = lineage(entries)
     if decision.champion != (standing[-1].evaluation if standing else None):
@@ -114,7 +114,7 @@ def rollback(store: Store, registry: Registry, model: str) -> Entry:
         have = "only one champion so far" if standing else "no champion yet"
         raise DataError(f"{model} has {have}: there is nothing to roll back to")
     before = standing[-2]
-    verify(store, open_ref(store, before.train))
+    _verify(store, before.train)
     entry = Entry(
         number=len(entries) + 1,
         action="rollback",
@@ -143,6 +143,12 @@ def repair(store: Store, registry: Registry, model: str) -> str | None:
     registry.point(model, ALIAS, standing.version)
     was = f"version {shown.number}" if shown else "nothing"
     return f"alias {ALIAS!r} pointed to {was}; the history says version {standing.version}"
+
+
+def _verify(store: Store, train: Ref) -> None:
+    """Check the store's own bytes: copies cached on this machine say nothing about them."""
+    for blob in open_ref(store, train).outputs.values():
+        store.get(blob)
 
 
 def _append(store: Store, registry: Registry, model: str, entry: Entry) -> Entry:

@@ -4,6 +4,7 @@ Reads the chain of records behind an evaluation and the bytes that the page need
 """
 
 import json
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,7 +85,7 @@ def _images(store: Store, blob: Blob) -> NDArray[np.uint8]:
     return _arrays(store, blob)["images"]
 
 
-def _arrays(store: Store, blob: Blob) -> dict[str, NDArray[np.generic]]:
+def _arrays(store: Store, blob: Blob) -> dict[str, NDArray[Any]]:
     from safetensors.numpy import load
 
     return load(store.get(blob))

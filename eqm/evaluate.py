@@ -20,6 +20,7 @@ from eqm.agreement import Reader
 from eqm.autoencoder import Autoencoder
 from eqm.checkpoint import tensors_from_bytes, tensors_to_bytes
 from eqm.config import EvaluateConfig, EvaluationStage
+from eqm.errors import DataError
 from eqm.features import FeatureExtractor, extract, load_extractor
 from eqm.images import ImageSource
 from eqm.latents import mean_latents
@@ -126,6 +127,11 @@ def real_split(
     """Images of one side of the split."""
     chosen = [i for i, entry in enumerate(source.entries) if entry.held_out == held_out]
     label = "held-out images" if held_out else "training images"
+    if not chosen:
+        raise DataError(
+            f"there are no {label} to measure against: set source.held_out_fraction "
+            f"({source.config.held_out_fraction}) above 0, or add images"
+        )
     pixels: list[Tensor] = []
     features: list[NDArray[np.float32]] = []
     with context.progress(label, len(chosen)) as bar:
@@ -280,11 +286,17 @@ def _row(
 
 
 def grid_of(split: Split, classes: int, rows: int) -> Tensor:
-    """The first images of each class, uint8 (K, R, C, H, W); R is what every class has."""
+    """The first images of each class, uint8 (K, R, C, H, W); R is what every class has.
+
+    R is 1 at least: a class of which there is no image shows a black one.
+    """
     labels = split.labels[: len(split.images)]
     chosen = [np.flatnonzero(labels == k)[:rows] for k in range(classes)]
-    full = min(len(numbers) for numbers in chosen)
-    return torch.from_numpy(np.stack([split.images[numbers[:full]] for numbers in chosen]))
+    full = max(1, min(len(numbers) for numbers in chosen))
+    grid = np.zeros((classes, full, *split.images.shape[1:]), dtype=np.uint8)
+    for row, numbers in zip(grid, chosen, strict=True):
+        row[: len(numbers)] = split.images[numbers[:full]]
+    return torch.from_numpy(grid)
 
 
 def main(argv: list[str]) -> int:

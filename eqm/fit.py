@@ -136,9 +136,10 @@ def fit_network(
             loss.backward()
             optimiser.step()
             bar.advance(settings.batch_size)
-    if not loss.isfinite():
+    last = float(loss.detach())
+    if not math.isfinite(last):
         raise DataError(
-            f"{label} has diverged: the last loss is {float(loss)}; lower its learning_rate "
+            f"{label} has diverged: the last loss is {last}; lower its learning_rate "
             f"({settings.learning_rate})"
         )
 

@@ -62,7 +62,7 @@ def program(context: Context) -> Outcome | None:
     mine = parts[context.world.rank :: context.world.size]
     with context.progress("generating", sum(p.count for p in mine), unit="samples") as bar:
         for part in mine:
-            if not context.store.exists(_commit(context, part)):
+            if committed(context, part) is None:
                 commit(context, part, make(config, trained, extractor, part))
             bar.advance(part.count)
     context.world.barrier()
@@ -114,6 +114,16 @@ def _commit(context: Context, part: Part) -> str:
     return f"samples/{context.digest}/parts/{part.number:06d}.json"
 
 
+def committed(context: Context, part: Part) -> Blob | None:
+    """Where a finished part lies; None if it must still be made."""
+    key = _commit(context, part)
+    if not context.store.exists(key):
+        return None
+    blob = from_json(Blob, json.loads(context.store.read(key)), context.store.where(key))
+    # A blob that was lost since is made again: equal bytes come back under the same name.
+    return blob if context.store.exists(blob.key) else None
+
+
 def commit(context: Context, part: Part, tensors: dict[str, Tensor]) -> None:
     """Make a part durable; the blob first, what names it last."""
     blob = context.store.put(tensors_to_bytes(tensors))
@@ -124,8 +134,13 @@ def gather(context: Context, config: GenerateConfig, trained: Model, parts: list
     """Put the parts together in the order of their samples."""
     pieces: list[dict[str, Tensor]] = []
     for part in parts:
-        key = _commit(context, part)
-        blob = from_json(Blob, json.loads(context.store.read(key)), context.store.where(key))
+        blob = committed(context, part)
+        if blob is None:
+            raise DataError(
+                f"part {part.number} is not in {context.store.uri} although it was generated: "
+                f"something deletes from the store; delete {_commit(context, part)} too and run "
+                "again"
+            )
         pieces.append(tensors_from_bytes(context.store.get(blob)))
     whole = {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
     images = whole.pop("images")

@@ -12,15 +12,17 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
 
-from eqm import checkpoint, field, network, sampler
+from eqm import checkpoint, field, sampler
 from eqm.autoencoder import Autoencoder, load_autoencoder
 from eqm.config import NetworkConfig, ObjectiveConfig, SamplerConfig
 from eqm.distributed import pick_device
 from eqm.errors import ConfigError, DataError, IntegrityError
+from eqm.network import Transformer
 from eqm.records import LatentSpec, Record, from_json, sha256, to_json
 from eqm.registry import Registry, default_uri
 from eqm.stage import open_ref
@@ -41,13 +43,13 @@ class ModelSpec:
     null_label: bool
     """Whether it was trained with label dropout, so that guidance and unlabelled scores work."""
 
-    def build(self) -> network.Transformer:
+    def build(self) -> Transformer:
         """The network with its initial weights (overwrite or initialise them)."""
         channels, height, width = self.latent.shape
         if height != width:
             raise ConfigError(f"latents are {height} x {width}; the network takes square ones")
         try:
-            return network.Transformer(
+            return Transformer(
                 self.network, input_size=height, channels=channels, classes=len(self.classes)
             )
         except ValueError as error:
@@ -62,7 +64,7 @@ class Model:
     ) -> None:
         self.spec = spec
         self.network = net.eval().requires_grad_(False)
-        self.field = field.Field(net, energy=spec.objective.energy)
+        self.field = field.Field(cast("field.Network", net), energy=spec.objective.energy)
         self._open_autoencoder = autoencoder
 
     @functools.cached_property
@@ -111,6 +113,10 @@ class Model:
                     "give labels"
                 )
             return torch.full((len(x),), classes, dtype=torch.int64, device=x.device)
+        if labels.dtype != torch.int64 or labels.dim() != 1:
+            raise DataError(
+                f"labels are {labels.dtype} of shape {tuple(labels.shape)}; give (B,) int64"
+            )
         wrong = labels[(labels < 0) | (labels > classes - (not self.spec.null_label))]
         if len(labels) != len(x) or len(wrong):
             odd = f"label {int(wrong[0])}" if len(wrong) else f"{len(labels)} labels"
@@ -158,6 +164,11 @@ def load(
     if uri.startswith("models:/"):
         uri = _registered(uri, mlflow_uri)
     if (Path(uri) / "digests.json").is_file():
+        if weights != "ema":
+            raise ConfigError(
+                f"weights is {weights!r}, but directory {uri} holds averaged weights alone: load "
+                "the training record for others"
+            )
         model = _from_folder(Path(uri))
     else:
         store, record = open_record(uri, cache=cache)
@@ -199,6 +210,9 @@ def _from_folder(folder: Path) -> Model:
     from eqm.autoencoder import autoencoder_from_bytes
 
     digests = json.loads((folder / "digests.json").read_text())
+    missing = [name for name in digests if not (folder / name).is_file()]
+    if missing:
+        raise IntegrityError(f"{folder}: {', '.join(missing)} is missing: restore the directory")
     files = {name: (folder / name).read_bytes() for name in digests}
     for name, data in files.items():
         if sha256(data) != digests[name]:

@@ -26,6 +26,8 @@ UNREACHABLE = (
 )
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for what MLflow has not yet taken."""
+FOLDER = "eqm://"
+"""Before the path of a record in a folder: MLflow takes bare paths for its own, and refuses."""
 
 
 def check(uri: str) -> None:
@@ -43,7 +45,8 @@ def default_uri() -> str:
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if not uri:
         raise TrackingError(
-            "no MLflow is given: pass mlflow_uri, or set MLFLOW_TRACKING_URI (`eqm env` prints it)"
+            "no MLflow is given: start it with `eqm up`, pass mlflow_uri, or set "
+            "MLFLOW_TRACKING_URI (`eqm env` prints it)"
         )
     return uri
 
@@ -59,6 +62,8 @@ def _client(uri: str) -> Any:
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "30")
     os.environ.setdefault("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    # What is printed is ours to say: links to a run stand at the end of a flow.
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
     from mlflow import MlflowClient
 
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -227,16 +232,17 @@ class Registry:
         The alias ``candidate`` moves to it.
         """
         with _errors(self.uri):
-            version = self._find(model, tags["eqm.content"])
+            version = self._find(model, source, tags["eqm.content"])
             if version is None:
                 version = self._create(model, source, tags, run_digest)
             self._client.set_registered_model_alias(model, "candidate", str(version.number))
         return version
 
-    def _find(self, model: str, content: str) -> Version | None:
+    def _find(self, model: str, source: str, content: str) -> Version | None:
         query = f"name = '{model}' and tags.`eqm.content` = '{content}'"
-        found = self._client.search_model_versions(query, max_results=1)
-        return _version(found[0]) if found else None
+        found = map(_version, self._client.search_model_versions(query))
+        # In another store, equal content is another version.
+        return next((version for version in found if version.source == source), None)
 
     def _create(self, model: str, source: str, tags: Mapping[str, str], run_digest: str) -> Version:
         from mlflow.exceptions import MlflowException
@@ -245,7 +251,12 @@ class Registry:
             # It exists; were it another error, the next call would tell.
             self._client.create_registered_model(model)
         made = self._client.create_model_version(
-            model, source=source, run_id=self._run_of(run_digest), tags=dict(tags)
+            model,
+            source=FOLDER + source if source.startswith("/") else source,
+            run_id=self._run_of(run_digest),
+            tags=dict(tags),
+            # No files are copied, so it is ready at once; waiting for that is said in a log.
+            await_creation_for=0,
         )
         return _version(made)
 
@@ -312,6 +323,6 @@ def _version(entity: Any) -> Version:
     return Version(
         model=entity.name,
         number=int(entity.version),
-        source=entity.source,
+        source=entity.source.removeprefix(FOLDER),
         tags=dict(entity.tags),
     )

@@ -105,7 +105,8 @@ def setup(context: Context) -> Run:
         null_label=stage.train.label_dropout > 0,
     )
     net = spec.build()
-    net.initialise(stage.train.seed)
+    # The l2 energy of a head of zeros has no slope anywhere: it would never train.
+    net.initialise(stage.train.seed, zero_head=stage.objective.energy != "l2")
     net.to(context.world.device)
     trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     run = Run(

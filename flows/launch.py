@@ -47,18 +47,24 @@ class LocalLauncher:
         file = self.folder / f"{name}.json"
         told = replace(job, runtime=replace(job.runtime, error_file=str(reason)))
         file.write_text(json.dumps(to_json(told), indent=1))
-        status = self._run(command(PROGRAMS[job.stage], file, processes))
+        # Said here, or torchrun says at length that it chooses 1.
+        threads = job.runtime.threads or max(1, len(os.sched_getaffinity(0)) // processes)
+        environment = {**self.environment, "OMP_NUM_THREADS": str(threads)}
+        status = self._run(command(PROGRAMS[job.stage], file, processes), environment)
         if status != 0:
             raise StageError(_why(name, status, reason))
 
-    def _run(self, line: list[str]) -> int:
-        child = subprocess.Popen(line, env=self.environment, start_new_session=True)
+    def _run(self, line: list[str], environment: Mapping[str, str]) -> int:
+        child = subprocess.Popen(line, env=environment, start_new_session=True)
         try:
-            return child.wait()
+            status = child.wait()
         except BaseException:
             # Cancelled or interrupted: the group ends before the flow does.
             stop_group(child)
             raise
+        # Workers of a torchrun that was killed would train on beside the next attempt.
+        _signal_group(child.pid, signal.SIGKILL)
+        return status
 
 
 def command(module: str, file: Path, processes: int) -> list[str]:

@@ -183,6 +183,7 @@ def corrupt_files(folder: Path) -> set[str]:
     bomb = Image.new("1", (20_000, 20_000))
     bomb.save(folder / "bomb.png")
     Image.new("L", (4000, 2)).save(folder / "narrow.png")
+    picture(2).save(folder / "another-format.png", "GIF")
     broken = {
         "empty.png": b"",
         "cut.png": png[: len(png) // 2],
@@ -193,7 +194,7 @@ def corrupt_files(folder: Path) -> set[str]:
     }
     for name, data in broken.items():
         (folder / name).write_bytes(data)
-    return {*broken, "bomb.png", "narrow.png"}
+    return {*broken, "bomb.png", "narrow.png", "another-format.png"}
 
 
 def test_corrupt_images_are_counted_and_named(tmp_path: Path) -> None:

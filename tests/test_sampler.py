@@ -270,11 +270,19 @@ def test_a_start_that_is_no_number_is_marked(bad):
         found = descend(lambda x: x, start, rule=RULES[0], updates=updates)
         assert found.diverged.tolist() == [False, True]
         assert found.evaluations.tolist() == [updates, 0]
+        assert math.isnan(float(found.gradient_norms[1]))
 
 
 def test_large_data_are_not_called_diverged():
     start = 1e6 * noise(2, 3)
     assert not bool(descend(bowl, start, rule=RULES[0], updates=50).diverged.any())
+
+
+def test_a_start_too_large_for_a_limit_still_diverges_when_it_overflows():
+    start = torch.tensor([[1e37]])
+    found = descend(lambda x: -x, start, rule=GradientDescent(step_size=2.0), updates=9)
+    assert found.diverged.tolist() == [True]
+    assert bool(found.latents.isfinite().all())
 
 
 def test_a_stopped_sample_that_would_blow_up_is_sound():
@@ -322,7 +330,7 @@ def test_without_a_stop_rule_nothing_waits_for_the_device():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 def test_latents_keep_their_dtype_and_norms_do_not_overflow(dtype):
-    start = torch.full((1, 64, 64), 100.0, dtype=dtype)
+    start = torch.full((1, 256, 256), 300.0, dtype=dtype)
     found = descend(lambda x: x, start, rule=RULES[1], updates=2)
     assert found.latents.dtype == dtype
     assert not bool(found.diverged.any())

@@ -1,0 +1,330 @@
+"""The champion's history in a store, its alias in a real MLflow, and who wins a race."""
+
+import itertools
+import os
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+from mlflow import MlflowClient
+
+from eqm import champion, stage
+from eqm.champion import LostRaceError
+from eqm.config import Job, Runtime
+from eqm.errors import DataError, IntegrityError, TrackingError
+from eqm.records import Decision, Reason, Record, Ref
+from eqm.registry import Registry, Version
+from eqm.stage import Outcome
+from eqm.storage import LocalStore, open_store
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
+
+_numbers = itertools.count()
+
+
+class Bench:
+    """A model with versions that may become champion."""
+
+    def __init__(self, folder: Path, uri: str) -> None:
+        self.uri = uri
+        self.model = f"eqm-champion-{os.getpid()}-{next(_numbers)}"
+        self.store: Any = LocalStore(folder / "store")
+        self.registry = Registry(uri)
+        self.trained: dict[int, Record] = {}
+
+    def trains(self) -> Version:
+        """Seal another training, and register it."""
+        weights = f"weights {len(self.trained)}".encode()
+        runtime = Runtime(store=self.store.uri, device="cpu", threads=1)
+        config: dict[str, Any] = {
+            "network": {},
+            "objective": {},
+            "train": {"seed": len(self.trained)},
+        }
+        job = Job(stage="train", config=config, inputs={}, runtime=runtime)
+        record = stage.run(job, lambda _: Outcome(outputs={"ema.safetensors": weights}))
+        version = self.registry.register(
+            self.model,
+            source=self.store.where(f"train/{record.digest}"),
+            tags={"eqm.content": record.content},
+            run_digest=record.digest,
+        )
+        self.trained[version.number] = record
+        return version
+
+    def judged(self, version: Version, *, promote: bool = True) -> Decision:
+        standing = champion.current(self.store, self.model)
+        return Decision(
+            promote=promote,
+            policy={"name": "test"},
+            candidate=evidence(version.number),
+            champion=standing.evaluation if standing else None,
+            reasons=(
+                Reason(check="distance", passed=promote, text="distance 9 exceeds 5"),
+                Reason(check="numbers", passed=True, text="all finite"),
+            ),
+        )
+
+    def promotes(self, version: Version, decision: Decision | None = None) -> champion.Entry:
+        return champion.promote(
+            self.store,
+            self.registry,
+            version=version,
+            train=self.trained[version.number].ref,
+            decision=decision or self.judged(version),
+            report=f"reports/{version.number}.html",
+        )
+
+    def rolls_back(self) -> champion.Entry:
+        return champion.rollback(self.store, self.registry, self.model)
+
+    def repairs(self) -> str | None:
+        return champion.repair(self.store, self.registry, self.model)
+
+    def shown(self) -> int | None:
+        found = self.registry.by_alias(self.model, "champion")
+        return found.number if found else None
+
+    def moves(self) -> list[tuple[int, str, int]]:
+        entries = champion.history(self.store, self.model)
+        return [(e.number, e.action, e.version) for e in entries]
+
+
+def evidence(number: int) -> Ref:
+    return Ref(stage="evaluation", digest=f"{number:064x}", content=f"{number:064x}")
+
+
+@pytest.fixture
+def bench(mlflow_environment: dict[str, str], tmp_path: Path) -> Bench:
+    return Bench(tmp_path, mlflow_environment["MLFLOW_TRACKING_URI"])
+
+
+# -- promotion ----------------------------------------------------------------------------------
+
+
+def test_the_first_promotion(bench: Bench) -> None:
+    assert champion.current(bench.store, bench.model) is None
+    assert bench.repairs() is None
+    version = bench.trains()
+    decision = bench.judged(version)
+    entry = bench.promotes(version, decision)
+    assert champion.history(bench.store, bench.model) == [entry]
+    assert champion.current(bench.store, bench.model) == entry
+    assert (entry.number, entry.action, entry.version) == (1, "promote", 1)
+    assert entry.train == bench.trained[1].ref
+    assert entry.evaluation == evidence(1)
+    assert entry.decision["reasons"][0]["text"] == "distance 9 exceeds 5"
+    assert bench.shown() == 1
+    tags = bench.registry.by_number(bench.model, 1).tags
+    assert tags["eqm.history"] == "1"
+    assert tags["eqm.evaluation"] == evidence(1).digest
+    assert tags["eqm.report"] == "reports/1.html"
+
+
+def test_the_history_of_a_model_is_its_own(bench: Bench) -> None:
+    bench.promotes(bench.trains())
+    assert champion.history(bench.store, bench.model[:-1]) == []
+    assert champion.history(bench.store, f"{bench.model}0") == []
+
+
+def test_a_negative_decision_moves_nothing(bench: Bench) -> None:
+    version = bench.trains()
+    with pytest.raises(DataError, match=r"may not be promoted: distance 9 exceeds 5$"):
+        bench.promotes(version, bench.judged(version, promote=False))
+    assert bench.moves() == []
+    assert bench.shown() is None
+
+
+def test_changed_bytes_are_not_promoted(bench: Bench) -> None:
+    version = bench.trains()
+    blob = bench.trained[version.number].outputs["ema.safetensors"]
+    path = bench.store.root / blob.key
+    data = bytearray(path.read_bytes())
+    data[3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(IntegrityError, match=rf"{blob.sha256} is damaged"):
+        bench.promotes(version)
+    assert bench.moves() == []
+    assert bench.shown() is None
+
+
+def test_a_copy_on_this_machine_vouches_for_nothing(bench: Bench, tmp_path: Path) -> None:
+    bench.store = open_store(f"s3://eqm/{bench.model}", cache=tmp_path / "cache")
+    version = bench.trains()
+    record = bench.trained[version.number]
+    stage.verify(bench.store, record)
+    blob = record.outputs["ema.safetensors"]
+    name = f"{bench.model}/{blob.key}"
+    boto3.client("s3").put_object(Bucket="eqm", Key=name, Body=b"something")
+    with pytest.raises(IntegrityError, match=rf"{blob.sha256} is damaged"):
+        bench.promotes(version)
+    assert bench.moves() == []
+
+
+def test_bytes_made_again_elsewhere_are_not_promoted(bench: Bench) -> None:
+    version = bench.trains()
+    ref = bench.trained[version.number].ref
+    other = Ref(stage="train", digest=ref.digest, content="0" * 64)
+    with pytest.raises(IntegrityError, match="made again elsewhere"):
+        champion.promote(
+            bench.store,
+            bench.registry,
+            version=version,
+            train=other,
+            decision=bench.judged(version),
+            report="r",
+        )
+    assert bench.moves() == []
+
+
+# -- the way back -------------------------------------------------------------------------------
+
+
+def test_back_and_further_back(bench: Bench) -> None:
+    for _ in range(3):
+        bench.promotes(bench.trains())
+    back = bench.rolls_back()
+    assert (back.number, back.action, back.version) == (4, "rollback", 2)
+    assert back.provenance == {"from_version": 3}
+    assert (back.train, back.evaluation) == (bench.trained[2].ref, evidence(2))
+    assert bench.shown() == 2
+    assert bench.rolls_back().version == 1
+    assert bench.shown() == 1
+    with pytest.raises(DataError, match="only one champion so far: there is nothing to roll back"):
+        bench.rolls_back()
+    moves = [(n, "promote", n) for n in (1, 2, 3)]
+    assert bench.moves() == [*moves, (4, "rollback", 2), (5, "rollback", 1)]
+    # And forward again, from where the way back ended.
+    assert bench.promotes(bench.trains()).number == 6
+    assert bench.rolls_back().version == 1
+
+
+def test_nothing_to_go_back_to(bench: Bench) -> None:
+    with pytest.raises(DataError, match="no champion yet: there is nothing to roll back to"):
+        bench.rolls_back()
+    bench.promotes(bench.trains())
+    with pytest.raises(DataError, match="only one champion so far"):
+        bench.rolls_back()
+
+
+def test_back_to_damaged_bytes_is_refused(bench: Bench) -> None:
+    for _ in range(2):
+        bench.promotes(bench.trains())
+    blob = bench.trained[1].outputs["ema.safetensors"]
+    (bench.store.root / blob.key).write_bytes(b"something")
+    with pytest.raises(IntegrityError, match="damaged"):
+        bench.rolls_back()
+    assert bench.shown() == 2
+    assert len(bench.moves()) == 2
+
+
+# -- races --------------------------------------------------------------------------------------
+
+
+def test_of_two_promotions_from_one_state_one_wins(bench: Bench) -> None:
+    bench.promotes(bench.trains())
+    one, two = bench.trains(), bench.trains()
+    judged = bench.judged(one), bench.judged(two)
+    bench.promotes(one, judged[0])
+    with pytest.raises(LostRaceError, match="moved since this candidate was judged: judge again"):
+        bench.promotes(two, judged[1])
+    assert bench.shown() == one.number
+    assert len(bench.moves()) == 2
+    # Judged again, against the champion that stands now, it may win.
+    bench.promotes(two)
+    assert bench.shown() == two.number
+
+
+@pytest.mark.parametrize("moves", ["two promotions", "promotion and rollback"])
+def test_a_race_for_one_number_has_one_winner(
+    bench: Bench, moves: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(2):
+        bench.promotes(bench.trains())
+    one, two = bench.trains(), bench.trains()
+    judged = bench.judged(one), bench.judged(two)
+    together = threading.Barrier(2)
+    write_once = LocalStore.write_once
+
+    def at_the_same_moment(store: LocalStore, key: str, data: bytes) -> bool:
+        if key.startswith("history/"):
+            together.wait(30)
+        return write_once(store, key, data)
+
+    monkeypatch.setattr(LocalStore, "write_once", at_the_same_moment)
+    first = lambda: bench.promotes(one, judged[0])  # noqa: E731
+    second = (
+        bench.rolls_back if moves != "two promotions" else lambda: bench.promotes(two, judged[1])
+    )
+    ended = in_threads(first, second)
+    (won,) = [e for e in ended if isinstance(e, champion.Entry)]
+    (lost,) = [e for e in ended if isinstance(e, LostRaceError)]
+    assert "somebody else moved the champion" in str(lost)
+    assert "00000003.json" in str(lost)
+    assert champion.history(bench.store, bench.model)[2:] == [won]
+    assert bench.shown() == won.version
+
+
+# -- the alias mirrors the history --------------------------------------------------------------
+
+
+def test_an_alias_edited_by_hand_is_repaired_and_told(bench: Bench) -> None:
+    bench.promotes(bench.trains())
+    bench.promotes(bench.trains())
+    assert bench.repairs() is None
+    by_hand = MlflowClient(bench.uri)
+    by_hand.set_registered_model_alias(bench.model, "champion", "1")
+    told = bench.repairs()
+    assert told == "alias 'champion' pointed to version 1; the history says version 2"
+    assert bench.shown() == 2
+    by_hand.delete_registered_model_alias(bench.model, "champion")
+    assert bench.repairs() == "alias 'champion' pointed to nothing; the history says version 2"
+    assert bench.shown() == 2
+    assert bench.repairs() is None
+
+
+def test_an_alias_that_was_never_promoted_is_taken_away(bench: Bench) -> None:
+    bench.trains()
+    MlflowClient(bench.uri).set_registered_model_alias(bench.model, "champion", "1")
+    assert bench.repairs() == "alias 'champion' pointed to version 1, which was never promoted"
+    assert bench.shown() is None
+
+
+def test_a_promotion_that_mlflow_does_not_hear_of_is_repaired(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    version = bench.trains()
+    with monkeypatch.context() as away:
+
+        def gone(*_: object) -> None:
+            raise TrackingError("MLflow cannot be reached")
+
+        away.setattr(Registry, "point", gone)
+        with pytest.raises(TrackingError):
+            bench.promotes(version)
+    standing = champion.current(bench.store, bench.model)
+    assert standing is not None
+    assert standing.version == 1
+    assert bench.shown() is None
+    assert bench.repairs() == "alias 'champion' pointed to nothing; the history says version 1"
+    assert bench.shown() == 1
+
+
+def in_threads(*programs: Callable[[], Any]) -> list[Any]:
+    ended: list[Any] = []
+
+    def run(program: Callable[[], Any]) -> None:
+        try:
+            ended.append(program())
+        except LostRaceError as error:
+            ended.append(error)
+
+    threads = [threading.Thread(target=run, args=(program,)) for program in programs]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return ended

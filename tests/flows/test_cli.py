@@ -1,0 +1,340 @@
+"""The ``eqm`` command: quick help, dry runs, and one message for every mistake."""
+
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from eqm.config import SourceConfig
+from eqm.images import open_source
+from flows import cli, settings
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+COMMANDS = [
+    *("up", "down", "status", "env", "doctor"),
+    *("pipeline", "encode", "train", "evaluate", "promote", "rollback"),
+    *("report", "sample"),
+]
+
+
+@dataclass
+class Told:
+    status: int
+    out: str
+    err: str
+
+
+@pytest.fixture(autouse=True)
+def _alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No services of anybody; what a command does to the environment is taken back."""
+    before = dict(os.environ)
+    for name in list(os.environ):
+        if name.startswith(("EQM_", "AWS_", "MLFLOW_", "PREFECT_")):
+            del os.environ[name]
+    monkeypatch.chdir(tmp_path)
+    os.environ["EQM_HOME"] = str(tmp_path / "home")
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def eqm_here(capsys, monkeypatch: pytest.MonkeyPatch, *words: str) -> Told:
+    """Run the command in this process, through its entry point."""
+    monkeypatch.setattr(sys, "argv", ["eqm", *words])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as ended:
+        cli.run()
+    said = capsys.readouterr()
+    return Told(int(ended.value.code or 0), said.out, said.err)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch: pytest.MonkeyPatch):
+    # Consoles hold the streams of the moment they were made.
+    monkeypatch.setattr(cli, "out", cli.Console(width=200))
+    monkeypatch.setattr(cli, "err", cli.Console(stderr=True, width=200))
+    return lambda *words: eqm_here(capsys, monkeypatch, *words)
+
+
+def eqm_process(*words: str, **environment: str) -> Told:
+    """Run the command as a process of its own, in an environment without services."""
+    line = [sys.executable, "-m", "flows.cli", *words]
+    environ = {**os.environ, "PYTHONPATH": str(PROJECT), **environment}
+    ended = subprocess.run(line, env=environ, capture_output=True, text=True, check=False)
+    return Told(ended.returncode, ended.stdout, ended.stderr)
+
+
+def refused(told: Told, *parts: str) -> None:
+    """See that it is one message with these parts, and status 2."""
+    assert told.status == 2, told
+    assert "Traceback" not in told.out + told.err
+    errors = [line for line in told.err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1, told.err
+    for part in parts:
+        assert part in told.err
+
+
+def port_of_nobody() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+# -- help ---------------------------------------------------------------------------------------
+
+
+def test_help_imports_nothing_heavy() -> None:
+    program = (
+        "import sys; sys.argv = ['eqm', '--help']\n"
+        "from flows import cli\n"
+        "try: cli.run()\n"
+        "finally: print('|', *[n for n in ('torch', 'prefect', 'mlflow', 'boto3', 'matplotlib') "
+        "if n in sys.modules], file=sys.stderr)"
+    )
+    environ = {**os.environ, "PYTHONPATH": str(PROJECT)}
+    told = subprocess.run(
+        [sys.executable, "-c", program], env=environ, capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 0
+    assert told.stderr.strip() == "|"
+    assert all(name in told.stdout for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_explains_itself(name: str) -> None:
+    told = CliRunner().invoke(cli.app, [name, "--help"])
+    assert told.exit_code == 0
+    lines = [line.strip() for line in told.output.splitlines() if line.strip()]
+    assert len(lines[1].split()) >= 4, lines
+
+
+def test_the_list_of_commands_is_whole() -> None:
+    found = {command.name or command.callback.__name__ for command in cli.app.registered_commands}  # type: ignore[union-attr]
+    assert found == set(COMMANDS)
+
+
+# -- dry runs -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["pipeline", "encode", "train", "evaluate", "promote"])
+def test_a_dry_run_prints_the_config_and_starts_nothing(run, tmp_path: Path, name: str) -> None:
+    told = run(name, "tiny", "--set", "train.images=4096", "--set", "name=mine", "--dry-run")
+    assert (told.status, told.err) == (0, "")
+    shown = json.loads(told.out)
+    assert (shown["name"], shown["train"]["images"]) == ("mine", 4096)
+    assert shown["generate"]["samples"] == 100
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_of_a_file(run, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('preset = "tiny"\n[train]\nimages = 2048\n')
+    told = run("pipeline", "mine.toml", "--dry-run")
+    shown = json.loads(told.out)
+    assert (shown["train"]["images"], shown["train"]["batch_size"]) == (2048, 64)
+
+
+# -- mistakes in a config -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["dmeo"], ["'dmeo' is neither a preset (demo, tiny) nor a .toml file"]),
+        (["gone.toml"], ["gone.toml cannot be read: No such file or directory"]),
+        (["tiny", "--set", "train.imges=1"], ["imges", "did you mean", "images"]),
+        (["tiny", "--set", "colour=1"], ["colour"]),
+        (["tiny", "--set", "trian.images=1"], ["there is no table 'trian' to set 'images' in"]),
+        (["tiny", "--set", "train.images=0"], ["train.images is 0", "greater than 0"]),
+        (["tiny", "--set", "train.images=many"], ["train.images is 'many'", "type int"]),
+        (["tiny", "--set", "train.images"], ["'train.images' must look like name=value"]),
+        (["tiny", "--set", "source.kind=folders"], ["source.kind", "did you mean 'folder'"]),
+        (["tiny", "--set", "source.kind=folder"], ["source_uri"]),
+        (["tiny", "--set", "processes=3"], ["train.batch_size is 64", "a multiple of processes"]),
+        (["tiny", "--set", "train=1"], ["config.train must be a table of settings, not 1"]),
+    ],
+)
+def test_a_mistake_is_named(run, tmp_path: Path, words: list[str], parts: list[str]) -> None:
+    refused(run("pipeline", *words, "--dry-run"), *parts)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("name = ?", ["mine.toml is not TOML", "line 1"]),
+        ('preset = "big"', ["preset is 'big'; it must be one of demo, tiny"]),
+        ("[train]\nimagse = 3", ["imagse", "did you mean", "images"]),
+        ("[train]\nimages = -3", ["train.images is -3"]),
+        ("train = 3", ["config.train must be a table of settings, not 3"]),
+        ('name = "a b"', ["name is 'a b'", "letters, digits and dashes"]),
+    ],
+)
+def test_a_mistake_in_a_file_is_named(run, tmp_path: Path, text: str, parts: list[str]) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    refused(run("pipeline", "mine.toml", "--dry-run"), *parts)
+
+
+def test_a_file_that_is_no_text_is_named(run, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(b"\xff\xfe\x00")
+    refused(run("pipeline", "mine.toml", "--dry-run"), "mine.toml is not TOML")
+    (tmp_path / "folder.toml").mkdir()
+    refused(run("pipeline", "folder.toml", "--dry-run"), "folder.toml cannot be read")
+
+
+@pytest.mark.parametrize("words", [["--labels", "a-b"], ["--seeds", "1,,2"]])
+def test_bad_numbers_are_named(run, words: list[str]) -> None:
+    refused(run("sample", *words), f"{words[0]} is {words[1]!r}", "0-9 or 0,3,5")
+
+
+def test_what_the_command_line_itself_refuses(run) -> None:
+    told = run("pipelin")
+    assert told.status == 2
+    assert "No such command" in told.err
+
+
+# -- mistakes in the environment ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [["pipeline", "tiny"], ["status"], ["up"], ["down"], ["env"]])
+def test_an_unknown_variable_is_refused(run, words: list[str], tmp_path: Path) -> None:
+    os.environ["EQM_STROE"] = "s3://eqm/store"
+    refused(run(*words), "EQM_STROE is unknown: did you mean EQM_STORE?")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_without_scheme_is_refused(run) -> None:
+    os.environ["EQM_S3_ENDPOINT"] = "127.0.0.1:8333"
+    refused(run("pipeline", "tiny"), "EQM_S3_ENDPOINT is '127.0.0.1:8333'", "http://")
+
+
+def test_nothing_runs_and_nothing_is_given(run, tmp_path: Path) -> None:
+    refused(run("pipeline", "tiny"), "Prefect is not running", "`eqm up`")
+    refused(run("sample"), "MLflow", "`eqm up`")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_status_without_services(run) -> None:
+    told = run("status")
+    assert told.status == 0
+    assert told.out.count("stopped") == 4
+    assert "Traceback" not in told.out + told.err
+
+
+def test_prefect_is_down(run, tmp_path: Path) -> None:
+    address = f"http://127.0.0.1:{port_of_nobody()}/api"
+    os.environ["PREFECT_API_URL"] = address
+    os.environ["EQM_STORE"] = str(tmp_path / "store")
+    refused(run("encode", "tiny"), address, "cannot be reached", "PREFECT_API_URL")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.services
+def test_services_that_do_not_let_us_in(all_environment: dict[str, str], tmp_path: Path) -> None:
+    nobody = f"http://127.0.0.1:{port_of_nobody()}"
+    bare = {k: v for k, v in all_environment.items() if not k.startswith("AWS_")}
+    given = {
+        **bare,
+        "EQM_HOME": str(tmp_path / "home"),
+        "EQM_S3_ENDPOINT": nobody,
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "wrong-secret",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }
+    told = eqm_process("encode", "tiny", **given)
+    refused(told, f"S3 at {nobody} cannot be reached", "EQM_S3_ENDPOINT")
+
+    given["EQM_S3_ENDPOINT"] = all_environment["AWS_ENDPOINT_URL_S3"]
+    told = eqm_process("encode", "tiny", **given)
+    refused(told, "refuses these credentials", "AWS_ACCESS_KEY_ID")
+    assert "wrong-secret" not in told.out + told.err
+
+    given["PREFECT_API_AUTH_STRING"] = "eqm:wrong"
+    told = eqm_process("encode", "tiny", **given)
+    refused(told, "refuses", "(401)", "PREFECT_API_AUTH_STRING")
+    assert not (tmp_path / "home").exists()
+
+
+@pytest.mark.services
+def test_mlflow_is_down(all_environment: dict[str, str], tmp_path: Path) -> None:
+    nobody = f"http://127.0.0.1:{port_of_nobody()}"
+    folder, store = tmp_path / "pictures", tmp_path / "store"
+    pictures(folder)
+    given = {**all_environment, "MLFLOW_TRACKING_URI": nobody, "EQM_STORE": str(store)}
+    words = [*changes_for(folder), "--set", "train.images=64"]
+    told = eqm_process("train", "tiny", *words, **given)
+    refused(told, f"MLflow at {nobody} cannot be reached", "MLFLOW_TRACKING_URI")
+    # What was done before is kept, and of training there is nothing.
+    sealed = {file.parent.parent.name for file in store.rglob("record.json")}
+    assert "train" not in sealed
+    assert list(store.rglob(".aside-*")) == []
+
+
+# -- images that cannot be used -----------------------------------------------------------------
+
+
+@pytest.mark.services
+def test_folders_that_cannot_be_used(all_environment: dict[str, str], tmp_path: Path) -> None:
+    empty, store = tmp_path / "empty", tmp_path / "store"
+    empty.mkdir()
+    given = {**all_environment, "EQM_STORE": str(store)}
+    told = eqm_process("encode", "tiny", *changes_for(empty), **given)
+    refused(told, f"{empty} is empty", "one folder of images a class")
+
+    folder = tmp_path / "pictures"
+    pictures(folder)
+    (folder / "circles" / "torn.png").write_bytes(b"\x89PNG\r\n\x1a\n torn")
+    told = eqm_process("encode", "tiny", *changes_for(folder), **given)
+    refused(told, "1 of 25", "circles/torn.png", "on_corrupt")
+    assert list(store.rglob("*.json")) == []
+
+    told = eqm_process(
+        "encode", "tiny", *changes_for(folder), "--set", "source.on_corrupt=skip", **given
+    )
+    assert told.status == 0, told
+    (where,) = [line for line in told.out.splitlines() if line.startswith("latents: ")]
+    record = json.loads(Path(where.removeprefix("latents: "), "record.json").read_text())
+    manifest = store / "blobs/sha256" / record["outputs"]["manifest.json"]["sha256"]
+    assert json.loads(manifest.read_text())["skipped"] == ["circles/torn.png"]
+
+
+def test_skipped_images_change_the_listing(tmp_path: Path) -> None:
+    pictures(tmp_path / "pictures")
+    config = SourceConfig(kind="folder", image_size_px=8, on_corrupt="skip")
+    before = open_source(config, str(tmp_path / "pictures")).digest
+    (tmp_path / "pictures" / "circles" / "torn.png").write_bytes(b"torn")
+    assert open_source(config, str(tmp_path / "pictures")).digest != before
+
+
+def test_no_other_variable_is_needed() -> None:
+    assert set(settings.KNOWN) <= set(settings.SERVICE_VARIABLES)
+
+
+def changes_for(folder: Path) -> list[str]:
+    settings_of_it = {
+        "name": "test-cli",
+        "source.kind": "folder",
+        "source.image_size_px": "8",
+        "source_uri": str(folder),
+        "autoencoder.kind": "identity",
+    }
+    return [word for k, v in settings_of_it.items() for word in ("--set", f"{k}={v}")]
+
+
+def pictures(folder: Path) -> None:
+    random = np.random.default_rng(0)
+    for name in ("circles", "squares"):
+        (folder / name).mkdir(parents=True)
+        for number in range(12):
+            data = io.BytesIO()
+            pixels = random.integers(0, 256, size=(10, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(data, "PNG")
+            (folder / name / f"{number:02d}.png").write_bytes(data.getvalue())

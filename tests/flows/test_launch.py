@@ -1,0 +1,263 @@
+"""Stage programs as processes: their reasons are told, and none is left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from eqm.config import Job, Runtime
+from eqm.errors import StageError
+from eqm.records import from_json
+from eqm.stage import read_job
+from flows import launch
+from flows.launch import LocalLauncher
+
+pytestmark = pytest.mark.timeout(120)
+
+PROGRAM = """
+import os, signal, subprocess, sys, time
+from pathlib import Path
+
+{body}
+"""
+SLEEPS_WITH_A_CHILD = """
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(300)"])
+Path("pids-%s" % os.environ.get("RANK", "0")).write_text("%d %d" % (os.getpid(), child.pid))
+time.sleep(300)
+"""
+IGNORES_SIGTERM = "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + SLEEPS_WITH_A_CHILD
+MAKES_A_CHECKPOINT = """
+def ends(*_):
+    time.sleep(0.5)
+    Path("checkpoint").write_text("made")
+    sys.exit(0)
+
+signal.signal(signal.SIGTERM, ends)
+Path("pids-0").write_text(str(os.getpid()))
+while True:
+    time.sleep(0.1)
+"""
+
+
+@dataclass
+class Place:
+    """A folder with a stage program that the launcher runs instead of the real one."""
+
+    folder: Path
+    launcher: LocalLauncher
+
+    def program(self, body: str) -> None:
+        (self.folder / "a_program.py").write_text(PROGRAM.format(body=body))
+
+    def pids(self, count: int) -> list[int]:
+        """Of a program that has begun, and of its children."""
+        deadline = time.monotonic() + 60
+        while True:
+            texts = [file.read_text() for file in self.folder.glob("pids-*")]
+            if len(texts) == count and all(texts):
+                return [int(pid) for text in texts for pid in text.split()]
+            assert time.monotonic() < deadline, f"{texts}: not all have begun"
+            time.sleep(0.05)
+
+    def survivors(self) -> list[str]:
+        """Processes that carry the mark of this launcher, after a moment to be buried in."""
+        mark = str(self.folder).encode()
+        deadline = time.monotonic() + 5
+        while (found := marked(mark)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        return found
+
+
+def marked(mark: bytes) -> list[str]:
+    found = []
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            dead = entry.joinpath("stat").read_text().rpartition(")")[2].split()[0] == "Z"
+            if not dead and mark in entry.joinpath("environ").read_bytes():
+                found.append(entry.joinpath("cmdline").read_bytes().decode())
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setitem(launch.PROGRAMS, "latents", "a_program")
+    monkeypatch.chdir(tmp_path)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    return Place(tmp_path, LocalLauncher(folder=tmp_path / "jobs", environment=environment))
+
+
+def a_job(**changes: str) -> Job:
+    runtime = Runtime(store="/nowhere", device="cpu", threads=1, **changes)
+    return Job(stage="latents", config={"source": {}, "encode": {}}, inputs={}, runtime=runtime)
+
+
+# -- how a program ends -------------------------------------------------------------------------
+
+
+def test_a_program_is_given_its_job_and_environment(place: Place) -> None:
+    place.program('Path("seen").write_text(sys.argv[1] + " " + os.environ["PYTHONPATH"])')
+    place.launcher.run(a_job(), processes=1)
+    file, path = (place.folder / "seen").read_text().split()
+    assert path == str(place.folder)
+    given = read_job(Path(file), ("latents",))
+    assert given.config == a_job().config
+    assert given.runtime.store == "/nowhere"
+    assert Path(str(given.runtime.error_file)).parent == place.folder / "jobs"
+    assert from_json(Runtime, {"store": "x"}, "runtime").error_file is None
+
+
+def test_the_message_of_the_program_is_the_message(place: Place) -> None:
+    place.program(
+        "import json\n"
+        'told = json.loads(Path(sys.argv[1]).read_text())["runtime"]["error_file"]\n'
+        'Path(told).write_text("class 7 has no image: add some")\n'
+        "sys.exit(2)"
+    )
+    with pytest.raises(StageError, match=r"^latents-[0-9a-f]{16}: class 7 has no image: add some$"):
+        place.launcher.run(a_job(), processes=1)
+    # The reason of the run before is not the reason of this one.
+    place.program("sys.exit(3)")
+    with pytest.raises(StageError, match="ended with status 3: its output above says why"):
+        place.launcher.run(a_job(), processes=1)
+
+
+def test_the_message_of_a_real_program(tmp_path: Path) -> None:
+    launcher = LocalLauncher(folder=tmp_path / "jobs", environment=os.environ)
+    config = {"source": {"image_size_px": 2}, "autoencoder": {}}
+    runtime = Runtime(store=str(tmp_path / "store"), device="cpu")
+    job = Job(stage="autoencoder", config=config, inputs={}, runtime=runtime)
+    with pytest.raises(StageError, match=r"source.image_size_px is 2; it must be from 4 to 4096"):
+        launcher.run(job, processes=1)
+
+
+def test_a_program_that_is_killed_is_told(place: Place) -> None:
+    place.program("os.kill(os.getpid(), signal.SIGKILL)")
+    with pytest.raises(StageError, match="was killed by SIGKILL: run it again to go on"):
+        place.launcher.run(a_job(), processes=1)
+
+
+def test_under_torchrun_a_message_comes_through(place: Place) -> None:
+    place.program(
+        "import json\n"
+        'told = json.loads(Path(sys.argv[1]).read_text())["runtime"]["error_file"]\n'
+        'if os.environ["RANK"] == "1": Path(told).write_text("rank 1 says no")\n'
+        "else: time.sleep(300)\n"
+        "sys.exit(2)"
+    )
+    with pytest.raises(StageError, match=r"latents-[0-9a-f]{16}: rank 1 says no$"):
+        place.launcher.run(a_job(), processes=2)
+    assert place.survivors() == []
+
+
+def test_workers_do_not_outlive_a_torchrun_that_is_killed(place: Place) -> None:
+    place.program(SLEEPS_WITH_A_CHILD)
+    killed = threading.Thread(target=lambda: kill_torchrun(place))
+    killed.start()
+    with pytest.raises(StageError, match="was killed by SIGKILL"):
+        place.launcher.run(a_job(), processes=2)
+    killed.join()
+    assert place.survivors() == []
+
+
+def kill_torchrun(place: Place) -> None:
+    worker = place.pids(2)[0]
+    parent = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1]
+    os.kill(int(parent), signal.SIGKILL)
+
+
+# -- cancelled ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("body", "processes", "grace"),
+    [(SLEEPS_WITH_A_CHILD, 1, 30.0), (IGNORES_SIGTERM, 1, 1.0), (SLEEPS_WITH_A_CHILD, 2, 30.0)],
+    ids=["alone", "deaf", "torchrun"],
+)
+def test_an_interrupt_ends_the_whole_group(
+    place: Place, body: str, processes: int, grace: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "GRACE_SECONDS", grace)
+    place.program(body)
+    with interrupted(lambda: place.pids(processes)) as begun, pytest.raises(KeyboardInterrupt):
+        place.launcher.run(a_job(), processes=processes)
+    assert len(begun) == 2 * processes
+    assert place.survivors() == []
+
+
+def test_training_has_time_for_a_checkpoint(place: Place) -> None:
+    place.program(MAKES_A_CHECKPOINT)
+    with interrupted(lambda: place.pids(1)), pytest.raises(KeyboardInterrupt):
+        place.launcher.run(a_job(), processes=1)
+    assert (place.folder / "checkpoint").read_text() == "made"
+    assert place.survivors() == []
+
+
+def test_a_second_interrupt_ends_it_at_once(place: Place) -> None:
+    place.program(IGNORES_SIGTERM)
+    began = time.monotonic()
+    with (
+        interrupted(lambda: place.pids(1), times=2),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        place.launcher.run(a_job(), processes=1)
+    assert time.monotonic() - began < launch.GRACE_SECONDS
+    assert place.survivors() == []
+
+
+def test_a_flow_that_is_killed_leaves_its_program(place: Place) -> None:
+    place.program(SLEEPS_WITH_A_CHILD)
+    script = (
+        "import os, sys; from pathlib import Path; from flows import launch; "
+        "from eqm.config import Job, Runtime; launch.PROGRAMS['latents'] = 'a_program'; "
+        "launch.LocalLauncher(folder=Path('jobs'), environment=os.environ).run("
+        "Job(stage='latents', config={'source': {}, 'encode': {}}, inputs={}, "
+        "runtime=Runtime(store='/nowhere')), processes=1)"
+    )
+    flow = subprocess.Popen([sys.executable, "-c", script], env=place.launcher.environment)
+    try:
+        program, child = place.pids(1)
+        flow.kill()
+        flow.wait()
+        time.sleep(0.2)
+        assert len(marked(str(place.folder).encode())) == 2
+    finally:
+        flow.kill()
+        flow.wait()
+        for pid in place.pids(1):
+            os.kill(pid, signal.SIGKILL)
+    assert place.survivors() == []
+    assert program != child
+
+
+class interrupted:
+    """Send this process a SIGINT, as Ctrl-C does, once something has happened."""
+
+    def __init__(self, when: Callable[[], list[int]], times: int = 1) -> None:
+        self.when = when
+        self.times = times
+        self.begun: list[int] = []
+        self.thread = threading.Thread(target=self._wait)
+
+    def _wait(self) -> None:
+        self.begun.extend(self.when())
+        for _ in range(self.times):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+    def __enter__(self) -> list[int]:
+        self.thread.start()
+        return self.begun
+
+    def __exit__(self, *_: object) -> None:
+        self.thread.join()

@@ -1,0 +1,341 @@
+"""The whole story with real services and real stage programs: once, again, elsewhere, deployed."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import pytest
+from mlflow import MlflowClient
+from PIL import Image
+
+import eqm
+from eqm import champion
+from eqm.errors import IntegrityError
+from eqm.records import Record, from_json
+from eqm.shards import open_manifest
+from eqm.stage import open_ref, verify
+from eqm.storage import Store, open_store
+from infra.deployments import PrefectApi
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(400)]
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+NAME = "test-run"
+MODEL = f"eqm-{NAME}"
+SMALL = f"""
+preset = "tiny"
+name = "{NAME}"
+
+[source]
+image_size_px = 8
+
+[autoencoder]
+kind = "identity"
+
+[extractor.fit]
+width = 8
+dimension = 8
+images = 128
+
+[network]
+width = 16
+depth = 1
+heads = 2
+
+[train]
+images = 512
+
+[generate]
+samples = 40
+
+[generate.sampler]
+updates = 4
+
+[evaluate]
+ood_images = 20
+grid_rows = 1
+
+[policy]
+minimum_samples = 40
+"""
+FLOW = """
+import json, sys
+from pathlib import Path
+from flows.settings import activate
+activate()
+from flows.pipeline import pipeline
+{before}
+result = pipeline(config=sys.argv[1])
+Path(sys.argv[2]).write_text(json.dumps(result))
+"""
+STAGES_IN_THIS_PROCESS = """
+import importlib
+from eqm.config import PROGRAMS
+from eqm.records import to_json
+from flows.launch import LocalLauncher
+
+def run(self, job, *, processes=1):
+    self.folder.mkdir(parents=True, exist_ok=True)
+    file = self.folder / f"{job.stage}.json"
+    file.write_text(json.dumps(to_json(job)))
+    assert importlib.import_module(PROGRAMS[job.stage]).main([str(file)]) == 0
+
+LocalLauncher.run = run
+"""
+
+
+class Ran:
+    """A pipeline that has run once, from an empty store."""
+
+    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+        self.config = folder / "small.toml"
+        self.config.write_text(SMALL)
+        self.home = Path(environment["EQM_HOME"])
+        self.mlflow_uri = environment["MLFLOW_TRACKING_URI"]
+        self.result = run_flow(self.config, folder / "result.json", os.environ)
+
+    @property
+    def store(self) -> Store:
+        return open_store("s3://eqm/store", cache=self.home / "cache")
+
+    def standing(self) -> champion.Entry:
+        found = champion.current(self.store, MODEL)
+        assert found is not None
+        return found
+
+    def record(self, stage: str) -> Record:
+        """Of a stage of the run, found from the champion's evidence."""
+        entry = self.standing()
+        if stage == "evaluation":
+            return open_ref(self.store, entry.evaluation)
+        if stage == "train":
+            return open_ref(self.store, entry.train)
+        if stage == "latents":
+            return open_ref(self.store, self.record("train").inputs["latents"])
+        return open_ref(self.store, self.record("evaluation").inputs[stage])
+
+    def launched(self) -> dict[str, int]:
+        """Job files, and when each was written: every launch writes one."""
+        return {f.name: f.stat().st_mtime_ns for f in (self.home / "jobs").iterdir()}
+
+    def pipeline(self) -> subprocess.CompletedProcess[str]:
+        return eqm_command("pipeline", str(self.config))
+
+
+def run_flow(config: Path, to: Path, environ: Any, *, before: str = "") -> dict[str, Any]:
+    line = [sys.executable, "-c", FLOW.format(before=before), str(config), str(to)]
+    told = subprocess.run(
+        line, cwd=PROJECT, env=dict(environ), capture_output=True, text=True, check=False
+    )
+    assert told.returncode == 0, told.stdout + told.stderr
+    return json.loads(to.read_text())
+
+
+def eqm_command(*words: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "flows.cli", *words]
+    return subprocess.run(line, cwd=PROJECT, capture_output=True, text=True, check=False)
+
+
+_ran: dict[str, Ran] = {}
+
+
+@pytest.fixture
+def ran(all_environment: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> Ran:
+    if not _ran:
+        _ran["once"] = Ran(tmp_path_factory.mktemp("pipeline"), all_environment)
+    return _ran["once"]
+
+
+# -- once ---------------------------------------------------------------------------------------
+
+
+def test_images_to_champion(ran: Ran) -> None:
+    result = ran.result
+    assert (result["model"], result["version"], result["promoted"]) == (MODEL, 1, True)
+    report = Path(result["report"]).read_bytes()
+    assert report.startswith(b"<!doctype html>") or report.startswith(b"<!DOCTYPE html>")
+    assert NAME.encode() in report
+    assert result["run_page"].startswith(f"{ran.mlflow_uri}/#/experiments/")
+    for stage in ("latents", "train", "samples", "evaluation"):
+        assert ran.record(stage).content == result[stage]
+        verify(ran.store, ran.record(stage))
+    launched = {name.partition("-")[0] for name in ran.launched()}
+    assert {"autoencoder", "extractor", "latents", "train", "samples", "evaluation"} <= launched
+    entry = ran.standing()
+    assert ran.store.read(entry.report) == report
+    assert json.loads(ran.store.read(entry.report.replace(".html", ".json")))
+
+
+def test_mlflow_shows_the_run_and_the_model(ran: Ran) -> None:
+    client = MlflowClient(ran.mlflow_uri)
+    train = ran.record("train")
+    version = client.get_model_version_by_alias(MODEL, "champion")
+    assert version.version == client.get_model_version_by_alias(MODEL, "candidate").version
+    assert version.source == f"s3://eqm/store/train/{train.digest}"
+    assert version.tags["eqm.train"] == train.digest
+    assert version.tags["eqm.content"] == train.content
+    assert version.tags["eqm.weights"] == train.outputs["ema.safetensors"].sha256
+    assert version.tags["eqm.data"] == ran.result["latents"]
+    assert version.tags["eqm.evaluation"] == ran.record("evaluation").digest
+    assert {"eqm.config", "eqm.git_revision", "eqm.history", "eqm.report"} <= set(version.tags)
+
+    run = client.get_run(str(version.run_id))
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["eqm.digest"] == train.digest
+    assert {"loss", "gradient_norm", "images_per_second"} <= set(run.data.metrics)
+    assert client.get_metric_history(run.info.run_id, "loss")[-1].step == 512
+    assert run.data.params["train.images"] == "512"
+    assert "eval/distance" in run.data.metrics
+    kept = artifacts(client, run.info.run_id)
+    assert any(path.endswith(".png") for path in kept), kept
+    assert {"report/report.html", "report/report.json"} <= set(kept)
+
+
+def artifacts(client: MlflowClient, run_id: str, folder: str | None = None) -> list[str]:
+    found = client.list_artifacts(run_id, folder)
+    inner = [path for one in found if one.is_dir for path in artifacts(client, run_id, one.path)]
+    return [one.path for one in found if not one.is_dir] + inner
+
+
+def test_the_champion_is_loaded_by_its_alias(ran: Ran) -> None:
+    model = eqm.load(f"models:/{MODEL}@champion", mlflow_uri=ran.mlflow_uri)
+    assert model.spec.latent.shape == (1, 8, 8)
+    found = eqm.sample(model, labels=[0, 1], seeds=[0, 1], updates=2)
+    assert found.images().shape == (2, 1, 8, 8)
+
+
+# -- again --------------------------------------------------------------------------------------
+
+
+def test_the_second_run_launches_nothing(ran: Ran) -> None:
+    before, report = ran.launched(), Path(ran.result["report"]).read_bytes()
+    page = ran.result["run_page"]
+    history = champion.history(ran.store, MODEL)
+    keys = ran.store.list("")
+    told = ran.pipeline()
+    said = told.stdout + told.stderr
+    assert told.returncode == 0, said
+    assert ran.launched() == before
+    assert "starting" not in said
+    assert said.count("sealed and verified, skipped") == 6
+    assert f"{MODEL} version 1: champion" in told.stdout
+    assert page in told.stdout
+    assert Path(ran.result["report"]).read_bytes() == report
+    assert champion.history(ran.store, MODEL) == history
+    assert ran.store.list("") == keys
+    for noise in ("Traceback", "Waiting up to", "View run", "Warning"):
+        assert noise not in said
+
+
+def test_one_changed_bit_is_refused(ran: Ran) -> None:
+    blob = ran.record("train").outputs["ema.safetensors"]
+    s3 = boto3.client("s3")
+    where = {"Bucket": "eqm", "Key": f"store/{blob.key}"}
+    sealed = s3.get_object(**where)["Body"].read()
+    changed = bytearray(sealed)
+    changed[len(changed) // 2] ^= 1
+    before = ran.launched()
+    # As on a machine that has no copies of its own.
+    shutil.rmtree(ran.home / "cache")
+    s3.put_object(Body=bytes(changed), **where)
+    try:
+        with pytest.raises(IntegrityError, match=rf"{blob.sha256} is damaged"):
+            eqm.load(f"models:/{MODEL}@champion", mlflow_uri=ran.mlflow_uri)
+        told = ran.pipeline()
+    finally:
+        s3.put_object(Body=sealed, **where)
+    assert told.returncode == 2
+    assert f"error: s3://eqm/store/{blob.key} is damaged" in told.stderr
+    assert "restore it from a copy" in told.stderr
+    assert "Traceback" not in told.stdout + told.stderr
+    assert ran.launched() == before
+    eqm.load(f"models:/{MODEL}@champion", mlflow_uri=ran.mlflow_uri)
+
+
+# -- elsewhere ----------------------------------------------------------------------------------
+
+
+def test_an_empty_store_gets_the_same_contents(ran: Ran, tmp_path: Path) -> None:
+    config = tmp_path / "other.toml"
+    config.write_text(SMALL.replace(NAME, "test-other"))
+    environ = {**os.environ, "EQM_STORE": "s3://eqm/other"}
+    result = run_flow(config, tmp_path / "result.json", environ, before=STAGES_IN_THIS_PROCESS)
+    for stage in ("latents", "train", "samples", "evaluation"):
+        assert result[stage] == ran.result[stage], stage
+    found = MlflowClient(ran.mlflow_uri).get_model_version_by_alias("eqm-test-other", "champion")
+    assert found.source.startswith("s3://eqm/other/train/")
+
+
+# -- deployed -----------------------------------------------------------------------------------
+
+
+def test_a_deployed_run_encodes_a_folder_of_pictures(
+    all_environment: dict[str, str], tmp_path: Path
+) -> None:
+    pictures(tmp_path / "pictures")
+    config = {
+        "preset": "tiny",
+        "name": "test-folder",
+        "source_uri": str(tmp_path / "pictures"),
+        "source": {"kind": "folder", "image_size_px": 8, "channels": 3},
+        "autoencoder": {"kind": "identity"},
+    }
+    api = PrefectApi(all_environment["PREFECT_API_URL"], all_environment)
+    home = Path(all_environment["EQM_HOME"])
+    state = run_deployment(api, "encode", {"config": config})
+    assert state["type"] == "COMPLETED", (home / "logs" / "worker.log").read_text()
+    (job,) = [
+        job
+        for file in (home / "jobs").glob("latents-*.json")
+        if (job := json.loads(file.read_text()))["runtime"]["source_uri"] == config["source_uri"]
+    ]
+    store = open_store(job["runtime"]["store"], cache=home / "cache")
+    (record,) = [
+        record
+        for key in store.list("latents/")
+        if key.endswith("record.json")
+        and (record := from_json_record(store, key)).inputs["source"].digest
+        == job["inputs"]["source"]["digest"]
+    ]
+    manifest = open_manifest(record, store).manifest
+    assert manifest.classes == ("circles", "squares")
+    assert manifest.count == 24
+    assert manifest.spec.shape == (3, 8, 8)
+
+
+def from_json_record(store: Store, key: str) -> Record:
+    body = json.loads(store.read(key))
+    return from_json(Record, {k: v for k, v in body.items() if k not in ("digest", "content")}, key)
+
+
+def run_deployment(api: PrefectApi, name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+    found = api._post("/deployments/filter", {"limit": 200})
+    which = next(one["id"] for one in found if one["name"] == name)
+    run = api._post(f"/deployments/{which}/create_flow_run", {"parameters": parameters})
+    wanted = {"flow_runs": {"id": {"any_": [run["id"]]}}}
+    deadline = time.monotonic() + 180
+    while True:
+        (shown,) = api._post("/flow_runs/filter", wanted)
+        if shown["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+            return shown["state"]
+        assert time.monotonic() < deadline, shown["state"]
+        time.sleep(0.5)
+
+
+def pictures(folder: Path) -> None:
+    random = np.random.default_rng(0)
+    for name in ("circles", "squares"):
+        (folder / name).mkdir(parents=True)
+        for number in range(12):
+            pixels = random.integers(0, 256, size=(10, 12, 3), dtype=np.uint8)
+            data = io.BytesIO()
+            Image.fromarray(pixels).save(data, "PNG")
+            (folder / name / f"{number:02d}.png").write_bytes(data.getvalue())

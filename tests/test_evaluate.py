@@ -1,0 +1,324 @@
+"""Numbers about samples: right on cases that are known, the same wherever they are measured."""
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import chain
+import numpy as np
+import pytest
+import torch
+
+import eqm
+from eqm import dossier, evaluate, images
+from eqm.agreement import Reader
+from eqm.checkpoint import tensors_from_bytes
+from eqm.config import EvaluationStage, SourceConfig, replace, stage_config
+from eqm.errors import DataError
+from eqm.evaluate import Split, grid_of
+from eqm.images import open_source
+from eqm.model import Model
+from eqm.records import Evaluation, Ref, from_json
+from eqm.report import render_html, render_json
+from eqm.stage import job_digest
+from eqm.storage import LocalStore
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> chain.Chain:
+    return chain.build(tmp_path_factory.getbasetemp() / "chain")
+
+
+@pytest.fixture(scope="module")
+def digits() -> dict[str, Split]:
+    """Both sides of the split, without features."""
+    source = open_source(SourceConfig(image_size_px=8), None)
+    none = np.zeros((0, 1), dtype=np.float32)
+    sides = {}
+    for name, held_out in (("training", False), ("held_out", True)):
+        numbers = source.numbers(held_out=held_out)
+        pixels = torch.stack([source.read(i) for i in numbers]).numpy()
+        labels = np.array([source.entries[i].label for i in numbers], dtype=np.int64)
+        sides[name] = Split(pixels, labels, none)
+    return sides
+
+
+def measured(found: chain.Chain) -> Evaluation:
+    return dossier.evaluation_of(found["evaluation"])
+
+
+# -- the reader ---------------------------------------------------------------------------------
+
+
+def test_the_reader_reads_digits(digits: dict[str, Split]) -> None:
+    train, held = digits["training"], digits["held_out"]
+    reader = Reader(train.images, train.labels)
+    assert reader.agreement(held.images, held.labels) > 0.97
+    assert reader.agreement(held.images, (held.labels + 1) % 10) < 0.03
+
+
+def test_the_reader_reads_large_images_as_well(digits: dict[str, Split]) -> None:
+    train, held = digits["training"], digits["held_out"]
+    fivefold = np.ones((1, 1, 5, 5), dtype=np.uint8)
+    reader = Reader(np.kron(train.images[:300], fivefold), train.labels[:300])
+    enlarged = np.kron(held.images, fivefold)
+    assert enlarged.shape[2:] == (40, 40)
+    assert reader.agreement(enlarged, held.labels) > 0.9
+
+
+def test_one_class_is_always_read(digits: dict[str, Split]) -> None:
+    """A folder of one class can be trained on; there is nothing to tell apart."""
+    pixels = digits["training"].images[:20]
+    reader = Reader(pixels, np.zeros(20, dtype=np.int64))
+    assert reader.agreement(pixels, np.zeros(20, dtype=np.int64)) == 1.0
+
+
+# -- parts of the measurement -------------------------------------------------------------------
+
+
+def test_copies_are_at_distance_zero(digits: dict[str, Split]) -> None:
+    train, held = digits["training"], digits["held_out"]
+    assert evaluate._nearest(train, train.images[5:25]).max() == 0
+    assert evaluate._nearest(train, held.images).min() > 0
+
+
+def test_distances_are_in_levels_of_gray() -> None:
+    flat = np.full((3, 1, 8, 8), 100, dtype=np.uint8)
+    train = Split(flat, np.zeros(3, dtype=np.int64), np.zeros((3, 1), dtype=np.float32))
+    assert evaluate._nearest(train, flat[:1] + 7) == pytest.approx([7.0])
+
+
+def test_a_grid_shows_the_first_images_of_each_class() -> None:
+    labels = np.array([0, 1, 2, 0, 1, 2, 0, 1, 0], dtype=np.int64)
+    pixels = np.arange(8, dtype=np.uint8).repeat(4).reshape(8, 1, 2, 2)
+    split = Split(pixels, labels, np.zeros((9, 1), dtype=np.float32))
+    grid = grid_of(split, classes=3, rows=5)
+    # Class 2 has two images, so every class shows two.
+    assert tuple(grid.shape) == (3, 2, 1, 2, 2)
+    assert grid[:, :, 0, 0, 0].tolist() == [[0, 3], [1, 4], [2, 5]]
+    assert tuple(grid_of(split, classes=3, rows=1).shape) == (3, 1, 1, 2, 2)
+
+
+def test_a_class_without_images_is_black() -> None:
+    """So that a report can be made where a small class has no held-out image."""
+    pixels = np.full((3, 1, 2, 2), 9, dtype=np.uint8)
+    split = Split(pixels, np.array([0, 0, 2]), np.zeros((3, 1), dtype=np.float32))
+    assert grid_of(split, classes=3, rows=5)[:, :, 0, 0, 0].tolist() == [[9], [0], [9]]
+    none = Split(pixels[:0], split.labels, split.features)
+    assert tuple(grid_of(none, classes=3, rows=5).shape) == (3, 1, 1, 2, 2)
+    assert not grid_of(none, classes=3, rows=5).any()
+
+
+def test_scores_are_gradient_norms_at_mean_latents(tiny: chain.Chain) -> None:
+    trained = eqm.load(tiny.uri("train"), device="cpu")
+    pixels = torch.from_numpy(np.arange(64 * 3, dtype=np.uint8).reshape(3, 1, 8, 8))
+    found = evaluate.gradient_norms(trained, trained.autoencoder, pixels)
+    spec = trained.spec.latent
+    x = ((pixels.float() - 127.5) / 127.5 - spec.shift[0]) * spec.scale[0]
+    expected = trained.gradient(x).flatten(1).norm(dim=1)
+    assert found.dtype == torch.float64
+    assert torch.allclose(found.float(), expected, rtol=2e-3)
+
+
+def test_without_a_null_label_there_are_no_scores(tiny: chain.Chain) -> None:
+    trained = eqm.load(tiny.uri("train"), device="cpu")
+    spec = dataclasses.replace(trained.spec, null_label=False)
+    plain = Model(spec, trained.network, autoencoder=lambda: trained.autoencoder)
+    held = np.zeros((4, 1, 8, 8), dtype=np.uint8)
+    assert evaluate.out_of_distribution(tiny.config.evaluate, plain, held) == ((), {})
+
+
+# -- the protocol -------------------------------------------------------------------------------
+
+
+def protocol_digest(tiny: chain.Chain, extractor: str = "e" * 64, **changes: Any) -> str:
+    config = chain.tiniest({k.replace("__", "."): v for k, v in changes.items()})
+    stages = {
+        name: chain.job(config, tiny.store, name, tiny.records).config
+        for name in ("samples", "evaluation")
+    }
+    stage: EvaluationStage = stage_config("evaluation", stages["evaluation"])
+    samples = dataclasses.replace(tiny["samples"], config=stages["samples"])
+    named: Any = SimpleNamespace(name="cnn", digest=extractor)
+    return Evaluation(
+        protocol=evaluate.protocol(stage, named, samples, "s" * 64),
+        samples=50,
+        metrics={},
+        ood=(),
+        mean_field_evaluations=5.0,
+    ).protocol_digest
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"generate__first_seed": 9},
+        {"generate__sampler__batch_size": 7},
+        {"generate__keep_images": 3},
+        {"generate__trajectory_points": 2},
+        {"evaluate__grid_rows": 1},
+        {"train__seed": 3},
+        {"evaluate__as_of": "2031-01-01"},
+    ],
+)
+def test_the_protocol_does_not_depend_on(tiny: chain.Chain, changes: dict[str, Any]) -> None:
+    assert protocol_digest(tiny, **changes) == protocol_digest(tiny)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"generate__sampler__updates": 6},
+        {"generate__sampler__step_size": 0.2},
+        {"generate__sampler__guidance": 1.5},
+        {"generate__samples": 51},
+        {"evaluate__neighbours": 4},
+        {"evaluate__ood_images": 29},
+        {"source__split_seed": 1},
+        {"extractor": "f" * 64},
+    ],
+)
+def test_the_protocol_changes_with(tiny: chain.Chain, changes: dict[str, Any]) -> None:
+    assert protocol_digest(tiny, **changes) != protocol_digest(tiny)
+
+
+# -- the whole stage ----------------------------------------------------------------------------
+
+
+def test_every_number_is_there(tiny: chain.Chain) -> None:
+    found = measured(tiny)
+    assert found.samples == 50
+    assert found.mean_field_evaluations == 5.0
+    assert found.metrics.keys() == {
+        *("distance", "distance_held_out", "kid", "precision", "recall"),
+        *("label_agreement", "nearest"),
+    }
+    for name, metric in found.metrics.items():
+        assert np.isfinite(metric.value), name
+        assert (metric.beside is None) == (name == "distance_held_out")
+    # An untrained model is far from the data; held-out images are near.
+    for name, better in (("distance", "less"), ("kid", "less"), ("precision", "more")):
+        metric = found.metrics[name]
+        assert metric.beside is not None
+        assert (metric.beside < metric.value) == (better == "less"), name
+    assert found.metrics["label_agreement"].beside == pytest.approx(0.99, abs=0.01)
+    assert tiny["evaluation"].values["protocol_digest"] == found.protocol_digest
+
+
+def test_sets_out_of_distribution_are_scored(tiny: chain.Chain) -> None:
+    found = measured(tiny)
+    gated = {row.name: row.gated for row in found.ood}
+    assert gated == {"photographs": True, "constant": True, "flipped": False, "shuffled": False}
+    sealed = tiny["evaluation"].outputs["ood-scores.safetensors"]
+    scores = tensors_from_bytes(tiny.store.get(sealed))
+    assert scores.keys() == {"held-out", *gated}
+    inside = scores["held-out"]
+    for row in found.ood:
+        assert row.count == len(scores[row.name]) == 30
+        assert 0 <= row.auroc_low <= row.auroc <= row.auroc_high <= 1
+        outside = scores[row.name][:, None]
+        wins = (outside > inside).double() + (outside == inside).double() / 2
+        assert row.auroc == pytest.approx(float(wins.mean()))
+
+
+def test_samples_that_are_training_images_are_perfect(tiny: chain.Chain) -> None:
+    """The numbers themselves, on an answer that is known."""
+    stage: EvaluationStage = stage_config("evaluation", tiny["evaluation"].config)
+    source = open_source(stage.source, None)
+    numbers = source.numbers(held_out=False)[:600]
+    pixels = torch.stack([source.read(i) for i in numbers]).numpy()
+    labels = np.array([source.entries[i].label for i in numbers], dtype=np.int64)
+    features = pixels.reshape(600, -1)[:, 20:30].astype(np.float32)
+    split = Split(pixels, labels, features)
+    material = evaluate.Material(
+        config=stage.evaluate,
+        training=split,
+        held_out=split,
+        samples=split,
+        sample_count=600,
+        mean_field_evaluations=1.0,
+    )
+    named: Any = SimpleNamespace(name="pixels", digest="0" * 64)
+    found = evaluate.measure(material, named)
+    assert found["distance"].name == "FD[pixels]-600"
+    assert found["distance"].value == pytest.approx(0, abs=1e-2)
+    assert found["precision"].value == found["recall"].value == 1
+    assert found["nearest"].value == 0
+    assert found["label_agreement"].value > 0.99
+
+
+def test_two_stores_hold_the_same(tiny: chain.Chain, tmp_path: Path) -> None:
+    store = chain.copied(tiny, tmp_path / "store", without=("evaluation",))
+    again = chain.run(chain.elsewhere(tiny.job("evaluation"), store.root))
+    assert again.outputs == tiny["evaluation"].outputs
+    assert again.ref == tiny["evaluation"].ref
+
+
+def test_images_that_changed_are_refused(tiny: chain.Chain) -> None:
+    job = tiny.job("evaluation")
+    other = Ref(stage="source", digest="0" * 64, content="0" * 64)
+    job = replace(job, inputs={**job.inputs, "source": other})
+    with pytest.raises(DataError, match="images changed since this run was configured"):
+        chain.run(job)
+    assert tiny.store.record("evaluation", job_digest(job)) is None
+
+
+def test_without_held_out_images_nothing_is_measured(tiny: chain.Chain) -> None:
+    config = chain.tiniest({"source.held_out_fraction": 0.0})
+    job = chain.job(config, tiny.store, "evaluation", tiny.records)
+    with pytest.raises(DataError, match=r"no held-out images.*source\.held_out_fraction"):
+        chain.run(job)
+
+
+# -- what a report is made of -------------------------------------------------------------------
+
+
+def page_of(found: chain.Chain) -> bytes:
+    store = LocalStore(found.store.root)
+    report = dossier.collect(
+        store, found["evaluation"], title="A tiny model", model_name="eqm-tiny", decision=None
+    )
+    assert render_json(report) == render_json(report)
+    return render_html(report)
+
+
+def test_a_report_of_sealed_records_is_the_same_twice(tiny: chain.Chain) -> None:
+    page = page_of(tiny)
+    assert page == page_of(tiny)
+    text = page.decode()
+    assert text.startswith("<!doctype html>")
+    for name in chain.STAGES:
+        assert tiny[name].digest[:12] in text, name
+
+
+def test_the_chain_is_told_in_the_order_of_the_story(tiny: chain.Chain) -> None:
+    found = dossier.chain_of(tiny.store, tiny["evaluation"])
+    assert [record.stage for record in found] == list(dossier.STORY)
+    assert {record.digest for record in found} == {r.digest for r in tiny.records.values()}
+
+
+def test_a_report_can_do_without_pictures_and_scores(tmp_path: Path) -> None:
+    """No image kept, no null label: fewer numbers, and still a page."""
+    bare = chain.build(
+        tmp_path / "store",
+        {
+            "train.label_dropout": 0.0,
+            "train.images": 64,
+            "train.decay_images": 0,
+            "generate.keep_images": 0,
+            "generate.samples": 5,
+            "generate.trajectory_points": 1,
+        },
+    )
+    found = measured(bare)
+    assert found.ood == ()
+    assert "label_agreement" not in found.metrics
+    assert page_of(bare) == page_of(bare)
+
+
+def test_the_evaluation_survives_json(tiny: chain.Chain) -> None:
+    values = tiny["evaluation"].values
+    assert from_json(Evaluation, values["evaluation"]) == measured(tiny)
+    assert values["classes"] == [str(k) for k in range(10)]
+    assert images.open_source(tiny.config.source, None).digest in str(values)

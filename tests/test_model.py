@@ -1,0 +1,326 @@
+"""The public face: what is loaded was checked first, and what is asked wrongly is told in words."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import chain
+import pytest
+import torch
+
+import eqm
+from eqm import model
+from eqm.checkpoint import tensors_from_bytes
+from eqm.config import ObjectiveConfig, SamplerConfig
+from eqm.errors import ConfigError, DataError, IntegrityError
+from eqm.model import Model
+from eqm.sampler import NAG, GradientDescent, GradientNormBelow
+
+SHAPE = (1, 8, 8)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> chain.Chain:
+    return chain.build(tmp_path_factory.getbasetemp() / "chain", until="train")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny: chain.Chain) -> Model:
+    return eqm.load(tiny.uri("train"), device="cpu")
+
+
+@pytest.fixture
+def saved(trained: Model, tmp_path: Path) -> Path:
+    trained.save(tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def some_latents(count: int = 3) -> torch.Tensor:
+    return torch.randn(count, *SHAPE, generator=torch.Generator().manual_seed(0))
+
+
+def unlabelled(trained: Model) -> Model:
+    """The same weights, as if trained without label dropout."""
+    spec = dataclasses.replace(trained.spec, null_label=False)
+    return Model(spec, trained.network, autoencoder=lambda: trained.autoencoder)
+
+
+def with_energy(trained: Model, energy: str) -> Model:
+    objective = ObjectiveConfig(energy=energy)  # type: ignore[arg-type]
+    spec = dataclasses.replace(trained.spec, objective=objective)
+    return Model(spec, trained.network, autoencoder=lambda: trained.autoencoder)
+
+
+# -- loading ------------------------------------------------------------------------------------
+
+
+def test_a_record_holds_averaged_and_raw_weights(tiny: chain.Chain, trained: Model) -> None:
+    raw = eqm.load(tiny.uri("train"), weights="raw", device="cpu")
+    for found, name in ((trained, "ema.safetensors"), (raw, "raw.safetensors")):
+        sealed = tensors_from_bytes(tiny.store.get(tiny["train"].outputs[name]))
+        weights = found.network.state_dict()
+        assert weights.keys() == sealed.keys()
+        assert all(torch.equal(weights[key], sealed[key]) for key in sealed)
+    x = some_latents()
+    assert not torch.equal(trained.gradient(x), raw.gradient(x))
+
+
+@pytest.mark.parametrize("ending", ["/", "/record.json"])
+def test_the_address_of_a_record_may_be_longer(
+    tiny: chain.Chain, trained: Model, ending: str
+) -> None:
+    same = eqm.load(tiny.uri("train") + ending, device="cpu")
+    assert torch.equal(same.gradient(some_latents()), trained.gradient(some_latents()))
+
+
+def test_a_saved_model_is_the_same_model(trained: Model, saved: Path) -> None:
+    again = eqm.load(str(saved), device="cpu")
+    assert again.spec == trained.spec
+    x, labels = some_latents(), torch.tensor([0, 4, 9])
+    assert torch.equal(again.gradient(x, labels), trained.gradient(x, labels))
+    assert torch.equal(again.autoencoder.decode(x), trained.autoencoder.decode(x))
+
+
+def test_a_directory_is_never_overwritten(trained: Model, saved: Path) -> None:
+    with pytest.raises(FileExistsError):
+        trained.save(saved)
+
+
+def test_a_flipped_bit_in_a_directory_is_refused(saved: Path) -> None:
+    file = saved / "ema.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(IntegrityError, match=r"ema\.safetensors does not match.*damaged"):
+        eqm.load(str(saved))
+
+
+def test_a_flipped_bit_in_a_store_is_refused(tiny: chain.Chain, tmp_path: Path) -> None:
+    store = chain.copied(tiny, tmp_path / "store", without=())
+    file = store.root / tiny["train"].outputs["ema.safetensors"].key
+    file.chmod(0o600)
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(IntegrityError, match="damaged"):
+        eqm.load(f"{store.uri}/train/{tiny['train'].digest}")
+    raw = eqm.load(f"{store.uri}/train/{tiny['train'].digest}", weights="raw", device="cpu")
+    assert isinstance(raw, Model)
+
+
+def test_a_directory_that_lacks_a_file_is_refused(saved: Path) -> None:
+    (saved / "ema.safetensors").unlink()
+    with pytest.raises(IntegrityError, match=r"ema\.safetensors is missing"):
+        eqm.load(str(saved))
+
+
+def test_a_directory_has_no_raw_weights(saved: Path) -> None:
+    with pytest.raises(ConfigError, match="averaged weights alone"):
+        eqm.load(str(saved), weights="raw")
+
+
+def test_weights_of_another_network_are_refused_by_name(tiny: chain.Chain) -> None:
+    data = tiny.store.get(tiny["train"].outputs["model.json"])
+    spec = model.spec_from_bytes(data, "here")
+    tensors = tensors_from_bytes(tiny.store.get(tiny["train"].outputs["ema.safetensors"]))
+    wider = dataclasses.replace(spec, network=dataclasses.replace(spec.network, mlp_ratio=2.0))
+    with pytest.raises(IntegrityError, match=r"mlp.* has shape \(16, 64\), .*has \(16, 32"):
+        model.filled(wider.build(), tensors, "here")
+    name = sorted(tensors)[0]
+    kept = {key: value for key, value in tensors.items() if key != name}
+    with pytest.raises(IntegrityError, match=f"weight {name} has shape none"):
+        model.filled(spec.build(), kept, "here")
+    with pytest.raises(IntegrityError, match=r"weight zz has shape \(1,\), this network has none"):
+        model.filled(spec.build(), {**tensors, "zz": torch.zeros(1)}, "here")
+
+
+def test_a_spec_of_another_schema_is_refused(trained: Model) -> None:
+    data = json.loads(model.spec_to_bytes(trained.spec))
+    assert model.spec_from_bytes(json.dumps(data).encode(), "here") == trained.spec
+    data["schema"] = "eqm-model/9"
+    with pytest.raises(ConfigError, match="schema 'eqm-model/9'; this program reads"):
+        model.spec_from_bytes(json.dumps(data).encode(), "here")
+
+
+def test_what_is_no_model_is_refused(tiny: chain.Chain) -> None:
+    with pytest.raises(ConfigError, match="is no model: give"):
+        eqm.load("nowhere")
+    with pytest.raises(ConfigError, match=r"latents .* is no trained model"):
+        eqm.load(tiny.uri("latents"))
+    with pytest.raises(DataError, match="is not sealed"):
+        eqm.load(f"{tiny.store.uri}/train/{'0' * 64}")
+    with pytest.raises(ConfigError, match="weights is 'best'"):
+        eqm.load(tiny.uri("train"), weights="best")
+
+
+# -- gradient and energy ------------------------------------------------------------------------
+
+
+def test_gradient_is_a_function_of_latents_and_labels(trained: Model) -> None:
+    x = some_latents()
+    nulls = torch.full((3,), 10)
+    assert torch.equal(trained.gradient(x), trained.gradient(x, nulls))
+    assert not torch.equal(trained.gradient(x), trained.gradient(x, torch.tensor([0, 1, 2])))
+    assert trained.gradient(x).shape == x.shape
+    assert not trained.gradient(x).requires_grad
+
+
+def test_an_implicit_model_has_no_energy(trained: Model) -> None:
+    with pytest.raises(ValueError, match="implicit: it has a gradient and no energy"):
+        trained.energy(some_latents())
+
+
+@pytest.mark.parametrize("energy", ["dot", "l2"])
+def test_an_energy_and_its_gradient_belong_together(trained: Model, energy: str) -> None:
+    found = with_energy(trained, energy).to(dtype=torch.float64)
+    try:
+        x = some_latents().double()
+        step = 1e-5 * torch.randn_like(x)
+        change = found.energy(x + step) - found.energy(x - step)
+        slope = (found.gradient(x) * step).flatten(1).sum(dim=1)
+        assert torch.allclose(change, 2 * slope, rtol=1e-5, atol=0)
+    finally:
+        found.to(dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0, 1, 11], "label 11 for 3 latents; labels go from 0 to 9"),
+        ([0, -1, 2], "label -1 for 3 latents"),
+        ([0, 1], "2 labels for 3 latents"),
+        ([[0, 1, 2]], r"labels .* of shape \(1, 3\)"),
+        ([0.0, 1.0, 2.0], r"labels are torch\.float32"),
+        (5, r"labels .* of shape \(\)"),
+    ],
+)
+def test_labels_that_do_not_fit_are_refused(trained: Model, labels: object, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        trained.gradient(some_latents(), torch.tensor(labels))
+
+
+def test_latents_that_do_not_fit_are_refused(trained: Model) -> None:
+    for wrong in (torch.zeros(2, 1, 8, 9), torch.zeros(2, 4, 8, 8), torch.zeros(1, 8, 8)):
+        with pytest.raises(DataError, match=r"this model takes \(B, 1, 8, 8\)"):
+            trained.gradient(wrong)
+
+
+def test_without_a_null_label_labels_are_needed(trained: Model) -> None:
+    plain = unlabelled(trained)
+    labels = torch.tensor([0, 4, 9])
+    assert torch.equal(
+        plain.gradient(some_latents(), labels), trained.gradient(some_latents(), labels)
+    )
+    with pytest.raises(DataError, match="no null label: give labels"):
+        plain.gradient(some_latents())
+    with pytest.raises(DataError, match="label 10 for 3 latents; labels go from 0 to 9"):
+        plain.gradient(some_latents(), torch.tensor([0, 4, 10]))
+    with pytest.raises(DataError, match="guidance needs a null label"):
+        eqm.sample(plain, labels=[1], seeds=[0], updates=1, guidance=2.0)
+
+
+# -- sampling -----------------------------------------------------------------------------------
+
+
+def test_the_readme_works(trained: Model) -> None:
+    out = eqm.sample(trained, labels=[0, 1, 2], seeds=[7, 8, 9], updates=5)
+    images = out.images()
+    assert (images.dtype, tuple(images.shape)) == (torch.uint8, (3, 1, 8, 8))
+    assert trained.gradient(out.latents).shape == out.latents.shape
+    assert out.evaluations.tolist() == [5, 5, 5]
+    assert not out.diverged.any()
+
+
+def test_the_same_seeds_give_the_same_bits(trained: Model) -> None:
+    one, other = (eqm.sample(trained, labels=[3, 4], seeds=[1, 2], updates=5) for _ in range(2))
+    assert torch.equal(one.latents, other.latents)
+    assert not torch.equal(one.latents[0], one.latents[1])
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
+def test_a_sample_does_not_depend_on_its_neighbours(trained: Model, guidance: float) -> None:
+    few = eqm.sample(trained, labels=[3], seeds=[41], updates=8, guidance=guidance)
+    many = eqm.sample(
+        trained, labels=[1, 3, 10, 5, 2], seeds=[7, 41, 0, 3, 9], updates=8, guidance=guidance
+    )
+    assert torch.allclose(many.latents[1], few.latents[0], atol=1e-5)
+    assert not torch.allclose(many.latents[0], few.latents[0], atol=1e-1)
+
+
+def test_guidance_reaches_the_descent(trained: Model) -> None:
+    def at(scale: float) -> torch.Tensor:
+        return eqm.sample(trained, labels=[3], seeds=[0], updates=20, guidance=scale).latents
+
+    assert not torch.equal(at(1.0), at(3.0))
+    unguided = eqm.sample(trained, labels=None, seeds=[0], updates=20).latents
+    assert torch.allclose(at(0.0), unguided, atol=1e-5)
+
+
+def test_descent_may_start_anywhere(trained: Model) -> None:
+    start = some_latents()
+    before = start.clone()
+    rule = GradientDescent(step_size=0.01)
+    found = eqm.sample(trained, labels=[0, 1, 2], start=start, rule=rule, updates=1)
+    assert torch.equal(start, before)
+    expected = start - 0.01 * trained.gradient(start, torch.tensor([0, 1, 2]))
+    assert torch.allclose(found.latents, expected, atol=1e-6)
+    still = eqm.sample(trained, start=start, updates=0)
+    assert torch.equal(still.latents, start)
+
+
+def test_two_halves_of_a_descent_are_the_whole(trained: Model) -> None:
+    rule = GradientDescent(step_size=0.01)
+    half = eqm.sample(trained, seeds=[3, 4], rule=rule, updates=4)
+    rest = eqm.sample(trained, start=half.latents, rule=rule, updates=4)
+    whole = eqm.sample(trained, seeds=[3, 4], rule=rule, updates=8)
+    assert torch.equal(rest.latents, whole.latents)
+
+
+def test_a_stop_and_a_look_reach_the_sampler(trained: Model) -> None:
+    seen: list[int] = []
+    eqm.sample(trained, seeds=[0], updates=3, on_update=lambda k, _: seen.append(k))
+    assert seen == [0, 1, 2, 3]
+    found = eqm.sample(trained, seeds=[0], updates=9, stop=GradientNormBelow(1e9))
+    assert found.evaluations.tolist() == [1]
+
+
+def test_the_rule_is_the_one_of_the_config() -> None:
+    gd = SamplerConfig(rule="gd", step_size=0.02)
+    assert model.rule_of(gd) == GradientDescent(step_size=0.02)
+    assert model.rule_of(SamplerConfig()) == NAG(step_size=0.003, momentum=0.3)
+
+
+def test_a_start_or_seeds_but_not_both(trained: Model) -> None:
+    with pytest.raises(DataError, match="either seeds or start"):
+        eqm.sample(trained, updates=1)
+    with pytest.raises(DataError, match="either seeds or start"):
+        eqm.sample(trained, seeds=[0], start=some_latents(1), updates=1)
+    with pytest.raises(DataError, match="this model takes"):
+        eqm.sample(trained, start=torch.zeros(2, 3, 8, 8), updates=1)
+    with pytest.raises(DataError, match="2 labels for 1 latents"):
+        eqm.sample(trained, seeds=[0], labels=[1, 2], updates=1)
+
+
+def test_half_precision_samples(tiny: chain.Chain) -> None:
+    half = eqm.load(tiny.uri("train"), device="cpu", dtype=torch.bfloat16)
+    found = eqm.sample(half, labels=[0, 1], seeds=[0, 1], updates=2)
+    assert found.latents.dtype == torch.bfloat16
+    assert found.images().dtype == torch.uint8
+
+
+# -- the package --------------------------------------------------------------------------------
+
+
+def test_importing_the_package_costs_nothing() -> None:
+    code = "import sys, eqm; assert not {'torch', 'numpy'} & set(sys.modules), 'slow'; dir(eqm)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_public_names_are_there() -> None:
+    for name in eqm.__all__:
+        assert getattr(eqm, name) is not None
+        assert name in dir(eqm)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = eqm.nothing

@@ -1,0 +1,416 @@
+"""The loop: golden losses, and the same bits however often it was stopped.
+
+After a change that is meant to change the numbers, write the golden curve again with
+``OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/test_train.py`` and say so in the commit.
+"""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import chain
+import pytest
+import torch
+
+from eqm import checkpoint, train
+from eqm.batches import read_batch
+from eqm.config import Job, TrainConfig, TrainStage, replace, stage_config
+from eqm.distributed import World
+from eqm.ema import EMA
+from eqm.errors import ConfigError, DataError
+from eqm.latents import sample_latents
+from eqm.randomness import Stream, normal, uniform
+from eqm.records import Record, to_json
+from eqm.stage import Context, job_digest, open_ref
+from eqm.storage import LocalStore
+from eqm.train import InterruptedTraining
+
+GOLDEN = Path(__file__).parent / "golden" / "train_tiny.json"
+BATCH = 32
+HALF = chain.UPDATES // 2 * BATCH
+ROOT = Path(__file__).parent.parent
+ALONE = [sys.executable, "-m", "eqm.train"]
+IN_PAIRS = [
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"),
+    *("-m", "eqm.train"),
+]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> chain.Chain:
+    return chain.build(tmp_path_factory.getbasetemp() / "chain", until="train")
+
+
+def fresh(tiny: chain.Chain, folder: Path, **runtime: Any) -> Job:
+    """The training job of the chain, in a store where it was never begun."""
+    store = chain.copied(tiny, folder / "store", without=("train", "samples", "evaluation"))
+    return chain.elsewhere(tiny.job("train", **runtime), store.root)
+
+
+def asking(job: Job, **changes: Any) -> Job:
+    """The same job with other settings, as ``train={"batch_size": 3}``."""
+    config = {name: {**table, **changes.get(name, {})} for name, table in job.config.items()}
+    return replace(job, config=config)
+
+
+def store_of(job: Job) -> LocalStore:
+    return LocalStore(Path(job.runtime.store))
+
+
+def curve(store: LocalStore, record: Record) -> dict[str, list[float]]:
+    return json.loads(store.get(record.outputs["history.json"]))
+
+
+def set_up(job: Job, world: World | None = None) -> train.Run:
+    alone = World(0, 1, torch.device("cpu"))
+    config = stage_config("train", job.config)
+    return train.setup(Context(job=job, config=config, store=store_of(job), world=world or alone))
+
+
+# -- the curve ----------------------------------------------------------------------------------
+
+
+def test_the_loss_curve_is_the_golden_one(tiny: chain.Chain) -> None:
+    found, golden = curve(tiny.store, tiny["train"]), json.loads(GOLDEN.read_text())
+    assert found["images"] == golden["images"] == [BATCH * n for n in range(1, 21)]
+    for name in ("loss", "gradient_norm"):
+        assert found[name] == pytest.approx(golden[name], rel=1e-5)
+    assert tiny["train"].values["final_loss"] == found["loss"][-1]
+
+
+def test_a_rerun_ends_in_the_same_bits(tiny: chain.Chain, tmp_path: Path) -> None:
+    again = chain.run(fresh(tiny, tmp_path))
+    assert again.outputs == tiny["train"].outputs
+    assert again.content == tiny["train"].content
+
+
+def test_the_loss_falls(tiny: chain.Chain) -> None:
+    losses = curve(tiny.store, tiny["train"])["loss"]
+    assert sum(losses[-5:]) < 0.98 * sum(losses[:5])
+
+
+# -- stopped and started again ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_training_with_a_checkpoint(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: signal.Signals
+) -> None:
+    job = fresh(tiny, tmp_path)
+    before = signal.getsignal(kind)
+    losses = train.batch_losses
+
+    def halfway(run: train.Run, batch: train.Batch) -> torch.Tensor:
+        if run.images_seen == HALF - 2 * BATCH:
+            os.kill(os.getpid(), kind)
+        return losses(run, batch)
+
+    monkeypatch.setattr(train, "batch_losses", halfway)
+    with pytest.raises(InterruptedTraining, match="start it again to go on"):
+        chain.run(job)
+    monkeypatch.undo()
+    assert signal.getsignal(kind) is before
+    state = checkpoint.load_newest(store_of(job), job_digest(job))
+    assert state is not None
+    assert state.images_seen == HALF
+    assert store_of(job).record("train", job_digest(job)) is None
+    assert chain.run(job).content == tiny["train"].content
+
+
+def test_frequent_checkpoints_change_nothing(tiny: chain.Chain, tmp_path: Path) -> None:
+    job = fresh(tiny, tmp_path, checkpoint_every_images=100)
+    assert chain.run(job).content == tiny["train"].content
+    kept = store_of(job).list(f"train/{job_digest(job)}/checkpoints/")
+    assert [int(Path(key).stem) for key in kept] == [128, 224, 320, 416, 512, 608, 640]
+
+
+def test_points_of_the_curve_survive_a_stop_between_them(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "HISTORY_POINTS", 5)
+    whole = chain.run(fresh(tiny, tmp_path / "whole"))
+    job = fresh(tiny, tmp_path / "stopped")
+    with monkeypatch.context() as patch:
+        # As if SIGTERM came within the second update of the third point.
+        patch.setattr(train, "crossed", lambda before, after, _: False)
+        step = train.step
+        patch.setattr(train, "step", lambda run, batch, _: step(run, batch, True) and stops(run))
+        with pytest.raises(InterruptedTraining):
+            chain.run(job)
+    again = chain.run(job)
+    assert len(curve(store_of(job), again)["loss"]) == 5
+    assert again.content == whole.content
+
+
+def stops(run: train.Run) -> bool:
+    return run.images_seen == 10 * BATCH
+
+
+def test_killed_after_the_last_update_it_only_seals(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = fresh(tiny, tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "outcome_of", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            chain.run(job)
+    monkeypatch.setattr(train, "step", lambda *_: pytest.fail("a finished run went on"))
+    assert chain.run(job).content == tiny["train"].content
+
+
+def test_a_damaged_checkpoint_is_refused_by_name(tiny: chain.Chain, tmp_path: Path) -> None:
+    job = fresh(tiny, tmp_path)
+    run = set_up(job)
+    train.step(run, next(train.feed(run)), stop=False)
+    train.persist(run)
+    store = store_of(job)
+    (key,) = store.list(f"train/{run.context.digest}/checkpoints/")
+    named = json.loads(store.read(key))["files"]["ema"]["sha256"]
+    (blob,) = (path for path in store.root.rglob(f"*{named}*") if path.is_file())
+    blob.chmod(0o600)
+    blob.write_bytes(b"\x00" + blob.read_bytes()[1:])
+    with pytest.raises(train.EqmError, match=f"{Path(key).name} cannot be used.*damaged"):
+        chain.run(job)
+
+
+def written(job: Job, path: Path) -> str:
+    path.write_text(json.dumps(to_json(job)))
+    return str(path)
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def test_killed_and_started_again_it_ends_in_the_same_bits(
+    tiny: chain.Chain, tmp_path: Path
+) -> None:
+    job = fresh(tiny, tmp_path, checkpoint_every_images=BATCH)
+    folder = f"train/{job_digest(job)}/checkpoints/"
+    store = store_of(job)
+    line = [*ALONE, written(job, tmp_path / "job.json")]
+    with subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL) as child:
+        deadline = time.monotonic() + 120
+        while not store.list(folder) and child.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.002)
+        child.kill()
+    assert child.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    assert store.list(folder)
+    assert store.record("train", job_digest(job)) is None
+    assert chain.run(job).content == tiny["train"].content
+
+
+# -- more than one process ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def pairs(
+    tiny: chain.Chain, tmp_path_factory: pytest.TempPathFactory
+) -> list[tuple[LocalStore, Record]]:
+    """The same job twice, by two processes each, at the same time."""
+    folders = [tmp_path_factory.mktemp("pair") for _ in range(2)]
+    jobs = [fresh(tiny, folder) for folder in folders]
+    children = [
+        subprocess.Popen(
+            [*IN_PAIRS, written(job, folder / "job.json")],
+            cwd=ROOT,
+            env=environment(),
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for job, folder in zip(jobs, folders, strict=True)
+    ]
+    try:
+        for child in children:
+            _, said = child.communicate(timeout=240)
+            assert child.returncode == 0, said
+    finally:
+        # SIGTERM, so that torchrun takes its two workers with it.
+        for child in children:
+            child.terminate()
+    found = [(store_of(job), store_of(job).record("train", job_digest(job))) for job in jobs]
+    return [(store, record) for store, record in found if record is not None]
+
+
+def test_two_processes_train_as_one(
+    tiny: chain.Chain, pairs: list[tuple[LocalStore, Record]]
+) -> None:
+    store, record = pairs[0]
+    assert record.provenance["world_size"] == 2
+    alone, together = curve(tiny.store, tiny["train"]), curve(store, record)
+    assert together["images"] == alone["images"]
+    assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+
+
+def test_two_processes_end_in_the_same_bits_twice(pairs: list[tuple[LocalStore, Record]]) -> None:
+    (_, one), (_, other) = pairs
+    assert one.content == other.content
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_gradients_of_the_ranks_add_up(tiny: chain.Chain, tmp_path: Path, size: int) -> None:
+    job = fresh(tiny, tmp_path)
+    run = set_up(job)
+    run.network.initialise(1, zero_head=False)
+    batch = read_batch(run.data, run.config.seed, 0, BATCH)
+    whole = train.batch_losses(run, batch)
+    shares = [
+        train.batch_losses(run, read_batch(run.data, run.config.seed, start, BATCH // size))
+        for start in range(0, BATCH, BATCH // size)
+    ]
+    assert torch.allclose(torch.cat(shares), whole, rtol=1e-5)
+
+
+# -- what is refused ----------------------------------------------------------------------------
+
+
+def test_a_batch_that_the_processes_cannot_share_is_refused(
+    tiny: chain.Chain, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"batch_size is 32, which 3 processes cannot share"):
+        set_up(fresh(tiny, tmp_path), World(1, 3, torch.device("cpu")))
+
+
+def test_a_patch_that_does_not_divide_the_latents_is_refused(
+    tiny: chain.Chain, tmp_path: Path
+) -> None:
+    job = asking(fresh(tiny, tmp_path), network={"patch": 3})
+    with pytest.raises(ConfigError, match=r"8 x 8 cannot be cut into patches of 3: choose"):
+        chain.run(job)
+
+
+def test_divergence_is_told_and_nothing_is_sealed(tiny: chain.Chain, tmp_path: Path) -> None:
+    job = asking(fresh(tiny, tmp_path), train={"learning_rate": 1e18})
+    with pytest.raises(DataError, match=r"diverged; lower train\.learning_rate"):
+        chain.run(job)
+    assert store_of(job).record("train", job_digest(job)) is None
+
+
+# -- one step -----------------------------------------------------------------------------------
+
+
+def test_the_learning_rate_warms_up_stays_and_decays() -> None:
+    config = TrainConfig(
+        images=1000, batch_size=10, learning_rate=2.0, warmup_images=100, decay_images=200
+    )
+    rates = [train.learning_rate(config, seen) for seen in range(0, 1000, 10)]
+    assert rates[:10] == pytest.approx([0.2 * n for n in range(1, 11)])
+    assert rates[10:81] == [2.0] * 71
+    assert rates[80:] == pytest.approx([0.1 * n for n in range(20, 0, -1)])
+
+
+def test_the_learning_rate_is_constant_unless_asked() -> None:
+    config = TrainConfig(images=1001, batch_size=10, learning_rate=0.5)
+    rates = {train.learning_rate(config, n * 10) for n in range(config.updates)}
+    assert rates == {0.5}
+
+
+def test_labels_are_dropped_at_their_rate(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = set_up(asking(fresh(tiny, tmp_path), train={"label_dropout": 0.3}))
+    seen: list[torch.Tensor] = []
+    zeros = torch.zeros(1)
+    monkeypatch.setattr(
+        train.objective, "eqm_loss", lambda *args, **_: seen.append(args[4]) or zeros
+    )
+    batch = read_batch(run.data, 0, 0, 4000)
+    train.batch_losses(run, batch)
+    dropped = seen[0] == 10
+    assert float(dropped.double().mean()) == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / 4000))
+    assert torch.equal(seen[0][~dropped], batch.labels[~dropped])
+
+
+def test_without_dropout_no_label_is_dropped_and_there_is_no_null_label(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = set_up(asking(fresh(tiny, tmp_path), train={"label_dropout": 0.0}))
+    seen: list[torch.Tensor] = []
+    zeros = torch.zeros(1)
+    monkeypatch.setattr(
+        train.objective, "eqm_loss", lambda *args, **_: seen.append(args[4]) or zeros
+    )
+    batch = read_batch(run.data, 0, 0, 500)
+    train.batch_losses(run, batch)
+    assert torch.equal(seen[0], batch.labels)
+    assert not run.spec.null_label
+
+
+def test_the_loss_is_equation_3(tiny: chain.Chain, tmp_path: Path) -> None:
+    """||f(x_gamma) - (eps - x) c(gamma)||^2 for each image, written out once more."""
+    run = set_up(fresh(tiny, tmp_path))
+    run.network.initialise(3, zero_head=False)
+    batch = read_batch(run.data, run.config.seed, 96, BATCH)
+    expected, wrong_sign = [], []
+    for i, number in enumerate(batch.image_numbers.tolist()):
+        n = torch.tensor([number])
+        posterior = normal(0, Stream.POSTERIOR, n, (1, 8, 8))
+        x = sample_latents(batch.moments[i : i + 1], posterior, run.spec.latent)
+        eps = normal(0, Stream.EPS, n, (1, 8, 8))
+        gamma = float(uniform(0, Stream.GAMMA, n))
+        dropped = float(uniform(0, Stream.LABEL_DROP, n)) < 0.1
+        label = torch.tensor([10]) if dropped else batch.labels[i : i + 1]
+        c = 4.0 * (1.0 if gamma <= 0.8 else (1.0 - gamma) / 0.2)
+        with torch.no_grad():
+            f = run.network(gamma * x + (1.0 - gamma) * eps, label)
+        expected.append(float(((f - (eps - x) * c) ** 2).mean()))
+        wrong_sign.append(float(((f - (x - eps) * c) ** 2).mean()))
+    found = train.batch_losses(run, batch).tolist()
+    assert found == pytest.approx(expected, rel=1e-4)
+    assert found != pytest.approx(wrong_sign, rel=1e-4)
+
+
+def test_one_step_is_adam_on_the_mean_loss_and_the_average_follows(
+    tiny: chain.Chain, tmp_path: Path
+) -> None:
+    job = fresh(tiny, tmp_path)
+    run, other = set_up(job), set_up(job)
+    batch = next(train.feed(run))
+    assert train.step(run, batch, stop=False) is False
+    trained = {n: p for p, n in other.names.items()}
+    plain = torch.optim.AdamW(trained.values(), lr=4e-3, weight_decay=0.0)
+    average = EMA(trained, half_life_images=160.0)
+    train.batch_losses(other, batch).mean().backward()
+    plain.step()
+    average.update(trained, images=BATCH)
+    for parameter, name in run.names.items():
+        assert torch.allclose(parameter, trained[name], atol=1e-6), name
+    for name, value in run.ema.state_dict().items():
+        assert torch.allclose(value, average.state_dict()[name], atol=1e-6), name
+
+
+def test_a_clipped_gradient_has_the_norm_asked_for(tiny: chain.Chain, tmp_path: Path) -> None:
+    run = set_up(asking(fresh(tiny, tmp_path), train={"gradient_clip": 0.01}))
+    given: list[float] = []
+    step = run.optimiser.step
+
+    def look() -> None:
+        flat = torch.cat([p.grad.flatten() for p in run.names if p.grad is not None])
+        given.append(float(flat.norm()))
+        step()
+
+    run.optimiser.step = look  # type: ignore[method-assign]
+    train.step(run, next(train.feed(run)), stop=False)
+    assert given == pytest.approx([0.01], rel=1e-4)
+    assert float(run.since_report[0][1]) > 0.01
+
+
+def test_what_is_asked_is_typed(tiny: chain.Chain) -> None:
+    job = tiny.job("train")
+    assert isinstance(stage_config("train", job.config), TrainStage)
+    assert open_ref(tiny.store, tiny["train"].ref) == tiny["train"]
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder:
+        made = chain.build(Path(folder), until="train")
+        text = json.dumps(curve(made.store, made["train"]), indent=1)
+    GOLDEN.write_text(text + "\n")
