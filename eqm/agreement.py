@@ -29,7 +29,7 @@ class Reader:
 
     def agreement(self, images: Images, labels: NDArray[np.int64]) -> float:
         """Share of images that are read as their label."""
-        return float((self._classifier.predict(_flat(images)) == labels).mean())
+        return float(np.mean(self._classifier.predict(_flat(images)) == labels))
 
 
 def _flat(images: Images) -> NDArray[np.float64]:

@@ -201,7 +201,7 @@ def report(
     from flows.plan import make_plan
 
     _prepare()
-    plan = make_plan(config, _changes(set_))
+    plan = make_plan(config, _changes(set_), tracked=False)
     standing = champion.current(plan.store, plan.model_name)
     if standing is None:
         raise DataError(f"{plan.model_name} has no champion yet: run `eqm pipeline` first")

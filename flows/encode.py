@@ -36,7 +36,7 @@ def encode_images(plan: Plan, source: Ref, autoencoder: Record) -> Record:
 @flow(name="encode")
 def encode(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None = None) -> str:
     """Encode the images of a config; returns the address of the sealed latents."""
-    plan = make_plan(config, changes)
+    plan = make_plan(config, changes, tracked=False)
     source = list_images(plan)
     latents = encode_images(plan, source, fit_autoencoder(plan, source))
     return plan.store.where(f"latents/{latents.digest}")

@@ -5,11 +5,14 @@ group is told to end (training makes a checkpoint), then made to. A flow that is
 leaves the program running: a dead orchestrator never kills training.
 """
 
+import contextlib
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
@@ -21,6 +24,9 @@ from eqm.stage import job_digest
 
 GRACE_SECONDS = 30.0
 """From SIGTERM to SIGKILL: time for a checkpoint."""
+MARK = "_EQM_PROGRAM"
+"""Environment variable by which all processes of a program are recognised: torchrun gives each of
+its workers a session of its own."""
 
 
 class Launcher(Protocol):
@@ -49,7 +55,11 @@ class LocalLauncher:
         file.write_text(json.dumps(to_json(told), indent=1))
         # Said here, or torchrun says at length that it chooses 1.
         threads = job.runtime.threads or max(1, len(os.sched_getaffinity(0)) // processes)
-        environment = {**self.environment, "OMP_NUM_THREADS": str(threads)}
+        environment = {
+            **self.environment,
+            "OMP_NUM_THREADS": str(threads),
+            MARK: secrets.token_hex(16),
+        }
         status = self._run(command(PROGRAMS[job.stage], file, processes), environment)
         if status != 0:
             raise StageError(_why(name, status, reason))
@@ -59,11 +69,11 @@ class LocalLauncher:
         try:
             status = child.wait()
         except BaseException:
-            # Cancelled or interrupted: the group ends before the flow does.
-            stop_group(child)
+            # Cancelled or interrupted: the program ends before the flow does.
+            stop(child, environment[MARK])
             raise
         # Workers of a torchrun that was killed would train on beside the next attempt.
-        _signal_group(child.pid, signal.SIGKILL)
+        _kill_marked(environment[MARK])
         return status
 
 
@@ -75,23 +85,37 @@ def command(module: str, file: Path, processes: int) -> list[str]:
     return [*torchrun, f"--nproc-per-node={processes}", "-m", module, str(file)]
 
 
-def stop_group(child: subprocess.Popen[bytes]) -> None:
-    """End a process group: SIGTERM, and SIGKILL after a grace time."""
-    _signal_group(child.pid, signal.SIGTERM)
+def stop(child: subprocess.Popen[bytes], mark: str) -> None:
+    """End a program and all its children: SIGTERM, and SIGKILL after a grace time."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(child.pid, signal.SIGTERM)
     try:
         child.wait(GRACE_SECONDS)
     except subprocess.TimeoutExpired:
         pass
     finally:
-        _signal_group(child.pid, signal.SIGKILL)
+        _kill_marked(mark)
         child.wait()
 
 
-def _signal_group(group: int, kind: signal.Signals) -> None:
+def _kill_marked(mark: str) -> None:
+    # Again: one may have been starting another while it was killed.
+    for _ in range(5):
+        left = [int(e.name) for e in Path("/proc").iterdir() if e.name.isdigit() and _has(e, mark)]
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        if not left:
+            return
+        time.sleep(0.02)
+
+
+def _has(process: Path, mark: str) -> bool:
     try:
-        os.killpg(group, kind)
-    except ProcessLookupError:
-        return
+        return f"{MARK}={mark}".encode() in (process / "environ").read_bytes().split(b"\0")
+    except OSError:
+        # Gone, or somebody else's.
+        return False
 
 
 def _why(name: str, status: int, reason: Path) -> str:

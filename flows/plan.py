@@ -28,6 +28,7 @@ from eqm.config import (
 from eqm.errors import ConfigError, DataError
 from eqm.images import open_source
 from eqm.records import Record, Ref, to_json
+from eqm.registry import check
 from eqm.stage import job_digest, verify
 from eqm.storage import Store, open_store
 from flows.launch import Launcher, LocalLauncher
@@ -96,8 +97,13 @@ def _table(config: str | Mapping[str, Any]) -> Mapping[str, Any]:
         raise ConfigError(f"config {config} is not TOML: {error}") from error
 
 
-def make_plan(config: str | Mapping[str, Any], changes: Changes = None) -> Plan:
-    """Read config and environment, and open the store. Raises ConfigError, StoreError."""
+def make_plan(
+    config: str | Mapping[str, Any], changes: Changes = None, *, tracked: bool = True
+) -> Plan:
+    """Read config and environment, and open the store.
+
+    ``tracked``: MLflow will be needed. Raises ConfigError, StoreError, TrackingError.
+    """
     checked = read_config(config, changes)
     settings = current_settings()
     store = open_store(settings.store, cache=settings.home / "cache")
@@ -106,7 +112,11 @@ def make_plan(config: str | Mapping[str, Any], changes: Changes = None) -> Plan:
     launcher = LocalLauncher(
         folder=settings.home / "jobs", environment=settings.child_environment()
     )
-    return Plan(checked, settings, store, launcher)
+    plan = Plan(checked, settings, store, launcher)
+    if tracked:
+        # Now, not after an hour of encoding.
+        check(plan.mlflow_uri)
+    return plan
 
 
 # -- what each stage is asked -------------------------------------------------------------------

@@ -266,16 +266,13 @@ def test_services_that_do_not_let_us_in(all_environment: dict[str, str], tmp_pat
 @pytest.mark.services
 def test_mlflow_is_down(all_environment: dict[str, str], tmp_path: Path) -> None:
     nobody = f"http://127.0.0.1:{port_of_nobody()}"
-    folder, store = tmp_path / "pictures", tmp_path / "store"
-    pictures(folder)
+    store = tmp_path / "store"
     given = {**all_environment, "MLFLOW_TRACKING_URI": nobody, "EQM_STORE": str(store)}
-    words = [*changes_for(folder), "--set", "train.images=64"]
-    told = eqm_process("train", "tiny", *words, **given)
+    told = eqm_process("pipeline", "tiny", **given)
     refused(told, f"MLflow at {nobody} cannot be reached", "MLFLOW_TRACKING_URI")
-    # What was done before is kept, and of training there is nothing.
-    sealed = {file.parent.parent.name for file in store.rglob("record.json")}
-    assert "train" not in sealed
-    assert list(store.rglob(".aside-*")) == []
+    # It is found out before anything is begun.
+    assert "starting" not in told.err
+    assert not store.exists()
 
 
 # -- images that cannot be used -----------------------------------------------------------------
