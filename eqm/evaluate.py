@@ -182,7 +182,8 @@ def measure(material: Material, extractor: FeatureExtractor) -> dict[str, Metric
             name=f"FD[{count}",
             value=frechet.frechet_from_features(made.features, train.features),
             beside=frechet.frechet_from_features(held.features, train.features),
-            note=f"Fréchet distance to the {len(train.images)} training images; {size_note}",
+            note=f"Fréchet distance to the {len(train.images)} training images; {size_note}, and "
+            "fewer images make it larger",
         ),
         "distance_held_out": Metric(
             name=f"FD[{count} to held-out",

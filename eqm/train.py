@@ -217,7 +217,8 @@ def learning_rate(config: TrainConfig, images_seen: int) -> float:
     """Rate of the update that begins at a position: warm-up, constant, linear decay to zero."""
     warm = min(1.0, (images_seen + config.batch_size) / max(config.warmup_images, 1))
     left = config.images - images_seen
-    decay = min(1.0, left / config.decay_images) if config.decay_images else 1.0
+    falling = config.decay_fraction * config.images
+    decay = min(1.0, left / falling) if falling else 1.0
     return config.learning_rate * warm * decay
 
 

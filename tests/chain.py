@@ -61,7 +61,7 @@ def tiniest(changes: Mapping[str, Any] | None = None) -> PipelineConfig:
         "train.images": UPDATES * 32,
         "train.batch_size": 32,
         "train.learning_rate": 4e-3,
-        "train.decay_images": 160,
+        "train.decay_fraction": 0.25,
         "train.ema_half_life_images": 160.0,
         "generate.samples": 50,
         "generate.keep_images": 40,

@@ -305,7 +305,7 @@ def test_a_report_can_do_without_pictures_and_scores(tmp_path: Path) -> None:
         {
             "train.label_dropout": 0.0,
             "train.images": 64,
-            "train.decay_images": 0,
+            "train.decay_fraction": 0.0,
             "generate.keep_images": 0,
             "generate.samples": 5,
             "generate.trajectory_points": 1,

@@ -298,7 +298,7 @@ def test_divergence_is_told_and_nothing_is_sealed(tiny: chain.Chain, tmp_path: P
 
 def test_the_learning_rate_warms_up_stays_and_decays() -> None:
     config = TrainConfig(
-        images=1000, batch_size=10, learning_rate=2.0, warmup_images=100, decay_images=200
+        images=1000, batch_size=10, learning_rate=2.0, warmup_images=100, decay_fraction=0.2
     )
     rates = [train.learning_rate(config, seen) for seen in range(0, 1000, 10)]
     assert rates[:10] == pytest.approx([0.2 * n for n in range(1, 11)])
