@@ -235,7 +235,7 @@ class Registry:
             version = self._find(model, source, tags["eqm.content"])
             if version is None:
                 version = self._create(model, source, tags, run_digest)
-            self._client.set_registered_model_alias(model, "candidate", str(version.number))
+            self._set_alias(model, "candidate", version.number)
         return version
 
     def _find(self, model: str, source: str, content: str) -> Version | None:
@@ -286,6 +286,17 @@ class Registry:
     def point(self, model: str, alias: str, number: int) -> None:
         """Move an alias."""
         with _errors(self.uri):
+            self._set_alias(model, alias, number)
+
+    def _set_alias(self, model: str, alias: str, number: int) -> None:
+        from mlflow.exceptions import MlflowException
+
+        try:
+            self._client.set_registered_model_alias(model, alias, str(number))
+        except MlflowException as error:
+            if "registered_model_aliases" not in str(error):
+                raise
+            # Of two that make a new alias at the same moment, MLflow fails one; now it exists.
             self._client.set_registered_model_alias(model, alias, str(number))
 
     def unpoint(self, model: str, alias: str) -> None:

@@ -290,7 +290,7 @@ def test_a_deployed_run_encodes_a_folder_of_pictures(
     }
     api = PrefectApi(all_environment["PREFECT_API_URL"], all_environment)
     home = Path(all_environment["EQM_HOME"])
-    state = run_deployment(api, "encode", {"config": config})
+    state = ended(api, start_deployment(api, "encode", {"config": config}))
     assert state["type"] == "COMPLETED", (home / "logs" / "worker.log").read_text()
     (job,) = [
         job
@@ -311,19 +311,53 @@ def test_a_deployed_run_encodes_a_folder_of_pictures(
     assert manifest.spec.shape == (3, 8, 8)
 
 
+def test_a_cancelled_run_leaves_no_program(all_environment: dict[str, str]) -> None:
+    api = PrefectApi(all_environment["PREFECT_API_URL"], all_environment)
+    home = Path(all_environment["EQM_HOME"])
+    endless = {"preset": "tiny", "autoencoder": {"fit": {"images": 10**9}}}
+    run = start_deployment(api, "encode", {"config": endless})
+    deadline = time.monotonic() + 120
+    while not programs("eqm.fit", home):
+        assert time.monotonic() < deadline, (home / "logs" / "worker.log").read_text()
+        time.sleep(0.2)
+    api._post(f"/flow_runs/{run}/set_state", {"state": {"type": "CANCELLING"}})
+    state = ended(api, run)
+    assert state["type"] == "CANCELLED", (home / "logs" / "worker.log").read_text()
+    while programs("eqm.fit", home):
+        assert time.monotonic() < deadline, programs("eqm.fit", home)
+        time.sleep(0.2)
+
+
+def programs(module: str, home: Path) -> list[str]:
+    """Processes of a stage program that were given a job of these services."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                line = entry.joinpath("cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            if module.encode() in line and any(os.fsencode(home) in word for word in line):
+                found.append(entry.name)
+    return found
+
+
 def from_json_record(store: Store, key: str) -> Record:
     body = json.loads(store.read(key))
     return from_json(Record, {k: v for k, v in body.items() if k not in ("digest", "content")}, key)
 
 
-def run_deployment(api: PrefectApi, name: str, parameters: dict[str, Any]) -> dict[str, Any]:
+def start_deployment(api: PrefectApi, name: str, parameters: dict[str, Any]) -> str:
     found = api._post("/deployments/filter", {"limit": 200})
     which = next(one["id"] for one in found if one["name"] == name)
-    run = api._post(f"/deployments/{which}/create_flow_run", {"parameters": parameters})
-    wanted = {"flow_runs": {"id": {"any_": [run["id"]]}}}
+    return api._post(f"/deployments/{which}/create_flow_run", {"parameters": parameters})["id"]
+
+
+def ended(api: PrefectApi, run: str) -> dict[str, Any]:
+    """How a run ended, once it has."""
     deadline = time.monotonic() + 180
     while True:
-        (shown,) = api._post("/flow_runs/filter", wanted)
+        (shown,) = api._post("/flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
         if shown["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
             return shown["state"]
         assert time.monotonic() < deadline, shown["state"]

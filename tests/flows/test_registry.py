@@ -112,11 +112,15 @@ def test_a_version_that_is_not_there_is_named(registry: Registry, model: str) ->
 
 
 def test_two_at_once_register_one_model(registry: Registry, uri: str, model: str) -> None:
-    found = in_threads(
-        lambda: registered(registry, model, "c1"),
-        lambda: registered(Registry(uri), model, "c2"),
-    )
-    assert {version.number for version in found} == {1, 2}
+    for number in range(3):
+        name = f"{model}-{number}"
+        found = in_threads(
+            lambda name=name: registered(registry, name, "c1"),
+            lambda name=name: registered(Registry(uri), name, "c2"),
+        )
+        assert {version.number for version in found} == {1, 2}
+        candidate = registry.by_alias(name, "candidate")
+        assert candidate in found
 
 
 def test_evidence_joins_the_run_of_the_training(registry: Registry, uri: str, model: str) -> None:
