@@ -6,11 +6,10 @@ loads it from a sealed record. How one is fitted is eqm.fit's business. The only
 and to the hub.
 """
 
-import contextlib
 import copy
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from torch import Tensor, nn
 from eqm.config import AutoencoderFit, PretrainedFile, SourceConfig
 from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.latents import unwhiten
+from eqm.precision import full_precision
 from eqm.records import LatentSpec, Record, canonical_bytes, digest, from_json, sha256, to_json
 from eqm.storage import Store, open_store
 
@@ -115,22 +115,6 @@ def signed(images: Tensor) -> Tensor:
 def to_uint8(pixels: Tensor) -> Tensor:
     """The field's rule for pixels in [-1, 1]: clamp(127.5 x + 128, 0, 255), truncated."""
     return (127.5 * pixels + 128).clamp(0, 255).to(torch.uint8)
-
-
-@contextlib.contextmanager
-def full_precision() -> Iterator[None]:
-    """IEEE float32, whatever others have chosen: latents must not depend on who encodes them."""
-    backends: Any = torch.backends
-    cuda = (backends.cudnn.conv, backends.cuda.matmul)
-    knobs = (*cuda, backends.mkldnn.conv, backends.mkldnn.matmul)
-    before = [knob.fp32_precision for knob in knobs]
-    try:
-        for knob in knobs:
-            knob.fp32_precision = "ieee"
-        yield
-    finally:
-        for knob, value in zip(knobs, before, strict=True):
-            knob.fp32_precision = value
 
 
 # -- making one ---------------------------------------------------------------------------------

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from eqm.config import require
 from eqm.errors import DataError, IntegrityError
+from eqm.precision import full_precision
 from eqm.records import Record, canonical_bytes, digest, from_json, sha256
 from eqm.storage import Store
 
@@ -158,7 +159,7 @@ class CNNExtractor:
 
     def _run(self, function: Any, images: Tensor) -> Tensor:
         _check_uint8(images)
-        with torch.no_grad(), _full_precision():
+        with torch.no_grad(), full_precision():
             return function(signed(images.to(self._network.head.weight.device)))
 
 
@@ -263,7 +264,7 @@ class _InceptionExtractor:
         _check_uint8(images)
         _check_shape(images, (1, 3), smallest_px=1)
         colour = images.to(self._device).expand(-1, 3, -1, -1)
-        with torch.no_grad(), _full_precision():
+        with torch.no_grad(), full_precision():
             return self._network(colour)[0]
 
 
@@ -324,19 +325,3 @@ def _check_shape(images: Tensor, channels: tuple[int, ...], *, smallest_px: int)
         raise DataError(
             f"images have shape {shape}; the least height and width is {smallest_px} px"
         )
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """IEEE float32 whatever training has chosen: TF32, on by default, moves features by 1e-3."""
-    backends: Any = torch.backends
-    cuda = (backends.cudnn.conv, backends.cuda.matmul)
-    knobs = (*cuda, backends.mkldnn.conv, backends.mkldnn.matmul)
-    before = [knob.fp32_precision for knob in knobs]
-    try:
-        for knob in knobs:
-            knob.fp32_precision = "ieee"
-        yield
-    finally:
-        for knob, value in zip(knobs, before, strict=True):
-            knob.fp32_precision = value

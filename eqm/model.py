@@ -24,7 +24,7 @@ from eqm.distributed import pick_device
 from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.network import Transformer
 from eqm.records import LatentSpec, Record, from_json, sha256, to_json
-from eqm.registry import Registry, default_uri
+from eqm.registry import Registry, Version, default_uri
 from eqm.stage import open_ref
 from eqm.storage import Store, open_store
 
@@ -144,7 +144,7 @@ class Model:
 
 
 def load(
-    uri: str,
+    uri: str | Path,
     *,
     weights: str = "ema",
     device: str = "auto",
@@ -161,9 +161,10 @@ def load(
     """
     if weights not in ("ema", "raw"):
         raise ConfigError(f"weights is {weights!r}; it must be 'ema' or 'raw'")
+    uri = str(uri)
     if uri.startswith("models:/"):
-        uri = _registered(uri, mlflow_uri)
-    if (Path(uri) / "digests.json").is_file():
+        model = _from_registry(uri, mlflow_uri, weights=weights, cache=cache)
+    elif (Path(uri) / "digests.json").is_file():
         if weights != "ema":
             raise ConfigError(
                 f"weights is {weights!r}, but directory {uri} holds averaged weights alone: load "
@@ -209,7 +210,10 @@ def from_record(store: Store, record: Record, *, weights: str = "ema") -> Model:
 def _from_folder(folder: Path) -> Model:
     from eqm.autoencoder import autoencoder_from_bytes
 
-    digests = json.loads((folder / "digests.json").read_text())
+    try:
+        digests = json.loads((folder / "digests.json").read_text())
+    except ValueError as error:
+        raise IntegrityError(f"{folder / 'digests.json'} is damaged: restore it") from error
     missing = [name for name in digests if not (folder / name).is_file()]
     if missing:
         raise IntegrityError(f"{folder}: {', '.join(missing)} is missing: restore the directory")
@@ -223,21 +227,31 @@ def _from_folder(folder: Path) -> Model:
     return Model(spec, net, autoencoder=lambda: autoencoder_from_bytes(files))
 
 
-def _registered(uri: str, mlflow_uri: str | None) -> str:
-    """Address of the record that a registered version points to, digests compared."""
-    mlflow_uri = mlflow_uri or default_uri()
+def _from_registry(uri: str, mlflow_uri: str | None, *, weights: str, cache: Path | None) -> Model:
+    """Model of a registered version; the record it points to must be the one it was made for."""
+    version = _version(uri, mlflow_uri or default_uri())
+    store, record = open_record(version.source, cache=cache)
+    promised = version.tags.get("eqm.content")
+    if record.content != promised:
+        raise IntegrityError(
+            f"{uri}: version {version.number} was registered for content {promised}, but "
+            f"{version.source} holds {record.content}: one of them was changed; register again"
+        )
+    return from_record(store, record, weights=weights)
+
+
+def _version(uri: str, mlflow_uri: str) -> Version:
     registry = Registry(mlflow_uri)
     name, at, alias = uri.removeprefix("models:/").partition("@")
     if at:
         version = registry.by_alias(name, alias)
         if version is None:
             raise DataError(f"{uri}: model {name!r} has no alias {alias!r} in {mlflow_uri}")
-    else:
-        name, _, number = name.partition("/")
-        if not number.isdigit():
-            raise ConfigError(f"{uri!r} names no version: models:/name@alias or models:/name/3")
-        version = registry.by_number(name, int(number))
-    return version.source
+        return version
+    name, _, number = name.partition("/")
+    if not number.isdigit():
+        raise ConfigError(f"{uri!r} names no version: models:/name@alias or models:/name/3")
+    return registry.by_number(name, int(number))
 
 
 def filled(net: torch.nn.Module, tensors: dict[str, Tensor], where: str) -> torch.nn.Module:

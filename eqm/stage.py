@@ -93,8 +93,18 @@ def open_ref(store: Store, ref: Ref) -> Record:
 
 
 def verify(store: Store, record: Record) -> None:
-    """Check that every blob a record names is there and undamaged. Raises StoreError."""
+    """Check every blob that a record names: there, and undamaged as it would be used.
+
+    Bytes are read from this machine's cache where it has them, for what is read there is what a
+    stage would use. Raises IntegrityError, StoreError.
+    """
     for blob in [*record.outputs.values(), *record.logs.values()]:
+        # A good copy on this machine says nothing about whether others can still get the bytes.
+        if not store.holds(blob):
+            raise IntegrityError(
+                f"{store.where(blob.key)}, named by {record.stage} {record.digest[:12]}, is gone "
+                "or of another size: restore it, or delete the record and run the stage again"
+            )
         store.fetch(blob)
 
 
@@ -125,9 +135,11 @@ def _module() -> str:
 
 
 def _refuse(message: str, job: Job | None) -> int:
-    sys.stderr.write(f"error: {message}\n")
     if job is not None and job.runtime.error_file:
+        # Whoever started this says it; said here too, it would be read twice.
         Path(job.runtime.error_file).write_text(message)
+    else:
+        sys.stderr.write(f"error: {message}\n")
     return EXIT_REFUSED
 
 

@@ -87,6 +87,10 @@ class Store(ABC):
         """Whether a key is there."""
 
     @abstractmethod
+    def holds(self, blob: Blob) -> bool:
+        """Whether a blob is there, with as many bytes as it should have."""
+
+    @abstractmethod
     def list(self, prefix: str) -> list[str]:
         """All keys that begin with a prefix, sorted."""
 
@@ -193,6 +197,11 @@ class LocalStore(Store):
         """Whether a key is there."""
         return self._path(key).is_file()
 
+    def holds(self, blob: Blob) -> bool:
+        """Whether a blob is there, with as many bytes as it should have."""
+        path = self._path(blob.key)
+        return path.is_file() and path.stat().st_size == blob.size_bytes
+
     def list(self, prefix: str) -> list[str]:
         """All keys that begin with a prefix, sorted."""
         folder = self._path(prefix.rpartition("/")[0] or ".")
@@ -274,12 +283,19 @@ class S3Store(Store):
 
     def exists(self, key: str) -> bool:
         """Whether a key is there."""
+        return self._size(key) is not None
+
+    def holds(self, blob: Blob) -> bool:
+        """Whether a blob is there, with as many bytes as it should have."""
+        return self._size(blob.key) == blob.size_bytes
+
+    def _size(self, key: str) -> int | None:
         try:
             with self._errors(key):
-                self.client.head_object(Bucket=self.bucket, Key=self._name(key))
+                head = self.client.head_object(Bucket=self.bucket, Key=self._name(key))
         except MissingError:
-            return False
-        return True
+            return None
+        return head["ContentLength"]
 
     def list(self, prefix: str) -> list[str]:
         """All keys that begin with a prefix, sorted."""

@@ -18,19 +18,25 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
-class WithoutTraceback(logging.Filter):
-    """Take the traceback off log lines about errors that a person can mend."""
+class OneLineErrors(logging.Filter):
+    """Say an error that a person can mend once, in its own words, in the log of the flow run.
+
+    Prefect would say it four times and with a traceback: for the task, for the flow, and as the
+    state that each of them ends in.
+    """
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Keep every line; change some."""
-        if record.exc_info and isinstance(record.exc_info[1], EqmError):
-            record.exc_info = None
-            record.exc_text = None
-        return True
+        """Whether a line is kept; the one that is kept is the error's message."""
+        error = record.exc_info[1] if record.exc_info else None
+        if isinstance(error, EqmError):
+            record.msg, record.args = str(error), ()
+            record.exc_info = record.exc_text = None
+            return record.name == "prefect.flow_runs"
+        return not record.getMessage().startswith("Finished in state Failed(")
 
 
 for _name in ("prefect.flow_runs", "prefect.task_runs"):
-    logging.getLogger(_name).addFilter(WithoutTraceback())
+    logging.getLogger(_name).addFilter(OneLineErrors())
 
 
 def logged(line: str) -> None:
