@@ -392,7 +392,7 @@ def open_mirror(run: Run) -> RunMirror | None:
     return RunMirror(
         runtime.mlflow_uri,
         experiment=runtime.mlflow_experiment,
-        run_name=runtime.run_name or run.context.digest[:12],
+        run_name=f"{runtime.run_name or 'train'}-{run.context.digest[:8]}",
         digest=run.context.digest,
         params={f"{s}.{k}": v for s, table in settings.items() for k, v in table.items()},
     )

@@ -92,10 +92,10 @@ def _champions() -> None:
     from eqm import champion
     from eqm.errors import EqmError
     from eqm.storage import open_store
-    from flows.settings import current_settings
+    from flows.settings import activate
 
     try:
-        settings = current_settings()
+        settings = activate()
         store = open_store(settings.store, cache=settings.home / "cache")
         models = sorted({key.split("/")[1] for key in store.list("history/")})
     except EqmError as error:
@@ -129,10 +129,14 @@ def doctor() -> None:
     findings = list(examine())
     for finding in findings:
         mark = "[green]ok[/]" if finding.ok else "[red]no[/]" if finding.needed else "[yellow]--[/]"
-        table.add_row(mark, finding.what, _plain(finding.found), _plain(finding.remedy))
+        table.add_row(mark, finding.what, _plain(finding.found), _remedy(finding))
     out.print(table)
     if any(not finding.ok and finding.needed for finding in findings):
         raise typer.Exit(1)
+
+
+def _remedy(finding: Any) -> str:
+    return "" if finding.ok else _plain(finding.remedy)
 
 
 # -- the story ----------------------------------------------------------------------------------

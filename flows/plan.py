@@ -69,6 +69,7 @@ class Plan:
             source_uri=self.config.source_uri,
             mlflow_uri=self.settings.mlflow_uri if stage == "train" else None,
             mlflow_experiment=self.model_name,
+            run_name=self.config.name,
             grid_sampler=self.config.generate.sampler,
             threads=self.config.threads,
         )
