@@ -101,12 +101,14 @@ def publish(plan: Plan, evaluation: Record, decision: Decision | None) -> Report
 
 def show(plan: Plan, evaluation: Record, html: bytes, data: bytes) -> str | None:
     """Add report and numbers to the MLflow run of the training, and link it from Prefect."""
-    measured = dossier.evaluation_of(evaluation)
+    day = evaluation.config["evaluate"]["as_of"]
+    # A later look at the champion stands beside the numbers that it was promoted on.
+    kind, folder = ("eval", "report") if day is None else ("nightly", f"nightly/{day}")
     registry = Registry(plan.mlflow_uri)
     run_id = registry.add_evidence(
         evaluation.inputs["train"].digest,
-        metrics=figures(measured),
-        files={"report/report.html": html, "report/report.json": data},
+        metrics=figures(dossier.evaluation_of(evaluation), kind),
+        files={f"{folder}/report.html": html, f"{folder}/report.json": data},
     )
     page = registry.run_page(run_id) if run_id else None
     if page:
@@ -114,10 +116,10 @@ def show(plan: Plan, evaluation: Record, html: bytes, data: bytes) -> str | None
     return page
 
 
-def figures(measured: Evaluation) -> dict[str, float]:
-    """Numbers of an evaluation under the names that MLflow shows."""
-    numbers = {f"eval/{key}": metric.value for key, metric in measured.metrics.items()}
-    auroc = {f"eval/auroc_{row.name}": row.auroc for row in measured.ood}
+def figures(measured: Evaluation, kind: str) -> dict[str, float]:
+    """Numbers of an evaluation under the names that MLflow shows, ``<kind>/...``."""
+    numbers = {f"{kind}/{key}": metric.value for key, metric in measured.metrics.items()}
+    auroc = {f"{kind}/auroc_{row.name}": row.auroc for row in measured.ood}
     return {**numbers, **auroc}
 
 

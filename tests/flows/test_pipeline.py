@@ -260,6 +260,35 @@ def test_one_changed_bit_is_refused(ran: Ran) -> None:
     eqm.load(f"models:/{MODEL}@champion", mlflow_uri=ran.mlflow_uri)
 
 
+def test_a_night_looks_at_the_champion_once(ran: Ran, tmp_path: Path) -> None:
+    standing, client = ran.standing(), MlflowClient(ran.mlflow_uri)
+    run_id = client.get_model_version_by_alias(MODEL, "champion").run_id
+    before = client.get_run(run_id).data.metrics
+    night = """
+from flows.evaluate import reevaluate_champion
+def pipeline(config):
+    return {"at": reevaluate_champion(config=config, as_of="2026-01-02")}
+"""
+    first = run_flow(
+        ran.config, tmp_path / "1.json", os.environ, before=STAGES_IN_THIS_PROCESS + night
+    )
+    refuse = "from flows.launch import LocalLauncher\nLocalLauncher.run = None\n"
+    again = run_flow(ran.config, tmp_path / "2.json", os.environ, before=refuse + night)
+    assert first == again, "the same day asks for the same thing"
+
+    digest = first["at"].split("/")[-2]
+    looked = ran.store.record("evaluation", digest)
+    assert looked is not None
+    assert looked.inputs["train"] == standing.train
+    assert looked.values["protocol_digest"] == ran.record("evaluation").values["protocol_digest"]
+    samples = open_ref(ran.store, looked.inputs["samples"])
+    assert samples.config["generate"]["first_seed"] > 0
+    assert ran.standing() == standing, "a nightly look promotes nothing"
+    after = client.get_run(run_id).data.metrics
+    assert {k: after[k] for k in before} == before, "the numbers of the promotion stay"
+    assert "nightly/distance" in after
+
+
 # -- elsewhere ----------------------------------------------------------------------------------
 
 
