@@ -6,13 +6,12 @@ MLflow's alias ``champion`` mirrors the newest entry and is set again from it wh
 """
 
 import datetime
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from eqm.errors import DataError, EqmError
-from eqm.records import Decision, Ref, from_json, to_json
+from eqm.records import Decision, Ref, note_from_bytes, note_to_bytes, to_json
 from eqm.registry import Registry, Version
 from eqm.stage import open_ref
 from eqm.storage import Store
@@ -47,7 +46,7 @@ class Entry:
 def history(store: Store, model: str) -> list[Entry]:
     """All moves of the champion of a model, oldest first. Raises StoreError."""
     keys = store.list(f"history/{model}/")
-    return [from_json(Entry, json.loads(store.read(key)), store.where(key)) for key in keys]
+    return [note_from_bytes(Entry, store.read(key), store.where(key)) for key in keys]
 
 
 def lineage(entries: list[Entry]) -> list[Entry]:
@@ -59,6 +58,13 @@ def lineage(entries: list[Entry]) -> list[Entry]:
         else:
             standing.pop()
     return standing
+
+
+def withdrawn(entries: list[Entry]) -> dict[str, Entry]:
+    """Models that were rolled back and stand no more: content -> the promotion taken back."""
+    standing = {entry.train.content for entry in lineage(entries)}
+    promoted = {e.train.content: e for e in entries if e.action == "promote"}
+    return {content: e for content, e in promoted.items() if content not in standing}
 
 
 def current(store: Store, model: str) -> Entry | None:
@@ -89,7 +95,8 @@ def promote(
     _verify(store, train)
     entries = history(store, version.model)
     standing = lineage(entries)
-    if decision.champion != (standing[-1].evaluation if standing else None):
+    judged = decision.champion and open_ref(store, decision.champion).inputs["train"]
+    if judged != (standing[-1].train if standing else None):
         raise LostRaceError(
             f"the champion of {version.model} moved since this candidate was judged: judge again"
         )
@@ -153,8 +160,9 @@ def _verify(store: Store, train: Ref) -> None:
 
 def _append(store: Store, registry: Registry, model: str, entry: Entry) -> Entry:
     key = f"history/{model}/{entry.number:08d}.json"
-    data = json.dumps(to_json(entry), indent=1, sort_keys=True).encode()
-    if not store.write_once(key, data):
+    data = note_to_bytes(entry)
+    # Where the answer to a write was lost, the second try finds the first one's entry: ours.
+    if not store.write_once(key, data) and store.read(key) != data:
         raise LostRaceError(
             f"somebody else moved the champion of {model} at the same moment "
             f"({store.where(key)}): look at `eqm status` and try again"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eqm.errors import IntegrityError
-from eqm.records import Blob, from_json, to_json
+from eqm.errors import IntegrityError, MissingError
+from eqm.records import Blob, note_from_bytes, note_to_bytes
 from eqm.storage import Store
 
 SCHEMA = "eqm-checkpoint/1"
@@ -54,33 +54,40 @@ def save(store: Store, digest: str, state: TrainState) -> str:
         "curve": store.put(json.dumps([state.history, state.pending]).encode()),
     }
     commit = Commit(schema=SCHEMA, images_seen=state.images_seen, files=files)
-    key = f"{_folder(digest)}{state.images_seen:012d}.json"
-    store.write_once(key, json.dumps(to_json(commit), indent=1).encode())
+    key = _key(digest, state.images_seen)
+    store.write_once(key, note_to_bytes(commit))
     return key
 
 
-def load_newest(store: Store, digest: str) -> TrainState | None:
-    """State of the complete checkpoint with the most images; None before the first.
+def newest(store: Store, digest: str) -> int | None:
+    """Position of the complete checkpoint with the most images; None before the first."""
+    keys = store.list(f"train/{digest}/checkpoints/")
+    return int(keys[-1].rpartition("/")[2].removesuffix(".json")) if keys else None
 
-    Raises IntegrityError, naming the commit to delete, if any file of it is damaged.
+
+def load(store: Store, digest: str, images_seen: int) -> TrainState:
+    """State of the checkpoint at a position.
+
+    Raises IntegrityError, naming the commit to delete, if any file of it is damaged or lost.
     """
-    keys = store.list(_folder(digest))
-    if not keys:
-        return None
-    where = store.where(keys[-1])
+    key = _key(digest, images_seen)
+    where = store.where(key)
     try:
-        return _load(store, keys[-1], where)
-    except (IntegrityError, ValueError) as error:
+        return _load(store, digest, key)
+    except (IntegrityError, MissingError) as error:
         raise IntegrityError(
             f"checkpoint {where} cannot be used: {error}. To go on from the checkpoint before it, "
             f"delete {where}"
         ) from error
 
 
-def _load(store: Store, key: str, where: str) -> TrainState:
-    commit = from_json(Commit, json.loads(store.read(key)), where)
+def _load(store: Store, digest: str, key: str) -> TrainState:
+    where = store.where(key)
+    commit = note_from_bytes(Commit, store.read(key), where)
     if commit.schema != SCHEMA:
         raise IntegrityError(f"it is of schema {commit.schema!r}, this program reads {SCHEMA!r}")
+    if key != _key(digest, commit.images_seen):
+        raise IntegrityError(f"it holds the state at image {commit.images_seen}, not this one")
     data = {name: store.get(blob) for name, blob in commit.files.items()}
     history, pending = json.loads(data["curve"])
     return TrainState(
@@ -93,8 +100,8 @@ def _load(store: Store, key: str, where: str) -> TrainState:
     )
 
 
-def _folder(digest: str) -> str:
-    return f"train/{digest}/checkpoints/"
+def _key(digest: str, images_seen: int) -> str:
+    return f"train/{digest}/checkpoints/{images_seen:012d}.json"
 
 
 def tensors_to_bytes(tensors: dict[str, Tensor]) -> bytes:

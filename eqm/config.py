@@ -6,6 +6,7 @@ run is :class:`Runtime`, which is hashed into nothing. Presets are functions. Co
 """
 
 import dataclasses
+import datetime
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -51,6 +52,13 @@ def _fraction(config: Any, section: str, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         require(0 <= value < 1, f"{section}.{name}", value, "at least 0 and less than 1")
+
+
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
 
 
 def _seed(config: Any, section: str, name: str = "seed") -> None:
@@ -333,6 +341,10 @@ class GenerateConfig:
         _seed(self, "generate", "first_seed")
 
 
+OOD_SETS = ("photographs", "constant")
+"""Sets of out-of-distribution images that a policy may read."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig:
     """What is measured."""
@@ -348,6 +360,8 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "evaluate", "neighbours", "ood_images", "grid_rows")
+        day = self.as_of
+        require(day is None or _is_day(day), "evaluate.as_of", day, "a day, as 2026-01-31")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,6 +385,9 @@ class PolicyConfig:
         for name in ("minimum_recall", "minimum_precision", "minimum_label_agreement"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"policy.{name}", value, "from 0 to 1")
+        for name, value in self.minimum_auroc.items():
+            require(name in OOD_SETS, "policy.minimum_auroc", name, f"one of {OOD_SETS}")
+            require(0 <= value <= 1, f"policy.minimum_auroc.{name}", value, "from 0 to 1")
 
 
 # -- the whole, and one stage of it -------------------------------------------------------------

@@ -40,9 +40,10 @@ class World:
             dist.all_reduce(flat)
         return flat
 
-    def agree(self, flag: bool) -> bool:
-        """Whether any rank says yes; every rank gets the same answer."""
-        return bool(self.sum_(torch.tensor(float(flag), device=self.device)) > 0)
+    def first_says(self, number: int) -> int:
+        """The number that the first rank has, for all ranks: what it saw is what all go by."""
+        told = torch.tensor(int(number) if self.is_first else 0, device=self.device)
+        return int(self.sum_(told))
 
 
 @contextlib.contextmanager

@@ -6,7 +6,6 @@ shards that are not. A batch of the autoencoder never spans two shards, so a sha
 depend on who encodes it, and processes share the shards without talking to each other.
 """
 
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from eqm.autoencoder import Autoencoder, load_autoencoder
 from eqm.config import EncodeConfig, LatentsStage
 from eqm.errors import DataError
 from eqm.images import ImageSource, checked_source, mirrored
-from eqm.records import Blob, Manifest, Shard, from_json, to_json
+from eqm.records import Blob, Manifest, Shard, note_from_bytes, note_to_bytes, to_json
 from eqm.shards import MANIFEST, Index, Sample, manifest_to_bytes, read_index, write_shard
 from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
@@ -120,8 +119,7 @@ def committed(context: Context, plan: ShardPlan) -> Shard | None:
     key = _commit_key(context, plan)
     if not context.store.exists(key):
         return None
-    data = json.loads(context.store.read(key))
-    shard = from_json(Shard, data, context.store.where(key))
+    shard = note_from_bytes(Shard, context.store.read(key), context.store.where(key))
     # A blob that was lost since is made again: equal bytes come back under the same name.
     there = all(context.store.exists(blob.key) for blob in (shard.tar, shard.index))
     return shard if there else None
@@ -132,7 +130,7 @@ def commit(context: Context, plan: ShardPlan, samples: list[Sample]) -> None:
     packed = write_shard(samples, first_number=plan.first)
     tar, index = context.store.put(packed.tar), context.store.put(packed.index)
     shard = Shard(tar=tar, index=index, count=packed.count)
-    context.store.write_once(_commit_key(context, plan), json.dumps(to_json(shard)).encode())
+    context.store.write_once(_commit_key(context, plan), note_to_bytes(shard))
 
 
 # -- all of them --------------------------------------------------------------------------------

@@ -6,7 +6,6 @@ the part where it was. Sample s is a function of (model, s), so parts may be mad
 order.
 """
 
-import json
 import sys
 from dataclasses import dataclass
 
@@ -20,7 +19,7 @@ from eqm.config import GenerateConfig
 from eqm.errors import DataError
 from eqm.features import FeatureExtractor, load_extractor
 from eqm.model import Model, Samples
-from eqm.records import Blob, from_json, to_json
+from eqm.records import Blob, note_from_bytes, note_to_bytes
 from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
 
@@ -119,7 +118,7 @@ def committed(context: Context, part: Part) -> Blob | None:
     key = _commit(context, part)
     if not context.store.exists(key):
         return None
-    blob = from_json(Blob, json.loads(context.store.read(key)), context.store.where(key))
+    blob = note_from_bytes(Blob, context.store.read(key), context.store.where(key))
     # A blob that was lost since is made again: equal bytes come back under the same name.
     return blob if context.store.exists(blob.key) else None
 
@@ -127,7 +126,7 @@ def committed(context: Context, part: Part) -> Blob | None:
 def commit(context: Context, part: Part, tensors: dict[str, Tensor]) -> None:
     """Make a part durable; the blob first, what names it last."""
     blob = context.store.put(tensors_to_bytes(tensors))
-    context.store.write_once(_commit(context, part), json.dumps(to_json(blob)).encode())
+    context.store.write_once(_commit(context, part), note_to_bytes(blob))
 
 
 def gather(context: Context, config: GenerateConfig, trained: Model, parts: list[Part]) -> Outcome:

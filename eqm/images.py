@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -348,7 +348,10 @@ def _class_names(root: Path) -> tuple[str, ...]:
     if not root.is_dir():
         what = "is not a folder" if root.exists() else "does not exist"
         raise DataError(f"source_uri {root} {what}: give the folder that holds the class folders")
-    inside = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    try:
+        inside = sorted(path for path in root.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        _unreadable(error)
     loose = [path.name for path in inside if path.suffix.lower() in FORMATS and path.is_file()]
     if loose:
         raise DataError(
@@ -364,7 +367,7 @@ def _class_names(root: Path) -> tuple[str, ...]:
 def _keys(root: Path, name: str) -> list[str]:
     """Sorted keys of all images of a class. Raises DataError."""
     keys = []
-    for folder, below, files in os.walk(root / name):
+    for folder, below, files in os.walk(root / name, onerror=_unreadable):
         below[:] = sorted(one for one in below if not one.startswith("."))
         for one in below:
             if (Path(folder) / one).is_symlink():
@@ -381,6 +384,14 @@ def _keys(root: Path, name: str) -> list[str]:
             "remove the folder"
         )
     return sorted(keys)
+
+
+def _unreadable(error: OSError) -> NoReturn:
+    """A folder that cannot be listed would be left out without a word."""
+    raise DataError(
+        f"folder {error.filename} cannot be read ({error.strerror}): give this user the right to, "
+        "or remove it"
+    ) from error
 
 
 def _checked_key(key: str) -> str:

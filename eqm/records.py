@@ -251,6 +251,28 @@ def record_from_bytes(data: bytes, where: str) -> Record:
     return record
 
 
+def note_to_bytes(value: Any) -> bytes:
+    """JSON of a small thing that is kept (a commit, an entry), with its own digest in it."""
+    body = {**to_json(value), "digest": digest(value)}
+    return json.dumps(body, indent=1, sort_keys=True, allow_nan=False).encode() + b"\n"
+
+
+def note_from_bytes(cls: type[T], data: bytes, where: str) -> T:
+    """Read what :func:`note_to_bytes` wrote. Raises IntegrityError if anything of it changed."""
+    try:
+        body = json.loads(data)
+        stated = body.pop("digest")
+        value = from_json(cls, body, where)
+    except (ValueError, KeyError, AttributeError) as error:
+        raise IntegrityError(f"{where} is damaged ({error}): restore it from a copy") from error
+    if digest(value) != stated:
+        raise IntegrityError(
+            f"{where} does not match its own digest: it was changed after it was written; restore "
+            "it from a copy, or delete it and what it stands for is made again"
+        )
+    return value
+
+
 # -- latents and their manifest -----------------------------------------------------------------
 
 

@@ -11,6 +11,7 @@ import queue
 import sys
 import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -24,6 +25,7 @@ UNREACHABLE = (
     "MLflow at {uri} cannot be reached ({error}): start the embedded services with `eqm up`, "
     "or check MLFLOW_TRACKING_URI"
 )
+RETRY_SECONDS = 3.0
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for what MLflow has not yet taken."""
 FOLDER = "eqm://"
@@ -49,6 +51,12 @@ def default_uri() -> str:
             "MLFLOW_TRACKING_URI (`eqm env` prints it)"
         )
     return uri
+
+
+def _without_password(text: str, uri: str) -> str:
+    """What somebody else says, without the user and password of the address."""
+    held, at, _ = uri.partition("://")[2].rpartition("@")
+    return text.replace(held + at, "") if at else text
 
 
 def _public(uri: str) -> str:
@@ -81,9 +89,10 @@ def _errors(uri: str) -> Iterator[None]:
         raise TrackingError(UNREACHABLE.format(uri=_public(uri), error=reason)) from error
     except MlflowException as error:
         if "Max retries exceeded" in str(error) or "failed with" in str(error).split("\n")[0]:
-            first = str(error).split("\n")[0][:120]
+            first = _without_password(str(error), uri).split("\n")[0][:120]
             raise TrackingError(UNREACHABLE.format(uri=_public(uri), error=first)) from error
-        raise TrackingError(f"MLflow at {_public(uri)} refuses: {error}") from error
+        said = _without_password(str(error), uri)
+        raise TrackingError(f"MLflow at {_public(uri)} refuses: {said}") from None
 
 
 # -- a run that mirrors training ----------------------------------------------------------------
@@ -134,22 +143,31 @@ class RunMirror:
             with _errors(self._uri):
                 run_id, seen = _open_run(client, *self._names, self._params)
             self.run_id = run_id
-            while self._send_one(client, run_id, seen):
-                pass
-        except TrackingError as error:
-            self._failure = str(error)
+            kind = ""
+            while kind != "close":
+                kind, what = self._events.get()
+                self._send(client, run_id, seen, kind, what)
+        except Exception as error:
+            # The edge of a thread: what is not told here would be told to nobody.
+            self._failure = f"{type(error).__name__}: {error}"
 
-    def _send_one(self, client: Any, run_id: str, seen: int) -> bool:
-        kind, what = self._events.get()
-        with _errors(self._uri):
-            if kind == "close":
-                client.set_terminated(run_id, status=what)
-                return False
-            if kind == "metrics" and what[0] > seen:
-                _log_metrics(client, run_id, *what)
-            if kind == "file":
-                _log_file(client, run_id, *what)
-        return True
+    def _send(self, client: Any, run_id: str, seen: int, kind: str, what: Any) -> None:
+        """Send one event; where MLflow is away, again until the run is closed and time is up."""
+        while True:
+            try:
+                with _errors(self._uri):
+                    if kind == "close":
+                        client.set_terminated(run_id, status=what)
+                    if kind == "metrics" and what[0] > seen:
+                        _log_metrics(client, run_id, *what)
+                    if kind == "file":
+                        _log_file(client, run_id, *what)
+            except TrackingError as error:
+                self._failure = str(error)
+                time.sleep(RETRY_SECONDS)
+            else:
+                self._failure = ""
+                return
 
 
 def _open_run(
@@ -185,8 +203,6 @@ def _experiment(client: Any, name: str) -> str:
 
 
 def _log_metrics(client: Any, run_id: str, images_seen: int, figures: dict[str, float]) -> None:
-    import time
-
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
@@ -327,7 +343,7 @@ class Registry:
         """Address of a run's page."""
         with _errors(self.uri):
             experiment = self._client.get_run(run_id).info.experiment_id
-        return f"{self.uri.rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+        return f"{_public(self.uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
 
 
 def _version(entity: Any) -> Version:

@@ -206,7 +206,7 @@ def _verdict(decision: Decision | None) -> page.Html:
     failed = sum(not reason.passed for reason in decision.reasons)
     count = len(decision.reasons)
     if decision.promote:
-        return _banner("pass", "Promoted", f"All {count} checks of policy “{policy}” passed.")
+        return _banner("pass", "Passed", f"All {count} checks of policy “{policy}” passed.")
     stays = " The champion stays." if decision.champion else ""
     text = f"{failed} of {count} checks of policy “{policy}” failed.{stays}"
     return _banner("fail", "Not promoted", text)

@@ -135,11 +135,9 @@ def _module() -> str:
 
 
 def _refuse(message: str, job: Job | None) -> int:
+    sys.stderr.write(f"error: {message}\n")
     if job is not None and job.runtime.error_file:
-        # Whoever started this says it; said here too, it would be read twice.
         Path(job.runtime.error_file).write_text(message)
-    else:
-        sys.stderr.write(f"error: {message}\n")
     return EXIT_REFUSED
 
 
@@ -159,11 +157,12 @@ def run(job: Job, program: Program) -> Record:
     runtime = job.runtime
     config = stage_config(job.stage, job.config)
     store = open_store(runtime.store, cache=Path(runtime.cache) if runtime.cache else None)
-    sealed = store.record(job.stage, job_digest(job))
-    if sealed is not None:
-        _say(f"{job.stage} {sealed.digest[:12]} is sealed already")
-        return sealed
     with distributed.connect(runtime.device, threads=runtime.threads) as world:
+        sealed = store.record(job.stage, job_digest(job))
+        # One rank may see a seal that another was too early for: the first one's word counts.
+        if world.first_says(sealed is not None):
+            _say(f"{job.stage} {job_digest(job)[:12]} is sealed already")
+            return open_sealed(store, job)
         began = _now()
         context = Context(job=job, config=config, store=store, world=world)
         outcome = program(context)
@@ -235,7 +234,11 @@ def git_revision(root: Path | None = None) -> str | None:
         head = (git / "HEAD").read_text().strip()
         if not head.startswith("ref: "):
             return head
-        return (git / head[5:]).read_text().strip()
+        branch = head.removeprefix("ref: ")
+        if (git / branch).exists():
+            return (git / branch).read_text().strip()
+        packed = (git / "packed-refs").read_text().splitlines()
+        return next((line.split()[0] for line in packed if line.endswith(f" {branch}")), None)
     except OSError:
         return None
 

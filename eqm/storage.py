@@ -187,10 +187,13 @@ class LocalStore(Store):
                     file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
+                # Temporary files are private; a store in a folder may be shared.
+                aside.chmod(0o644)
                 try:
                     os.link(aside, path)
                 except FileExistsError:
                     return False
+            _sync_folder(path.parent)
         return True
 
     def exists(self, key: str) -> bool:
@@ -217,6 +220,15 @@ class LocalStore(Store):
         if not _is(path, blob):
             raise IntegrityError(self._damaged(blob, path.stat().st_size, hash_file(path)))
         return path
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make names in a folder durable, as fsync makes bytes."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _is_aside(key: str) -> bool:
@@ -379,6 +391,7 @@ class _KeyTakenError(StoreError):
 def _client() -> Any:
     import boto3.session
     from botocore.config import Config
+    from botocore.exceptions import BotoCoreError
 
     settings = Config(
         retries={"mode": "standard", "max_attempts": 4},
@@ -387,7 +400,10 @@ def _client() -> Any:
         s3={"addressing_style": "path"},
     )
     # A session of our own: the default one keeps the first credentials that it ever saw.
-    return boto3.session.Session().client("s3", config=settings)
+    try:
+        return boto3.session.Session().client("s3", config=settings)
+    except (BotoCoreError, ValueError) as error:
+        raise StoreError(f"S3 cannot be used: {error}; check the AWS_* variables") from error
 
 
 @contextlib.contextmanager

@@ -140,9 +140,13 @@ def world_divides(config: TrainConfig, world: World) -> None:
 
 def resume(run: Run) -> None:
     """Put the newest checkpoint's state in place, if there is one."""
-    state = checkpoint.load_newest(run.context.store, run.context.digest)
-    if state is None:
+    store, digest = run.context.store, run.context.digest
+    # Ranks that looked for themselves might see different ones, while another process writes.
+    found = checkpoint.newest(store, digest) if run.world.is_first else None
+    position = run.world.first_says(-1 if found is None else found)
+    if position < 0:
         return
+    state = checkpoint.load(store, digest, position)
     with torch.no_grad():
         for parameter, name in run.names.items():
             parameter.copy_(state.parameters[name])

@@ -43,9 +43,24 @@ def run() -> None:
     except EqmError as error:
         err.print(f"[bold red]error:[/] {_plain(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    except OSError as error:
+        _told_disk_error(error)
     except KeyboardInterrupt:
         err.print("interrupted: the same command goes on where this one was")
         sys.exit(130)
+
+
+def _told_disk_error(error: OSError) -> None:
+    """A full disk or a folder without rights is one message too; other OSErrors are defects."""
+    from eqm.errors import EqmError
+    from eqm.storage import disk_errors
+
+    try:
+        with disk_errors(str(error.filename or "this machine")):
+            raise error
+    except EqmError as told:
+        err.print(f"[bold red]error:[/] {_plain(str(told))}", highlight=False, soft_wrap=True)
+        sys.exit(2)
 
 
 def _plain(text: str) -> str:
@@ -178,10 +193,16 @@ def evaluate(
 
 @app.command()
 def promote(
-    config: ConfigArgument = "demo", set_: SetOption = None, dry_run: DryRunOption = False
+    config: ConfigArgument = "demo",
+    set_: SetOption = None,
+    dry_run: DryRunOption = False,
+    despite_rollback: Annotated[
+        bool, typer.Option("--despite-rollback", help="Also a model that was rolled back.")
+    ] = False,
 ) -> None:
     """Judge the evaluated model; make it champion if the policy is met."""
-    promoted = _flow("flows.promote", "promote", config, set_, dry_run)
+    more = {"despite_rollback": despite_rollback}
+    promoted = _flow("flows.promote", "promote", config, set_, dry_run, **more)
     if promoted is not None:
         out.print("champion" if promoted else "not promoted: the reasons are above")
         raise typer.Exit(0 if promoted else 1)
@@ -222,23 +243,29 @@ def sample(
     seeds: Annotated[str, typer.Option(help="Seeds for each label, as 0-7.")] = "0-7",
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 1.0,
     updates: Annotated[int, typer.Option(min=1, help="Descent updates.")] = 249,
-    step_size: Annotated[float, typer.Option(min=0, help="Descent step size.")] = 0.003,
+    step_size: Annotated[float, typer.Option(min=1e-9, help="Descent step size.")] = 0.003,
     momentum: Annotated[float, typer.Option(min=0, max=0.999, help="NAG momentum.")] = 0.3,
     to: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
 ) -> None:
     """Draw a grid of samples: one row a label, one column a seed."""
     _prepare()
     import eqm
+    from eqm.errors import ConfigError
     from eqm.report import sample_grid
     from flows.settings import current_settings
 
     rows, columns = _numbers("labels", labels), _numbers("seeds", seeds)
+    if not to.absolute().parent.is_dir():
+        raise ConfigError(f"--to is {to}, but there is no folder {to.absolute().parent}")
     loaded = eqm.load(model, mlflow_uri=current_settings().mlflow_uri)
+    classes = len(loaded.spec.classes)
+    if max(rows) >= classes:
+        raise ConfigError(f"--labels asks for {max(rows)}; this model has 0 to {classes - 1}")
     found = eqm.sample(
         loaded,
         labels=[k for k in rows for _ in columns],
         # Seeds differ between rows too, or rows would share their noise.
-        seeds=[s * len(loaded.spec.classes) + k for k in rows for s in columns],
+        seeds=[s * classes + k for k in rows for s in columns],
         rule=eqm.NAG(step_size=step_size, momentum=momentum),
         updates=updates,
         guidance=guidance,
@@ -259,9 +286,12 @@ def _numbers(name: str, text: str) -> list[int]:
 
     try:
         spans = [part.partition("-") for part in text.split(",")]
-        return [n for a, dash, b in spans for n in range(int(a), int(b if dash else a) + 1)]
+        numbers = [n for a, dash, b in spans for n in range(int(a), int(b if dash else a) + 1)]
     except ValueError as error:
         raise ConfigError(f"--{name} is {text!r}; it must look like 0-9 or 0,3,5") from error
+    if not numbers:
+        raise ConfigError(f"--{name} is {text!r}, which names none; it must look like 0-9")
+    return numbers
 
 
 def _changes(settings: list[str] | None) -> dict[str, Any]:
@@ -287,7 +317,14 @@ def _prepare() -> None:
     activate()
 
 
-def _flow(module: str, name: str, config: str, settings: list[str] | None, dry_run: bool) -> Any:
+def _flow(
+    module: str,
+    name: str,
+    config: str,
+    settings: list[str] | None,
+    dry_run: bool,
+    **more: Any,
+) -> Any:
     """Run a flow here, in this process; None for a dry run."""
     from importlib import import_module
 
@@ -303,7 +340,7 @@ def _flow(module: str, name: str, config: str, settings: list[str] | None, dry_r
     _prepare()
     check_prefect()
     flow: Callable[..., Any] = getattr(import_module(module), name)
-    return flow(config=config, changes=changes)
+    return flow(config=config, changes=changes, **more)
 
 
 def _said(what: str, result: Any) -> None:
@@ -329,7 +366,9 @@ def _summary(result: dict[str, Any]) -> None:
 def _links(stack: Any) -> None:
     out.print(f"S3       {stack.s3_endpoint}")
     out.print(f"MLflow   {stack.mlflow_uri}")
-    out.print(f"Prefect  {stack.prefect_ui_url}")
+    secrets = stack.home / "credentials.json"
+    hint = f"  (its pages ask for prefect_auth in {secrets})" if stack.prefect_auth else ""
+    out.print(f"Prefect  {stack.prefect_ui_url}{hint}", soft_wrap=True)
 
 
 if __name__ == "__main__":

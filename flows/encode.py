@@ -30,7 +30,15 @@ def fit_autoencoder(plan: Plan, source: Ref) -> Record:
 def encode_images(plan: Plan, source: Ref, autoencoder: Record) -> Record:
     """Encode all images into sealed shards of moments."""
     job = latents_job(plan, source, autoencoder)
-    return ensure(plan, job, say=logged, processes=plan.config.processes)
+    return ensure(plan, job, say=logged, processes=plan.processes)
+
+
+@flow(name="fit-autoencoder")
+def fit(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None = None) -> str:
+    """Fit the autoencoder of a config; returns the address of its record."""
+    plan = make_plan(config, changes, tracked=False)
+    made = fit_autoencoder(plan, list_images(plan))
+    return plan.store.where(f"autoencoder/{made.digest}")
 
 
 @flow(name="encode")

@@ -11,17 +11,26 @@ from typing import Any
 from prefect import flow
 
 from eqm import champion, dossier, gate
-from eqm.config import replace
+from eqm.config import Job, replace
 from eqm.errors import DataError
-from eqm.records import Decision, Evaluation, Record, Ref, from_json
+from eqm.records import Decision, Evaluation, Reason, Record, Ref, from_json, to_json
 from eqm.records import digest as digest_of
 from eqm.registry import Registry
 from eqm.report import render_html, render_json
 from eqm.stage import open_ref
 from flows.encode import encode_images, fit_autoencoder, list_images
-from flows.plan import Plan, ensure, evaluation_job, extractor_job, make_plan, samples_job
+from flows.plan import (
+    Plan,
+    ensure,
+    evaluation_job,
+    extractor_job,
+    make_plan,
+    require_sealed,
+    samples_job,
+    train_job,
+)
 from flows.prefect_tools import link, logged, stage
-from flows.train import register_model, train_model
+from flows.train import latents_of, register_model, train_model
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ def fit_extractor(plan: Plan, source: Ref) -> Record:
 def generate_samples(plan: Plan, trained: Record, extractor: Record) -> Record:
     """Generate the samples that are judged."""
     job = samples_job(plan, trained, extractor)
-    return ensure(plan, job, say=logged, processes=plan.config.processes)
+    return ensure(plan, job, say=logged, processes=plan.processes)
 
 
 @stage
@@ -57,20 +66,57 @@ def evaluate_model(
     return ensure(plan, evaluation_job(plan, source, trained, extractor, samples), say=logged)
 
 
+def under_same_protocol(plan: Plan, evaluation: Record, standing: champion.Entry) -> Record:
+    """Evaluation of the champion that a candidate may be compared with.
+
+    That of its promotion where the protocols are equal; else (new images, another sampler) the
+    champion is generated from and measured again, as the candidate was.
+    """
+    then = open_ref(plan.store, standing.evaluation)
+    wanted = dossier.evaluation_of(evaluation).protocol_digest
+    if dossier.evaluation_of(then).protocol_digest == wanted:
+        return then
+    logged(f"version {standing.version} was judged under another protocol: measuring it again")
+    trained = open_ref(plan.store, standing.train)
+    extractor = open_ref(plan.store, evaluation.inputs["extractor"])
+    samples = ensure(plan, samples_job(plan, trained, extractor), say=logged)
+    source = evaluation.inputs["source"]
+    job = evaluation_job(plan, source, trained, extractor, samples)
+    return ensure(plan, job, say=logged)
+
+
+def refused_after_rollback(decision: Decision, taken_back: champion.Entry) -> Decision:
+    """A model that people rolled back does not come back by itself."""
+    reason = Reason(
+        check="rollback",
+        passed=False,
+        text=f"version {taken_back.version} was rolled back: it is promoted again only by "
+        "`eqm promote --despite-rollback`",
+    )
+    return replace(decision, promote=False, reasons=(*decision.reasons, reason))
+
+
 @stage
-def judge(plan: Plan, evaluation: Record) -> Decision:
+def judge(plan: Plan, evaluation: Record, despite_rollback: bool = False) -> Decision:
     """Hold the evaluation against the policy and the champion."""
-    standing = champion.current(plan.store, plan.model_name)
+    entries = champion.history(plan.store, plan.model_name)
+    standing = next(iter(champion.lineage(entries)[-1:]), None)
     if standing is not None and standing.evaluation == evaluation.ref:
-        logged(f"version {standing.version} is champion on this very evidence")
-        return from_json(Decision, standing.decision, "history")
+        same = from_json(Decision, standing.decision, "history")
+        if same.policy == to_json(plan.config.policy):
+            logged(f"version {standing.version} is champion on this very evidence")
+            return same
+    against = None if standing is None else under_same_protocol(plan, evaluation, standing)
     decision = gate.decide(
         dossier.evaluation_of(evaluation),
         evaluation.ref,
         plan.config.policy,
-        champion=dossier.champion_evaluation(plan.store, standing),
-        champion_ref=None if standing is None else standing.evaluation,
+        champion=None if against is None else dossier.evaluation_of(against),
+        champion_ref=None if against is None else against.ref,
     )
+    taken_back = champion.withdrawn(entries).get(evaluation.inputs["train"].content)
+    if taken_back is not None and not despite_rollback:
+        decision = refused_after_rollback(decision, taken_back)
     for reason in decision.reasons:
         logged(f"{'passed' if reason.passed else 'FAILED'}  {reason.check}: {reason.text}")
     return decision
@@ -121,6 +167,40 @@ def figures(measured: Evaluation, kind: str) -> dict[str, float]:
     numbers = {f"{kind}/{key}": metric.value for key, metric in measured.metrics.items()}
     auroc = {f"{kind}/auroc_{row.name}": row.auroc for row in measured.ood}
     return {**numbers, **auroc}
+
+
+@flow(name="fit-extractor")
+def fit(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None = None) -> str:
+    """Fit the feature extractor of a config; returns the address of its record."""
+    plan = make_plan(config, changes, tracked=False)
+    made = fit_extractor(plan, list_images(plan))
+    return plan.store.where(f"extractor/{made.digest}")
+
+
+@flow(name="generate")
+def generate(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None = None) -> str:
+    """Generate from the trained model of a config; returns the address of the samples."""
+    plan = make_plan(config, changes, tracked=False)
+    trained = require_sealed(plan, train_job(plan, latents_of(plan)))
+    made = generate_samples(plan, trained, fit_extractor(plan, list_images(plan)))
+    return plan.store.where(f"samples/{made.digest}")
+
+
+@flow(name="report")
+def report(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None = None) -> str:
+    """Judge and report the sealed evaluation of a config; returns the address of the page."""
+    plan = make_plan(config, changes)
+    evaluation = require_sealed(plan, evaluation_of(plan))
+    return plan.store.where(publish(plan, evaluation, judge(plan, evaluation)).key)
+
+
+def evaluation_of(plan: Plan) -> Job:
+    """What the evaluation of a config is asked, everything before it being sealed."""
+    source = list_images(plan)
+    extractor = require_sealed(plan, extractor_job(plan, source))
+    trained = require_sealed(plan, train_job(plan, latents_of(plan)))
+    samples = require_sealed(plan, samples_job(plan, trained, extractor))
+    return evaluation_job(plan, source, trained, extractor, samples)
 
 
 @flow(name="evaluate")
@@ -177,6 +257,11 @@ def _of_day(plan: Plan, day: datetime.date) -> Any:
 
 def compare_days(plan: Plan, standing: champion.Entry, today: Record) -> None:
     """Say today's distance beside that of the promotion: other seeds, the same model."""
-    then = dossier.evaluation_of(open_ref(plan.store, standing.evaluation)).metrics["distance"]
-    now = dossier.evaluation_of(today).metrics["distance"]
-    logged(f"{now.name}: {now.value:.4g} with today's seeds, {then.value:.4g} at promotion")
+    then = dossier.evaluation_of(open_ref(plan.store, standing.evaluation))
+    now = dossier.evaluation_of(today)
+    distance = now.metrics["distance"]
+    line = f"{distance.name}: {distance.value:.4g} with today's seeds"
+    if then.protocol_digest != now.protocol_digest:
+        logged(f"{line}; its promotion was judged under another protocol and is not comparable")
+    else:
+        logged(f"{line}, {then.metrics['distance'].value:.4g} at promotion")

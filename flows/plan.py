@@ -61,6 +61,14 @@ class Plan:
             )
         return self.settings.mlflow_uri
 
+    @property
+    def processes(self) -> int:
+        """Processes of a stage that can use several: not more than there are GPUs, if any."""
+        import torch
+
+        gpus = torch.cuda.device_count()
+        return min(self.config.processes, gpus) if gpus else self.config.processes
+
     def runtime(self, stage: str) -> Runtime:
         """Where things lie: in no digest."""
         return Runtime(

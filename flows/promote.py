@@ -10,19 +10,9 @@ from prefect import flow
 from eqm import champion
 from eqm.records import Decision, Record
 from eqm.registry import Registry, Version
-from flows.encode import list_images
-from flows.evaluate import Report, judge, publish
-from flows.plan import (
-    Plan,
-    autoencoder_job,
-    evaluation_job,
-    extractor_job,
-    latents_job,
-    make_plan,
-    require_sealed,
-    samples_job,
-    train_job,
-)
+from eqm.stage import open_ref
+from flows.evaluate import Report, evaluation_of, judge, publish
+from flows.plan import Plan, make_plan, require_sealed
 from flows.prefect_tools import logged, stage
 from flows.train import register_model
 
@@ -56,19 +46,20 @@ def promote_model(
 
 
 @flow(name="promote")
-def promote(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None = None) -> bool:
-    """Judge the evaluated model of a config, and promote it if the policy is met."""
+def promote(
+    config: str | dict[str, Any] = "demo",
+    changes: dict[str, Any] | None = None,
+    despite_rollback: bool = False,
+) -> bool:
+    """Judge the evaluated model of a config, and promote it if the policy is met.
+
+    A model that was rolled back is promoted again only with ``despite_rollback``.
+    """
     plan = make_plan(config, changes)
-    source = list_images(plan)
-    autoencoder = require_sealed(plan, autoencoder_job(plan, source))
-    extractor = require_sealed(plan, extractor_job(plan, source))
-    latents = require_sealed(plan, latents_job(plan, source, autoencoder))
-    trained = require_sealed(plan, train_job(plan, latents))
-    samples = require_sealed(plan, samples_job(plan, trained, extractor))
-    asked = evaluation_job(plan, source, trained, extractor, samples)
-    evaluation = require_sealed(plan, asked)
+    evaluation = require_sealed(plan, evaluation_of(plan))
+    trained = open_ref(plan.store, evaluation.inputs["train"])
     version = register_model(plan, trained)
-    decision = judge(plan, evaluation)
+    decision = judge(plan, evaluation, despite_rollback)
     report = publish(plan, evaluation, decision)
     return promote_model(plan, trained, version, decision, report) is not None
 

@@ -10,23 +10,30 @@ from prefect import flow
 from eqm.records import Record
 from eqm.records import digest as digest_of
 from eqm.registry import Registry, Version
-from eqm.stage import git_revision
 from flows.encode import encode_images, fit_autoencoder, list_images
-from flows.plan import Plan, ensure, make_plan, train_job
+from flows.plan import (
+    Plan,
+    autoencoder_job,
+    ensure,
+    latents_job,
+    make_plan,
+    require_sealed,
+    train_job,
+)
 from flows.prefect_tools import logged, stage
 
 
 @stage
 def train_model(plan: Plan, latents: Record) -> Record:
     """Train, or go on training, to the end of the config."""
-    return ensure(plan, train_job(plan, latents), say=logged, processes=plan.config.processes)
+    return ensure(plan, train_job(plan, latents), say=logged, processes=plan.processes)
 
 
 @stage
 def register_model(plan: Plan, trained: Record) -> Version:
     """Make a registered version that points to the sealed model, alias ``candidate``."""
     registry = Registry(plan.mlflow_uri)
-    revision = trained.provenance.get("git_revision") or git_revision() or "unknown"
+    revision = trained.provenance.get("git_revision") or "unknown"
     tags = {
         "eqm.train": trained.digest,
         "eqm.content": trained.content,
@@ -41,6 +48,20 @@ def register_model(plan: Plan, trained: Record) -> Version:
     )
     logged(f"{version.model} version {version.number}: registered as candidate")
     return version
+
+
+@flow(name="register")
+def register(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None = None) -> int:
+    """Register the trained model of a config; returns its version."""
+    plan = make_plan(config, changes)
+    return register_model(plan, require_sealed(plan, train_job(plan, latents_of(plan)))).number
+
+
+def latents_of(plan: Plan) -> Record:
+    """The sealed latents of a config. Raises DataError if they were not encoded."""
+    source = list_images(plan)
+    autoencoder = require_sealed(plan, autoencoder_job(plan, source))
+    return require_sealed(plan, latents_job(plan, source, autoencoder))
 
 
 @flow(name="train")

@@ -1,14 +1,14 @@
 """A checkpoint is complete or not there; a damaged one is refused by name."""
 
-import json
 from pathlib import Path
 
 import pytest
 import torch
 
 from eqm import checkpoint
-from eqm.checkpoint import TrainState, load_newest, save
+from eqm.checkpoint import TrainState, load, newest, save
 from eqm.errors import IntegrityError
+from eqm.records import note_from_bytes
 from eqm.storage import LocalStore
 
 RUN = "d" * 64
@@ -28,6 +28,11 @@ def a_state(images_seen: int = 128) -> TrainState:
         history={"images": [64.0], "loss": [0.1], "gradient_norm": [2.0]},
         pending=[[0.25, 1.5]],
     )
+
+
+def load_newest(store: LocalStore, run: str) -> TrainState | None:
+    position = newest(store, run)
+    return None if position is None else load(store, run, position)
 
 
 def assert_same(left: TrainState, right: TrainState) -> None:
@@ -84,8 +89,9 @@ def test_files_without_their_commit_are_no_checkpoint(
 def test_one_flipped_bit_is_refused_with_the_way_on(tmp_path: Path, file: str) -> None:
     store = LocalStore(tmp_path)
     key = save(store, RUN, a_state())
-    commit = checkpoint.from_json(checkpoint.Commit, json.loads(store.read(key)), "commit")
+    commit = note_from_bytes(checkpoint.Commit, store.read(key), "commit")
     path = store.root / commit.files[file].key
+    path.chmod(0o644)
     data = bytearray(path.read_bytes())
     data[-1] ^= 4
     path.write_bytes(bytes(data))
@@ -95,12 +101,34 @@ def test_one_flipped_bit_is_refused_with_the_way_on(tmp_path: Path, file: str) -
     assert load_newest(store, RUN) is None
 
 
-def test_another_schema_is_refused(tmp_path: Path) -> None:
+def test_another_schema_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = LocalStore(tmp_path)
+    with monkeypatch.context() as older:
+        older.setattr(checkpoint, "SCHEMA", "eqm-checkpoint/0")
+        save(store, RUN, a_state())
+    with pytest.raises(IntegrityError, match="schema 'eqm-checkpoint/0'"):
+        load_newest(store, RUN)
+
+
+@pytest.mark.parametrize("old", ["128", "sha256", '"size_bytes": '])
+def test_a_changed_commit_is_refused(tmp_path: Path, old: str) -> None:
     store = LocalStore(tmp_path)
     key = save(store, RUN, a_state())
     path = store.root / key
-    path.write_text(path.read_text().replace(checkpoint.SCHEMA, "eqm-checkpoint/0"))
-    with pytest.raises(IntegrityError, match="schema 'eqm-checkpoint/0'"):
+    text = path.read_text()
+    edited = text.replace(old, old.replace("128", "192").replace("sha", "shb") + "1" * (":" in old))
+    assert edited != text
+    path.chmod(0o644)
+    path.write_text(edited)
+    with pytest.raises(IntegrityError, match=rf"delete .*{key}"):
+        load_newest(store, RUN)
+
+
+def test_a_lost_file_is_told_with_the_way_on(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    key = save(store, RUN, a_state())
+    next(p for p in (tmp_path / "blobs" / "sha256").iterdir()).unlink()
+    with pytest.raises(IntegrityError, match=rf"does not exist.*delete .*{key}"):
         load_newest(store, RUN)
 
 

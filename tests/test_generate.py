@@ -1,6 +1,5 @@
 """Samples are a function of the model and their seeds, made once each whatever happens."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from eqm.config import GenerateConfig, Job, SamplerConfig
 from eqm.distributed import World
 from eqm.errors import DataError, IntegrityError
 from eqm.generate import Part, labels_of, parts_of
-from eqm.records import Blob, Record, from_json, to_json
+from eqm.records import Blob, Record, note_from_bytes, to_json
 from eqm.stage import Context, job_digest, stage_config
 from eqm.storage import LocalStore, Store, record_key
 
@@ -105,7 +104,7 @@ def test_a_damaged_part_is_refused_and_a_lost_one_made_again(
     job = chain.elsewhere(tiny.job("samples"), store.root)
     (store.root / record_key("samples", job_digest(job))).unlink()
     key = f"samples/{job_digest(job)}/parts/000001.json"
-    file = store.root / from_json(Blob, json.loads(store.read(key))).key
+    file = store.root / note_from_bytes(Blob, store.read(key), "part").key
     file.chmod(0o600)
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     with pytest.raises(IntegrityError, match=r"damaged.*or delete it"):

@@ -254,7 +254,7 @@ def test_numbers_are_readable():
 @pytest.mark.parametrize(
     ("content", "verdict", "mark"),
     [
-        (report(), "Promoted", "✓"),
+        (report(), "Passed", "✓"),
         (report(refused=True), "Not promoted", "✗"),
         (report(decision=None), "No decision", None),
     ],

@@ -104,10 +104,10 @@ def test_a_program_ends_with_one_message_and_status_2(tmp_path: Path, launched: 
     line = [sys.executable, "-m", "eqm.encode", str(path)]
     done = subprocess.run(line, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 2
-    # Whoever launched it says the message; alone, the program does.
-    said = reason.read_text() if launched else done.stderr.removeprefix("error: ")
-    assert said.startswith("store 'http://nowhere'")
-    assert done.stderr == ("" if launched else f"error: {said}")
+    assert done.stderr.startswith("error: store 'http://nowhere'")
+    assert len(done.stderr.splitlines()) == 1
+    assert reason.exists() == launched
+    assert not launched or done.stderr == f"error: {reason.read_text()}\n"
 
 
 def test_provenance_names_no_place(tmp_path: Path) -> None:

@@ -117,7 +117,9 @@ def test_a_signal_ends_training_with_a_checkpoint(
         chain.run(job)
     monkeypatch.undo()
     assert signal.getsignal(kind) is before
-    state = checkpoint.load_newest(store_of(job), job_digest(job))
+    position = checkpoint.newest(store_of(job), job_digest(job))
+    assert position is not None
+    state = checkpoint.load(store_of(job), job_digest(job), position)
     assert state is not None
     assert state.images_seen == HALF
     assert store_of(job).record("train", job_digest(job)) is None

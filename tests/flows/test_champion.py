@@ -55,12 +55,24 @@ class Bench:
         self.trained[version.number] = record
         return version
 
+    def evidence(self, number: int) -> Ref:
+        """Sealed evaluation of a version."""
+        record = Record(
+            stage="evaluation",
+            algorithm=1,
+            config={},
+            inputs={"train": self.trained[number].ref},
+            outputs={},
+            values={"number": number},
+        )
+        return self.store.seal(record).ref
+
     def judged(self, version: Version, *, promote: bool = True) -> Decision:
         standing = champion.current(self.store, self.model)
         return Decision(
             promote=promote,
             policy={"name": "test"},
-            candidate=evidence(version.number),
+            candidate=self.evidence(version.number),
             champion=standing.evaluation if standing else None,
             reasons=(
                 Reason(check="distance", passed=promote, text="distance 9 exceeds 5"),
@@ -93,10 +105,6 @@ class Bench:
         return [(e.number, e.action, e.version) for e in entries]
 
 
-def evidence(number: int) -> Ref:
-    return Ref(stage="evaluation", digest=f"{number:064x}", content=f"{number:064x}")
-
-
 @pytest.fixture
 def bench(mlflow_environment: dict[str, str], tmp_path: Path) -> Bench:
     return Bench(tmp_path, mlflow_environment["MLFLOW_TRACKING_URI"])
@@ -115,12 +123,12 @@ def test_the_first_promotion(bench: Bench) -> None:
     assert champion.current(bench.store, bench.model) == entry
     assert (entry.number, entry.action, entry.version) == (1, "promote", 1)
     assert entry.train == bench.trained[1].ref
-    assert entry.evaluation == evidence(1)
+    assert entry.evaluation == bench.evidence(1)
     assert entry.decision["reasons"][0]["text"] == "distance 9 exceeds 5"
     assert bench.shown() == 1
     tags = bench.registry.by_number(bench.model, 1).tags
     assert tags["eqm.history"] == "1"
-    assert tags["eqm.evaluation"] == evidence(1).digest
+    assert tags["eqm.evaluation"] == bench.evidence(1).digest
     assert tags["eqm.report"] == "reports/1.html"
 
 
@@ -189,7 +197,7 @@ def test_back_and_further_back(bench: Bench) -> None:
     back = bench.rolls_back()
     assert (back.number, back.action, back.version) == (4, "rollback", 2)
     assert back.provenance == {"from_version": 3}
-    assert (back.train, back.evaluation) == (bench.trained[2].ref, evidence(2))
+    assert (back.train, back.evaluation) == (bench.trained[2].ref, bench.evidence(2))
     assert bench.shown() == 2
     assert bench.rolls_back().version == 1
     assert bench.shown() == 1
@@ -200,6 +208,44 @@ def test_back_and_further_back(bench: Bench) -> None:
     # And forward again, from where the way back ended.
     assert bench.promotes(bench.trains()).number == 6
     assert bench.rolls_back().version == 1
+
+
+def test_what_was_rolled_back_is_known_as_such(bench: Bench) -> None:
+    for _ in range(3):
+        bench.promotes(bench.trains())
+    bench.rolls_back()
+
+    def taken_back() -> dict[str, int]:
+        entries = champion.history(bench.store, bench.model)
+        return {content: e.version for content, e in champion.withdrawn(entries).items()}
+
+    assert taken_back() == {bench.trained[3].content: 3}
+    bench.rolls_back()
+    assert set(taken_back().values()) == {2, 3}
+    bench.promotes(bench.registry.by_number(bench.model, 3))
+    assert set(taken_back().values()) == {2}, "promoted again, it stands"
+
+
+def test_a_changed_entry_is_refused(bench: Bench) -> None:
+    bench.promotes(bench.trains())
+    bench.promotes(bench.trains())
+    path = bench.store.root / f"history/{bench.model}/00000002.json"
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(IntegrityError, match=r"00000002\.json does not match its own digest"):
+        bench.repairs()
+
+
+def test_a_write_whose_answer_was_lost_is_no_lost_race(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_once = LocalStore.write_once
+
+    def answer_lost(store: LocalStore, key: str, data: bytes) -> bool:
+        write_once(store, key, data)
+        return write_once(store, key, data)
+
+    monkeypatch.setattr(LocalStore, "write_once", answer_lost)
+    assert bench.promotes(bench.trains()).number == 1
 
 
 def test_nothing_to_go_back_to(bench: Bench) -> None:

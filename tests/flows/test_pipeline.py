@@ -19,7 +19,7 @@ from PIL import Image
 import eqm
 from eqm import champion
 from eqm.errors import IntegrityError
-from eqm.records import Record, from_json
+from eqm.records import Decision, Record, from_json
 from eqm.shards import open_manifest
 from eqm.stage import open_ref, verify
 from eqm.storage import Store, open_store
@@ -402,3 +402,40 @@ def pictures(folder: Path) -> None:
             data = io.BytesIO()
             Image.fromarray(pixels).save(data, "PNG")
             (folder / name / f"{number:02d}.png").write_bytes(data.getvalue())
+
+
+# -- a successor, and the way back --------------------------------------------------------------
+
+
+def test_a_successor_is_compared_under_its_own_protocol_and_stays_rolled_back(
+    ran: Ran, tmp_path: Path
+) -> None:
+    changed = """
+from flows import pipeline as module
+from flows.promote import promote, rollback
+CHANGES = {
+    "train.seed": 1,
+    "generate.sampler.updates": 5,
+    "policy.maximum_distance_ratio": 1000.0,
+}
+def pipeline(config):
+    first = module.pipeline(config, CHANGES)
+    back = rollback(config)
+    again = module.pipeline(config, CHANGES)
+    asked = promote(config, CHANGES)
+    insisted = promote(config, CHANGES, despite_rollback=True)
+    return [first["promoted"], back, again["promoted"], asked, insisted]
+"""
+    ended = run_flow(
+        ran.config, tmp_path / "1.json", os.environ, before=STAGES_IN_THIS_PROCESS + changed
+    )
+    assert ended == [True, 1, False, False, True]
+    entries = champion.history(ran.store, MODEL)
+    assert [e.action for e in entries] == ["promote", "promote", "rollback", "promote"]
+    decision = from_json(Decision, entries[1].decision)
+    assert decision.champion is not None, "the first champion was measured again, and compared"
+    measured = open_ref(ran.store, decision.champion)
+    assert measured.inputs["train"] == entries[0].train
+    assert measured.ref != entries[0].evaluation
+    candidate = open_ref(ran.store, decision.candidate)
+    assert measured.values["protocol_digest"] == candidate.values["protocol_digest"]
