@@ -137,6 +137,8 @@ def publish(plan: Plan, evaluation: Record, decision: Decision | None) -> Report
     key = f"reports/{evaluation.digest}/{judged}"
     plan.store.write_once(f"{key}.html", html)
     plan.store.write_once(f"{key}.json", data)
+    # What stands is what is shown everywhere, also where another version of this program made it.
+    html, data = plan.store.read(f"{key}.html"), plan.store.read(f"{key}.json")
     file = plan.settings.home / "reports" / f"{plan.config.name}-{evaluation.digest[:12]}.html"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(html)
