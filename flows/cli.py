@@ -45,9 +45,6 @@ def run() -> None:
         sys.exit(2)
     except OSError as error:
         _told_disk_error(error)
-    except KeyboardInterrupt:
-        err.print("interrupted: the same command goes on where this one was")
-        sys.exit(130)
 
 
 def _told_disk_error(error: OSError) -> None:
@@ -106,12 +103,11 @@ def status() -> None:
 def _champions() -> None:
     from eqm import champion
     from eqm.errors import EqmError
-    from eqm.storage import open_store
+    from flows.plan import store_of
     from flows.settings import activate
 
     try:
-        settings = activate()
-        store = open_store(settings.store, cache=settings.home / "cache")
+        store = store_of(activate())
         models = sorted({key.split("/")[1] for key in store.list("history/")})
     except EqmError as error:
         out.print(f"champions: unknown ({_plain(str(error))})")
@@ -239,7 +235,9 @@ def sample(
     model: Annotated[
         str, typer.Argument(help="models:/NAME@ALIAS, a sealed train record, or a directory.")
     ] = "models:/eqm-digits@champion",
-    labels: Annotated[str, typer.Option(help="Class numbers, as 0,1,2 or 0-9.")] = "0-9",
+    labels: Annotated[
+        str | None, typer.Option(help="Class numbers, as 0,1,2 or 0-9; all unless given.")
+    ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds for each label, as 0-7.")] = "0-7",
     guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 1.0,
     updates: Annotated[int, typer.Option(min=1, help="Descent updates.")] = 249,
@@ -254,11 +252,13 @@ def sample(
     from eqm.report import sample_grid
     from flows.settings import current_settings
 
-    rows, columns = _numbers("labels", labels), _numbers("seeds", seeds)
+    columns = _numbers("seeds", seeds)
+    asked = None if labels is None else _numbers("labels", labels)
     if not to.absolute().parent.is_dir():
         raise ConfigError(f"--to is {to}, but there is no folder {to.absolute().parent}")
     loaded = eqm.load(model, mlflow_uri=current_settings().mlflow_uri)
     classes = len(loaded.spec.classes)
+    rows = list(range(classes)) if asked is None else asked
     if max(rows) >= classes:
         raise ConfigError(f"--labels asks for {max(rows)}; this model has 0 to {classes - 1}")
     found = eqm.sample(
@@ -329,18 +329,22 @@ def _flow(
     from importlib import import_module
 
     from eqm.records import to_json
+    from flows.plan import read_config
     from flows.settings import check_prefect
 
     changes = _changes(settings)
     if dry_run:
-        from flows.plan import read_config
-
         out.print_json(data=to_json(read_config(config, changes)))
         return None
+    read_config(config, changes)
     _prepare()
     check_prefect()
     flow: Callable[..., Any] = getattr(import_module(module), name)
-    return flow(config=config, changes=changes, **more)
+    try:
+        return flow(config=config, changes=changes, **more)
+    except KeyboardInterrupt:
+        _say("interrupted: the same command goes on where this one was")
+        raise typer.Exit(130) from None
 
 
 def _said(what: str, result: Any) -> None:

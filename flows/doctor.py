@@ -92,8 +92,8 @@ def accelerator() -> Finding:
 
 def services() -> Iterator[Finding]:
     """Store, MLflow and Prefect, as this environment has them."""
-    from eqm.registry import check
-    from eqm.storage import open_store
+    from eqm.registry import check, default_uri
+    from flows.plan import store_of
     from flows.settings import activate, check_prefect
 
     try:
@@ -102,8 +102,8 @@ def services() -> Iterator[Finding]:
         yield Finding("services", False, str(error), "eqm up")
         return
     probes = {
-        f"store {settings.store}": lambda: open_store(settings.store).list("history/"),
-        "MLflow": lambda: check(settings.mlflow_uri or "(none)"),
+        f"store {settings.store}": lambda: store_of(settings).list("history/"),
+        "MLflow": lambda: check(settings.mlflow_uri or default_uri()),
         "Prefect": check_prefect,
     }
     for what, probe in probes.items():

@@ -8,16 +8,25 @@ from typing import Any
 from prefect import flow
 
 from eqm.records import Record, Ref
-from flows.plan import Plan, autoencoder_job, ensure, latents_job, make_plan, source_ref
+from flows.plan import (
+    Plan,
+    autoencoder_job,
+    ensure,
+    latents_job,
+    list_source,
+    make_plan,
+    source_ref,
+)
 from flows.prefect_tools import logged, stage
 
 
 @stage
 def list_images(plan: Plan) -> Ref:
     """List the images of the source; its digest stands for all of them."""
-    ref = source_ref(plan)
-    logged(f"source {ref.digest[:12]}: listed")
-    return ref
+    source = list_source(plan)
+    skipped = f", {len(source.skipped)} corrupt ones skipped" if source.skipped else ""
+    logged(f"source {source.digest[:12]}: {len(source.entries)} images{skipped}")
+    return source_ref(source)
 
 
 @stage

@@ -6,6 +6,7 @@ leaves the program running: a dead orchestrator never kills training.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import secrets
@@ -13,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -48,6 +49,23 @@ class LocalLauncher:
         """Run a program to its end. Raises StageError."""
         name = f"{job.stage}-{job_digest(job)[:16]}"
         self.folder.mkdir(parents=True, exist_ok=True)
+        with self._alone(name) as lock:
+            self._launch(job, name, processes, lock)
+
+    @contextlib.contextmanager
+    def _alone(self, name: str) -> Iterator[int]:
+        """Hold a job's lock; the program inherits it, and keeps it when the flow is killed."""
+        with (self.folder / f"{name}.lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise StageError(
+                    f"{name} is running already on this machine, started by another flow: wait "
+                    "for it to end, or stop it"
+                ) from None
+            yield file.fileno()
+
+    def _launch(self, job: Job, name: str, processes: int, lock: int) -> None:
         reason = self.folder / f"{name}.error"
         reason.unlink(missing_ok=True)
         file = self.folder / f"{name}.json"
@@ -60,12 +78,12 @@ class LocalLauncher:
             "OMP_NUM_THREADS": str(threads),
             MARK: secrets.token_hex(16),
         }
-        status = self._run(command(PROGRAMS[job.stage], file, processes), environment)
+        status = self._run(command(PROGRAMS[job.stage], file, processes), environment, lock)
         if status != 0:
             raise StageError(_why(name, status, reason))
 
-    def _run(self, line: list[str], environment: Mapping[str, str]) -> int:
-        child = subprocess.Popen(line, env=environment, start_new_session=True)
+    def _run(self, line: list[str], environment: Mapping[str, str], lock: int) -> int:
+        child = subprocess.Popen(line, env=environment, start_new_session=True, pass_fds=(lock,))
         try:
             status = child.wait()
         except BaseException:

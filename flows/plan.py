@@ -26,7 +26,7 @@ from eqm.config import (
     with_settings,
 )
 from eqm.errors import ConfigError, DataError
-from eqm.images import open_source
+from eqm.images import ImageSource, open_source
 from eqm.records import Record, Ref, to_json
 from eqm.registry import check
 from eqm.stage import job_digest, verify
@@ -106,6 +106,17 @@ def _table(config: str | Mapping[str, Any]) -> Mapping[str, Any]:
         raise ConfigError(f"config {config} is not TOML: {error}") from error
 
 
+def store_of(settings: Settings) -> Store:
+    """The store of this environment. Raises ConfigError where it is an S3 that nobody named."""
+    nobody = settings.s3_endpoint is None and settings.s3_access_key is None
+    if settings.store.startswith("s3://") and nobody:
+        raise ConfigError(
+            f"store {settings.store}: no S3 is running or given; start it with `eqm up`, or set "
+            "EQM_S3_ENDPOINT, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for AWS itself"
+        )
+    return open_store(settings.store, cache=settings.home / "cache")
+
+
 def make_plan(
     config: str | Mapping[str, Any], changes: Changes = None, *, tracked: bool = True
 ) -> Plan:
@@ -115,7 +126,7 @@ def make_plan(
     """
     checked = read_config(config, changes)
     settings = current_settings()
-    store = open_store(settings.store, cache=settings.home / "cache")
+    store = store_of(settings)
     # Asks before anything is begun whether the store is there and lets us in.
     store.list("history/")
     launcher = LocalLauncher(
@@ -131,10 +142,14 @@ def make_plan(
 # -- what each stage is asked -------------------------------------------------------------------
 
 
-def source_ref(plan: Plan) -> Ref:
+def list_source(plan: Plan) -> ImageSource:
     """List the images. New, changed or missing ones make another digest. Raises DataError."""
-    listing = open_source(plan.config.source, plan.config.source_uri).digest
-    return Ref(stage="source", digest=listing, content=listing)
+    return open_source(plan.config.source, plan.config.source_uri)
+
+
+def source_ref(source: ImageSource) -> Ref:
+    """How stages name a listing."""
+    return Ref(stage="source", digest=source.digest, content=source.digest)
 
 
 def autoencoder_job(plan: Plan, source: Ref) -> Job:
