@@ -163,6 +163,8 @@ def _bring_up(start: Start, wanted: Sequence[str], claims: ports.Claims) -> bool
 def _choose_ports(name: str, state: State, claims: ports.Claims) -> None:
     for port, preferred in ports.PREFERRED[name].items():
         others = {p for other, p in state.ports.items() if other != port}
+        if port in state.ports:
+            ports.wait_until_free(state.ports[port])
         state.ports[port] = claims.choose(state.ports.get(port, preferred), avoid=others)
 
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import socket
+import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 
@@ -27,6 +28,7 @@ PREFERRED: dict[str, dict[str, int]] = {
 """First choice for every port that a service opens."""
 
 TRIES = 400
+PATIENCE_SECONDS = 2.0
 
 
 @dataclass
@@ -72,6 +74,13 @@ def claims() -> Iterator[Claims]:
     finally:
         for claim in mine.held.values():
             claim.close()
+
+
+def wait_until_free(port: int) -> None:
+    """Give the kernel a moment to take a port from a process that has just been killed."""
+    until = time.monotonic() + PATIENCE_SECONDS
+    while not is_free(port) and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def is_free(port: int) -> bool:

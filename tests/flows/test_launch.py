@@ -231,6 +231,16 @@ def test_a_flow_that_is_killed_leaves_its_program(place: Place) -> None:
         flow.wait()
         time.sleep(0.2)
         assert len(marked(str(place.folder).encode())) == 2
+        # It still has the job: the same command does not start a second one beside it.
+        again = subprocess.run(
+            [sys.executable, "-c", script],
+            env=place.launcher.environment,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert "is running already on this machine" in again.stderr
+        assert len(marked(str(place.folder).encode())) == 2
     finally:
         flow.kill()
         flow.wait()
