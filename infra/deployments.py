@@ -8,6 +8,7 @@ import base64
 import json
 import subprocess
 import sys
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Mapping
@@ -21,6 +22,9 @@ from infra.services import WORKER_NAME
 from infra.stack import LOOPBACK, POOL, ServiceError, Stack, digest_of
 
 DEPLOY_SECONDS = 180.0
+
+BUSY = 503
+BUSY_WAITS_SECONDS = (0.5, 1.0, 2.0, 4.0)
 
 
 class PrefectApi:
@@ -51,12 +55,23 @@ class PrefectApi:
         """Names of all deployments."""
         return {found["name"] for found in self._post("/deployments/filter", {"limit": 200})}
 
+    def _open(self, request: urllib.request.Request) -> Any:
+        """Ask; again where the server is busy, as its own client does (SQLite was locked: 503)."""
+        for wait_seconds in BUSY_WAITS_SECONDS:
+            try:
+                return self._opener.open(request, timeout=30)
+            except urllib.error.HTTPError as error:
+                if error.code != BUSY:
+                    raise
+                time.sleep(wait_seconds)
+        return self._opener.open(request, timeout=30)
+
     def _post(self, path: str, body: dict[str, Any], *, accept: tuple[int, ...] = ()) -> Any:
         request = urllib.request.Request(
             self.url + path, data=json.dumps(body).encode(), headers=self._headers
         )
         try:
-            with self._opener.open(request, timeout=30) as answer:
+            with self._open(request) as answer:
                 return json.load(answer)
         except urllib.error.HTTPError as error:
             if error.code in accept:
