@@ -15,7 +15,7 @@ def main() -> None:
     """Measure and print."""
     torch.set_num_threads(1)
     config = NetworkConfig.size("S", patch=2)
-    network = Transformer(config, input_size=32, channels=4, classes=1000).eval()
+    network = Transformer(config, size=32, channels=4, classes=1000).eval()
     start = start_noise(
         torch.arange(BATCH), (4, 32, 32), dtype=torch.float32, device=torch.device("cpu")
     )

@@ -213,19 +213,71 @@ SIZES = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class NetworkConfig:
-    """The transformer: adaLN-zero blocks over patches; no time input."""
+class UNetConfig:
+    """A U-Net for small pixel images, where a transformer fails (the paper's CIFAR-10 table)."""
 
+    widths: tuple[int, ...] = (128, 256, 256)
+    """Channels of each resolution; every one after the first halves the size."""
+    layers: int = 2
+    """Residual blocks a resolution."""
+    attention: tuple[int, ...] = (1,)
+    """Indices into ``widths`` of the resolutions with self-attention."""
+    head_width: int = 64
+    """Channels of an attention head."""
+    groups: int = 32
+    """Groups of the group norms; must divide every width."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "network.unet", "layers", "head_width", "groups")
+        require(len(self.widths) > 0, "network.unet.widths", self.widths, "at least one width")
+        for width in self.widths:
+            rule = f"multiples of groups ({self.groups})"
+            require(width > 0 and width % self.groups == 0, "network.unet.widths", width, rule)
+        for level in self.attention:
+            rule = f"indices of widths, 0 to {len(self.widths) - 1}"
+            require(0 <= level < len(self.widths), "network.unet.attention", level, rule)
+            width = self.widths[level]
+            rule = f"a divisor of the width it attends at ({width})"
+            require(width % self.head_width == 0, "network.unet.head_width", self.head_width, rule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkConfig:
+    """The network f. EqM's has no time input: the noise level is hidden from it."""
+
+    kind: Literal["transformer", "unet"] = "transformer"
+    """"transformer": adaLN-zero blocks over patches. "unet": diffusers' U-Net, for pixels."""
     width: int = 64
     depth: int = 4
     heads: int = 4
     patch: int = 2
     mlp_ratio: float = 4.0
+    time: Literal["none", "constant", "conditioned"] = "none"
+    """"conditioned": sees gamma, as the baselines do. "constant": an embedder that is fed zeros,
+    which is what weights of the official code have."""
+    second_head: bool = False
+    """A second half of output channels: unused in official weights, h in the inner-product loss."""
+    qk_norm: bool = False
+    """Normalise queries and keys, with learnt scales."""
+    rope: bool = False
+    """Rotate queries and keys by row and column, beside the fixed position embedding."""
+    swiglu: bool = False
+    """A gated MLP with as many weights."""
+    rms_norm: bool = False
+    """Root-mean-square norms in place of layer norms."""
+    unet: UNetConfig = field(default_factory=UNetConfig)
 
     def __post_init__(self) -> None:
         _positive(self, "network", "width", "depth", "heads", "patch", "mlp_ratio")
         rule = f"a multiple of 4 and of heads ({self.heads})"
         require(self.width % self.heads == 0 == self.width % 4, "network.width", self.width, rule)
+        head = self.width // self.heads
+        require(
+            not self.rope or head % 4 == 0,
+            "network.heads",
+            self.heads,
+            f"such that width / heads ({head}) is a multiple of 4, for network.rope",
+        )
 
     @staticmethod
     def size(name: str, *, patch: int) -> "NetworkConfig":
@@ -237,9 +289,14 @@ class NetworkConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig:
-    """The loss: ||f(x_gamma) - (eps - x) c(gamma)||^2 (Eq. 3) and the c of Eqs. 4-6."""
+    """The loss: ||gradient(x_gamma) - (eps - x) c(gamma)||^2 (Eq. 3) and the c of Eqs. 4-6.
+
+    With ``network.time`` it spans the paper's Table 4: a c that vanishes at the data is EqM (or,
+    conditioned on gamma, its ablation), a constant one is flow matching.
+    """
 
     c: Literal["constant", "linear", "truncated", "piecewise"] = "truncated"
+    """"constant" is flow matching, a baseline: data are no equilibria of it."""
     a: float = 0.8
     """Where the decay begins (truncated, piecewise)."""
     b: float = 1.0
@@ -247,13 +304,38 @@ class ObjectiveConfig:
     multiplier: float = 4.0
     """lambda: scales c as a whole."""
     energy: Literal["implicit", "dot", "l2"] = "implicit"
+    loss: Literal["gradient", "inner-product", "norms"] = "gradient"
+    """"gradient" is Eq. 3. The others are ablations that circulate as summaries of the paper:
+    (f . h - ||t||^2)^2 with a second head h, and (||f|| - ||t||)^2, for the target t."""
+    backward: Literal["auto", "double", "directional"] = "auto"
+    """How the loss of an explicit energy reaches the weights: through a double backward, or
+    through the energy's difference along the residual. "auto": the faster one for the device."""
+    difference: float | None = None
+    """Step of the directional way, in shares of the norm of x; null: by precision."""
+    dispersive_weight: float = 0.0
+    """Weight of the dispersive loss on hidden tokens; the paper uses none."""
+    dispersive_group: int = 16
+    """Consecutive images that are pushed apart; a multiple of it goes to every process."""
 
     def __post_init__(self) -> None:
         _fraction(self, "objective", "a")
-        _positive(self, "objective", "multiplier")
+        _positive(self, "objective", "multiplier", "dispersive_group")
         require(self.b >= 0, "objective.b", self.b, "0 or greater")
         piecewise_ok = self.c != "piecewise" or self.a > 0
         require(piecewise_ok, "objective.a", self.a, "greater than 0 for a piecewise c")
+        step, weight = self.difference, self.dispersive_weight
+        require(step is None or 0 < step < 1, "objective.difference", step, "in (0, 1), or null")
+        require(weight >= 0, "objective.dispersive_weight", weight, "0 or greater")
+        implicit = self.energy == "implicit"
+        rule = "'gradient' for an explicit energy: the ablations read f itself"
+        require(implicit or self.loss == "gradient", "objective.loss", self.loss, rule)
+        rule = "0 for an explicit energy"
+        require(implicit or weight == 0, "objective.dispersive_weight", weight, rule)
+
+    @property
+    def is_equilibrium(self) -> bool:
+        """Whether c(1) = 0, so that data are where the gradient vanishes."""
+        return self.c != "constant"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -275,6 +357,11 @@ class TrainConfig:
     ema_half_life_images: float = 10_000.0
     label_dropout: float = 0.1
     """Probability of the null label; 0 gives a model without guidance."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the network computes in; weights, averages and losses are float32."""
+    init_from: PretrainedFile | None = None
+    """Weights to begin from: of a sealed training (``ema.safetensors``), or an official or SiT
+    checkpoint (``.pt``). The autoencoder and the shapes must be the same."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -295,6 +382,32 @@ class TrainConfig:
         return math.ceil(self.images / self.batch_size)
 
 
+def check_fit(network: NetworkConfig, objective: ObjectiveConfig) -> None:
+    """Refuse a network that cannot serve an objective. Raises ConfigError."""
+    inner = objective.loss == "inner-product"
+    require(
+        not inner or network.second_head,
+        "network.second_head",
+        network.second_head,
+        "true for objective.loss 'inner-product'",
+    )
+    transformer = network.kind == "transformer"
+    for name, unused in (
+        ("objective.dispersive_weight", objective.dispersive_weight == 0),
+        ("network.second_head", not network.second_head),
+    ):
+        require(transformer or unused, "network.kind", network.kind, f"'transformer' for {name}")
+
+
+def method(network: NetworkConfig, objective: ObjectiveConfig) -> str:
+    """What a model is called: EqM or one of the paper's baselines (Table 4, Table 5)."""
+    conditioned = network.time == "conditioned"
+    if not objective.is_equilibrium:
+        return "flow matching" if conditioned else "noise-unconditional flow matching"
+    name = {"implicit": "EqM", "dot": "EqM-E (dot)", "l2": "EqM-E (L2)"}[objective.energy]
+    return f"noise-conditioned {name}" if conditioned else name
+
+
 # -- sampling, evaluation, promotion ------------------------------------------------------------
 
 
@@ -302,11 +415,16 @@ class TrainConfig:
 class SamplerConfig:
     """Descent: x <- x - step_size * gradient (NAG: the gradient is taken ahead, section 3.3)."""
 
-    rule: Literal["gd", "nag"] = "nag"
+    rule: Literal["gd", "nag", "heavy-ball", "barzilai-borwein", "adam", "euler", "heun"] = "nag"
+    """"euler" and "heun" integrate the ODE over gamma, as flow matching needs."""
     step_size: float = 0.003
+    """Of the first update, for "barzilai-borwein"."""
     momentum: float = 0.3
+    """Of "nag" and "heavy-ball"."""
     updates: int = 249
-    """Updates, not the "steps" of the released code, which are one more."""
+    """Updates at most, not the "steps" of the released code, which are one more."""
+    stop_below: float | None = None
+    """Stop a sample when the norm of its gradient falls below this (Algorithm 2); null: never."""
     guidance: float = 1.0
     guidance_channels: int | None = None
     """Guide only the first so many channels (3 reproduces the released numbers); null: all."""
@@ -314,6 +432,8 @@ class SamplerConfig:
 
     def __post_init__(self) -> None:
         _positive(self, "sampler", "step_size", "updates", "batch_size")
+        below = self.stop_below
+        require(below is None or below > 0, "sampler.stop_below", below, "greater than 0, or null")
         _fraction(self, "sampler", "momentum")
         require(self.guidance >= 0, "sampler.guidance", self.guidance, "0 or greater")
         channels = self.guidance_channels
@@ -426,6 +546,11 @@ class PipelineConfig:
             "the folder that holds one folder of images a class",
         )
         _positive(self, "config", "processes")
+        check_fit(self.network, self.objective)
+        rule = self.generate.sampler.rule
+        integrates = self.network.time != "conditioned" or rule in ("euler", "heun")
+        wanted = "'euler' or 'heun' for a network that is conditioned on gamma"
+        require(integrates, "generate.sampler.rule", rule, wanted)
         require(
             self.threads is None or self.threads > 0,
             "threads",
@@ -504,6 +629,9 @@ class TrainStage:
     network: NetworkConfig
     objective: ObjectiveConfig
     train: TrainConfig
+
+    def __post_init__(self) -> None:
+        check_fit(self.network, self.objective)
 
 
 @dataclass(frozen=True, kw_only=True)

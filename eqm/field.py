@@ -12,6 +12,7 @@ Nothing else in this project decides a sign. A network f is read in one of three
 
     x  latents (B, C, H, W)      f  the network       g  the energy, (B,)
     u, c  gradients without and with labels           s  scale of guidance
+    gamma  noise level (B,): only networks that are conditioned on it ever see it
 
 The gradient of an energy is always its true gradient, whatever grad mode the caller is in:
 autograd is switched on here, or there is an error. The l2 energy of a network whose head is zero
@@ -19,7 +20,7 @@ has gradient zero in every weight: train it from other weights, or with ``initia
 zero_head=False)``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol, get_args
 
@@ -30,8 +31,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from eqm.network import check_labels
 
 Energy = Literal["implicit", "dot", "l2"]
-Gradient = Callable[[Tensor], Tensor]
-"""x (B, C, H, W) -> gradient (B, C, H, W)."""
+
+
+class Gradient(Protocol):
+    """A gradient as samplers see it: a function of x, and of a noise level that EqM ignores."""
+
+    def __call__(self, x: Tensor, gamma: Tensor | None = None) -> Tensor:
+        """Map x (B, ...) and gamma (B,) to the gradient (B, ...)."""
+        ...
 
 
 class Network(Protocol):
@@ -39,9 +46,13 @@ class Network(Protocol):
 
     classes: int | None
     """Labels go from 0 to classes - 1, and classes is the null label; None: no labels."""
+    conditioned: bool
+    """Whether it must be told the noise level."""
 
-    def __call__(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """Map (B, C, H, W) and (B,) int64 to (B, C, H, W)."""
+    def __call__(
+        self, x: Tensor, labels: Tensor | None = None, gamma: Tensor | None = None
+    ) -> Tensor:
+        """Map (B, C, H, W), (B,) int64 and, where it is conditioned, (B,) to (B, C, H, W)."""
         ...
 
 
@@ -55,40 +66,59 @@ class Field:
         self.kind = energy
 
     def gradient(
-        self, x: Tensor, labels: Tensor | None = None, *, create_graph: bool = False
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        gamma: Tensor | None = None,
+        *,
+        create_graph: bool = False,
     ) -> Tensor:
         """Gradient at x, (B, C, H, W): from data to noise; x itself is left alone.
 
         Detached, unless ``create_graph`` keeps what a loss needs to reach the weights (and x, if
-        that requires a gradient). Raises ValueError where a graph is asked for and grad mode is
-        off.
+        that requires a gradient). ``gamma`` reaches only a network that is conditioned on it.
+        Raises ValueError where a graph is asked for and grad mode is off.
         """
         if create_graph and not torch.is_grad_enabled():
             raise ValueError(
                 "create_graph=True keeps no graph under no_grad or inference_mode: leave them"
             )
         if self.kind != "implicit":
-            return self._energy_gradient(x, labels, create_graph)
+            return self._energy_gradient(x, labels, gamma, create_graph)
         with torch.set_grad_enabled(create_graph):
-            return self.network(x, labels)
+            return self.f(x, labels, gamma)
 
-    def energy(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def energy(
+        self, x: Tensor, labels: Tensor | None = None, gamma: Tensor | None = None
+    ) -> Tensor:
         """Energy at x, (B,): rises toward noise. Raises ValueError for an implicit field."""
         if self.kind == "implicit":
             raise ValueError(
                 "this field is implicit: it has a gradient and no energy. Use the norm of the "
                 "gradient, or train with energy 'dot' or 'l2'"
             )
-        f = self.network(x, labels)
+        f = self.f(x, labels, gamma)
         other = x if self.kind == "dot" else f / 2
         return (other * f).flatten(1).sum(dim=1)
 
-    def _energy_gradient(self, x: Tensor, labels: Tensor | None, create_graph: bool) -> Tensor:
+    def f(self, x: Tensor, labels: Tensor | None, gamma: Tensor | None) -> Tensor:
+        """What the network says, (B, C, H, W); it hears gamma if it is conditioned on it."""
+        return self.network(x, labels, gamma) if self.conditioned else self.network(x, labels)
+
+    @property
+    def conditioned(self) -> bool:
+        """Whether the network must be told the noise level: baselines only."""
+        return self.network.conditioned
+
+    def _energy_gradient(
+        self, x: Tensor, labels: Tensor | None, gamma: Tensor | None, create_graph: bool
+    ) -> Tensor:
         # Autograd cannot record inference tensors, and enable_grad alone does not end that mode.
         with torch.inference_mode(False), torch.enable_grad(), _attention(create_graph):
             tracked = create_graph and x.requires_grad
             at = x if tracked else x.detach().clone().requires_grad_(True)
-            g = self.energy(at, None if labels is None else labels.clone())
+            given = (None if t is None else t.clone() for t in (labels, gamma))
+            g = self.energy(at, *given)
             return torch.autograd.grad(g.sum(), at, create_graph=create_graph)[0]
 
 
@@ -98,7 +128,7 @@ def _attention(create_graph: bool) -> AbstractContextManager[object]:
 
 
 def guided(
-    field: Field, labels: Tensor | None, *, scale: float, channels: int | None = None
+    field: Field, labels: Tensor | None, *, scale: float = 1.0, channels: int | None = None
 ) -> Gradient:
     """The gradient with classifier-free guidance, u + s (c - u), as a function of x alone.
 
@@ -110,15 +140,16 @@ def guided(
     if labels is not None and classes is not None:
         check_labels(labels, classes=classes)
     if scale == 1.0:
-        return lambda x: field.gradient(x, labels)
+        return lambda x, gamma=None: field.gradient(x, labels, gamma)
     if labels is None or classes is None:
         raise ValueError(f"guidance of scale {scale} needs labels: give them, or use scale 1")
     if channels is not None and channels < 1:
         raise ValueError(f"channels is {channels}; guide at least 1, or None for all")
     both = torch.cat((labels, torch.full_like(labels, classes)))
 
-    def gradient(x: Tensor) -> Tensor:
-        c, u = field.gradient(torch.cat((x, x)), both).chunk(2)
+    def gradient(x: Tensor, gamma: Tensor | None = None) -> Tensor:
+        levels = None if gamma is None else gamma.repeat(2)
+        c, u = field.gradient(torch.cat((x, x)), both, levels).chunk(2)
         k = x.shape[1] if channels is None else channels
         return torch.cat((u[:, :k] + scale * (c[:, :k] - u[:, :k]), c[:, k:]), dim=1)
 
@@ -134,7 +165,8 @@ def composed(gradients: Sequence[Gradient], *, weights: Sequence[float] | None =
     if not gradients or len(factors) != len(gradients):
         raise ValueError(f"{len(factors)} weights for {len(gradients)} gradients: give one each")
 
-    def gradient(x: Tensor) -> Tensor:
-        return torch.stack([w * g(x) for w, g in zip(factors, gradients, strict=True)]).sum(dim=0)
+    def gradient(x: Tensor, gamma: Tensor | None = None) -> Tensor:
+        parts = [w * g(x, gamma) for w, g in zip(factors, gradients, strict=True)]
+        return torch.stack(parts).sum(dim=0)
 
     return gradient

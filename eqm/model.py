@@ -50,7 +50,7 @@ class ModelSpec:
             raise ConfigError(f"latents are {height} x {width}; the network takes square ones")
         try:
             return Transformer(
-                self.network, input_size=height, channels=channels, classes=len(self.classes)
+                self.network, size=height, channels=channels, classes=len(self.classes)
             )
         except ValueError as error:
             raise ConfigError(f"network: {error}") from error

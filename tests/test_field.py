@@ -104,7 +104,7 @@ class Recorder(nn.Module):
 
     def __init__(self, classes):
         super().__init__()
-        self.classes, self.calls = classes, []
+        self.classes, self.calls, self.conditioned = classes, [], False
 
     def forward(self, x, labels):
         self.calls.append((x.shape, None if labels is None else labels.tolist()))
@@ -240,7 +240,7 @@ C = decay(ObjectiveConfig())
 
 def small_network(*, zero_head, dtype=torch.float64):
     config = NetworkConfig(width=16, depth=1, heads=2, patch=2)
-    net = Transformer(config, input_size=4, channels=2, classes=3)
+    net = Transformer(config, size=4, channels=2, classes=3)
     net.initialise(3, zero_head=zero_head)
     return net.to(dtype)
 

@@ -6,14 +6,15 @@ import pytest
 import torch
 from reference import formulas, official
 
-from eqm.config import NetworkConfig
+from eqm.config import NetworkConfig, replace
 from eqm.network import Transformer, check_labels, position_embedding
 
 TINY = NetworkConfig(width=16, depth=2, heads=2, patch=2)
 
 
-def tiny(config=TINY, *, input_size=8, channels=3, classes=5, seed=1, **settings):
-    net = Transformer(config, input_size=input_size, channels=channels, classes=classes, **settings)
+def tiny(config=TINY, *, size=8, channels=3, classes=5, seed=1, **flags):
+    config = replace(config, **flags)
+    net = Transformer(config, size=size, channels=channels, classes=classes)
     net.initialise(seed, zero_head=False)
     # Modulations begin at zero, where blocks do nothing: stir them, or nothing would be tested.
     generator = torch.Generator().manual_seed(seed)
@@ -73,9 +74,9 @@ def test_parity_notices(name):
 
 
 def test_positions_are_the_official_ones_and_the_formula():
-    assert torch.equal(position_embedding(4, 64), official.weights()["positions"])
+    assert torch.equal(position_embedding(4, 4, 64), official.weights()["positions"])
     expected = formulas.position_embedding(5, 24)
-    assert torch.allclose(position_embedding(5, 24).double(), expected, rtol=0, atol=1e-7)
+    assert torch.allclose(position_embedding(5, 5, 24).double(), expected, rtol=0, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -83,11 +84,9 @@ def test_positions_are_the_official_ones_and_the_formula():
     [("S", 2, 32_963_360), ("S", 8, 33_148_160), ("B", 4, 130_475_648), ("XL", 2, 675_129_632)],
 )
 def test_official_sizes_have_the_official_number_of_weights(size, patch, parameters):
-    config = NetworkConfig.size(size, patch=patch)
+    config = replace(NetworkConfig.size(size, patch=patch), time="constant", second_head=True)
     with torch.device("meta"):
-        net = Transformer(
-            config, input_size=32, channels=4, classes=1000, time="constant", unused_half=True
-        )
+        net = Transformer(config, size=32, channels=4, classes=1000)
     state = net.state_dict()
     assert sum(weight.numel() for weight in state.values()) == parameters
     assert len(state) == 12 + 10 * config.depth
@@ -97,13 +96,13 @@ def test_official_sizes_have_the_official_number_of_weights(size, patch, paramet
 
 
 def test_f_is_zero_at_first():
-    net = Transformer(TINY, input_size=8, channels=3, classes=5)
+    net = Transformer(TINY, size=8, channels=3, classes=5)
     assert torch.equal(net(latents(2, 3, 8, 8), torch.tensor([0, 5])), torch.zeros(2, 3, 8, 8))
 
 
 def test_initial_weights_are_a_function_of_the_seed_alone():
     before = torch.get_rng_state()
-    first, second = (Transformer(TINY, input_size=8, channels=3, classes=5) for _ in range(2))
+    first, second = (Transformer(TINY, size=8, channels=3, classes=5) for _ in range(2))
     second.initialise(9)
     assert not torch.equal(first.blocks[0].mlp.up.weight, second.blocks[0].mlp.up.weight)
     torch.rand(3)
@@ -111,13 +110,13 @@ def test_initial_weights_are_a_function_of_the_seed_alone():
     for name, weight in first.state_dict().items():
         assert torch.equal(weight, second.state_dict()[name]), name
     torch.set_rng_state(before)
-    Transformer(TINY, input_size=8, channels=3, classes=5)
+    Transformer(TINY, size=8, channels=3, classes=5)
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_initial_weights_have_the_shapes_of_the_papers_code():
-    config = NetworkConfig(width=96, depth=1, heads=2, patch=2)
-    net = Transformer(config, input_size=8, channels=3, classes=50, time="constant")
+    config = NetworkConfig(width=96, depth=1, heads=2, patch=2, time="constant")
+    net = Transformer(config, size=8, channels=3, classes=50)
     for name, weight in net.requires_grad_(False).named_parameters():
         if name.endswith("bias") or "modulation" in name or name == "head.linear.weight":
             assert not bool(weight.any()), name
@@ -135,22 +134,22 @@ def test_initial_weights_have_the_shapes_of_the_papers_code():
 
 
 @pytest.mark.parametrize(("patch", "size"), [(1, 5), (2, 6), (3, 9), (4, 8), (7, 7)])
-@pytest.mark.parametrize("settings", [{}, {"time": "constant", "unused_half": True}])
+@pytest.mark.parametrize("settings", [{}, {"time": "constant", "second_head": True}])
 def test_output_has_the_shape_of_the_input(patch, size, settings):
     config = NetworkConfig(width=8, depth=1, heads=2, patch=patch)
-    net = tiny(config, input_size=size, channels=2, **settings)
+    net = tiny(config, size=size, channels=2, **settings)
     assert net(latents(3, 2, size, size), torch.tensor([0, 4, 5])).shape == (3, 2, size, size)
     outputs = net.head.linear.out_features
     assert outputs == patch**2 * 2 * (2 if settings else 1)
 
 
-def test_every_weight_is_used_and_the_unused_half_is_not():
+def test_every_weight_is_used_and_the_second_head_is_not():
     for settings in ({}, {"time": "constant"}):
         net = tiny(**settings)
         net(latents(4, 3, 8, 8), torch.tensor([0, 1, 2, 5])).square().sum().backward()
         for name, weight in net.named_parameters():
             assert bool(weight.grad.any()), name
-    net = tiny(unused_half=True)
+    net = tiny(second_head=True)
     net(latents(2, 3, 8, 8)).sum().backward()
     used = net.head.linear.bias.grad.view(4, 6).any(dim=0)
     assert used.tolist() == [True] * 3 + [False] * 3
@@ -194,15 +193,15 @@ def test_arguments_are_left_alone():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"input_size": 7}, "7 x 7 cannot be cut into patches of 2"),
-        ({"input_size": 0}, "0 x 0"),
-        ({"channels": 0}, "channels is 0"),
+        ({"size": 7}, "7 x 7 cannot be cut into patches of 2"),
+        ({"size": 0}, r"shape \(3, 0, 0\)"),
+        ({"channels": 0}, r"shape \(0, 8, 8\)"),
         ({"classes": 0}, "classes is 0"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
-        Transformer(TINY, **{"input_size": 8, "channels": 3, "classes": 5, **settings})
+        Transformer(TINY, **{"size": 8, "channels": 3, "classes": 5, **settings})
 
 
 @pytest.mark.parametrize("shape", [(2, 4, 8, 8), (2, 3, 8, 6), (2, 3, 4, 4), (3, 8, 8)])

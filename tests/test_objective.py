@@ -110,7 +110,7 @@ def test_only_a_constant_c_is_refused(kind):
 class Spring:
     """f(x) = 2 x + 1."""
 
-    classes = None
+    classes, conditioned = None, False
 
     def __call__(self, x, labels=None):
         return 2 * x + 1
@@ -174,7 +174,7 @@ def test_perfect_field_has_the_least_loss():
     gamma = torch.rand(4000, generator=generator, dtype=torch.float64)
 
     class Scaled:
-        classes = None
+        classes, conditioned = None, False
 
         def __init__(self, factor):
             self.factor = factor

@@ -105,7 +105,7 @@ class PerfectField:
     a sum over points spaced evenly in log(1 - gamma). Looks like a network without labels.
     """
 
-    classes = None
+    classes, conditioned = None, False
 
     def __init__(self, data, c, points=2000):
         self.data, self.c = data.double(), c

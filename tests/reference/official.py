@@ -45,12 +45,10 @@ def weights(flip=True):
 def empty_network():
     """The tiny model's architecture."""
     return Transformer(
-        NetworkConfig(width=64, depth=2, heads=4, patch=2),
-        input_size=8,
+        NetworkConfig(width=64, depth=2, heads=4, patch=2, time="constant", second_head=True),
+        size=8,
         channels=4,
         classes=10,
-        time="constant",
-        unused_half=True,
     )
 
 
