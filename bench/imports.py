@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bench.timing import alternate, show
 
-PUBLIC = "import eqm; eqm.load, eqm.sample, eqm.NAG, eqm.open_manifest, eqm.batches"
+PUBLIC = "import eqm; eqm.load, eqm.learn, eqm.score, eqm.UNet, eqm.sample, eqm.NAG, eqm.open_manifest, eqm.batches"
 
 
 def python(code: str) -> None:

@@ -6,9 +6,10 @@ from bench.timing import alternate, show
 from eqm.config import NetworkConfig
 from eqm.field import Field, guided
 from eqm.network import Transformer
-from eqm.sampler import NAG, descend, start_noise
+from eqm.rules import NAG
+from eqm.sampler import descend, start_noise
 
-BATCH, UPDATES = 4, 5
+BATCH, UPDATES = 16, 3
 
 
 def main() -> None:

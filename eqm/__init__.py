@@ -5,9 +5,10 @@ Modules in the order in which a datum meets them:
     records config storage distributed     what crosses boundaries, and the edges
     images latents autoencoder fit         pixels <-> latents
     shards encode batches                  latents <-> WebDataset shards -> batches
-    network field objective ema            the gradient field and how it is trained
-    checkpoint train model registry        training state, the public model
-    sampler generate                       descent
+    network unet field objective ema       the gradient field and its loss
+    learner checkpoint train               how it is trained
+    model official registry                the trained model, ours and others'
+    rules sampler sampling generate        descent, and what it is good for
     features frechet ood evaluate          numbers
     gate report                            decision and page
 
@@ -19,34 +20,77 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from eqm.batches import Batch, batches
-    from eqm.model import Model, load, sample
-    from eqm.sampler import NAG, GradientDescent, GradientNormBelow
+    from eqm.config import NetworkConfig, ObjectiveConfig, TrainConfig
+    from eqm.field import Field
+    from eqm.learner import learn
+    from eqm.model import Model, load
+    from eqm.network import Transformer
+    from eqm.objective import corrupt
+    from eqm.rules import (
+        NAG,
+        BarzilaiBorwein,
+        Euler,
+        GradientDescent,
+        HeavyBall,
+        Heun,
+        Langevin,
+        Optimiser,
+    )
+    from eqm.sampler import GradientNormBelow, Known, descend, descend_in_slots
+    from eqm.sampling import compose, sample, score
     from eqm.shards import open_manifest
+    from eqm.unet import UNet
 
 __version__ = "0.1.0"
 
-_HOME = {
-    "load": "eqm.model",
-    "sample": "eqm.model",
-    "Model": "eqm.model",
-    "NAG": "eqm.sampler",
-    "GradientDescent": "eqm.sampler",
-    "GradientNormBelow": "eqm.sampler",
-    "open_manifest": "eqm.shards",
-    "batches": "eqm.batches",
-    "Batch": "eqm.batches",
+_HOMES = {
+    "eqm.batches": ("Batch", "batches"),
+    "eqm.config": ("NetworkConfig", "ObjectiveConfig", "TrainConfig"),
+    "eqm.field": ("Field",),
+    "eqm.learner": ("learn",),
+    "eqm.model": ("Model", "load"),
+    "eqm.network": ("Transformer",),
+    "eqm.objective": ("corrupt",),
+    "eqm.rules": (
+        *("NAG", "BarzilaiBorwein", "Euler", "GradientDescent", "HeavyBall", "Heun", "Langevin"),
+        "Optimiser",
+    ),
+    "eqm.sampler": ("GradientNormBelow", "Known", "descend", "descend_in_slots"),
+    "eqm.sampling": ("compose", "sample", "score"),
+    "eqm.shards": ("open_manifest",),
+    "eqm.unet": ("UNet",),
 }
+_HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = [
     "NAG",
+    "BarzilaiBorwein",
     "Batch",
+    "Euler",
+    "Field",
     "GradientDescent",
     "GradientNormBelow",
+    "HeavyBall",
+    "Heun",
+    "Known",
+    "Langevin",
     "Model",
+    "NetworkConfig",
+    "ObjectiveConfig",
+    "Optimiser",
+    "TrainConfig",
+    "Transformer",
+    "UNet",
     "batches",
+    "compose",
+    "corrupt",
+    "descend",
+    "descend_in_slots",
+    "learn",
     "load",
     "open_manifest",
     "sample",
+    "score",
 ]
 
 

@@ -6,7 +6,6 @@ is kept between batches, so going on at image k is the same as never having stop
 of processes share the same global batch. What else is drawn for an image is eqm.train's business.
 """
 
-import functools
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -19,15 +18,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from eqm import randomness
 from eqm.config import require
 from eqm.errors import ConfigError, DataError
-from eqm.randomness import Stream, permutation, uniform
+from eqm.randomness import Stream, uniform
 from eqm.shards import Int64, LatentSet, open_manifest
 
 Split = Literal["train", "held_out"]
-
-BLOCK_IMAGES = 16_384
-"""The order of so many images is computed, and kept, at once."""
 
 
 @dataclass(frozen=True)
@@ -119,22 +116,7 @@ def samples_of(data: LatentSet, seed: int, image_numbers: Int64, split: Split = 
 
 def order(seed: int, size: int, image_numbers: Int64) -> Int64:
     """Which of ``size`` things each image of a run is, (B,): every one once an epoch."""
-    blocks = image_numbers // BLOCK_IMAGES
-    places = np.empty_like(image_numbers)
-    for block in np.unique(blocks).tolist():
-        here = blocks == block
-        places[here] = _order_of_block(seed, size, block)[image_numbers[here] % BLOCK_IMAGES]
-    return places
-
-
-@functools.lru_cache(maxsize=8)
-def _order_of_block(seed: int, size: int, block: int) -> Int64:
-    """``order`` of BLOCK_IMAGES consecutive images: a permutation costs much the same for one."""
-    start = block * BLOCK_IMAGES
-    epochs, positions = np.divmod(np.arange(start, start + BLOCK_IMAGES, dtype=np.int64), size)
-    found = permutation(seed, torch.from_numpy(epochs), size, torch.from_numpy(positions)).numpy()
-    found.flags.writeable = False
-    return found
+    return randomness.order(seed, size, torch.from_numpy(image_numbers)).numpy()
 
 
 def mirror_of(data: LatentSet, seed: int, image_numbers: Int64) -> np.ndarray | None:

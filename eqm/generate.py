@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eqm import model
+from eqm import model, sampling
 from eqm.checkpoint import tensors_from_bytes, tensors_to_bytes
 from eqm.config import GenerateConfig
 from eqm.errors import DataError
 from eqm.features import FeatureExtractor, load_extractor
-from eqm.model import Model, Samples
+from eqm.model import Model
 from eqm.records import Blob, note_from_bytes, note_to_bytes
+from eqm.sampling import Samples
 from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
 
@@ -97,12 +98,13 @@ def descend(
 ) -> Samples:
     """Descent as the config has it."""
     settings = config.sampler
-    return model.sample(
+    return sampling.sample(
         trained,
         labels=labels,
         seeds=seeds,
-        rule=model.rule_of(settings),
+        rule=sampling.rule_of(settings),
         updates=settings.updates,
+        stop=sampling.stop_of(settings),
         guidance=settings.guidance,
         guidance_channels=settings.guidance_channels,
         **more,  # type: ignore[arg-type]

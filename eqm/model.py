@@ -1,34 +1,43 @@
-"""The public face: a trained model, how to load it, how to sample from it.
+"""The public face: a trained model, and how to load it. eqm.sampling samples from it.
 
     model = eqm.load("s3://eqm/store/train/<digest>")   # or models:/name@champion, or a directory
-    out = eqm.sample(model, labels=labels, seeds=range(64), updates=249)
-    out.images()
+    model = eqm.load("official.pt", energy="dot")       # a checkpoint of the official code
+    model.gradient(x, labels)                           # points from data to noise
 
-Whatever is loaded has been checked against its digests first.
+Whatever is sealed is checked against its digests first; a foreign file is read without executing
+anything in it.
 """
 
 import functools
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
-from eqm import checkpoint, field, sampler
+from eqm import checkpoint, field
 from eqm.autoencoder import Autoencoder, load_autoencoder
-from eqm.config import NetworkConfig, ObjectiveConfig, SamplerConfig
+from eqm.config import NetworkConfig, ObjectiveConfig
 from eqm.distributed import pick_device
 from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.network import Transformer
+from eqm.official import import_official, read_official
 from eqm.records import LatentSpec, Record, from_json, sha256, to_json
 from eqm.registry import Registry, Version, default_uri
 from eqm.stage import open_ref
 from eqm.storage import Store, open_store
 
+if TYPE_CHECKING:
+    from eqm.unet import UNet
+
 SCHEMA = "eqm-model/1"
+SD_VAE_SCALE = 0.18215
+"""Of the latents that the official checkpoints were trained on."""
+SD_VAE_PIXELS = 8
+"""Pixels on a side of what one of those latents stands for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,24 +52,36 @@ class ModelSpec:
     null_label: bool
     """Whether it was trained with label dropout, so that guidance and unlabelled scores work."""
 
-    def build(self) -> Transformer:
+    def build(self) -> "Transformer | UNet":
         """The network with its initial weights (overwrite or initialise them)."""
         channels, height, width = self.latent.shape
-        if height != width:
-            raise ConfigError(f"latents are {height} x {width}; the network takes square ones")
+        shape = {"size": (height, width), "channels": channels}
         try:
-            return Transformer(
-                self.network, size=height, channels=channels, classes=len(self.classes)
-            )
+            return _kind(self.network)(self.network, **shape, classes=len(self.classes) or None)
         except ValueError as error:
             raise ConfigError(f"network: {error}") from error
 
 
+def _kind(config: NetworkConfig) -> "type[Transformer] | type[UNet]":
+    if config.kind == "transformer":
+        return Transformer
+    from eqm.unet import UNet
+
+    return UNet
+
+
 class Model:
-    """A gradient field on latents, with the autoencoder that its latents belong to."""
+    """A gradient field on latents, with the autoencoder that its latents belong to.
+
+    ``autoencoder`` opens it when it is first needed; None where nobody knows it.
+    """
 
     def __init__(
-        self, spec: ModelSpec, net: torch.nn.Module, *, autoencoder: Callable[[], Autoencoder]
+        self,
+        spec: ModelSpec,
+        net: torch.nn.Module,
+        *,
+        autoencoder: Callable[[], Autoencoder] | None = None,
     ) -> None:
         self.spec = spec
         self.network = net.eval().requires_grad_(False)
@@ -69,7 +90,12 @@ class Model:
 
     @functools.cached_property
     def autoencoder(self) -> Autoencoder:
-        """Pixels <-> latents; opened when first needed."""
+        """Pixels <-> latents; opened when first needed. Raises DataError where there is none."""
+        if self._open_autoencoder is None:
+            raise DataError(
+                f"this model came without its autoencoder ({self.spec.latent.autoencoder}), so "
+                "latents cannot be decoded: give it, as eqm.load(..., autoencoder=...)"
+            )
         return self._open_autoencoder().to(self.device)
 
     @property
@@ -87,44 +113,89 @@ class Model:
         self.network.to(*args, **kwargs)  # type: ignore[arg-type]
         return self
 
-    def gradient(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def gradient(
+        self, x: Tensor, labels: Tensor | None = None, gamma: Tensor | None = None
+    ) -> Tensor:
         """Gradient at latents x (B, C, H, W): points from data to noise; the same shape.
 
-        ``labels`` (B,) int64; None takes the null label. Raises DataError for what does not fit.
+        ``labels`` (B,) int64; None takes the null label. ``gamma`` (B,) is for the baselines that
+        are conditioned on it. The true gradient of the energy, where that is explicit. Raises
+        DataError for what does not fit or is not finite.
         """
-        return self.field.gradient(x, self.checked_labels(x, labels))
+        return self.field.gradient(*self.checked(x, labels, gamma))
 
-    def energy(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def energy(
+        self, x: Tensor, labels: Tensor | None = None, gamma: Tensor | None = None
+    ) -> Tensor:
         """Energy at latents x, (B,): rises toward noise. Raises ValueError for implicit models."""
-        return self.field.energy(x, self.checked_labels(x, labels))
+        with torch.no_grad():
+            return self.field.energy(*self.checked(x, labels, gamma))
 
-    def checked_labels(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """Labels that fit x, the null label where none are given. Raises DataError."""
-        if tuple(x.shape[1:]) != self.spec.latent.shape:
+    def gradient_of(
+        self, labels: Tensor | None, *, guidance: float = 1.0, channels: int | None = None
+    ) -> field.Gradient:
+        """The gradient of samples with these labels, as a function of x: what is descended."""
+        if guidance != 1.0 and not self.spec.null_label:
+            raise DataError(
+                "guidance needs a null label, and this model was trained without label dropout"
+            )
+        return field.guided(self.field, labels, scale=guidance, channels=channels)
+
+    def checked(
+        self, x: Tensor, labels: Tensor | None, gamma: Tensor | None = None
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Latents, labels and levels as they were given, if they fit. Raises DataError."""
+        self.check_latents(x)
+        if self.field.conditioned and gamma is None:
+            raise DataError("this model is conditioned on the noise level: give gamma (B,)")
+        if gamma is not None and gamma.shape != x.shape[:1]:
+            raise DataError(f"gamma has shape {tuple(gamma.shape)} for {len(x)} latents")
+        return x, self.checked_labels(len(x), labels), gamma
+
+    def check_latents(self, x: Tensor) -> None:
+        """Refuse latents of another shape or dtype, or that are not finite. Raises DataError."""
+        if x.dim() != 4 or tuple(x.shape[1:]) != self.spec.latent.shape:
             raise DataError(
                 f"latents have shape {tuple(x.shape)}; this model takes (B, "
                 f"{', '.join(map(str, self.spec.latent.shape))})"
             )
+        if x.dtype != self.dtype:
+            raise DataError(
+                f"latents are {x.dtype}, and this model's weights {self.dtype}: convert one of "
+                "them, as x.to(model.dtype)"
+            )
+        odd = (~x.flatten(1).isfinite().all(dim=1)).nonzero()
+        if len(odd):
+            raise DataError(f"latent {int(odd[0])} of {len(x)} has NaN or infinite entries")
+
+    def checked_labels(self, count: int, labels: Tensor | None) -> Tensor | None:
+        """Labels for so many latents, the null label where none are given. Raises DataError."""
         classes = len(self.spec.classes)
         if labels is None:
-            if not self.spec.null_label:
+            if classes and not self.spec.null_label:
                 raise DataError(
                     "this model was trained without label dropout, so it has no null label: "
                     "give labels"
                 )
-            return torch.full((len(x),), classes, dtype=torch.int64, device=x.device)
+            null = torch.full((count,), classes, dtype=torch.int64, device=self.device)
+            return null if classes else None
+        if not classes:
+            raise DataError("this model was trained without labels: leave them out")
         if labels.dtype != torch.int64 or labels.dim() != 1:
             raise DataError(
                 f"labels are {labels.dtype} of shape {tuple(labels.shape)}; give (B,) int64"
             )
         wrong = labels[(labels < 0) | (labels > classes - (not self.spec.null_label))]
-        if len(labels) != len(x) or len(wrong):
+        if len(labels) != count or len(wrong):
             odd = f"label {int(wrong[0])}" if len(wrong) else f"{len(labels)} labels"
-            raise DataError(f"{odd} for {len(x)} latents; labels go from 0 to {classes - 1}")
-        return labels.to(x.device)
+            raise DataError(f"{odd} for {count} latents; labels go from 0 to {classes - 1}")
+        return labels.to(self.device)
 
     def save(self, folder: str | Path) -> None:
-        """Write a directory that :func:`load` reads, with digests; refuses one that exists."""
+        """Write a directory that :func:`load` reads, with digests; refuses one that exists.
+
+        The autoencoder goes with it, where there is one.
+        """
         from eqm.autoencoder import autoencoder_to_bytes
 
         folder = Path(folder)
@@ -132,7 +203,7 @@ class Model:
         files = {
             "model.json": spec_to_bytes(self.spec),
             "ema.safetensors": checkpoint.tensors_to_bytes(self.network.state_dict()),
-            **autoencoder_to_bytes(self.autoencoder),
+            **(autoencoder_to_bytes(self.autoencoder) if self._open_autoencoder else {}),
         }
         for name, data in files.items():
             (folder / name).write_bytes(data)
@@ -147,34 +218,98 @@ def load(
     uri: str | Path,
     *,
     weights: str = "ema",
+    energy: field.Energy | None = None,
+    num_heads: int | None = None,
+    flow_matching: bool = False,
+    autoencoder: Autoencoder | None = None,
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
     mlflow_uri: str | None = None,
     cache: Path | None = None,
 ) -> Model:
-    """Load a trained model; every file is checked against its digest before it is parsed.
+    """Load a trained model; every sealed file is checked against its digest before it is parsed.
 
     ``uri``: a sealed training record (``<store>/train/<digest>``, local or s3://), a directory made
-    by :meth:`Model.save`, or ``models:/name@alias`` (``models:/name/3``) of the MLflow at
-    ``mlflow_uri`` (None: MLflow's own MLFLOW_TRACKING_URI). ``weights``: "ema" or "raw". Raises
-    ConfigError, StoreError, IntegrityError.
+    by :meth:`Model.save`, ``models:/name@alias`` (``models:/name/3``) of the MLflow at
+    ``mlflow_uri`` (None: MLflow's own MLFLOW_TRACKING_URI), or a ``.pt`` of the official code.
+    ``weights``: "ema" or "raw".
+
+    An official file holds no config: ``energy`` says how its weights are to be read (None:
+    "implicit"), ``num_heads`` is needed for widths that the paper has not, ``flow_matching`` reads
+    a SiT, and ``autoencoder`` is what its latents belong to. Raises ConfigError, DataError,
+    StoreError, IntegrityError.
     """
     if weights not in ("ema", "raw"):
         raise ConfigError(f"weights is {weights!r}; it must be 'ema' or 'raw'")
     uri = str(uri)
+    if uri.endswith(".pt"):
+        model = from_official(
+            uri,
+            weights=weights,
+            energy=energy or "implicit",
+            num_heads=num_heads,
+            flow_matching=flow_matching,
+        )
+    elif energy or num_heads or flow_matching:
+        raise ConfigError(
+            f"{uri} says itself how it is to be read: energy, num_heads and flow_matching are for "
+            ".pt files of the official code"
+        )
+    else:
+        model = _from_sealed(uri, weights=weights, mlflow_uri=mlflow_uri, cache=cache)
+    if autoencoder is not None:
+        model = Model(model.spec, model.network, autoencoder=lambda: autoencoder)
+    return model.to(pick_device(device), dtype)
+
+
+def _from_sealed(uri: str, *, weights: str, mlflow_uri: str | None, cache: Path | None) -> Model:
     if uri.startswith("models:/"):
-        model = _from_registry(uri, mlflow_uri, weights=weights, cache=cache)
-    elif (Path(uri) / "digests.json").is_file():
+        return _from_registry(uri, mlflow_uri, weights=weights, cache=cache)
+    if (Path(uri) / "digests.json").is_file():
         if weights != "ema":
             raise ConfigError(
                 f"weights is {weights!r}, but directory {uri} holds averaged weights alone: load "
                 "the training record for others"
             )
-        model = _from_folder(Path(uri))
-    else:
-        store, record = open_record(uri, cache=cache)
-        model = from_record(store, record, weights=weights)
-    return model.to(pick_device(device), dtype)
+        return _from_folder(Path(uri))
+    store, record = open_record(uri, cache=cache)
+    return from_record(store, record, weights=weights)
+
+
+def from_official(
+    path: str | Path,
+    *,
+    weights: str = "ema",
+    energy: field.Energy = "implicit",
+    num_heads: int | None = None,
+    flow_matching: bool = False,
+) -> Model:
+    """Model of a checkpoint of the official code, or of a SiT. Raises as :func:`load`."""
+    tensors = read_official(path, weights=weights)
+    time = "conditioned" if flow_matching else "constant"
+    found = import_official(tensors, num_heads=num_heads, time=time, where=str(path))
+    channels, height, _ = found.shape
+    objective = (
+        ObjectiveConfig(c="constant", multiplier=1.0, energy=energy)
+        if flow_matching
+        else ObjectiveConfig(energy=energy)
+    )
+    spec = ModelSpec(
+        schema=SCHEMA,
+        network=found.network,
+        objective=objective,
+        latent=LatentSpec(
+            autoencoder="SD-VAE, not verified",
+            image_size_px=SD_VAE_PIXELS * height,
+            image_channels=3,
+            shape=found.shape,
+            shift=(0.0,) * channels,
+            scale=(SD_VAE_SCALE,) * channels,
+        ),
+        classes=tuple(map(str, range(found.classes))),
+        null_label=True,
+    )
+    return Model(spec, filled(spec.build(), found.tensors, str(path)))
 
 
 def open_record(uri: str, *, cache: Path | None = None) -> tuple[Store, Record]:
@@ -224,7 +359,7 @@ def _from_folder(folder: Path) -> Model:
     spec = spec_from_bytes(files.pop("model.json"), str(folder))
     tensors = checkpoint.tensors_from_bytes(files.pop("ema.safetensors"))
     net = filled(spec.build(), tensors, str(folder / "ema.safetensors"))
-    return Model(spec, net, autoencoder=lambda: autoencoder_from_bytes(files))
+    return Model(spec, net, autoencoder=(lambda: autoencoder_from_bytes(files)) if files else None)
 
 
 def _from_registry(uri: str, mlflow_uri: str | None, *, weights: str, cache: Path | None) -> Model:
@@ -279,72 +414,3 @@ def spec_from_bytes(data: bytes, where: str) -> ModelSpec:
     if spec.schema != SCHEMA:
         raise ConfigError(f"{where} is of schema {spec.schema!r}; this program reads {SCHEMA!r}")
     return spec
-
-
-# -- sampling -----------------------------------------------------------------------------------
-
-
-def rule_of(config: SamplerConfig) -> sampler.Rule:
-    """The descent rule that a config names."""
-    if config.rule == "gd":
-        return sampler.GradientDescent(step_size=config.step_size)
-    return sampler.NAG(step_size=config.step_size, momentum=config.momentum)
-
-
-@dataclass(frozen=True)
-class Samples:
-    """What a descent found."""
-
-    latents: Tensor
-    """(B, C, H, W), in the dtype of the model."""
-    evaluations: Tensor
-    """(B,) field evaluations of each sample."""
-    gradient_norms: Tensor
-    """(B,) norm of the last gradient of each."""
-    diverged: Tensor
-    """(B,) samples that blew up; their latents are not samples."""
-    model: Model
-
-    def images(self) -> Tensor:
-        """Decode to uint8 (B, C, H, W)."""
-        return self.model.autoencoder.decode(self.latents.float())
-
-
-def sample(
-    model: Model,
-    *,
-    labels: Tensor | Sequence[int] | None = None,
-    seeds: Sequence[int] | None = None,
-    start: Tensor | None = None,
-    rule: sampler.Rule | None = None,
-    updates: int = 249,
-    guidance: float = 1.0,
-    guidance_channels: int | None = None,
-    stop: sampler.GradientNormBelow | None = None,
-    on_update: Callable[[int, Tensor], None] | None = None,
-) -> Samples:
-    """Find samples by descent (section 3.3) from noise, or from ``start`` (B, C, H, W).
-
-    Sample s of ``seeds`` begins at noise that is a function of s alone; ``labels`` (B,) int64,
-    None for the null label. ``rule`` is NAG(0.003, 0.3) unless given. Raises DataError.
-    """
-    if (seeds is None) == (start is None):
-        raise DataError("give either seeds or start")
-    if start is None:
-        numbers = torch.tensor(list(seeds or ()), dtype=torch.int64, device=model.device)
-        start = sampler.start_noise(
-            numbers, model.spec.latent.shape, dtype=model.dtype, device=model.device
-        )
-    given = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
-    checked = model.checked_labels(start, given)
-    if guidance != 1.0 and not model.spec.null_label:
-        raise DataError("guidance needs a null label, and this model was trained without dropout")
-    found = sampler.descend(
-        field.guided(model.field, checked, scale=guidance, channels=guidance_channels),
-        start,
-        rule=rule or sampler.NAG(step_size=0.003, momentum=0.3),
-        updates=updates,
-        stop=stop,
-        on_update=on_update,
-    )
-    return Samples(found.latents, found.evaluations, found.gradient_norms, found.diverged, model)

@@ -5,19 +5,44 @@
     c        decay of the gradient's length  L        ||gradient(x_gamma) - (eps - x) c(gamma)||^2
 
 EqM needs c(1) = 0: data are where the gradient is zero. A constant c is not EqM but flow matching
-without noise conditioning (Eq. 2, with our sign); it is here as the paper's baseline. Pure.
+(Eqs. 1 and 2, with our sign): with a network that is conditioned on gamma, and with one that is
+not. They are here as the paper's baselines.
+
+For an explicit energy E the gradient is itself a derivative, so its loss reaches the weights by one
+of two ways that are equal up to rounding. The *double* way differentiates the gradient. The
+*directional* way holds the residual r = grad E - target fixed and uses
+
+    d ||r||^2 / d theta = 2 d <grad_x E, r> / d theta = 2 d/d theta d/ds E(x + s r),   s = 0,
+
+with a central difference in s, which needs first derivatives alone: kernels that can be
+differentiated once (flash attention, compiled code) keep working, and the memory is that of one
+ordinary step. Pure.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eqm.config import ObjectiveConfig
+from eqm.errors import ConfigError
 from eqm.field import Field
+from eqm.network import Transformer
 
 Decay = Callable[[Tensor], Tensor]
 """gamma (B,) -> c(gamma) (B,)."""
+Way = Literal["double", "directional"]
+
+DIFFERENCE = {torch.float64: 1e-5, torch.float32: 5e-3}
+"""Steps of the directional way, in shares of the norm of x_gamma: docs/precision.md has the errors
+on both sides of them."""
+
+
+# -- c ------------------------------------------------------------------------------------------
 
 
 def decay(config: ObjectiveConfig) -> Decay:
@@ -43,13 +68,26 @@ def piecewise(gamma: Tensor, *, a: float, b: float) -> Tensor:
 
 
 def check_decay(c: Decay) -> None:
-    """Refuse a c that does not vanish at the data. Raises ValueError."""
-    at_data = float(c(torch.ones(1, dtype=torch.float64)))
+    """Refuse a c that is no function of gamma alone, or does not vanish at the data.
+
+    Raises ValueError.
+    """
+    gamma = torch.linspace(0, 1, 5, dtype=torch.float64)
+    values = c(gamma)
+    if values.shape != gamma.shape or not bool(values.isfinite().all()):
+        raise ValueError(
+            f"c maps gamma of shape (5,) to {values.tolist()}: it must give one finite number for "
+            "each"
+        )
+    at_data = float(values[-1])
     if at_data != 0:
         raise ValueError(
             f"c(1) is {at_data}; Equilibrium Matching needs c(1) = 0, or data are no equilibria: "
             "use a linear, truncated or piecewise c"
         )
+
+
+# -- corruption and target ----------------------------------------------------------------------
 
 
 def corrupt(x: Tensor, eps: Tensor, gamma: Tensor) -> Tensor:
@@ -68,6 +106,30 @@ def loss_per_sample(prediction: Tensor, target: Tensor) -> Tensor:
     return (prediction - target).square().flatten(1).mean(dim=1)
 
 
+@dataclass(frozen=True)
+class Corrupted:
+    """Noisy latents and what the field should say there."""
+
+    x: Tensor
+    """x_gamma, (B, C, H, W)."""
+    goal: Tensor
+    """(eps - x) c(gamma), (B, C, H, W)."""
+    gamma: Tensor
+    """(B,)."""
+    labels: Tensor | None
+    """(B,) int64."""
+
+
+def corrupted(
+    x: Tensor, eps: Tensor, gamma: Tensor, labels: Tensor | None, *, c: Decay
+) -> Corrupted:
+    """Data (B, C, H, W), noise and levels (B,) -> what the loss is made of."""
+    return Corrupted(corrupt(x, eps, gamma), target(x, eps, gamma, c), gamma, labels)
+
+
+# -- losses -------------------------------------------------------------------------------------
+
+
 def eqm_loss(
     field: Field,
     x: Tensor,
@@ -83,9 +145,148 @@ def eqm_loss(
     ``create_graph`` must be True to train and False to measure. Raises ValueError as
     :meth:`Field.gradient` does.
     """
-    x_gamma = corrupt(x, eps, gamma)
-    prediction = field.gradient(x_gamma, labels, create_graph=create_graph)
-    return loss_per_sample(prediction, target(x, eps, gamma, c))
+    at = corrupted(x, eps, gamma, labels, c=c)
+    prediction = field.gradient(at.x, labels, gamma, create_graph=create_graph)
+    return loss_per_sample(prediction, at.goal)
+
+
+def inner_product_loss(field: Field, at: Corrupted) -> Tensor:
+    """(f . h - ||target||^2)^2 of each sample, (B,), with a second head h. An ablation.
+
+    A summary of the paper has it for the dot energy; the paper has not. Products are means over
+    entries, so that its size does not grow with the latents. Raises ConfigError for a network
+    without a second head.
+    """
+    network = cast(Transformer, field.network)
+    if not (isinstance(network, Transformer) and network.config.second_head):
+        raise ConfigError("the inner-product loss needs a network with network.second_head = true")
+    gamma = at.gamma if field.conditioned else None
+    f, h = network.outputs(at.x, at.labels, gamma).float().chunk(2, dim=1)
+    return (_mean(f * h) - _mean(at.goal.square())).square()
+
+
+def norms_loss(field: Field, at: Corrupted) -> Tensor:
+    """(||f|| - ||target||)^2 of each sample, (B,). An ablation: lengths without directions.
+
+    A summary of the paper has it for the L2 energy; the paper has not. Norms are root mean squares.
+    """
+    f = field.gradient(at.x, at.labels, at.gamma, create_graph=torch.is_grad_enabled())
+    # Its slope at f = 0, where a zero head begins, would be infinite.
+    length = (_mean(f.square()) + 1e-12).sqrt()
+    return (length - _mean(at.goal.square()).sqrt()).square()
+
+
+def dispersive_loss(hidden: Tensor, *, group: int) -> Tensor:
+    """log mean exp(-||z_i - z_j||^2 / D) over the pairs of each group, the mean over groups: ().
+
+    The dispersive loss (Wang and He, 2025) of hidden tokens (B, N, D'), flattened to D = N D'. The
+    group, and not the share of a process, is what is pushed apart: the loss is the same for every
+    number of processes. Raises ConfigError where groups do not fill the batch.
+    """
+    if len(hidden) % group:
+        raise ConfigError(
+            f"objective.dispersive_group is {group}, which does not divide the {len(hidden)} "
+            "images of a process: change one of them"
+        )
+    z = hidden.flatten(1).unflatten(0, (-1, group))
+    squared = (z.unsqueeze(1) - z.unsqueeze(2)).square().mean(dim=3)
+    return (-squared).flatten(1).logsumexp(dim=1).mean() - math.log(group**2)
+
+
+@contextmanager
+def hidden_tokens(network: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect the tokens (B, N, D) after the first quarter of the blocks, where Wang and He look.
+
+    One entry for each call of the network within. Raises ConfigError for a network without blocks.
+    """
+    blocks = getattr(network, "blocks", None)
+    if blocks is None:
+        raise ConfigError("the dispersive loss needs a transformer: it reads tokens of its blocks")
+    seen: list[Tensor] = []
+    block = blocks[max(0, len(blocks) // 4 - 1)]
+    handle = block.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        yield seen
+    finally:
+        handle.remove()
+
+
+# -- the way back to the weights ----------------------------------------------------------------
+
+
+def way_of(config: ObjectiveConfig, device: torch.device) -> Way:
+    """The configured way back, or the faster one for the device (measured: docs/LOG.md)."""
+    if config.backward != "auto":
+        return config.backward
+    return "double" if device.type == "cpu" else "directional"
+
+
+def backward(field: Field, at: Corrupted, *, scale: float, way: Way) -> Tensor:
+    """Add the gradient of scale times the sum of losses to the weights' ``.grad``.
+
+    Returns the loss of each sample, (B,), detached. ``way`` matters for explicit energies only.
+    """
+    if field.kind != "implicit" and way == "directional":
+        return directional_backward(field, at, scale=scale)
+    gradient = field.gradient(at.x, at.labels, at.gamma, create_graph=True)
+    losses = loss_per_sample(gradient.float() if _is_half(gradient) else gradient, at.goal)
+    (scale * losses.sum()).backward()
+    return losses.detach()
+
+
+def directional_backward(
+    field: Field, at: Corrupted, *, scale: float, difference: float | None = None
+) -> Tensor:
+    """:func:`backward` of an explicit energy without a double backward.
+
+    ``difference`` is the length of the step to either side in shares of the norm of x_gamma, which
+    makes it a length of the landscape whatever the size of the residual; None takes DIFFERENCE.
+    The error of the slope is O(step^2) from the landscape and O(rounding / step) from the numbers,
+    so the two evaluations run in full precision, outside of autocast: bfloat16 would leave noise.
+    They go backward one after the other, so no two graphs are ever alive.
+    """
+    with frozen(field.network):
+        gradient = field.gradient(at.x, at.labels, at.gamma)
+    residual = (gradient - at.goal).detach()
+    share = DIFFERENCE[residual.dtype] if difference is None else difference
+    step = share * _norm(at.x) / _norm(residual).clamp(min=torch.finfo(residual.dtype).tiny)
+    reach = _per_sample(step, residual) * residual
+    # Losses are means over entries: 2 / D of <grad E, r>; the difference spans two steps.
+    weight = scale / (residual[0].numel() * step)
+    with torch.autocast(at.x.device.type, enabled=False):
+        for side in (1, -1):
+            energy = field.energy(at.x + side * reach, at.labels, at.gamma)
+            (side * weight * energy).sum().backward()
+    return residual.square().flatten(1).mean(dim=1)
+
+
+@contextmanager
+def frozen(network: object) -> Iterator[None]:
+    """No weight of the network asks for a gradient: what needs that of x alone costs no more."""
+    trained = (
+        [p for p in network.parameters() if p.requires_grad]
+        if isinstance(network, nn.Module)
+        else []
+    )
+    try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _norm(x: Tensor) -> Tensor:
+    return x.flatten(1).norm(dim=1)
+
+
+def _mean(values: Tensor) -> Tensor:
+    return values.flatten(1).mean(dim=1)
+
+
+def _is_half(x: Tensor) -> bool:
+    return x.dtype in (torch.bfloat16, torch.float16)
 
 
 def _per_sample(values: Tensor, like: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ cos and sin, which are equal on one kind of device. Pure; not for secrets.
     B  numbers asked for     count  values for each of them     word  an unsigned 32-bit value
 """
 
+import functools
 import math
 from enum import IntEnum
 
@@ -43,6 +44,7 @@ class Stream(IntEnum):
     FIT_DATUM = 9
     FIT_NOISE = 10
     """Fitting of autoencoders and extractors."""
+    LANGEVIN = 11
 
 
 # -- the generator ------------------------------------------------------------------------------
@@ -160,6 +162,28 @@ def permutation(seed: int, epoch: int | Tensor, size: int, positions: Tensor) ->
     while bool((astray := found >= size).any()):
         found[astray] = _feistel(found[astray], keys[astray], width)
     return found.view_as(positions)
+
+
+BLOCK_IMAGES = 16_384
+"""The order of so many images is computed, and kept, at once."""
+
+
+def order(seed: int, size: int, numbers: Tensor) -> Tensor:
+    """Which of ``size`` things each image of a run is, (B,) int64: every one once an epoch."""
+    blocks = numbers // BLOCK_IMAGES
+    places = torch.empty_like(numbers)
+    for block in blocks.unique().tolist():
+        here = blocks == block
+        places[here] = _order_of_block(seed, size, block)[numbers[here] % BLOCK_IMAGES]
+    return places
+
+
+@functools.lru_cache(maxsize=8)
+def _order_of_block(seed: int, size: int, block: int) -> Tensor:
+    """``order`` of BLOCK_IMAGES consecutive images: a permutation costs much the same for one."""
+    start = block * BLOCK_IMAGES
+    numbers = torch.arange(start, start + BLOCK_IMAGES)
+    return permutation(seed, numbers // size, size, numbers % size)
 
 
 def _feistel(values: Tensor, keys: Tensor, width: int) -> Tensor:

@@ -1,61 +1,53 @@
-"""Samples by descent (section 3.3): x <- x - eta gradient, until a budget or a stop rule.
+"""Samples by descent (section 3.3), until a budget or a stop rule.
 
-    x    latents (B, ...)       eta  step size     mu  momentum
-    k    updates so far         gradient           a function of x alone; from data to noise
+    x    latents (B, ...)       gradient    a function of x alone; from data to noise
+    k    updates so far         N samples in S slots
 
 The released code's "250 steps" are 249 updates. Every field evaluation of every sample is
 counted. A sample that has stopped or blown up stays where it is; since no sample sees another,
-what becomes of one does not depend on its neighbours. Pure: knows no network, no labels, no
-files.
+what becomes of one does not depend on its neighbours. :func:`descend` carries all samples to the
+end together; :func:`descend_in_slots` gives the place of one that has stopped to the next, which
+is how adaptive compute saves time. Pure: knows no network, no labels, no files.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields, replace
+from itertools import islice
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from eqm.field import Gradient
 from eqm.randomness import Stream, normal
+from eqm.rules import Memory, Rule, refilled
 
 EXPLODED = 1000.0
 """A sample has diverged when its norm passes so many times that of its start plus unit noise."""
+STEEPENED = 10.0
+"""Likewise when its gradient's norm passes so many times that of its first plus unit noise: a
+network's output is bounded, so steps that are too long make samples swing and not fly away."""
+
+Projection: TypeAlias = Callable[[Tensor], Tensor]
+"""x (B, ...) -> the nearest point that satisfies a constraint, (B, ...)."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class GradientDescent:
-    """x_{k+1} = x_k - eta gradient(x_k)."""
+@dataclass(frozen=True)
+class Look:
+    """What a stop rule sees of the samples before they move."""
 
-    step_size: float
-
-    def __post_init__(self) -> None:
-        _check_step_size(self.step_size)
-
-    def lookahead(self, x: Tensor, moved: Tensor) -> Tensor:
-        """Where the gradient is taken: at x."""
-        return x
-
-
-@dataclass(frozen=True, kw_only=True)
-class NAG:
-    """x_{k+1} = x_k - eta gradient(x_k + mu (x_k - x_{k-1})), as in the paper and its code.
-
-    Not torch.optim.SGD(nesterov=True): that one accumulates a velocity, this one does not.
-    """
-
-    step_size: float
-    momentum: float
-
-    def __post_init__(self) -> None:
-        _check_step_size(self.step_size)
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum}; it must be at least 0 and less than 1")
-
-    def lookahead(self, x: Tensor, moved: Tensor) -> Tensor:
-        """Where the gradient is taken: ahead of x, by momentum times the last move."""
-        return x + self.momentum * moved
+    x: Tensor
+    """(B, ...)."""
+    gradient: Tensor
+    """(B, ...), as the rule of descent took it: ahead of x, where that looks ahead."""
+    gradient_norms: Tensor
+    """(B,)."""
+    updates: Tensor
+    """(B,) int64: updates that each has had."""
 
 
-Rule = GradientDescent | NAG
+StopRule: TypeAlias = Callable[[Look], Tensor]
+"""Look -> (B,) bool: samples that shall stay where they are."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +63,26 @@ class GradientNormBelow:
         if not self.threshold > 0:
             raise ValueError(f"threshold is {self.threshold}; it must be greater than 0")
 
+    def __call__(self, look: Look) -> Tensor:
+        """Which samples stop, (B,) bool."""
+        return look.gradient_norms < self.threshold
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What happened along the way, at T of the updates."""
+
+    updates: Tensor
+    """(T,) int64."""
+    path_lengths: Tensor
+    """(T, B)."""
+    energy_changes: Tensor
+    """(T, B): since the start, as the work of the gradient along the path."""
+    gradient_norms: Tensor
+    """(T, B): of the last gradient taken; NaN at the start."""
+    energies: Tensor | None
+    """(T, B): of an explicit energy."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Descent:
@@ -80,95 +92,328 @@ class Descent:
     """(B, ...), in the dtype of the start."""
     evaluations: Tensor
     """(B,) int64: field evaluations of each sample."""
+    updates: Tensor
+    """(B,) int64: moves of each sample."""
     gradient_norms: Tensor
     """(B,): norm of the last gradient that was evaluated for each sample; NaN where none was."""
+    path_lengths: Tensor
+    """(B,): sum of the lengths of all moves."""
+    energy_changes: Tensor
+    """(B,): work of the gradient along the path, the sum of <g, move>: for an explicit energy its
+    change to first order in the step, for an implicit field the nearest thing to one."""
+    stopped: Tensor
+    """(B,) bool: samples that the stop rule ended."""
     diverged: Tensor
     """(B,) bool: samples that blew up, left at the last point before. They are not samples."""
+    trace: Trace | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Problem:
+    """N samples to find, for any choice of them; indices are (S,) int64 from 0 to N - 1."""
+
+    start: Callable[[Tensor], Tensor]
+    """indices -> where they start, (S, ...)."""
+    gradient: Callable[[Tensor], Gradient]
+    """indices -> the gradient of those samples (their labels, their guidance)."""
+    project: Callable[[Tensor], Projection] | None = None
+    """indices -> the constraint of those samples."""
+    numbers: Callable[[Tensor], Tensor] = lambda indices: indices
+    """indices -> the names by which Langevin noise is drawn."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _State:
     x: Tensor
-    moved: Tensor
-    """x_k - x_{k-1}."""
+    memory: Memory
     active: Tensor
     evaluations: Tensor
+    updates: Tensor
     norms: Tensor
+    lengths: Tensor
+    works: Tensor
+    stopped: Tensor
     diverged: Tensor
+    limit: Tensor
+    """Norm of x past which a sample has blown up."""
+    steepest: Tensor
+    """Norm of the gradient past which it has; NaN before the first."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Plan:
+    """What stays the same over a descent."""
+
+    rule: Rule
+    updates: int
+    stop: StopRule | None
+
+
+# -- all together -------------------------------------------------------------------------------
 
 
 def descend(
-    gradient: Callable[[Tensor], Tensor],
+    gradient: Gradient,
     start: Tensor,
     *,
     rule: Rule,
     updates: int,
-    stop: GradientNormBelow | None = None,
+    stop: StopRule | None = None,
+    project: Projection | None = None,
+    numbers: Tensor | None = None,
+    check_every: int = 1,
     on_update: Callable[[int, Tensor], None] | None = None,
+    trace_every: int | None = None,
+    energy: Callable[[Tensor], Tensor] | None = None,
 ) -> Descent:
     """Descend from start (B, ...) for so many updates, each sample until its own stop.
 
-    An update takes one evaluation of the gradient; the one that tells a sample to stop moves
-    nothing and is counted. ``on_update(k, latents)`` is called with the start for k = 0 and after
-    every update, until all samples have stopped. Without ``stop`` nothing waits for the device.
-    Raises ValueError for a start that is not (B, ...) of floats and for fewer than 0 updates.
+    The evaluation that tells a sample to stop moves nothing and is counted. ``project`` is applied
+    to the start and after every move. ``numbers`` (B,) int64 name the samples for Langevin noise.
+    ``on_update(k, latents)`` is called with the start for k = 0 and after every update, until all
+    have stopped. ``trace_every`` keeps a :class:`Trace`, with ``energy`` at its points (not counted
+    as evaluations). Without ``stop`` nothing waits for the device; with it, every ``check_every``
+    updates do. Raises ValueError for a start that is not (B, ...) of floats, for fewer than 0
+    updates and for intervals below 1.
     """
-    if start.dim() < 2 or not start.is_floating_point():
-        raise ValueError(f"start is {start.dtype} of shape {tuple(start.shape)}; give (B, ...)")
-    if updates < 0:
-        raise ValueError(f"updates is {updates}; it must be 0 or greater")
+    _check(start, updates, check_every, trace_every or 1)
+    plan = _Plan(rule=rule, updates=updates, stop=stop)
+    tracer = _Tracer(trace_every, energy)
     tell = on_update or (lambda update, latents: None)
     with torch.no_grad():
-        state = _begin(start)
-        limit = EXPLODED * (norms(start) + start[0].numel() ** 0.5)
+        state = _begin(plan, _projected(start, project), numbers)
         tell(0, state.x)
+        tracer.look(0, state)
         for update in range(1, updates + 1):
-            g = gradient(rule.lookahead(state.x, state.moved))
-            state = _update(state, g, rule.step_size, stop, limit)
-            if stop is not None and not bool(state.active.any()):
+            state = _update(plan, state, gradient, project)
+            if stop is not None and update % check_every == 0 and not bool(state.active.any()):
                 break
             tell(update, state.x)
+            tracer.look(update, state)
+        return replace(_descent(state), trace=tracer.trace())
+
+
+def _begin(plan: _Plan, start: Tensor, numbers: Tensor | None) -> _State:
+    size = norms(start)
+    finite, zero = size.isfinite(), torch.zeros_like(size)
+    count = torch.zeros_like(finite, dtype=torch.int64)
+    named = torch.arange(len(start), device=start.device) if numbers is None else numbers
+    return _State(
+        x=start.clone(),
+        memory=plan.rule.begin(start, named),
+        active=finite & (plan.updates > 0),
+        evaluations=count,
+        updates=count,
+        norms=torch.full_like(size, torch.nan),
+        lengths=zero,
+        works=zero,
+        stopped=torch.zeros_like(finite),
+        diverged=~finite,
+        limit=EXPLODED * (size + start[0].numel() ** 0.5),
+        steepest=torch.full_like(size, torch.nan),
+    )
+
+
+def _update(plan: _Plan, state: _State, gradient: Gradient, project: Projection | None) -> _State:
+    """Move those that are active, unless their gradient tells them to stop."""
+    move = plan.rule.move(gradient, state.x, state.memory)
+    norm, g = norms(move.gradient), move.gradient
+    stopping = torch.zeros_like(state.active)
+    if plan.stop is not None:
+        stopping = state.active & plan.stop(Look(state.x, g, norm, state.updates))
+    moving = state.active & ~stopping
+    there = _projected(move.x, project)
+    first = STEEPENED * (norm + g[0].numel() ** 0.5)
+    steepest = torch.where(state.steepest.isnan(), first, state.steepest)
+    size, step = norms(there), (there - state.x).to(state.lengths.dtype)
+    # Written so that a norm that is not a number is a norm that is too large.
+    sound = size.isfinite() & (size <= state.limit) & (norm <= steepest)
+    moved = moving & sound
+    work = (g * step).flatten(1).sum(dim=1)
+    return replace(
+        state,
+        x=torch.where(moved.view(-1, *[1] * (g.dim() - 1)), there, state.x),
+        memory=move.memory,
+        active=moved & (state.updates + 1 < plan.updates),
+        evaluations=state.evaluations + plan.rule.evaluations * state.active,
+        updates=state.updates + moved,
+        norms=torch.where(state.active, norm, state.norms),
+        lengths=torch.where(moved, state.lengths + norms(step), state.lengths),
+        works=torch.where(moved, state.works + work, state.works),
+        stopped=state.stopped | stopping,
+        diverged=state.diverged | (moving & ~sound),
+        steepest=steepest,
+    )
+
+
+def _descent(state: _State) -> Descent:
     return Descent(
         latents=state.x,
         evaluations=state.evaluations,
+        updates=state.updates,
         gradient_norms=state.norms,
+        path_lengths=state.lengths,
+        energy_changes=state.works,
+        stopped=state.stopped,
         diverged=state.diverged,
     )
 
 
-def _begin(start: Tensor) -> _State:
-    size = norms(start)
-    finite = size.isfinite()
-    return _State(
-        x=start.clone(),
-        moved=torch.zeros_like(start),
-        active=finite,
-        evaluations=torch.zeros_like(finite, dtype=torch.int64),
-        norms=torch.full_like(size, torch.nan),
-        diverged=~finite,
-    )
+class _Tracer:
+    """Collects the points of a trace; nothing where none is wanted."""
+
+    def __init__(self, every: int | None, energy: Callable[[Tensor], Tensor] | None) -> None:
+        self.every, self.energy = every, energy
+        self.rows: list[tuple[int, Tensor, Tensor, Tensor]] = []
+        self.energies: list[Tensor] = []
+
+    def look(self, update: int, state: _State) -> None:
+        """Keep a point where one is due."""
+        if self.every is None or update % self.every:
+            return
+        self.rows.append((update, state.lengths, state.works, state.norms))
+        if self.energy is not None:
+            self.energies.append(self.energy(state.x))
+
+    def trace(self) -> Trace | None:
+        """All points."""
+        if self.every is None:
+            return None
+        updates, lengths, works, gradient_norms = zip(*self.rows, strict=True)
+        return Trace(
+            updates=torch.tensor(updates),
+            path_lengths=torch.stack(lengths),
+            energy_changes=torch.stack(works),
+            gradient_norms=torch.stack(gradient_norms),
+            energies=torch.stack(self.energies) if self.energies else None,
+        )
 
 
-def _update(
-    state: _State, g: Tensor, step_size: float, stop: GradientNormBelow | None, limit: Tensor
-) -> _State:
-    """Move those that are active by the gradient g, unless it tells them to stop."""
-    norm = norms(g)
-    moving = state.active if stop is None else state.active & ~(norm < stop.threshold)
-    step = -step_size * g
-    size = norms(state.x + step)
-    # Written so that a norm that is not a number is a norm that is too large.
-    sound = size.isfinite() & (size <= limit)
-    active = moving & sound
-    where = active.view(-1, *[1] * (g.dim() - 1))
-    return _State(
-        x=torch.where(where, state.x + step, state.x),
-        moved=torch.where(where, step, state.moved),
-        active=active,
-        evaluations=state.evaluations + state.active,
-        norms=torch.where(state.active, norm, state.norms),
-        diverged=state.diverged | (moving & ~sound),
-    )
+# -- in slots -----------------------------------------------------------------------------------
+
+
+def descend_in_slots(
+    problem: Problem,
+    count: int,
+    *,
+    slots: int,
+    rule: Rule,
+    updates: int,
+    stop: StopRule | None = None,
+    check_every: int = 1,
+    on_finished: Callable[[int], None] | None = None,
+) -> Descent:
+    """Find ``count`` samples, ``slots`` at a time: one that has stopped makes room for the next.
+
+    The batch keeps its shape to the end, so a sample's bits depend on the number of slots (through
+    the kernels that this shape is computed with) and on nothing else: not on its slot, its
+    neighbours or its turn. Every ``check_every`` updates the device is asked who has stopped;
+    between, those wait where they are. ``on_finished(samples)`` is called with how many have been
+    found so far. Raises ValueError as :func:`descend` does, and for fewer than 1 sample or slot.
+    """
+    for name, value in (("count", count), ("slots", slots)):
+        if value < 1:
+            raise ValueError(f"{name} is {value}; it must be at least 1")
+    plan = _Plan(rule=rule, updates=updates, stop=stop)
+    waiting = iter(range(count))
+    holds: list[int | None] = list(islice(waiting, slots))
+    with torch.no_grad():
+        held = torch.tensor(holds)
+        start = problem.start(held)
+        _check(start, updates, check_every, 1)
+        table = _Table(problem, plan, held, start)
+        found, done = _empty(_descent(table.state), count), 0
+        while done < count:
+            for _ in range(check_every):
+                table.advance()
+            over = table.finished(holds)
+            _put(found, table, over, [n for n in (holds[s] for s in over) if n is not None])
+            done += len(over)
+            _refill(table, holds, over, waiting)
+            if over and on_finished is not None:
+                on_finished(done)
+    return found
+
+
+class _Table:
+    """The slots: which sample sits in each, and its state."""
+
+    def __init__(self, problem: Problem, plan: _Plan, held: Tensor, start: Tensor) -> None:
+        self.problem, self.plan, self.held = problem, plan, held
+        self.state = self.state_of(held, start)
+        self.seat()
+
+    def state_of(self, held: Tensor, start: Tensor) -> _State:
+        """State of samples that are about to start."""
+        project = None if self.problem.project is None else self.problem.project(held)
+        numbers = self.problem.numbers(held).to(start.device)
+        return _begin(self.plan, _projected(start, project), numbers)
+
+    def seat(self) -> None:
+        """Look up gradient and constraint of those that sit here now."""
+        self.gradient = self.problem.gradient(self.held)
+        self.project = None if self.problem.project is None else self.problem.project(self.held)
+
+    def advance(self) -> None:
+        """One update."""
+        self.state = _update(self.plan, self.state, self.gradient, self.project)
+
+    def finished(self, holds: list[int | None]) -> list[int]:
+        """Slots with a sample that moves no more."""
+        active = self.state.active.tolist()
+        return [s for s, holder in enumerate(holds) if holder is not None and not active[s]]
+
+    def replace(self, slots: list[int], samples: list[int]) -> None:
+        """Seat new samples."""
+        new, where = torch.tensor(samples), torch.tensor(slots)
+        fresh = self.state_of(new, self.problem.start(new))
+        self.held = self.held.index_copy(0, where, new)
+        where = where.to(fresh.x.device)
+        changed = {
+            f.name: getattr(self.state, f.name).index_copy(0, where, getattr(fresh, f.name))
+            for f in fields(_State)
+            if f.name != "memory"
+        }
+        memory = refilled(self.state.memory, where, fresh.memory)
+        self.state = _State(memory=memory, **changed)
+        self.seat()
+
+
+def _refill(
+    table: _Table, holds: list[int | None], over: list[int], waiting: Iterator[int]
+) -> None:
+    """Seat those that wait in slots that are free; slots that stay free hold nobody."""
+    coming = list(islice(waiting, len(over)))
+    for slot in over:
+        holds[slot] = None
+    for slot, sample in zip(over, coming, strict=False):
+        holds[slot] = sample
+    if coming:
+        table.replace(over[: len(coming)], coming)
+
+
+def _empty(like: Descent, count: int) -> Descent:
+    """Room for so many samples."""
+    room = {
+        f.name: getattr(like, f.name).new_empty((count, *getattr(like, f.name).shape[1:]))
+        for f in fields(Descent)
+        if f.name != "trace"
+    }
+    return Descent(**room)
+
+
+def _put(found: Descent, table: _Table, slots: list[int], samples: list[int]) -> None:
+    """Write what is in the slots to the places of their samples."""
+    if not slots:
+        return
+    here = _descent(table.state)
+    at, where = (torch.tensor(v, device=here.latents.device) for v in (slots, samples))
+    for f in fields(Descent):
+        if f.name != "trace":
+            getattr(found, f.name)[where] = getattr(here, f.name)[at]
+
+
+# -- helpers ------------------------------------------------------------------------------------
 
 
 def norms(x: Tensor) -> Tensor:
@@ -186,6 +431,27 @@ def start_noise(
     return normal(0, Stream.SAMPLE_NOISE, seeds.to(device), shape, dtype)
 
 
-def _check_step_size(step_size: float) -> None:
-    if not step_size > 0:
-        raise ValueError(f"step_size is {step_size}; it must be greater than 0")
+@dataclass(frozen=True)
+class Known:
+    """Inpainting as a constraint: where ``mask`` is True, x is ``values`` (both (B, ...))."""
+
+    mask: Tensor
+    values: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The nearest point that agrees with what is known."""
+        return torch.where(self.mask, self.values, x)
+
+
+def _projected(x: Tensor, project: Projection | None) -> Tensor:
+    return x if project is None else project(x)
+
+
+def _check(start: Tensor, updates: int, *intervals: int) -> None:
+    if start.dim() < 2 or not start.is_floating_point():
+        raise ValueError(f"start is {start.dtype} of shape {tuple(start.shape)}; give (B, ...)")
+    if updates < 0:
+        raise ValueError(f"updates is {updates}; it must be 0 or greater")
+    for interval in intervals:
+        if interval < 1:
+            raise ValueError(f"an interval is {interval} updates; it must be at least 1")

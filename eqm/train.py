@@ -8,6 +8,7 @@ in the same bits. Gradients are summed over ranks flat, in one call: nothing is 
 import json
 import signal
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
@@ -17,18 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eqm import checkpoint, model, objective
+from eqm import checkpoint, model, sampling
+from eqm.autoencoder import read_pretrained
 from eqm.batches import Batch, batches
 from eqm.checkpoint import TrainState
-from eqm.config import SamplerConfig, TrainConfig, TrainStage
+from eqm.config import PretrainedFile, SamplerConfig, TrainConfig, TrainStage
 from eqm.distributed import World
-from eqm.ema import EMA
 from eqm.errors import DataError, EqmError
-from eqm.field import Field
 from eqm.latents import sample_latents
+from eqm.learner import Learner, check_slope, learning_rate
 from eqm.model import Model, ModelSpec
+from eqm.objective import Corrupted
+from eqm.official import import_official, read_official
 from eqm.progress import Progress
-from eqm.randomness import Stream, normal, uniform
+from eqm.randomness import Stream, normal
 from eqm.records import to_json
 from eqm.registry import RunMirror
 from eqm.report import sample_grid
@@ -54,10 +57,7 @@ class Run:
     stage: TrainStage
     spec: ModelSpec
     data: LatentSet
-    network: torch.nn.Module
-    gradient_field: Field
-    optimiser: torch.optim.Optimizer
-    ema: EMA
+    learner: Learner
     images_seen: int = 0
     history: dict[str, list[float]] = field(
         default_factory=lambda: {"images": [], "loss": [], "gradient_norm": []}
@@ -78,9 +78,14 @@ class Run:
         return self.stage.train
 
     @property
+    def network(self) -> torch.nn.Module:
+        """What is trained."""
+        return self.learner.network
+
+    @property
     def names(self) -> dict[Tensor, str]:
         """Trained parameters and their names."""
-        return {p: n for n, p in self.network.named_parameters() if p.requires_grad}
+        return self.learner.names
 
     @property
     def report_every(self) -> int:
@@ -104,29 +109,45 @@ def setup(context: Context) -> Run:
         classes=data.manifest.classes,
         null_label=stage.train.label_dropout > 0,
     )
-    net = spec.build()
-    # The l2 energy of a head of zeros has no slope anywhere: it would never train.
-    net.initialise(stage.train.seed, zero_head=stage.objective.energy != "l2")
-    net.to(context.world.device)
-    trained = {name: p for name, p in net.named_parameters() if p.requires_grad}
     run = Run(
         context=context,
         stage=stage,
         spec=spec,
         data=data,
-        network=net,
-        gradient_field=Field(net, energy=stage.objective.energy),
-        optimiser=torch.optim.AdamW(
-            trained.values(),
-            lr=stage.train.learning_rate,
-            betas=stage.train.betas,
-            weight_decay=stage.train.weight_decay,
-            fused=True,
+        learner=Learner(
+            first_network(stage, spec, context.world.device),
+            stage.objective,
+            stage.train,
+            device=context.world.device,
         ),
-        ema=EMA(trained, half_life_images=stage.train.ema_half_life_images),
     )
     resume(run)
     return run
+
+
+def first_network(stage: TrainStage, spec: ModelSpec, device: torch.device) -> torch.nn.Module:
+    """The network as the run begins: drawn from the seed, or with the weights of another model."""
+    net = spec.build()
+    # The l2 energy of a head of zeros has no slope anywhere: it would never train.
+    net.initialise(stage.train.seed, zero_head=stage.objective.energy != "l2")
+    if stage.train.init_from is not None:
+        model.filled(
+            net, read_weights(stage.train.init_from, stage.network.heads), stage.train.init_from.uri
+        )
+    check_slope(net, stage.objective)
+    return net.to(device)
+
+
+def read_weights(file: PretrainedFile, heads: int) -> dict[str, Tensor]:
+    """Weights of another training, or of a checkpoint of the official code or of SiT (``.pt``)."""
+    data = read_pretrained(file)
+    if not file.uri.endswith(".pt"):
+        return checkpoint.tensors_from_bytes(data)
+    with tempfile.NamedTemporaryFile(suffix=".pt") as copy:
+        copy.write(data)
+        copy.flush()
+        # Heads are the config's: no weight's shape depends on them.
+        return import_official(read_official(copy.name), num_heads=heads, where=file.uri).tensors
 
 
 def world_divides(config: TrainConfig, world: World) -> None:
@@ -150,8 +171,8 @@ def resume(run: Run) -> None:
     with torch.no_grad():
         for parameter, name in run.names.items():
             parameter.copy_(state.parameters[name])
-    run.ema.load_state_dict(state.ema)
-    checkpoint.tensors_to_optimiser(state.optimiser, run.optimiser, run.names)
+    run.learner.ema.load_state_dict(state.ema)
+    checkpoint.tensors_to_optimiser(state.optimiser, run.learner.optimiser, run.names)
     run.images_seen = run.persisted = state.images_seen
     run.history = state.history
     run.since_report = [torch.tensor(pair, device=run.world.device) for pair in state.pending]
@@ -164,66 +185,30 @@ def resume(run: Run) -> None:
 
 def step(run: Run, batch: Batch, stop: bool) -> bool:
     """One optimiser update; returns whether any rank wants to stop."""
-    config = run.config
-    losses = batch_losses(run, batch)
     # A mean over the global batch, whatever the number of ranks.
-    loss = losses.sum() / config.batch_size
-    loss.backward()
-    flags = torch.stack([loss.detach(), loss.new_tensor(float(stop))])
-    flat = torch.cat([*map(gradient_of, run.names), flags])
+    loss = accumulate(run, batch).sum() / run.config.batch_size
+    flags = torch.stack([loss, loss.new_tensor(float(stop))])
+    flat = torch.cat([run.learner.gradient(), flags])
     run.world.sum_(flat)
     gradient, flags = flat[:-2], flat[-2:]
-    norm = gradient.norm()
-    if config.gradient_clip is not None:
-        gradient.mul_((config.gradient_clip / (norm + 1e-12)).clamp(max=1.0))
-    put_gradients(run, gradient)
-    for group in run.optimiser.param_groups:
-        group["lr"] = learning_rate(config, run.images_seen)
-    run.optimiser.step()
-    run.ema.update({n: p for p, n in run.names.items()}, images=config.batch_size)
-    run.optimiser.zero_grad(set_to_none=True)
-    run.images_seen += config.batch_size
+    norm = run.learner.apply(gradient, images_seen=run.images_seen)
+    run.images_seen += run.config.batch_size
     run.since_report.append(torch.stack([flags[0], norm]))
     return bool(flags[1] > 0) if run.world.size > 1 else stop
 
 
-def batch_losses(run: Run, batch: Batch) -> Tensor:
-    """Loss of each image of this rank's share, (B,) (Eq. 3)."""
-    config, device = run.config, run.world.device
+def accumulate(run: Run, batch: Batch) -> Tensor:
+    """Add the gradient of this rank's share; returns the loss of each of its images, (B,)."""
+    return run.learner.backward(corrupted(run, batch))
+
+
+def corrupted(run: Run, batch: Batch) -> Corrupted:
+    """Latents sampled from the autoencoder's posterior, with noise and dropped labels."""
+    device = run.world.device
     numbers = batch.image_numbers.to(device)
-    shape = run.spec.latent.shape
-    noise = normal(config.seed, Stream.POSTERIOR, numbers, shape)
+    noise = normal(run.config.seed, Stream.POSTERIOR, numbers, run.spec.latent.shape)
     x = sample_latents(batch.moments.to(device), noise, run.spec.latent)
-    eps = normal(config.seed, Stream.EPS, numbers, shape)
-    gamma = uniform(config.seed, Stream.GAMMA, numbers).squeeze(1)
-    dropped = uniform(config.seed, Stream.LABEL_DROP, numbers).squeeze(1) < config.label_dropout
-    labels = batch.labels.to(device).masked_fill(dropped, len(run.spec.classes))
-    c = objective.decay(run.stage.objective)
-    return objective.eqm_loss(run.gradient_field, x, eps, gamma, labels, c=c, create_graph=True)
-
-
-def gradient_of(parameter: Tensor) -> Tensor:
-    """Gradient of a parameter, flat; zeros where the loss does not depend on it."""
-    gradient = parameter.grad
-    return torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()
-
-
-def put_gradients(run: Run, flat: Tensor) -> None:
-    """Give each parameter its part of the summed gradient."""
-    start = 0
-    for parameter in run.names:
-        count = parameter.numel()
-        parameter.grad = flat[start : start + count].view_as(parameter)
-        start += count
-
-
-def learning_rate(config: TrainConfig, images_seen: int) -> float:
-    """Rate of the update that begins at a position: warm-up, constant, linear decay to zero."""
-    warm = min(1.0, (images_seen + config.batch_size) / max(config.warmup_images, 1))
-    left = config.images - images_seen
-    falling = config.decay_fraction * config.images
-    decay = min(1.0, left / falling) if falling else 1.0
-    return config.learning_rate * warm * decay
+    return run.learner.corrupted(x, batch.labels.to(device), numbers)
 
 
 # -- report -------------------------------------------------------------------------------------
@@ -255,11 +240,11 @@ def show_grid(run: Run, mirror: RunMirror) -> None:
     classes = run.spec.classes[:GRID_CLASSES]
     labels = [k for k in range(len(classes)) for _ in range(GRID_SAMPLES_A_CLASS)]
     settings: SamplerConfig = run.context.job.runtime.grid_sampler
-    found = model.sample(
+    found = sampling.sample(
         ema_model(run),
         labels=labels,
         seeds=range(len(labels)),
-        rule=model.rule_of(settings),
+        rule=sampling.rule_of(settings),
         updates=settings.updates,
     )
     images = found.images().cpu().numpy()
@@ -270,7 +255,7 @@ def show_grid(run: Run, mirror: RunMirror) -> None:
 
 def ema_model(run: Run) -> Model:
     """The model as it stands, with averaged weights."""
-    tensors = {**run.network.state_dict(), **run.ema.state_dict()}
+    tensors = {**run.network.state_dict(), **run.learner.ema.state_dict()}
     net = model.filled(run.spec.build().to(run.world.device), tensors, "EMA weights")
     return Model(run.spec, net, autoencoder=lambda: _autoencoder(run))
 
@@ -300,8 +285,8 @@ def state_of(run: Run) -> TrainState:
     return TrainState(
         images_seen=run.images_seen,
         parameters={name: p.detach() for p, name in run.names.items()},
-        ema=run.ema.state_dict(),
-        optimiser=checkpoint.optimiser_to_tensors(run.optimiser, run.names),
+        ema=run.learner.ema.state_dict(),
+        optimiser=checkpoint.optimiser_to_tensors(run.learner.optimiser, run.names),
         history=run.history,
         pending=torch.stack(run.since_report).tolist() if run.since_report else [],
     )
@@ -313,7 +298,9 @@ def outcome_of(run: Run) -> Outcome:
     return Outcome(
         outputs={
             "model.json": model.spec_to_bytes(run.spec),
-            "ema.safetensors": checkpoint.tensors_to_bytes({**weights, **run.ema.state_dict()}),
+            "ema.safetensors": checkpoint.tensors_to_bytes(
+                {**weights, **run.learner.ema.state_dict()}
+            ),
             "raw.safetensors": checkpoint.tensors_to_bytes(weights),
             "history.json": json.dumps(run.history).encode(),
         },

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import eqm
-from eqm.batches import BLOCK_IMAGES, Batch, batches, mirror_of, order, read_batch, samples_of
+from eqm.batches import Batch, batches, mirror_of, order, read_batch, samples_of
 from eqm.errors import ConfigError, DataError
 from eqm.records import LatentSpec, Manifest, Shard
 from eqm.shards import LatentSet, Sample, write_shard
@@ -152,7 +152,7 @@ def test_epochs_and_seeds_have_orders_of_their_own(with_mirrors: LatentSet) -> N
 
 
 def test_the_order_does_not_see_the_blocks_it_is_computed_in() -> None:
-    from eqm.randomness import permutation
+    from eqm.randomness import BLOCK_IMAGES, permutation
 
     numbers = np.arange(BLOCK_IMAGES - 50, BLOCK_IMAGES + 50, dtype=np.int64)
     for size in (1, 7, 1797):

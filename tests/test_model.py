@@ -11,12 +11,13 @@ import pytest
 import torch
 
 import eqm
-from eqm import model
+from eqm import model, sampling
 from eqm.checkpoint import tensors_from_bytes
 from eqm.config import ObjectiveConfig, SamplerConfig
 from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.model import Model
-from eqm.sampler import NAG, GradientDescent, GradientNormBelow
+from eqm.rules import NAG, GradientDescent
+from eqm.sampler import GradientNormBelow
 
 SHAPE = (1, 8, 8)
 
@@ -288,8 +289,8 @@ def test_a_stop_and_a_look_reach_the_sampler(trained: Model) -> None:
 
 def test_the_rule_is_the_one_of_the_config() -> None:
     gd = SamplerConfig(rule="gd", step_size=0.02)
-    assert model.rule_of(gd) == GradientDescent(step_size=0.02)
-    assert model.rule_of(SamplerConfig()) == NAG(step_size=0.003, momentum=0.3)
+    assert sampling.rule_of(gd) == GradientDescent(step_size=0.02)
+    assert sampling.rule_of(SamplerConfig()) == NAG(step_size=0.003, momentum=0.3)
 
 
 def test_a_start_or_seeds_but_not_both(trained: Model) -> None:

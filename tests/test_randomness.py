@@ -76,6 +76,7 @@ def test_streams_and_their_values_stay():
         "SAMPLE_LABEL": 8,
         "FIT_DATUM": 9,
         "FIT_NOISE": 10,
+        "LANGEVIN": 11,
     }
 
 

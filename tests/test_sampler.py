@@ -10,7 +10,15 @@ from eqm.config import ObjectiveConfig
 from eqm.field import Field, guided
 from eqm.objective import decay
 from eqm.randomness import Stream, normal
-from eqm.sampler import NAG, GradientDescent, GradientNormBelow, descend, start_noise
+from eqm.rules import NAG, BarzilaiBorwein, GradientDescent, HeavyBall, Langevin, Optimiser
+from eqm.sampler import (
+    GradientNormBelow,
+    Known,
+    Problem,
+    descend,
+    descend_in_slots,
+    start_noise,
+)
 
 GD = GradientDescent(step_size=0.003)
 NAG_OF_PAPER = NAG(step_size=0.003, momentum=0.3)
@@ -314,6 +322,273 @@ def test_a_sample_does_not_depend_on_its_neighbours(rule, stop):
         for name in ("latents", "evaluations", "gradient_norms", "diverged"):
             a, b = getattr(alone, name)[0], getattr(together, name)[i]
             assert torch.equal(a.nan_to_num(-1), b.nan_to_num(-1)), (i, name)
+
+
+def test_steps_that_are_too_long_are_marked_although_nothing_flies_away():
+    # Like a network, this spring says nothing larger than some bound: x swings, and stays finite.
+    def gradient(x):
+        return 30 * x.clamp(-1e3, 1e3)
+
+    start = 0.1 * noise(2, 16)
+    wild_rule, calm = GradientDescent(step_size=0.2), GradientDescent(step_size=0.05)
+    assert descend(gradient, start, rule=wild_rule, updates=60).diverged.tolist() == [True] * 2
+    assert descend(gradient, start, rule=calm, updates=60).diverged.tolist() == [False] * 2
+
+
+# -- stop rules of the user's -------------------------------------------------------------------
+
+
+def test_any_function_of_a_look_is_a_stop_rule():
+    looks = []
+
+    def stop(look):
+        looks.append((look.updates.tolist(), look.gradient_norms.tolist()))
+        return look.x[:, 0] < 0.5
+
+    start = torch.tensor([[1.0], [0.2], [4.0]])
+    found = descend(lambda x: x, start, rule=GradientDescent(step_size=0.5), updates=9, stop=stop)
+    assert found.latents.flatten().tolist() == pytest.approx([0.25, 0.2, 0.25])
+    assert found.updates.tolist() == [2, 0, 4]
+    assert found.evaluations.tolist() == [3, 1, 5]
+    assert found.stopped.tolist() == [True] * 3
+    assert looks[1] == ([1, 0, 1], [0.5, pytest.approx(0.2), 2.0])
+
+
+def test_samples_that_used_all_their_updates_were_not_stopped():
+    found = descend(bowl, noise(2, 3), rule=RULES[0], updates=5, stop=GradientNormBelow(1e-9))
+    assert found.stopped.tolist() == [False, False]
+    assert found.updates.tolist() == [5, 5]
+
+
+def test_looking_less_often_changes_no_sample():
+    start, stop = 3 * noise(6, 4), GradientNormBelow(0.5)
+    often, rarely = (
+        descend(bowl, start, rule=RULES[1], updates=80, stop=stop, check_every=k) for k in (1, 7)
+    )
+    for name in ("latents", "evaluations", "updates", "gradient_norms", "path_lengths"):
+        assert torch.equal(getattr(often, name), getattr(rarely, name)), name
+
+
+# -- length, work, trace ------------------------------------------------------------------------
+
+
+def test_length_and_work_are_those_of_the_path():
+    start, places = noise(3, 2, 2), []
+    found = descend(bowl, start, rule=RULES[0], updates=30, on_update=lambda k, x: places.append(x))
+    steps = torch.stack(places).diff(dim=0)
+    lengths = steps.flatten(2).norm(dim=2)
+    works = (torch.stack([bowl(x) for x in places[:-1]]) * steps).flatten(2).sum(dim=2)
+    assert torch.allclose(found.path_lengths, lengths.sum(dim=0), rtol=1e-12)
+    assert torch.allclose(found.energy_changes, works.sum(dim=0), rtol=1e-12)
+
+
+def test_work_tends_to_the_change_of_energy():
+    def energy(x):
+        return (bowl(x) * x).flatten(1).sum(dim=1) / 2
+
+    start, errors = noise(3, 4), []
+    for updates in (100, 200):
+        rule = GradientDescent(step_size=1 / updates)
+        found = descend(bowl, start, rule=rule, updates=updates)
+        errors.append(found.energy_changes - (energy(found.latents) - energy(start)))
+    assert torch.allclose(errors[0] / errors[1], torch.full((3,), 2.0).double(), rtol=0.05)
+
+
+def test_a_trace_has_the_points_asked_for():
+    start = noise(3, 4)
+    found = descend(
+        bowl,
+        start,
+        rule=RULES[0],
+        updates=10,
+        trace_every=4,
+        energy=lambda x: x.square().sum(dim=1),
+    )
+    trace = found.trace
+    assert trace.updates.tolist() == [0, 4, 8]
+    part = descend(bowl, start, rule=RULES[0], updates=8)
+    assert torch.equal(trace.path_lengths[2], part.path_lengths)
+    assert torch.equal(trace.energy_changes[2], part.energy_changes)
+    assert torch.equal(trace.energies[0], start.square().sum(dim=1))
+    assert torch.equal(trace.energies[2], part.latents.square().sum(dim=1))
+    assert bool(trace.gradient_norms[0].isnan().all())
+    assert descend(bowl, start, rule=RULES[0], updates=3).trace is None
+
+
+def test_least_gradient_of_a_smooth_energy_obeys_statement_3():
+    """min ||g||^2 <= 2 (E_0 - E_inf) / (eta K) for eta <= 1 / L."""
+    start = 3 * noise(8, 6)
+    energy = (bowl(start) * start).sum(dim=1) / 2
+    for updates in (1, 5, 50):
+        norms = []
+        descend(
+            bowl,
+            start,
+            rule=GradientDescent(step_size=0.25),
+            updates=updates,
+            on_update=lambda k, x, norms=norms: norms.append(bowl(x).norm(dim=1)),
+        )
+        least = torch.stack(norms[:-1]).min(dim=0).values.square()
+        assert bool((least <= 2 * energy / (0.25 * updates)).all())
+
+
+# -- constraints --------------------------------------------------------------------------------
+
+
+def test_what_is_known_stays_and_the_rest_descends():
+    mask = torch.tensor([[True, False, False, True]])
+    values = torch.tensor([[5.0, 0.0, 0.0, -5.0]]).double()
+    start = noise(3, 4)
+    found = descend(bowl, start, rule=RULES[1], updates=200, project=Known(mask, values)).latents
+    assert found[:, [0, 3]].tolist() == [[5.0, -5.0]] * 3
+    assert float(found[:, 1:3].abs().max()) < 1e-4
+
+
+def test_the_start_is_projected_too():
+    box = lambda x: x.clamp(-0.1, 0.1)  # noqa: E731
+    found = descend(bowl, noise(3, 4), rule=RULES[0], updates=0, project=box).latents
+    assert float(found.abs().max()) <= 0.1
+
+
+# -- slots --------------------------------------------------------------------------------------
+
+STATIONS = noise(23, 6, seed=5) * torch.linspace(0.5, 6, 23).double().view(-1, 1)
+"""Starts from near to far: samples that take very different numbers of updates."""
+
+
+def problem(order=None, seen=None):
+    """23 samples in an order of choice; each has a stiffness of its own, as a label would be."""
+    order = torch.arange(23) if order is None else order
+
+    def gradient(at):
+        stiffness = 1 + (order[at] % 3).double().view(-1, 1)
+        if seen is not None:
+            seen.append(len(at))
+        return lambda x, gamma=None: stiffness * bowl(x)
+
+    return Problem(
+        start=lambda at: STATIONS[order[at]],
+        gradient=gradient,
+        numbers=lambda at: order[at],
+    )
+
+
+SLOT_RULES = [
+    *RULES,
+    HeavyBall(step_size=0.02, momentum=0.5),
+    BarzilaiBorwein(step_size=0.01, longest=0.1),
+    Langevin(step_size=0.02, temperature=1e-4),
+    Optimiser(torch.optim.Adam, lr=0.1),
+]
+FOUND = ("latents", "evaluations", "updates", "gradient_norms", "path_lengths", "energy_changes")
+
+
+@pytest.mark.parametrize("rule", SLOT_RULES, ids=lambda rule: type(rule).__name__)
+@pytest.mark.parametrize("slots", [1, 4, 23, 40])
+def test_slots_find_what_descending_together_finds(rule, slots):
+    stop = GradientNormBelow(0.3)
+    together = descend(
+        problem().gradient(torch.arange(23)), STATIONS, rule=rule, updates=60, stop=stop
+    )
+    found = descend_in_slots(problem(), 23, slots=slots, rule=rule, updates=60, stop=stop)
+    assert len(set(found.evaluations.tolist())) > 3
+    assert found.stopped.tolist() == together.stopped.tolist()
+    for name in ("evaluations", "updates", "diverged"):
+        assert torch.equal(getattr(found, name), getattr(together, name)), name
+    for name in FOUND:
+        a, b = getattr(found, name), getattr(together, name)
+        assert torch.allclose(a, b, rtol=1e-12, atol=1e-12), name
+
+
+@pytest.mark.parametrize("check_every", [1, 5])
+@pytest.mark.parametrize("rule", SLOT_RULES, ids=lambda rule: type(rule).__name__)
+def test_a_sample_in_a_slot_does_not_depend_on_order_or_neighbours(rule, check_every):
+    stop = GradientNormBelow(0.3)
+    settings = {"slots": 5, "rule": rule, "updates": 60, "stop": stop, "check_every": check_every}
+    plain = descend_in_slots(problem(), 23, **settings)
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(2))
+    mixed = descend_in_slots(problem(order), 23, **settings)
+    few = descend_in_slots(problem(order), 7, **settings)
+    for name in FOUND:
+        assert torch.equal(getattr(mixed, name), getattr(plain, name)[order]), name
+        assert torch.equal(getattr(few, name), getattr(plain, name)[order[:7]]), name
+
+
+def test_slots_keep_the_shape_of_the_batch_and_save_calls():
+    shapes, calls = [], [0]
+
+    def gradient(at):
+        def g(x, gamma=None):
+            calls[0] += 1
+            shapes.append(tuple(x.shape))
+            return bowl(x)
+
+        return g
+
+    told = []
+    found = descend_in_slots(
+        Problem(start=lambda at: STATIONS[at], gradient=gradient),
+        23,
+        slots=4,
+        rule=RULES[0],
+        updates=500,
+        stop=GradientNormBelow(0.3),
+        on_finished=told.append,
+    )
+    assert set(shapes) == {(4, 6)}
+    assert told[-1] == 23
+    assert told == sorted(told)
+    ideal = int(found.evaluations.sum()) / 4
+    assert ideal <= calls[0] <= ideal + int(found.evaluations.max())
+
+
+def test_a_constraint_belongs_to_its_sample():
+    values = torch.arange(23.0).double().view(-1, 1).expand(23, 6)
+    mask = torch.zeros(23, 6, dtype=torch.bool)
+    mask[:, 2] = True
+    plain = problem()
+    found = descend_in_slots(
+        Problem(
+            start=plain.start,
+            gradient=plain.gradient,
+            project=lambda at: Known(mask[at], values[at]),
+        ),
+        23,
+        slots=4,
+        rule=RULES[0],
+        updates=30,
+        stop=lambda look: look.updates >= 3 + (look.x[:, 2].long() % 5),
+    )
+    assert torch.equal(found.latents[:, 2], torch.arange(23.0).double())
+    assert found.updates.tolist() == [3 + n % 5 for n in range(23)]
+
+
+def test_samples_that_blow_up_leave_their_slot():
+    found = descend_in_slots(
+        Problem(
+            start=lambda at: torch.where(at.view(-1, 1) % 3 == 0, -1.0, 1.0).expand(-1, 2),
+            gradient=lambda at: lambda x, gamma=None: wild(x),
+        ),
+        9,
+        slots=2,
+        rule=RULES[0],
+        updates=50,
+    )
+    assert found.diverged.tolist() == [n % 3 == 0 for n in range(9)]
+
+
+@pytest.mark.parametrize(
+    ("count", "settings", "message"),
+    [
+        (0, {"slots": 1}, "count is 0"),
+        (1, {"slots": 0}, "slots is 0"),
+        (1, {"slots": 1, "check_every": 0}, "interval is 0"),
+        (1, {"slots": 1, "updates": -1}, "updates is -1"),
+    ],
+)
+def test_slots_that_cannot_be_are_refused(count, settings, message):
+    with pytest.raises(ValueError, match=message):
+        descend_in_slots(problem(), count, **{"rule": RULES[0], "updates": 1, **settings})
 
 
 # -- devices, modes, types ----------------------------------------------------------------------

@@ -26,6 +26,7 @@ from eqm.distributed import World
 from eqm.ema import EMA
 from eqm.errors import ConfigError, DataError
 from eqm.latents import sample_latents
+from eqm.learner import learning_rate
 from eqm.randomness import Stream, normal, uniform
 from eqm.records import Record, to_json
 from eqm.stage import Context, job_digest, open_ref
@@ -105,14 +106,14 @@ def test_a_signal_ends_training_with_a_checkpoint(
 ) -> None:
     job = fresh(tiny, tmp_path)
     before = signal.getsignal(kind)
-    losses = train.batch_losses
+    losses = train.accumulate
 
     def halfway(run: train.Run, batch: train.Batch) -> torch.Tensor:
         if run.images_seen == HALF - 2 * BATCH:
             os.kill(os.getpid(), kind)
         return losses(run, batch)
 
-    monkeypatch.setattr(train, "batch_losses", halfway)
+    monkeypatch.setattr(train, "accumulate", halfway)
     with pytest.raises(InterruptedTraining, match="start it again to go on"):
         chain.run(job)
     monkeypatch.undo()
@@ -262,9 +263,9 @@ def test_gradients_of_the_ranks_add_up(tiny: chain.Chain, tmp_path: Path, size: 
     run = set_up(job)
     run.network.initialise(1, zero_head=False)
     batch = read_batch(run.data, run.config.seed, 0, BATCH)
-    whole = train.batch_losses(run, batch)
+    whole = train.accumulate(run, batch)
     shares = [
-        train.batch_losses(run, read_batch(run.data, run.config.seed, start, BATCH // size))
+        train.accumulate(run, read_batch(run.data, run.config.seed, start, BATCH // size))
         for start in range(0, BATCH, BATCH // size)
     ]
     assert torch.allclose(torch.cat(shares), whole, rtol=1e-5)
@@ -302,7 +303,7 @@ def test_the_learning_rate_warms_up_stays_and_decays() -> None:
     config = TrainConfig(
         images=1000, batch_size=10, learning_rate=2.0, warmup_images=100, decay_fraction=0.2
     )
-    rates = [train.learning_rate(config, seen) for seen in range(0, 1000, 10)]
+    rates = [learning_rate(config, seen) for seen in range(0, 1000, 10)]
     assert rates[:10] == pytest.approx([0.2 * n for n in range(1, 11)])
     assert rates[10:81] == [2.0] * 71
     assert rates[80:] == pytest.approx([0.1 * n for n in range(20, 0, -1)])
@@ -310,38 +311,25 @@ def test_the_learning_rate_warms_up_stays_and_decays() -> None:
 
 def test_the_learning_rate_is_constant_unless_asked() -> None:
     config = TrainConfig(images=1001, batch_size=10, learning_rate=0.5)
-    rates = {train.learning_rate(config, n * 10) for n in range(config.updates)}
+    rates = {learning_rate(config, n * 10) for n in range(config.updates)}
     assert rates == {0.5}
 
 
-def test_labels_are_dropped_at_their_rate(
-    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_labels_are_dropped_at_their_rate(tiny: chain.Chain, tmp_path: Path) -> None:
     run = set_up(asking(fresh(tiny, tmp_path), train={"label_dropout": 0.3}))
-    seen: list[torch.Tensor] = []
-    zeros = torch.zeros(1)
-    monkeypatch.setattr(
-        train.objective, "eqm_loss", lambda *args, **_: seen.append(args[4]) or zeros
-    )
     batch = read_batch(run.data, 0, 0, 4000)
-    train.batch_losses(run, batch)
-    dropped = seen[0] == 10
+    labels = train.corrupted(run, batch).labels
+    dropped = labels == 10
     assert float(dropped.double().mean()) == pytest.approx(0.3, abs=4 * math.sqrt(0.21 / 4000))
-    assert torch.equal(seen[0][~dropped], batch.labels[~dropped])
+    assert torch.equal(labels[~dropped], batch.labels[~dropped])
 
 
 def test_without_dropout_no_label_is_dropped_and_there_is_no_null_label(
-    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: chain.Chain, tmp_path: Path
 ) -> None:
     run = set_up(asking(fresh(tiny, tmp_path), train={"label_dropout": 0.0}))
-    seen: list[torch.Tensor] = []
-    zeros = torch.zeros(1)
-    monkeypatch.setattr(
-        train.objective, "eqm_loss", lambda *args, **_: seen.append(args[4]) or zeros
-    )
     batch = read_batch(run.data, 0, 0, 500)
-    train.batch_losses(run, batch)
-    assert torch.equal(seen[0], batch.labels)
+    assert torch.equal(train.corrupted(run, batch).labels, batch.labels)
     assert not run.spec.null_label
 
 
@@ -364,7 +352,7 @@ def test_the_loss_is_equation_3(tiny: chain.Chain, tmp_path: Path) -> None:
             f = run.network(gamma * x + (1.0 - gamma) * eps, label)
         expected.append(float(((f - (eps - x) * c) ** 2).mean()))
         wrong_sign.append(float(((f - (x - eps) * c) ** 2).mean()))
-    found = train.batch_losses(run, batch).tolist()
+    found = train.accumulate(run, batch).tolist()
     assert found == pytest.approx(expected, rel=1e-4)
     assert found != pytest.approx(wrong_sign, rel=1e-4)
 
@@ -379,26 +367,26 @@ def test_one_step_is_adam_on_the_mean_loss_and_the_average_follows(
     trained = {n: p for p, n in other.names.items()}
     plain = torch.optim.AdamW(trained.values(), lr=4e-3, weight_decay=0.0)
     average = EMA(trained, half_life_images=160.0)
-    train.batch_losses(other, batch).mean().backward()
+    train.accumulate(other, batch)
     plain.step()
     average.update(trained, images=BATCH)
     for parameter, name in run.names.items():
         assert torch.allclose(parameter, trained[name], atol=1e-6), name
-    for name, value in run.ema.state_dict().items():
+    for name, value in run.learner.ema.state_dict().items():
         assert torch.allclose(value, average.state_dict()[name], atol=1e-6), name
 
 
 def test_a_clipped_gradient_has_the_norm_asked_for(tiny: chain.Chain, tmp_path: Path) -> None:
     run = set_up(asking(fresh(tiny, tmp_path), train={"gradient_clip": 0.01}))
     given: list[float] = []
-    step = run.optimiser.step
+    step = run.learner.optimiser.step
 
     def look() -> None:
         flat = torch.cat([p.grad.flatten() for p in run.names if p.grad is not None])
         given.append(float(flat.norm()))
         step()
 
-    run.optimiser.step = look  # type: ignore[method-assign]
+    run.learner.optimiser.step = look  # type: ignore[method-assign]
     train.step(run, next(train.feed(run)), stop=False)
     assert given == pytest.approx([0.01], rel=1e-4)
     assert float(run.since_report[0][1]) > 0.01

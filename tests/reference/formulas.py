@@ -94,6 +94,26 @@ def nag(gradient, start, step_size, momentum, updates):
     return x[-1]
 
 
+def heavy_ball(gradient, start, step_size, momentum, updates):
+    """x_{k+1} = x_k - eta gradient(x_k) + mu (x_k - x_{k-1}), with x_{-1} = x_0."""
+    x = [start, start]
+    for _ in range(updates):
+        x.append(x[-1] - step_size * gradient(x[-1]) + momentum * (x[-1] - x[-2]))
+    return x[-1]
+
+
+def barzilai_borwein(gradient, start, step_size, updates):
+    """x_{k+1} = x_k - (s.s / s.y) gradient(x_k), s and y the last changes of x and gradient."""
+    x = [start]
+    for k in range(updates):
+        g = gradient(x[k])
+        if k:
+            s, y = x[k] - x[k - 1], g - gradient(x[k - 1])
+            step_size = float((s * s).sum() / (s * y).sum())
+        x.append(x[k] - step_size * g)
+    return x[-1]
+
+
 # -- the field of perfect training ---------------------------------------------------------------
 
 

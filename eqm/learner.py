@@ -1,0 +1,241 @@
+"""One optimiser update after another: the training that every objective shares, without its data.
+
+eqm.train feeds it from sealed shards, over ranks and restarts; :func:`learn` from tensors in
+memory. Everything random about training image number n of a run (noise, gamma, whether its label is
+dropped) is a function of (seed, n). Pure: knows no files and no ranks.
+
+    x  latents (B, C, H, W)      numbers  (B,) int64, image numbers of the run
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+
+from eqm import objective
+from eqm.config import ObjectiveConfig, TrainConfig
+from eqm.ema import EMA
+from eqm.errors import ConfigError, DataError
+from eqm.field import Field
+from eqm.network import check_labels
+from eqm.objective import Corrupted, Decay
+from eqm.randomness import Stream, normal, order, uniform
+
+
+class Learner:
+    """A network, what it is to become, and the state of its optimisation.
+
+    ``c`` takes the place of the objective's c; data must be its equilibria. Raises ConfigError for an l2 energy that would never train
+    and for a way back that the network has not; ValueError for a c with c(1) != 0.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        objective_config: ObjectiveConfig,
+        config: TrainConfig,
+        *,
+        device: torch.device,
+        c: Decay | None = None,
+    ) -> None:
+        if c is not None:
+            objective.check_decay(c)
+        self.network, self.objective, self.config = network, objective_config, config
+        self.device = device
+        self.c = c or objective.decay(objective_config)
+        self.field = Field(network, energy=objective_config.energy)  # type: ignore[arg-type]
+        self.way = objective.way_of(objective_config, device)
+        trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        self.optimiser = torch.optim.AdamW(
+            trained.values(),
+            lr=config.learning_rate,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.ema = EMA(trained, half_life_images=config.ema_half_life_images)
+
+    @cached_property
+    def names(self) -> dict[Tensor, str]:
+        """Trained parameters and their names."""
+        return {p: n for n, p in self.network.named_parameters() if p.requires_grad}
+
+    def corrupted(self, x: Tensor, labels: Tensor | None, numbers: Tensor) -> Corrupted:
+        """What images of these numbers look like to the network, and what it should say."""
+        seed, shape = self.config.seed, tuple(x.shape[1:])
+        eps = normal(seed, Stream.EPS, numbers, shape, x.dtype)
+        gamma = uniform(seed, Stream.GAMMA, numbers, dtype=x.dtype).squeeze(1)
+        if labels is not None:
+            coins = uniform(seed, Stream.LABEL_DROP, numbers).squeeze(1)
+            null = int(self.network.null_label)  # type: ignore[arg-type]
+            labels = labels.masked_fill(coins < self.config.label_dropout, null)
+        return objective.corrupted(x, eps, gamma, labels, c=self.c)
+
+    def backward(self, at: Corrupted) -> Tensor:
+        """Add this share's part of the gradient of the mean loss over the global batch.
+
+        Returns the loss of each image, (B,), detached.
+        """
+        scale = 1 / self.config.batch_size
+        half = self.config.precision == "bfloat16"
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+            if self.objective.loss == "gradient" and not self.objective.dispersive_weight:
+                return self._gradient_matched(at, scale)
+            losses = self._ablation(at)
+        (scale * losses.sum()).backward()
+        return losses.detach()
+
+    def _gradient_matched(self, at: Corrupted, scale: float) -> Tensor:
+        if self.field.kind == "implicit" or self.way == "double":
+            return objective.backward(self.field, at, scale=scale, way="double")
+        step = self.objective.difference
+        return objective.directional_backward(self.field, at, scale=scale, difference=step)
+
+    def _ablation(self, at: Corrupted) -> Tensor:
+        """Losses (B,) of an implicit field that are not, or not alone, Eq. 3."""
+        if self.objective.loss == "inner-product":
+            return objective.inner_product_loss(self.field, at)
+        if self.objective.loss == "norms":
+            return objective.norms_loss(self.field, at)
+        with objective.hidden_tokens(self.network) as hidden:
+            found = self.field.gradient(at.x, at.labels, at.gamma, create_graph=True)
+        spread = objective.dispersive_loss(hidden[0].float(), group=self.objective.dispersive_group)
+        # A mean over groups of equal size counts each image once: it may be added to every loss.
+        matched = objective.loss_per_sample(found.float(), at.goal)
+        return matched + self.objective.dispersive_weight * spread
+
+    def gradient(self) -> Tensor:
+        """Gradient of all weights, flat; zeros where the loss does not depend on one."""
+        return torch.cat([_flat_gradient(p) for p in self.names])
+
+    def apply(self, gradient: Tensor, *, images_seen: int) -> Tensor:
+        """One update of weights and averages by a flat gradient; returns its norm before clipping.
+
+        ``images_seen`` is the position before the update.
+        """
+        norm = gradient.norm()
+        if self.config.gradient_clip is not None:
+            gradient.mul_((self.config.gradient_clip / (norm + 1e-12)).clamp(max=1.0))
+        start = 0
+        for parameter in self.names:
+            count = parameter.numel()
+            parameter.grad = gradient[start : start + count].view_as(parameter)
+            start += count
+        for group in self.optimiser.param_groups:
+            group["lr"] = learning_rate(self.config, images_seen)
+        self.optimiser.step()
+        self.ema.update({n: p for p, n in self.names.items()}, images=self.config.batch_size)
+        self.optimiser.zero_grad(set_to_none=True)
+        return norm
+
+
+def learning_rate(config: TrainConfig, images_seen: int) -> float:
+    """Rate of the update that begins at a position: warm-up, constant, linear decay to zero."""
+    warm = min(1.0, (images_seen + config.batch_size) / max(config.warmup_images, 1))
+    left = config.images - images_seen
+    falling = config.decay_fraction * config.images
+    decay = min(1.0, left / falling) if falling else 1.0
+    return config.learning_rate * warm * decay
+
+
+def _flat_gradient(parameter: Tensor) -> Tensor:
+    gradient = parameter.grad
+    return torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()
+
+
+def check_slope(network: nn.Module, config: ObjectiveConfig) -> None:
+    """Refuse the l2 energy of a network that is zero everywhere. Raises ConfigError.
+
+    1/2 ||f||^2 has no slope in any weight where f == 0, so it would never train.
+    """
+    if config.energy != "l2":
+        return
+    weight = next(network.parameters())
+    shape = tuple(network.shape)  # type: ignore[arg-type]
+    x = normal(0, Stream.EPS, torch.arange(2), shape).to(weight)
+    gamma = x.new_full((2,), 0.5) if network.conditioned else None
+    with torch.no_grad():
+        if bool(network(x, None, gamma).any()):
+            return
+    raise ConfigError(
+        "objective.energy is 'l2', but the network is zero everywhere: its energy has no slope in "
+        "any weight and would never train. Begin from a trained implicit model (train.init_from), "
+        "or draw the head as well: initialise(seed, zero_head=False)"
+    )
+
+
+# -- in memory ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What :func:`learn` made."""
+
+    field: Field
+    """With averaged weights."""
+    losses: Tensor
+    """Mean loss of every update, (U,)."""
+
+
+def learn(
+    network: nn.Module,
+    x: Tensor,
+    labels: Tensor | None = None,
+    *,
+    objective: ObjectiveConfig | None = None,
+    train: TrainConfig | None = None,
+    c: Decay | None = None,
+    on_update: Callable[[int, float], None] | None = None,
+) -> Learnt:
+    """Train a network on data in memory, by the loop that the pipeline trains with.
+
+    ``x`` (N, C, H, W) floats, ``labels`` (N,) int64 or None; ``network`` a Transformer or UNet,
+    which is changed. ``c`` is any function of gamma with c(1) = 0. ``on_update(images_seen, loss)``
+    is called after each update, and waits for the device. The same arguments give the same bits on
+    one kind of device. Raises DataError for data that do not fit or are not finite, ConfigError.
+    """
+    asked, config = objective or ObjectiveConfig(), train or TrainConfig()
+    check_slope(network, asked)
+    _check_data(network, x, labels)
+    device = next(network.parameters()).device
+    learner = Learner(network, asked, config, device=device, c=c)
+    losses = []
+    for seen in range(0, config.updates * config.batch_size, config.batch_size):
+        numbers = torch.arange(seen, seen + config.batch_size)
+        rows = order(config.seed, len(x), numbers)
+        chosen = None if labels is None else labels[rows].to(device)
+        at = learner.corrupted(x[rows].to(device), chosen, numbers.to(device))
+        losses.append(learner.backward(at).mean())
+        learner.apply(learner.gradient(), images_seen=seen)
+        if on_update is not None:
+            on_update(seen + config.batch_size, float(losses[-1]))
+    _keep_averages(learner)
+    return Learnt(learner.field, torch.stack(losses))
+
+
+@torch.no_grad()
+def _keep_averages(learner: Learner) -> None:
+    averages = learner.ema.state_dict()
+    for parameter, name in learner.names.items():
+        parameter.copy_(averages[name])
+    learner.network.eval().requires_grad_(False)
+
+
+def _check_data(network: nn.Module, x: Tensor, labels: Tensor | None) -> None:
+    shape = tuple(network.shape)  # type: ignore[arg-type]
+    if tuple(x.shape[1:]) != shape or not len(x) or not x.is_floating_point():
+        raise DataError(
+            f"data are {x.dtype} of shape {tuple(x.shape)}; this network takes floats (N, *{shape})"
+        )
+    odd = (~x.flatten(1).isfinite().all(dim=1)).nonzero()
+    if len(odd):
+        raise DataError(f"datum {int(odd[0])} of {len(x)} has NaN or infinite entries: mend it")
+    if labels is None:
+        return
+    if network.classes is None:
+        raise DataError("labels were given to a network without labels: leave them out")
+    if len(labels) != len(x):
+        raise DataError(f"{len(labels)} labels for {len(x)} data: give one each")
+    check_labels(labels, classes=int(network.classes))  # type: ignore[arg-type]

@@ -1,0 +1,370 @@
+"""What a model is used for: sampling, composing, inpainting, cleaning, scoring.
+
+    out = eqm.sample(model, labels=[3, 7], seeds=[0, 1])
+    out = eqm.sample(model, start=noisy)                          # no noise level is asked for
+    out = eqm.sample(model, seeds=range(8), project=eqm.Known(mask, values))
+    out = eqm.sample(eqm.compose((model, 3, 1.0), (model, 5, 1.0)), seeds=range(8))
+    out = eqm.sample(model, seeds=range(10_000), stop=eqm.GradientNormBelow(10.0), slots=64)
+    eqm.score(model, images_as_latents)                           # high where out of distribution
+
+Every part of it is a descent on the landscape (section 3.3, appendix B). Called by eqm.generate,
+eqm.train, eqm.evaluate and people.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from eqm import field, rules, sampler
+from eqm.autoencoder import Autoencoder
+from eqm.config import SamplerConfig
+from eqm.errors import DataError
+from eqm.field import Gradient
+from eqm.model import Model, ModelSpec
+from eqm.sampler import Descent, Known, Problem, Projection, StopRule, Trace
+
+MAX_SEED = 2**43 - 1
+
+
+def rule_of(config: SamplerConfig) -> rules.Rule:
+    """The descent rule that a config names."""
+    step_size, momentum = config.step_size, config.momentum
+    made: dict[str, Callable[[], rules.Rule]] = {
+        "gd": lambda: rules.GradientDescent(step_size=step_size),
+        "nag": lambda: rules.NAG(step_size=step_size, momentum=momentum),
+        "heavy-ball": lambda: rules.HeavyBall(step_size=step_size, momentum=momentum),
+        "barzilai-borwein": lambda: rules.BarzilaiBorwein(step_size=step_size),
+        "adam": lambda: rules.Optimiser(torch.optim.Adam, lr=step_size),
+        "euler": lambda: rules.Euler(step_size=step_size),
+        "heun": lambda: rules.Heun(step_size=step_size),
+    }
+    return made[config.rule]()
+
+
+def stop_of(config: SamplerConfig) -> StopRule | None:
+    """The stop rule that a config names."""
+    return None if config.stop_below is None else sampler.GradientNormBelow(config.stop_below)
+
+
+# -- composition --------------------------------------------------------------------------------
+
+
+class Landscape(Protocol):
+    """What can be descended: a model, or several of them."""
+
+    @property
+    def spec(self) -> ModelSpec: ...  # noqa: D102
+    @property
+    def device(self) -> torch.device: ...  # noqa: D102
+    @property
+    def dtype(self) -> torch.dtype: ...  # noqa: D102
+    @property
+    def autoencoder(self) -> Autoencoder: ...  # noqa: D102
+
+    def gradient_of(
+        self, labels: Tensor | None, *, guidance: float = 1.0, channels: int | None = None
+    ) -> Gradient:
+        """The gradient of samples with these labels, as a function of x."""
+        ...
+
+    def checked_labels(self, count: int, labels: Tensor | None) -> Tensor | None:
+        """Labels for so many latents. Raises DataError."""
+        ...
+
+    def check_latents(self, x: Tensor) -> None:
+        """Refuse latents that do not fit. Raises DataError."""
+        ...
+
+
+class Composition:
+    """The weighted sum of the landscapes of several labels or models, over the same latents.
+
+    Each part is (model, label, weight); label None is the null label, so guidance of scale s is
+    the parts (model, label, s) and (model, None, 1 - s). Raises DataError where there are no
+    parts, and for models whose latents differ in shape or whitening.
+    """
+
+    def __init__(self, *parts: tuple[Model, int | None, float]) -> None:
+        if not parts:
+            raise DataError("a composition needs at least one (model, label, weight)")
+        self.parts = parts
+        self.first = parts[0][0]
+        for model, label, weight in parts:
+            self._check(model, weight)
+            model.checked_labels(1, None if label is None else torch.tensor([label]))
+
+    def _check(self, model: Model, weight: float) -> None:
+        if model.spec.latent != self.first.spec.latent:
+            raise DataError(
+                f"models of latents {self.first.spec.latent} and {model.spec.latent} cannot be "
+                "composed: their latents mean different things"
+            )
+        if model.dtype != self.first.dtype or model.device != self.first.device:
+            raise DataError("models of a composition must share dtype and device: use model.to")
+        if not -float("inf") < weight < float("inf"):
+            raise DataError(f"weight is {weight}; it must be a finite number")
+
+    def __getattr__(self, name: str) -> Any:
+        """Latents, dtype, device and autoencoder are those of the first model."""
+        if name in ("spec", "device", "dtype", "autoencoder", "check_latents"):
+            return getattr(self.first, name)
+        raise AttributeError(name)
+
+    def checked_labels(self, count: int, labels: Tensor | None) -> Tensor | None:
+        """None: labels belong to the parts. Raises DataError where some are given."""
+        if labels is not None:
+            raise DataError("the labels of a composition are those of its parts: leave them out")
+        return None
+
+    def gradient_of(
+        self, labels: Tensor | None, *, guidance: float = 1.0, channels: int | None = None
+    ) -> Gradient:
+        """The sum of the parts' gradients, as a function of x."""
+        if guidance != 1.0:
+            raise DataError("guide a composition by its weights: add a part of the null label")
+
+        def part(model: Model, label: int | None) -> Gradient:
+            def gradient(x: Tensor, gamma: Tensor | None = None) -> Tensor:
+                return model.field.gradient(x, _filled(model, label, len(x)), gamma)
+
+            return gradient
+
+        gradients = [part(model, label) for model, label, _ in self.parts]
+        return field.composed(gradients, weights=[weight for _, _, weight in self.parts])
+
+    def gradient(self, x: Tensor) -> Tensor:
+        """Gradient of the sum at latents x (B, C, H, W). Raises DataError for what does not fit."""
+        self.first.check_latents(x)
+        return self.gradient_of(None)(x)
+
+    def energy(self, x: Tensor) -> Tensor:
+        """Weighted sum of energies at latents x, (B,). Raises ValueError for implicit models."""
+        energies = [
+            weight * model.energy(x, _filled(model, label, len(x)))
+            for model, label, weight in self.parts
+        ]
+        return torch.stack(energies).sum(dim=0)
+
+
+def compose(*parts: tuple[Model, int | None, float]) -> Composition:
+    """See :class:`Composition`."""
+    return Composition(*parts)
+
+
+def _filled(model: Model, label: int | None, count: int) -> Tensor | None:
+    if label is None:
+        return model.checked_labels(count, None)
+    return torch.full((count,), label, dtype=torch.int64, device=model.device)
+
+
+# -- sampling -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What a descent found."""
+
+    latents: Tensor
+    """(B, C, H, W), in the dtype of the model."""
+    evaluations: Tensor
+    """(B,) field evaluations of each sample."""
+    gradient_norms: Tensor
+    """(B,) norm of the last gradient of each."""
+    diverged: Tensor
+    """(B,) samples that blew up; their latents are not samples."""
+    stopped: Tensor
+    """(B,) samples that the stop rule ended; the others used all their updates."""
+    path_lengths: Tensor
+    """(B,) lengths of the ways that they went."""
+    energy_changes: Tensor
+    """(B,) work of the gradient along the way; negative on the way down."""
+    model: Landscape
+    trace: Trace | None = None
+
+    def images(self) -> Tensor:
+        """Decode to uint8 (B, C, H, W)."""
+        return self.model.autoencoder.decode(self.latents.float())
+
+
+def sample(
+    model: Model | Composition,
+    *,
+    labels: Tensor | Sequence[int] | None = None,
+    seeds: Sequence[int] | None = None,
+    start: Tensor | None = None,
+    rule: rules.Rule | None = None,
+    updates: int = 249,
+    guidance: float = 1.0,
+    guidance_channels: int | None = None,
+    stop: StopRule | None = None,
+    project: Known | Projection | None = None,
+    slots: int | None = None,
+    check_every: int = 1,
+    on_update: Callable[[int, Tensor], None] | None = None,
+    on_finished: Callable[[int], None] | None = None,
+    trace_every: int | None = None,
+) -> Samples:
+    """Find samples by descent (section 3.3) from noise, or from ``start`` (B, C, H, W).
+
+    Sample s of ``seeds`` begins at noise that is a function of s alone; ``labels`` (B,) int64,
+    None for the null label. ``rule`` is NAG(0.003, 0.3) unless given. ``start`` may be noisy to any
+    degree: nobody asks to which. ``project`` holds samples to a constraint, as :class:`Known` does.
+
+    ``stop`` ends each sample when it is done (GradientNormBelow, or any function of a Look); with
+    ``slots``, one that is done makes room for the next, and ``on_finished(count)`` tells how many
+    are; without, all are carried to the end of the last, ``on_update(k, latents)`` sees every
+    update, and ``trace_every`` keeps the way. The device is asked every ``check_every`` updates.
+
+    Samples that blow up are marked in ``diverged``. Raises DataError for what does not fit.
+    """
+    first, count = _starts(model, seeds, start)
+    given = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+    checked = model.checked_labels(count, given)
+    _check_rule(model, rule)
+    problem = Problem(
+        start=first,
+        gradient=lambda at: model.gradient_of(
+            None if checked is None else checked[at.to(checked.device)],
+            guidance=guidance,
+            channels=guidance_channels,
+        ),
+        project=None if project is None else lambda at: _project_of(project, at),
+        numbers=lambda at: at if seeds is None else torch.tensor(list(seeds))[at],
+    )
+    common = {
+        "rule": rule or rules.NAG(step_size=0.003, momentum=0.3),
+        "updates": updates,
+        "stop": stop,
+        "check_every": check_every,
+    }
+    if slots is not None:
+        if on_update is not None or trace_every is not None:
+            raise DataError(
+                "with slots, samples have no common update: leave on_update and "
+                "trace_every out, or slots"
+            )
+        found = sampler.descend_in_slots(
+            problem, count, slots=min(slots, count), on_finished=on_finished, **common
+        )
+    else:
+        found = _together(model, problem, count, checked, on_update, trace_every, common)
+    return _samples(found, model)
+
+
+def _together(
+    model: Model | Composition,
+    problem: Problem,
+    count: int,
+    labels: Tensor | None,
+    on_update: Callable[[int, Tensor], None] | None,
+    trace_every: int | None,
+    common: dict[str, Any],
+) -> Descent:
+    everyone = torch.arange(count)
+    explicit = isinstance(model, Model) and model.field.kind != "implicit"
+    start = problem.start(everyone)
+    return sampler.descend(
+        problem.gradient(everyone),
+        start,
+        project=None if problem.project is None else problem.project(everyone),
+        numbers=problem.numbers(everyone).to(start.device),
+        on_update=on_update,
+        trace_every=trace_every,
+        energy=(lambda x: model.field.energy(x, labels)) if explicit else None,
+        **common,
+    )
+
+
+def _samples(found: Descent, model: Model | Composition) -> Samples:
+    return Samples(
+        latents=found.latents,
+        evaluations=found.evaluations,
+        gradient_norms=found.gradient_norms,
+        diverged=found.diverged,
+        stopped=found.stopped,
+        path_lengths=found.path_lengths,
+        energy_changes=found.energy_changes,
+        model=model,
+        trace=found.trace,
+    )
+
+
+def _starts(
+    model: Model | Composition, seeds: Sequence[int] | None, start: Tensor | None
+) -> tuple[Callable[[Tensor], Tensor], int]:
+    """Where samples start, by their indices, and how many there are."""
+    if (seeds is None) == (start is None):
+        raise DataError("give either seeds or start")
+    if start is not None:
+        model.check_latents(start)
+        return lambda at: start[at.to(start.device)].to(model.device), len(start)
+    names = list(seeds or ())
+    odd = [s for s in names if not 0 <= s <= MAX_SEED]
+    if odd:
+        raise DataError(f"seed {odd[0]} is out of range: seeds go from 0 to {MAX_SEED}")
+    numbers, shape = torch.tensor(names, dtype=torch.int64), model.spec.latent.shape
+
+    def noise(at: Tensor) -> Tensor:
+        return sampler.start_noise(numbers[at], shape, dtype=model.dtype, device=model.device)
+
+    return noise, len(names)
+
+
+def _check_rule(model: Model | Composition, rule: rules.Rule | None) -> None:
+    parts = [m for m, _, _ in model.parts] if isinstance(model, Composition) else [model]
+    if any(part.field.conditioned for part in parts) and not isinstance(rule, rules.Euler):
+        raise DataError(
+            "this model is conditioned on the noise level, as flow matching is: give rule=eqm.Euler "
+            "or eqm.Heun, with a step_size of 1 / updates"
+        )
+
+
+def _project_of(project: Known | Projection, at: Tensor) -> Projection:
+    if not isinstance(project, Known):
+        return project
+    here = at.to(project.values.device)
+    return Known(project.mask[here], project.values[here])
+
+
+# -- scores -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Scores:
+    """How far latents are from what the model was trained on: every score is HIGH outside."""
+
+    gradient_norm: Tensor
+    """(B,) ||gradient(x)||: zero at data."""
+    descent_length: Tensor
+    """(B,) length of the way from x down to where the descent ended."""
+    energy: Tensor | None
+    """(B,) of an explicit energy, which rises toward noise; None for an implicit field."""
+
+
+def score(
+    model: Model,
+    x: Tensor,
+    labels: Tensor | None = None,
+    *,
+    rule: rules.Rule | None = None,
+    updates: int = 100,
+    stop: StopRule | None = None,
+) -> Scores:
+    """Score latents x (B, C, H, W) for being out of distribution (section 5, table 6).
+
+    ``labels`` (B,) int64, None for the null label. The descent takes ``updates`` of ``rule``
+    (NAG(0.003, 0.3)), or fewer by ``stop``. eqm.ood compares scores of two sets. Raises DataError
+    for latents that do not fit, and for a model that is conditioned on the noise level.
+    """
+    if model.field.conditioned:
+        raise DataError("a model that is conditioned on the noise level gives no score without one")
+    found = sample(model, labels=labels, start=x, rule=rule, updates=updates, stop=stop)
+    explicit = model.field.kind != "implicit"
+    return Scores(
+        gradient_norm=sampler.norms(model.gradient(x, labels)),
+        descent_length=found.path_lengths,
+        energy=model.energy(x, labels) if explicit else None,
+    )
