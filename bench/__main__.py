@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-ALL = ("imports", "reading", "sampling")
+ALL = ("imports", "reading", "sampling", "energies")
 
 for name in sys.argv[1:] or ALL:
     if name not in ALL:

@@ -6,7 +6,10 @@ from pathlib import Path
 
 from bench.timing import alternate, show
 
-PUBLIC = "import eqm; eqm.load, eqm.learn, eqm.score, eqm.UNet, eqm.sample, eqm.NAG, eqm.open_manifest, eqm.batches"
+PUBLIC = (
+    "import eqm; eqm.load, eqm.learn, eqm.sample, eqm.score, eqm.UNet, eqm.NAG, "
+    "eqm.open_manifest, eqm.batches"
+)
 
 
 def python(code: str) -> None:

@@ -27,8 +27,8 @@ from eqm.randomness import Stream, normal, order, uniform
 class Learner:
     """A network, what it is to become, and the state of its optimisation.
 
-    ``c`` takes the place of the objective's c; data must be its equilibria. Raises ConfigError for an l2 energy that would never train
-    and for a way back that the network has not; ValueError for a c with c(1) != 0.
+    ``c`` takes the place of the objective's c. Raises ValueError for one with c(1) != 0: data must
+    be equilibria.
     """
 
     def __init__(

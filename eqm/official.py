@@ -10,8 +10,8 @@ values and argparse.Namespace, and calls nothing else. Whether weights are an en
 is not in a file, nor are heads: whoever loads it says so. Called by model and the CLI.
 """
 
+import io
 import math
-import os
 import re
 import zipfile
 from argparse import Namespace
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from eqm.config import SIZES, NetworkConfig
 from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.network import TIME_FREQUENCIES, Transformer
-from eqm.storage import disk_errors, hash_file, written_aside
+from eqm.storage import LocalStore, hash_file
 
 NAMES = {
     "positions": "pos_embed",
@@ -142,7 +142,7 @@ def _place(name: str) -> int:
 
 def _turned(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same weights with the other sign."""
-    return {name: -value if name in TURNED else value for name, value in tensors.items()}
+    return {n: -value.detach() if n in TURNED else value for n, value in tensors.items()}
 
 
 def _shape(tensors: Mapping[str, Tensor], name: str, sizes: int, where: str) -> list[int]:
@@ -263,7 +263,7 @@ def read_official(
         complaint = _complaint(name, value)
         if complaint:
             raise DataError(f"{path}: weight {name!r} {complaint}")
-    # Mapped from the file until here: what was not chosen is never read, and this is our own.
+    # Until here they are mapped from the file, so the others cost no memory, and it may be changed.
     return {name: value.detach().clone() for name, value in found.items()}
 
 
@@ -288,9 +288,10 @@ def write_official(
         content = {"model": dict(raw), "ema": content, "opt": untrained, "args": given}
     elif args is not None:
         raise ConfigError(f"args {dict(args)} belong in a checkpoint of train.py: give raw as well")
-    with disk_errors(str(path.parent)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _write_once(path, content)
+    data = io.BytesIO()
+    torch.save(content, data)
+    if not LocalStore(path.parent).write_once(path.name, data.getvalue()):
+        raise ConfigError(f"{path} exists: remove it, or choose another name")
 
 
 def _parsed(path: Path, sha256: str | None) -> Any:
@@ -310,7 +311,7 @@ def _parsed(path: Path, sha256: str | None) -> Any:
         raise
     except Exception as error:
         # Foreign bytes can break their parsers anywhere: a dozen kinds of error were seen.
-        raise IntegrityError(f"{path} {_fault(str(error))}") from error
+        raise IntegrityError(_fault(path, error)) from error
 
 
 def _check_sums(path: Path) -> None:
@@ -321,16 +322,16 @@ def _check_sums(path: Path) -> None:
         raise zipfile.BadZipFile(f"{damaged} does not match its checksum")
 
 
-def _fault(message: str) -> str:
-    """What is wrong, of a message that also tells how to switch the restriction off."""
-    asked = re.search(r"GLOBAL (\S+)", message)
+def _fault(path: Path, error: Exception) -> str:
+    """What to say of an error of torch's, which itself tells how to let such a file run code."""
+    asked = re.search(r"GLOBAL (\S+)", str(error))
     if asked:
         return (
-            f"asks for {asked[1]}, and code in a file is never run: get a file of tensors alone "
-            "from whoever made it"
+            f"{path} asks for {asked[1]}, and code in a file is never run: get a file of tensors "
+            "alone from whoever made it"
         )
-    reason = message.strip().split("\n")[0] or "it ends too early"
-    return f"cannot be read ({reason}): it is damaged, or no checkpoint; fetch it again"
+    kind = type(error).__name__
+    return f"{path} is damaged, or no checkpoint that torch wrote ({kind}): fetch it again"
 
 
 def _chosen(content: Any, weights: str, path: Path) -> dict[Any, Any]:
@@ -338,8 +339,8 @@ def _chosen(content: Any, weights: str, path: Path) -> dict[Any, Any]:
     sets = content if isinstance(content, dict) else {}
     if weights == "raw" and "model" not in sets:
         raise DataError(f"{path} has no raw weights beside the averaged ones: load those ('ema')")
-    flat = sets.get("ema", sets.get("model", sets))
-    chosen = sets["model"] if weights == "raw" else flat
+    averaged = sets.get("ema", sets.get("model", sets))
+    chosen = sets["model"] if weights == "raw" else averaged
     if not isinstance(chosen, dict) or not chosen:
         raise DataError(f"{path} holds no dict of tensors for {weights!r}: give a state dict")
     return chosen
@@ -347,27 +348,18 @@ def _chosen(content: Any, weights: str, path: Path) -> dict[Any, Any]:
 
 def _complaint(name: object, value: Any) -> str | None:
     """Why this is no weight of an official network, and what to do."""
-    if type(value) not in (Tensor, nn.Parameter) or value.layout is not torch.strided:
-        return f"is a {type(value).__name__} and no plain tensor: give a state dict"
-    if str(name).startswith("module."):
+    plain = type(value) in (Tensor, nn.Parameter) and value.layout is torch.strided
+    if not plain or not isinstance(name, str):
+        return f"is a {type(value).__name__}; weights are plain tensors with a name"
+    if name.startswith("module."):
         return "has the prefix of DistributedDataParallel: save model.module.state_dict()"
     if value.dtype not in FLOATS or value.is_meta:
         return f"is {value.dtype} on {value.device}: weights are floats, with values"
+    if value.nbytes > value.untyped_storage().nbytes():
+        return "claims more values than the file has: it was not saved by the official code"
     if not bool(value.isfinite().all()):
         return "is not finite: training diverged, or the file is damaged; take an earlier one"
     return None
-
-
-def _write_once(path: Path, content: object) -> None:
-    with written_aside(path.parent) as (file, aside):
-        torch.save(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-        aside.chmod(0o644)
-        try:
-            os.link(aside, path)
-        except FileExistsError as error:
-            raise ConfigError(f"{path} exists: remove it, or choose another name") from error
 
 
 def _arguments(tensors: Mapping[str, Tensor]) -> dict[str, object]:

@@ -256,7 +256,7 @@ class Optimiser:
             settings = {"max_iter": 1, **settings}
             if settings["max_iter"] != 1 or settings.get("line_search_fn") is not None:
                 raise ValueError(
-                    "LBFGS is for one evaluation an update: max_iter=1, no line search"
+                    "LBFGS takes one evaluation an update here: max_iter=1, no line search"
                 )
         object.__setattr__(self, "kind", kind)
         object.__setattr__(self, "settings", tuple(sorted(settings.items())))
@@ -270,11 +270,12 @@ class Optimiser:
     def move(self, gradient: Gradient, x: Tensor, memory: Memory) -> Move:
         """See :class:`Rule`."""
         g, places = gradient(x), []
-        for optimiser, at, slope in zip(memory["optimisers"], x, g, strict=True):
+        optimisers = cast("list[torch.optim.Optimizer]", memory["optimisers"])
+        for optimiser, at, slope in zip(optimisers, x, g, strict=True):
             (parameter,) = optimiser.param_groups[0]["params"]
             parameter.copy_(at)
             parameter.grad = slope.clone()
-            optimiser.step(lambda: slope.new_zeros(()))  # noqa: B023 - called at once
+            optimiser.step(lambda: 0.0)
             places.append(parameter.detach().clone())
         return Move(torch.stack(places), g, memory)
 
@@ -291,7 +292,8 @@ def refilled(memory: Memory, slots: Tensor, fresh: Memory) -> Memory:
         if isinstance(values, Tensor):
             found[name] = values.index_copy(0, slots, cast(Tensor, news))
         else:
-            of_slot = dict(zip(slots.tolist(), news, strict=True))
+            coming = cast("list[torch.optim.Optimizer]", news)
+            of_slot = dict(zip(slots.tolist(), coming, strict=True))
             found[name] = [of_slot.get(i, kept) for i, kept in enumerate(values)]
     return found
 

@@ -13,7 +13,7 @@ eqm.train, eqm.evaluate and people.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,33 +52,6 @@ def stop_of(config: SamplerConfig) -> StopRule | None:
 # -- composition --------------------------------------------------------------------------------
 
 
-class Landscape(Protocol):
-    """What can be descended: a model, or several of them."""
-
-    @property
-    def spec(self) -> ModelSpec: ...  # noqa: D102
-    @property
-    def device(self) -> torch.device: ...  # noqa: D102
-    @property
-    def dtype(self) -> torch.dtype: ...  # noqa: D102
-    @property
-    def autoencoder(self) -> Autoencoder: ...  # noqa: D102
-
-    def gradient_of(
-        self, labels: Tensor | None, *, guidance: float = 1.0, channels: int | None = None
-    ) -> Gradient:
-        """The gradient of samples with these labels, as a function of x."""
-        ...
-
-    def checked_labels(self, count: int, labels: Tensor | None) -> Tensor | None:
-        """Labels for so many latents. Raises DataError."""
-        ...
-
-    def check_latents(self, x: Tensor) -> None:
-        """Refuse latents that do not fit. Raises DataError."""
-        ...
-
-
 class Composition:
     """The weighted sum of the landscapes of several labels or models, over the same latents.
 
@@ -107,11 +80,29 @@ class Composition:
         if not -float("inf") < weight < float("inf"):
             raise DataError(f"weight is {weight}; it must be a finite number")
 
-    def __getattr__(self, name: str) -> Any:
-        """Latents, dtype, device and autoencoder are those of the first model."""
-        if name in ("spec", "device", "dtype", "autoencoder", "check_latents"):
-            return getattr(self.first, name)
-        raise AttributeError(name)
+    @property
+    def spec(self) -> ModelSpec:
+        """Of the first model; its latents are those of all."""
+        return self.first.spec
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights of all are."""
+        return self.first.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights and latents of all."""
+        return self.first.dtype
+
+    @property
+    def autoencoder(self) -> Autoencoder:
+        """Pixels <-> latents."""
+        return self.first.autoencoder
+
+    def check_latents(self, x: Tensor) -> None:
+        """Refuse latents that do not fit. Raises DataError."""
+        self.first.check_latents(x)
 
     def checked_labels(self, count: int, labels: Tensor | None) -> Tensor | None:
         """None: labels belong to the parts. Raises DataError where some are given."""
@@ -181,7 +172,7 @@ class Samples:
     """(B,) lengths of the ways that they went."""
     energy_changes: Tensor
     """(B,) work of the gradient along the way; negative on the way down."""
-    model: Landscape
+    model: Model | Composition
     trace: Trace | None = None
 
     def images(self) -> Tensor:
@@ -317,8 +308,8 @@ def _check_rule(model: Model | Composition, rule: rules.Rule | None) -> None:
     parts = [m for m, _, _ in model.parts] if isinstance(model, Composition) else [model]
     if any(part.field.conditioned for part in parts) and not isinstance(rule, rules.Euler):
         raise DataError(
-            "this model is conditioned on the noise level, as flow matching is: give rule=eqm.Euler "
-            "or eqm.Heun, with a step_size of 1 / updates"
+            "this model is conditioned on the noise level, as flow matching is: give "
+            "rule=eqm.Euler or eqm.Heun, with a step_size of 1 / updates"
         )
 
 

@@ -131,9 +131,8 @@ def first_network(stage: TrainStage, spec: ModelSpec, device: torch.device) -> t
     # The l2 energy of a head of zeros has no slope anywhere: it would never train.
     net.initialise(stage.train.seed, zero_head=stage.objective.energy != "l2")
     if stage.train.init_from is not None:
-        model.filled(
-            net, read_weights(stage.train.init_from, stage.network.heads), stage.train.init_from.uri
-        )
+        found = read_weights(stage.train.init_from, stage.network.heads)
+        model.filled(net, found, stage.train.init_from.uri)
     check_slope(net, stage.objective)
     return net.to(device)
 
@@ -294,13 +293,11 @@ def state_of(run: Run) -> TrainState:
 
 def outcome_of(run: Run) -> Outcome:
     """What the stage leaves behind."""
-    weights = run.network.state_dict()
+    weights, averages = run.network.state_dict(), run.learner.ema.state_dict()
     return Outcome(
         outputs={
             "model.json": model.spec_to_bytes(run.spec),
-            "ema.safetensors": checkpoint.tensors_to_bytes(
-                {**weights, **run.learner.ema.state_dict()}
-            ),
+            "ema.safetensors": checkpoint.tensors_to_bytes({**weights, **averages}),
             "raw.safetensors": checkpoint.tensors_to_bytes(weights),
             "history.json": json.dumps(run.history).encode(),
         },

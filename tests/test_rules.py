@@ -161,9 +161,8 @@ def test_langevin_noise_is_a_function_of_sample_and_update():
     start = torch.zeros(2, 3).double()
     numbers = torch.tensor([7, 2**42])
     found = descend(lambda x: 0 * x, start, rule=rule, updates=2, numbers=numbers).latents
-    expected = sum(
-        normal(0, Stream.LANGEVIN, numbers * 2**20 + k, (3,), torch.float64) for k in (0, 1)
-    )
+    xi = [normal(0, Stream.LANGEVIN, numbers * 2**20 + k, (3,), torch.float64) for k in (0, 1)]
+    expected = xi[0] + xi[1]
     assert close(found, expected)
 
 
