@@ -106,7 +106,7 @@ def model(
     return Model(spec, net, autoencoder=lambda: autoencoder)
 
 
-def _tell(say: bool):  # noqa: ANN202
+def _tell(say: bool):
     def tell(seen: int, loss: float) -> None:
         if say and seen // 48_000 != (seen - RECIPE.batch_size) // 48_000:
             print(f"   trained on {seen:,} images, loss {loss:.3f}", flush=True)

@@ -113,6 +113,11 @@ class Field:
     def _energy_gradient(
         self, x: Tensor, labels: Tensor | None, gamma: Tensor | None, create_graph: bool
     ) -> Tensor:
+        if create_graph and hasattr(self.network, "_orig_mod"):
+            raise ValueError(
+                "compiled code has no double backward: train this energy with objective.backward = "
+                "'directional', or leave the network uncompiled"
+            )
         # Autograd cannot record inference tensors, and enable_grad alone does not end that mode.
         with torch.inference_mode(False), torch.enable_grad(), _attention(create_graph):
             tracked = create_graph and x.requires_grad

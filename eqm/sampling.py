@@ -255,7 +255,6 @@ def _together(
     common: dict[str, Any],
 ) -> Descent:
     everyone = torch.arange(count)
-    explicit = isinstance(model, Model) and model.field.kind != "implicit"
     start = problem.start(everyone)
     return sampler.descend(
         problem.gradient(everyone),
@@ -264,9 +263,18 @@ def _together(
         numbers=problem.numbers(everyone).to(start.device),
         on_update=on_update,
         trace_every=trace_every,
-        energy=(lambda x: model.field.energy(x, labels)) if explicit else None,
+        energy=_energy_of(model, labels),
         **common,
     )
+
+
+def _energy_of(
+    model: Model | Composition, labels: Tensor | None
+) -> Callable[[Tensor], Tensor] | None:
+    """The explicit energy of a model as a function of x, if it has one."""
+    if isinstance(model, Composition) or model.field.kind == "implicit":
+        return None
+    return lambda x: model.field.energy(x, labels)
 
 
 def _samples(found: Descent, model: Model | Composition) -> Samples:

@@ -16,7 +16,7 @@ constant; the bias of a convolution right before a group norm whose groups are o
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from eqm.config import NetworkConfig, UNetConfig
 from eqm.network import Labelled

@@ -278,6 +278,71 @@ def sample(
     out.print(f"{to}: {len(images)} samples, {cost:.0f} field evaluations each")
 
 
+# -- checkpoints of the official code -----------------------------------------------------------
+
+
+@app.command()
+def import_official(
+    checkpoint: Annotated[Path, typer.Argument(help="A .pt file of the official code, or a SiT.")],
+    to: Annotated[Path, typer.Option(help="Directory to make; eqm.load reads it.")],
+    weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",
+    energy: Annotated[str, typer.Option(help="implicit, dot or l2: no file says it.")] = "implicit",
+    num_heads: Annotated[
+        int | None, typer.Option(help="For widths other than 384, 768, 1024, 1152.")
+    ] = None,
+    flow_matching: Annotated[
+        bool, typer.Option("--flow-matching", help="The weights are of a SiT.")
+    ] = False,
+) -> None:
+    """Turn a checkpoint of the official code into a model directory. Runs no code in it."""
+    import eqm
+    from eqm.errors import ConfigError
+
+    if checkpoint.suffix != ".pt":
+        raise ConfigError(f"{checkpoint} is no .pt file of the official code")
+    if to.exists():
+        raise ConfigError(f"--to is {to}, which exists: name a directory that does not")
+    if energy not in ("implicit", "dot", "l2"):
+        raise ConfigError(f"--energy is {energy!r}; it must be implicit, dot or l2")
+    model = eqm.load(
+        checkpoint,
+        weights=weights,
+        energy=energy,  # type: ignore[arg-type]
+        num_heads=num_heads,
+        flow_matching=flow_matching,
+        device="cpu",
+    )
+    model.save(to)
+    shape, classes = model.spec.latent.shape, len(model.spec.classes)
+    out.print(f"{to}: {_size(model)}, latents {shape}, {classes} classes", soft_wrap=True)
+
+
+@app.command()
+def export_official(
+    model: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS, a sealed train record, or a directory.")
+    ],
+    to: Annotated[Path, typer.Option(help=".pt file to write.")],
+) -> None:
+    """Write averaged weights as a .pt file that the official code loads, with its sign."""
+    _prepare()
+    import eqm
+    from eqm.official import to_official, write_official
+    from flows.settings import current_settings
+
+    loaded = eqm.load(model, mlflow_uri=current_settings().mlflow_uri, device="cpu")
+    write_official(to, to_official(loaded.network))
+    out.print(f"{to}: {_size(loaded)}. Heads are in no file: remember them", soft_wrap=True)
+
+
+def _size(model: Any) -> str:
+    network = model.spec.network
+    return (
+        f"width {network.width}, depth {network.depth}, {network.heads} heads, patch "
+        f"{network.patch}, energy {model.spec.objective.energy}"
+    )
+
+
 # -- helpers ------------------------------------------------------------------------------------
 
 

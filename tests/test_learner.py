@@ -1,0 +1,463 @@
+"""Training: one core for every objective, in memory as from shards, energies by two ways alike."""
+
+import copy
+
+import pytest
+import torch
+from reference import formulas, official
+from sklearn.datasets import load_digits
+
+from eqm.config import NetworkConfig, ObjectiveConfig, TrainConfig, replace
+from eqm.errors import ConfigError, DataError
+from eqm.field import Field
+from eqm.learner import Learner, check_slope, learn
+from eqm.network import Transformer
+from eqm.objective import (
+    Corrupted,
+    backward,
+    decay,
+    directional_backward,
+    dispersive_loss,
+    hidden_tokens,
+    inner_product_loss,
+    norms_loss,
+    way_of,
+)
+from eqm.rules import NAG, GradientDescent
+from eqm.sampler import descend
+
+CPU = torch.device("cpu")
+CONFIG = NetworkConfig(width=32, depth=2, heads=2, patch=2)
+SHORT = TrainConfig(images=64 * 8, batch_size=64, learning_rate=2e-3, ema_half_life_images=200.0)
+EXPLICIT = ("dot", "l2")
+
+
+def network(config=CONFIG, *, seed=0, zero_head=True, size=8, channels=1, classes=10):
+    net = Transformer(config, size=size, channels=channels, classes=classes)
+    net.initialise(seed, zero_head=zero_head)
+    return net
+
+
+@pytest.fixture(scope="module")
+def digits():
+    found = load_digits()
+    x = torch.tensor(found.images[:, None], dtype=torch.float32) / 8 - 1
+    return x, torch.tensor(found.target)
+
+
+def learner(net, objective=None, train=SHORT, **more):
+    return Learner(net, objective or ObjectiveConfig(), train, device=CPU, **more)
+
+
+def trained_energy(kind, digits, images=64 * 120):
+    """A network whose energy has learnt something, and noisy digits to ask it about."""
+    objective = ObjectiveConfig(energy=kind)
+    train = replace(SHORT, images=images, gradient_clip=10.0)
+    net = network(zero_head=False)
+    learn(net, *digits, objective=objective, train=train)
+    net.requires_grad_(True)
+    at = learner(net, objective).corrupted(digits[0][:64], digits[1][:64], torch.arange(64))
+    return net, at
+
+
+@pytest.fixture(scope="module", params=EXPLICIT)
+def energy(request, digits):
+    return (request.param, *trained_energy(request.param, digits))
+
+
+def weights_gradient(net, run):
+    net.zero_grad(set_to_none=True)
+    run()
+    return torch.cat([p.grad.flatten().double() for p in net.parameters()])
+
+
+def in_double(net, at):
+    values = (at.x.double(), at.goal.double(), at.gamma.double(), at.labels)
+    return copy.deepcopy(net).double(), Corrupted(*values)
+
+
+def cosine(a, b):
+    return float(a @ b / a.norm() / b.norm())
+
+
+# -- two ways back ------------------------------------------------------------------------------
+
+
+def test_both_ways_are_equal_in_float64(energy):
+    kind, net, at = energy
+    net, at = in_double(net, at)
+    field = Field(net, energy=kind)
+    double = weights_gradient(net, lambda: backward(field, at, scale=0.1, way="double"))
+    other = weights_gradient(net, lambda: backward(field, at, scale=0.1, way="directional"))
+    assert official.error(other, double) < 1e-6
+
+
+def test_the_error_of_the_difference_is_of_second_order_and_then_rounding(energy):
+    kind, net, at = energy
+    net, at = in_double(net, at)
+    field = Field(net, energy=kind)
+    exact = weights_gradient(net, lambda: backward(field, at, scale=0.1, way="double"))
+
+    def error(step):
+        return official.error(
+            weights_gradient(
+                net, lambda: directional_backward(field, at, scale=0.1, difference=step)
+            ),
+            exact,
+        )
+
+    assert error(1e-2) / error(1e-3) == pytest.approx(100, rel=0.1)
+    assert error(1e-9) > 10 * error(1e-5)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_the_directional_way_points_where_float64_points_in_the_precision_it_trains_in(
+    energy, half
+):
+    kind, net, at = energy
+    exact_net, exact_at = in_double(net, at)
+    exact = weights_gradient(
+        exact_net,
+        lambda: backward(Field(exact_net, energy=kind), exact_at, scale=0.1, way="double"),
+    )
+
+    def run():
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            directional_backward(Field(net, energy=kind), at, scale=0.1)
+
+    assert cosine(weights_gradient(net, run), exact) >= (0.999 if half else 0.99999)
+
+
+def test_a_difference_within_bfloat16_would_be_noise(energy):
+    # The control: perturbed evaluations in the half precision of the first one.
+    kind, net, at = energy
+    exact_net, exact_at = in_double(net, at)
+    exact = weights_gradient(
+        exact_net,
+        lambda: backward(Field(exact_net, energy=kind), exact_at, scale=0.1, way="double"),
+    )
+    half, at = (
+        copy.deepcopy(net).bfloat16(),
+        Corrupted(at.x.bfloat16(), at.goal.bfloat16(), at.gamma, at.labels),
+    )
+    found = weights_gradient(
+        half,
+        lambda: directional_backward(Field(half, energy=kind), at, scale=0.1, difference=5e-3),
+    )
+    assert cosine(found, exact) < 0.99
+
+
+@pytest.mark.parametrize("kind", ["dot", pytest.param("l2", marks=pytest.mark.slow)])
+def test_both_ways_train_alike(kind, digits):
+    losses = {}
+    for way in ("double", "directional"):
+        objective = ObjectiveConfig(energy=kind, backward=way)
+        train = replace(SHORT, images=16 * 500, batch_size=16, gradient_clip=10.0)
+        net = network(replace(CONFIG, patch=4), zero_head=kind != "l2")
+        losses[way] = learn(net, *digits, objective=objective, train=train).losses
+    assert float(losses["double"][-50:].mean()) < 0.6 * float(losses["double"][0])
+    ends = {way: float(found[-50:].mean()) for way, found in losses.items()}
+    assert ends["directional"] == pytest.approx(ends["double"], rel=0.01)
+
+
+def test_losses_and_frozen_weights_are_as_before(energy):
+    kind, net, at = energy
+    field = Field(net, energy=kind)
+    a, b = (backward(field, at, scale=0.0, way=way) for way in ("double", "directional"))
+    assert torch.allclose(a, b, rtol=1e-5)
+    assert not a.requires_grad
+    assert all(p.requires_grad for p in net.parameters())
+
+
+def test_a_residual_of_zero_gives_no_gradient(energy):
+    kind, net, at = energy
+    field = Field(net, energy=kind)
+    fitted = Corrupted(at.x, field.gradient(at.x, at.labels), at.gamma, at.labels)
+    found = weights_gradient(net, lambda: backward(field, fitted, scale=1.0, way="directional"))
+    assert float(found.abs().max()) == 0
+
+
+def test_the_default_way_is_the_faster_one_for_the_device():
+    for kind in EXPLICIT:
+        config = ObjectiveConfig(energy=kind)
+        assert way_of(config, CPU) == "double"
+        assert way_of(config, torch.device("cuda")) == "directional"
+        assert way_of(replace(config, backward="directional"), CPU) == "directional"
+
+
+def test_compiled_code_trains_by_the_directional_way_and_refuses_the_double_in_words(energy):
+    kind, net, at = energy
+    plain = weights_gradient(
+        net, lambda: directional_backward(Field(net, energy=kind), at, scale=0.1)
+    )
+    field = Field(torch.compile(net, backend="aot_eager"), energy=kind)
+    compiled = weights_gradient(net, lambda: directional_backward(field, at, scale=0.1))
+    assert official.error(compiled, plain) < 1e-3
+    with pytest.raises(ValueError, match=r"compiled.*objective\.backward = 'directional'"):
+        backward(field, at, scale=0.1, way="double")
+
+
+# -- energies that cannot be trained ------------------------------------------------------------
+
+
+def test_the_l2_energy_of_a_zero_network_is_refused_and_of_a_trained_one_is_not(digits):
+    objective = ObjectiveConfig(energy="l2")
+    with pytest.raises(ConfigError, match=r"never train.*train\.init_from"):
+        learn(network(), *digits, objective=objective, train=SHORT)
+    implicit = network()
+    learn(implicit, *digits, train=SHORT)
+    implicit.requires_grad_(True)
+    losses = learn(implicit, *digits, objective=objective, train=SHORT).losses
+    assert bool(losses.isfinite().all())
+    for kind in ("implicit", "dot"):
+        check_slope(network(), ObjectiveConfig(energy=kind))
+
+
+# -- other losses -------------------------------------------------------------------------------
+
+
+def noisy(digits, count=8):
+    return learner(network()).corrupted(digits[0][:count], digits[1][:count], torch.arange(count))
+
+
+def test_the_inner_product_loss_is_its_formula(digits):
+    net, at = network(replace(CONFIG, second_head=True), zero_head=False), noisy(digits)
+    found = inner_product_loss(Field(net), at).detach()
+    both = net.outputs(at.x, at.labels, None)
+    for i in range(8):
+        f, h, t = (v.detach().flatten() for v in (both[i, :1], both[i, 1:], at.goal[i]))
+        expected = (float(f @ h) / 64 - float(t @ t) / 64) ** 2
+        assert float(found[i]) == pytest.approx(expected, rel=1e-4)
+    with pytest.raises(ConfigError, match="second_head"):
+        inner_product_loss(Field(network()), at)
+
+
+def test_the_norms_loss_is_its_formula(digits):
+    net, at = network(zero_head=False), noisy(digits)
+    found, f = norms_loss(Field(net), at).detach(), net(at.x, at.labels).detach()
+    for i in range(8):
+        expected = (float(f[i].norm()) / 8 - float(at.goal[i].norm()) / 8) ** 2
+        assert float(found[i]) == pytest.approx(expected, rel=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["inner-product", "norms"])
+def test_ablations_train_by_the_same_loop(loss, digits):
+    net = network(replace(CONFIG, second_head=loss == "inner-product"), zero_head=False)
+    train = replace(SHORT, images=64 * 100, gradient_clip=10.0)
+    losses = learn(net, *digits, objective=ObjectiveConfig(loss=loss), train=train).losses
+    assert float(losses[-20:].mean()) < 0.7 * float(losses[:5].mean())
+
+
+def test_the_dispersive_loss_is_its_formula():
+    z = torch.randn(6, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    total = 0.0
+    for first in (0, 3):
+        rows = z[first : first + 3].flatten(1)
+        pairs = [float(torch.exp(-(a - b).square().sum() / 12)) for a in rows for b in rows]
+        total += float(torch.tensor(sum(pairs) / 9).log()) / 2
+    assert float(dispersive_loss(z, group=3)) == pytest.approx(total, rel=1e-6)
+    with pytest.raises(ConfigError, match="does not divide the 6"):
+        dispersive_loss(z, group=4)
+
+
+def test_the_dispersive_loss_pushes_hidden_tokens_apart(digits):
+    spreads = {}
+    for weight in (0.0, 5.0):
+        net = network(zero_head=False)
+        objective = ObjectiveConfig(dispersive_weight=weight)
+        learn(net, *digits, objective=objective, train=replace(SHORT, images=64 * 40))
+        with hidden_tokens(net) as hidden, torch.no_grad():
+            net(digits[0][:64], digits[1][:64])
+        spreads[weight] = float(dispersive_loss(hidden[0], group=64))
+    assert spreads[5.0] < spreads[0.0] - 0.05
+
+
+def test_the_dispersive_loss_does_not_depend_on_the_number_of_processes(digits):
+    net, objective = network(zero_head=False), ObjectiveConfig(dispersive_weight=0.5)
+    at = learner(net).corrupted(digits[0][:64], digits[1][:64], torch.arange(64))
+    whole = weights_gradient(net, lambda: learner(net, objective).backward(at))
+
+    def in_shares():
+        for k in range(2):
+            mine = slice(32 * k, 32 * k + 32)
+            share = Corrupted(at.x[mine], at.goal[mine], at.gamma[mine], at.labels[mine])
+            learner(net, objective).backward(share)
+
+    assert official.error(weights_gradient(net, in_shares), whole) < 1e-5
+
+
+# -- c ------------------------------------------------------------------------------------------
+
+
+def test_any_c_that_vanishes_at_the_data_is_learnt(digits):
+    seen = []
+
+    def cosine_decay(gamma):
+        seen.append(len(gamma))
+        return 4 * torch.cos(gamma * torch.pi / 2).where(gamma < 1, 0.0)
+
+    losses = learn(network(), *digits, c=cosine_decay, train=SHORT).losses
+    assert len(losses) == 8
+    assert seen.count(64) == 8
+
+
+@pytest.mark.parametrize(
+    ("c", "message"),
+    [
+        (torch.ones_like, r"c\(1\) is 1.0"),
+        (lambda gamma: (1 - gamma).mean(), "one finite number for each"),
+        (lambda gamma: 1 / (1 - gamma), "one finite number for each"),
+    ],
+)
+def test_a_c_that_cannot_be_is_refused(c, message, digits):
+    with pytest.raises(ValueError, match=message):
+        learn(network(), *digits, c=c, train=SHORT)
+
+
+# -- baselines ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("time", ["none", "conditioned"])
+def test_flow_matching_is_the_same_loop_with_a_constant_c(time, digits):
+    net = network(replace(CONFIG, time=time))
+    flow = ObjectiveConfig(c="constant", multiplier=1.0)
+    train = replace(SHORT, images=64 * 60)
+    found = learn(net, *digits, objective=flow, train=train)
+    assert float(found.losses[-10:].mean()) < 0.6 * float(found.losses[0])
+    assert found.field.conditioned == (time == "conditioned")
+
+
+def test_a_conditioned_network_is_told_the_level_that_was_drawn(digits):
+    told = []
+
+    class Spy(Transformer):
+        def forward(self, x, labels=None, gamma=None):
+            told.append(gamma)
+            return super().forward(x, labels, gamma)
+
+    net = Spy(replace(CONFIG, time="conditioned"), size=8, channels=1, classes=10)
+    asked = learner(net, ObjectiveConfig(c="constant", multiplier=1.0))
+    at = asked.corrupted(digits[0][:8], digits[1][:8], torch.arange(8))
+    asked.backward(at)
+    assert torch.equal(told[0], at.gamma)
+
+
+# -- in memory ----------------------------------------------------------------------------------
+
+
+def test_learning_again_gives_the_same_bits_and_leaves_averages(digits):
+    nets = [network() for _ in range(2)]
+    learnt = [learn(net, *digits, train=SHORT) for net in nets]
+    assert torch.equal(learnt[0].losses, learnt[1].losses)
+    for a, b in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(a, b)
+        assert not a.requires_grad
+    other = learn(network(), *digits, train=replace(SHORT, seed=1))
+    assert not torch.equal(other.losses, learnt[0].losses)
+
+
+def test_progress_is_told(digits):
+    told = []
+    learn(network(), *digits, train=SHORT, on_update=lambda seen, loss: told.append((seen, loss)))
+    assert [seen for seen, _ in told] == [64 * k for k in range(1, 9)]
+    assert told[0][1] == pytest.approx(told[0][1])
+    assert told[-1][1] < told[0][1]
+
+
+def test_half_precision_trains_nearly_alike(digits):
+    ends = []
+    for precision in ("float32", "bfloat16"):
+        train = replace(SHORT, images=64 * 60, precision=precision)
+        net = network()
+        ends.append(float(learn(net, *digits, train=train).losses[-10:].mean()))
+        assert next(net.parameters()).dtype == torch.float32
+    assert ends[1] == pytest.approx(ends[0], rel=0.03)
+    assert ends[1] != ends[0]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x, y: (x[:, :, :4], y), "this network takes floats"),
+        (lambda x, y: (x.long(), y), "torch.int64"),
+        (lambda x, y: (x[:0], y[:0]), "this network takes floats"),
+        (lambda x, y: (x, y[:5]), "5 labels for 1797 data"),
+        (lambda x, y: (x, y + 3), "label 1[12] is out of range"),
+        (lambda x, y: (x, y.float()), "float32"),
+        (
+            lambda x, y: (torch.cat((x[:3], x[3:4] * float("nan"), x[4:])), y),
+            "datum 3 of 1797 has NaN",
+        ),
+    ],
+)
+def test_data_that_do_not_fit_are_refused(change, message, digits):
+    with pytest.raises((DataError, ValueError), match=message):
+        learn(network(), *change(*digits), train=SHORT)
+
+
+def test_labels_for_a_network_without_labels_are_refused(digits):
+    with pytest.raises(DataError, match="without labels"):
+        learn(network(classes=None), *digits, train=SHORT)
+    assert len(learn(network(classes=None), digits[0], train=SHORT).losses) == 8
+
+
+# -- what perfect training leads to -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def points():
+    """Three data of 16 entries, the perfect field over them, and a network that learnt them."""
+    x = torch.randn(3, 1, 4, 4, generator=torch.Generator().manual_seed(8))
+    net = network(NetworkConfig(width=64, depth=2, heads=4, patch=2), size=4, classes=None)
+    train = TrainConfig(
+        images=128 * 300,
+        batch_size=128,
+        learning_rate=3e-3,
+        warmup_images=6400,
+        decay_fraction=0.6,
+        ema_half_life_images=4000.0,
+    )
+    field = learn(net, x, train=train).field
+    return x, formulas.PerfectField(x, decay(ObjectiveConfig()), points=400), field
+
+
+def test_a_network_trained_on_a_few_points_approaches_the_perfect_field(points):
+    x, perfect, field = points
+    generator = torch.Generator().manual_seed(3)
+    eps = torch.randn(200, 1, 4, 4, generator=generator)
+    for gamma, bound in ((0.1, 0.25), (0.5, 0.25), (0.8, 0.35)):
+        at = gamma * x[torch.arange(200) % 3] + (1 - gamma) * eps
+        assert official.error(field.gradient(at).double(), perfect(at).double()) < bound, gamma
+        assert official.error(-field.gradient(at).double(), perfect(at).double()) > 1.5
+
+
+def test_samples_of_a_network_trained_on_a_few_points_are_those_points(points):
+    x, _, field = points
+    start = torch.randn(64, 1, 4, 4, generator=torch.Generator().manual_seed(4))
+    rule = NAG(step_size=0.003, momentum=0.3)
+    found = descend(field.gradient, start, rule=rule, updates=249).latents
+    distance = torch.cdist(found.flatten(1), x.flatten(1)).min(dim=1).values
+    assert float((distance < 0.3 * 4).double().mean()) > 0.95
+
+
+def test_descent_of_a_trained_energy_obeys_statement_3(energy):
+    """min ||g||^2 <= 2 (E_0 - E_K) / (eta K), the sharper form with the energy where it ended."""
+    kind, net, at = energy
+    net, at = in_double(net, at)
+    field, eta, updates = Field(net, energy=kind), 0.003, 60
+    norms = []
+
+    def gradient(x):
+        g = field.gradient(x, at.labels)
+        norms.append(g.flatten(1).norm(dim=1))
+        return g
+
+    rule = GradientDescent(step_size=eta)
+    start = torch.randn(64, 1, 8, 8, generator=torch.Generator().manual_seed(1)).double()
+    found = descend(gradient, start, rule=rule, updates=updates)
+    with torch.no_grad():
+        fall = field.energy(start, at.labels) - field.energy(found.latents, at.labels)
+    least = torch.stack(norms).min(dim=0).values.square()
+    assert bool((fall > 0).all())
+    assert bool((least <= 2 * fall / (eta * updates)).all())
+    assert torch.allclose(found.energy_changes, -fall, rtol=0.2)
