@@ -6,7 +6,7 @@ UV_VERSION := 0.13.9
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench lock down clean
+.PHONY: help setup demo test check bench gallery lock down clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -37,6 +37,9 @@ check: .venv/installed ## ruff, format, import rules, types
 
 bench: .venv/installed ## measure speed and memory, as ratios within one run
 	$(BIN)/python -m bench
+
+gallery: .venv/installed ## draw docs/gallery.md and its pictures from real runs
+	$(BIN)/python -m bench.gallery
 
 lock: ## resolve requirements.lock again from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \

@@ -221,7 +221,7 @@ class UNetConfig:
     layers: int = 2
     """Residual blocks a resolution."""
     attention: tuple[int, ...] = (1,)
-    """Indices into ``widths`` of the resolutions with self-attention."""
+    """Indices into ``widths`` of the resolutions with self-attention; if any, the middle has it."""
     head_width: int = 64
     """Channels of an attention head."""
     groups: int = 32
@@ -237,8 +237,10 @@ class UNetConfig:
             rule = f"indices of widths, 0 to {len(self.widths) - 1}"
             require(0 <= level < len(self.widths), "network.unet.attention", level, rule)
             width = self.widths[level]
-            rule = f"a divisor of the width it attends at ({width})"
-            require(width % self.head_width == 0, "network.unet.head_width", self.head_width, rule)
+            for attended in (width, self.widths[-1]):
+                rule = f"a divisor of the width it attends at ({attended})"
+                fits = attended % self.head_width == 0
+                require(fits, "network.unet.head_width", self.head_width, rule)
 
 
 @dataclass(frozen=True, kw_only=True)

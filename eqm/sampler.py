@@ -22,11 +22,17 @@ from eqm.field import Gradient
 from eqm.randomness import Stream, normal
 from eqm.rules import Memory, Rule, refilled
 
-EXPLODED = 1000.0
+EXPLODED = 50.0
 """A sample has diverged when its norm passes so many times that of its start plus unit noise."""
 STEEPENED = 10.0
-"""Likewise when its gradient's norm passes so many times that of its first plus unit noise: a
-network's output is bounded, so steps that are too long make samples swing and not fly away."""
+"""Likewise when its gradient's norm passes so many times that of its first plus unit noise."""
+SWINGS = 10
+"""Likewise when so many gradients in a row turned against the one before without having become
+shorter: a network's output is bounded, so steps that are too long make samples swing for ever
+across what they should find, and not fly away."""
+SHORTER = 0.9
+QUIET = 0.1
+"""Of the length of unit noise: shorter gradients than this may point anywhere by rounding."""
 
 Projection: TypeAlias = Callable[[Tensor], Tensor]
 """x (B, ...) -> the nearest point that satisfies a constraint, (B, ...)."""
@@ -138,6 +144,10 @@ class _State:
     """Norm of x past which a sample has blown up."""
     steepest: Tensor
     """Norm of the gradient past which it has; NaN before the first."""
+    gradient: Tensor
+    """The last one, (B, ...)."""
+    swings: Tensor
+    """(B,) int64: gradients in a row that turned and did not become shorter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,7 +196,8 @@ def descend(
         tracer.look(0, state)
         for update in range(1, updates + 1):
             state = _update(plan, state, gradient, project)
-            if stop is not None and update % check_every == 0 and not bool(state.active.any()):
+            due = stop is not None and update % check_every == 0 and update < updates
+            if due and not bool(state.active.any()):
                 break
             tell(update, state.x)
             tracer.look(update, state)
@@ -211,6 +222,8 @@ def _begin(plan: _Plan, start: Tensor, numbers: Tensor | None) -> _State:
         diverged=~finite,
         limit=EXPLODED * (size + start[0].numel() ** 0.5),
         steepest=torch.full_like(size, torch.nan),
+        gradient=torch.zeros_like(start),
+        swings=count,
     )
 
 
@@ -226,8 +239,9 @@ def _update(plan: _Plan, state: _State, gradient: Gradient, project: Projection 
     first = STEEPENED * (norm + g[0].numel() ** 0.5)
     steepest = torch.where(state.steepest.isnan(), first, state.steepest)
     size, step = norms(there), (there - state.x).to(state.lengths.dtype)
+    swings = torch.where(_swung(state, g, norm), state.swings + 1, 0)
     # Written so that a norm that is not a number is a norm that is too large.
-    sound = size.isfinite() & (size <= state.limit) & (norm <= steepest)
+    sound = size.isfinite() & (size <= state.limit) & (norm <= steepest) & (swings < SWINGS)
     moved = moving & sound
     work = (g * step).flatten(1).sum(dim=1)
     return replace(
@@ -243,7 +257,16 @@ def _update(plan: _Plan, state: _State, gradient: Gradient, project: Projection 
         stopped=state.stopped | stopping,
         diverged=state.diverged | (moving & ~sound),
         steepest=steepest,
+        gradient=g,
+        swings=swings,
     )
+
+
+def _swung(state: _State, g: Tensor, norm: Tensor) -> Tensor:
+    """Whether gradients (B, ...) turned against the last ones and are not shorter, (B,) bool."""
+    turned = (g * state.gradient).flatten(1).sum(dim=1) < 0
+    loud = norm > QUIET * g[0].numel() ** 0.5
+    return turned & loud & (norm > SHORTER * state.norms)
 
 
 def _descent(state: _State) -> Descent:

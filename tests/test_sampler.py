@@ -335,6 +335,14 @@ def test_steps_that_are_too_long_are_marked_although_nothing_flies_away():
     assert descend(gradient, start, rule=calm, updates=60).diverged.tolist() == [False] * 2
 
 
+def test_a_sample_that_swings_while_it_settles_is_sound():
+    # 1.8 of 2: every gradient turns, and each is shorter than the one before.
+    rule = GradientDescent(step_size=1.8)
+    found = descend(lambda x: x, 5 * noise(2, 4), rule=rule, updates=200)
+    assert found.diverged.tolist() == [False, False]
+    assert float(found.latents.abs().max()) < 1e-6
+
+
 # -- stop rules of the user's -------------------------------------------------------------------
 
 

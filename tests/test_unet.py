@@ -186,6 +186,8 @@ def test_labels_matter_and_none_is_the_null_label(groups):
         for j in range(i):
             assert float((found[i] - found[j]).abs().max()) > 1e-3
     assert torch.equal(net(x), found[3])
+    assert net.unet.class_embedding.num_embeddings == 4
+    assert unet(classes=None).unet.class_embedding is None
 
 
 def test_a_sample_does_not_see_its_neighbours():

@@ -41,13 +41,19 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "eqm",
 }
 DPI = 120
-COLOURS = 128
-"""Of a PNG's palette."""
 GAP_PX = 1
 """Between images of a sheet, in pixels of theirs."""
 
 
 @dataclass(frozen=True)
+class Table:
+    """What a run measured."""
+
+    head: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
 class Picture:
     """A picture and what is said of it."""
 
@@ -56,8 +62,7 @@ class Picture:
     title: str
     seen: str
     """A sentence or two."""
-    figures: list[tuple[str, str]]
-    """What the run measured, and the number."""
+    table: Table
     code: str
     """The lines that make it."""
     png: bytes
@@ -78,11 +83,9 @@ def drawn(draw: Callable[[Figure], None], *, width: float, height: float) -> byt
 
 
 def _smaller(png: bytes) -> bytes:
-    """The same picture with a palette."""
-    image = Image.open(io.BytesIO(png)).convert("RGB")
-    image = image.quantize(COLOURS, method=Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+    """The same picture without its alpha, packed as well as it can be."""
     buffer = io.BytesIO()
-    image.save(buffer, "PNG", optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGB").save(buffer, "PNG", optimize=True)
     return buffer.getvalue()
 
 
