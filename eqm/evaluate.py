@@ -262,7 +262,9 @@ def gradient_norms(trained: Model, autoencoder: Autoencoder, pixels: Tensor) -> 
     for batch in pixels.split(BATCH):
         moments = autoencoder.encode(batch.to(trained.device))
         x = mean_latents(moments, trained.spec.latent).to(trained.dtype)
-        found.append(trained.gradient(x).flatten(1).norm(dim=1).double().cpu())
+        # A baseline that is conditioned on the noise level is asked where data are.
+        gamma = x.new_ones(len(x)) if trained.field.conditioned else None
+        found.append(trained.gradient(x, gamma=gamma).flatten(1).norm(dim=1).double().cpu())
     return torch.cat(found)
 
 

@@ -4,6 +4,7 @@ After a change that is meant to change the numbers, write the golden curve again
 ``OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/test_train.py`` and say so in the commit.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -18,15 +19,18 @@ from typing import Any
 import chain
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from eqm import checkpoint, train
 from eqm.batches import read_batch
 from eqm.config import Job, TrainConfig, TrainStage, replace, stage_config
 from eqm.distributed import World
 from eqm.ema import EMA
-from eqm.errors import ConfigError, DataError
+from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.latents import sample_latents
 from eqm.learner import learning_rate
+from eqm.network import Transformer
+from eqm.official import to_official, write_official
 from eqm.randomness import Stream, normal, uniform
 from eqm.records import Record, to_json
 from eqm.stage import Context, job_digest, open_ref
@@ -294,6 +298,118 @@ def test_divergence_is_told_and_nothing_is_sealed(tiny: chain.Chain, tmp_path: P
     with pytest.raises(DataError, match=r"diverged; lower train\.learning_rate"):
         chain.run(job)
     assert store_of(job).record("train", job_digest(job)) is None
+
+
+# -- other beginnings and other methods ----------------------------------------------------------
+
+
+def begun_from(job: Job, path: Path, **changes: Any) -> Job:
+    """The same job, from weights in a file."""
+    train_changes = {
+        **changes.pop("train", {}),
+        "init_from": {"uri": str(path), "sha256": of(path)},
+    }
+    return asking(job, train=train_changes, **changes)
+
+
+def of(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def weights_file(tiny: chain.Chain) -> Path:
+    """The averaged weights of the trained model, where the store has them."""
+    return tiny.store.fetch(tiny["train"].outputs["ema.safetensors"])
+
+
+@pytest.mark.parametrize("energy", ["implicit", "dot", "l2"])
+def test_training_begins_from_the_weights_of_another(
+    tiny: chain.Chain, tmp_path: Path, energy: str
+) -> None:
+    path = tmp_path / "ema.safetensors"
+    path.write_bytes(weights_file(tiny).read_bytes())
+    job = begun_from(fresh(tiny, tmp_path), path, objective={"energy": energy})
+    run, sealed = set_up(job), load_file(path)
+    for name, value in run.network.state_dict().items():
+        assert torch.equal(value, sealed[name]), name
+    assert job_digest(job) != job_digest(tiny.job("train"))
+    losses = curve(store_of(job), chain.run(job))["loss"]
+    assert all(math.isfinite(loss) for loss in losses)
+
+
+def test_training_begins_from_an_official_checkpoint(tiny: chain.Chain, tmp_path: Path) -> None:
+    config = chain.tiniest().network
+    official = Transformer(
+        replace(config, time="constant", second_head=True), size=8, channels=1, classes=10
+    )
+    official.initialise(5, zero_head=False)
+    path = tmp_path / "sit.pt"
+    write_official(path, to_official(official))
+    network = {"time": "constant", "second_head": True}
+    run = set_up(begun_from(fresh(tiny, tmp_path), path, network=network))
+    for name, value in run.network.state_dict().items():
+        assert torch.equal(value, official.state_dict()[name]), name
+    with pytest.raises(IntegrityError, match=r"sit\.pt: weight .* this network has"):
+        set_up(begun_from(fresh(tiny, tmp_path / "other"), path))
+
+
+def test_weights_of_another_digest_or_of_zeros_for_l2_are_refused(
+    tiny: chain.Chain, tmp_path: Path
+) -> None:
+    path = tmp_path / "zeros.safetensors"
+    zeros = Transformer(chain.tiniest().network, size=8, channels=1, classes=10).state_dict()
+    save_file(zeros, path)
+    with pytest.raises(ConfigError, match="would never train"):
+        set_up(begun_from(fresh(tiny, tmp_path / "l2"), path, objective={"energy": "l2"}))
+    job = begun_from(fresh(tiny, tmp_path / "wrong"), path)
+    path.write_bytes(path.read_bytes() + b" ")
+    with pytest.raises(IntegrityError, match="SHA-256"):
+        set_up(job)
+
+
+@pytest.mark.parametrize("time", ["none", "conditioned"])
+def test_flow_matching_goes_through_the_whole_pipeline(tmp_path: Path, time: str) -> None:
+    made = chain.build(
+        tmp_path,
+        {
+            "network.time": time,
+            "objective.c": "constant",
+            "objective.multiplier": 1.0,
+            "generate.sampler.rule": "heun",
+            "generate.sampler.step_size": 0.2,
+            "generate.sampler.updates": 5,
+        },
+    )
+    assert made["samples"].values["mean_field_evaluations"] == 10
+    assert made["evaluation"].values["evaluation"]["metrics"]["distance"]["value"] > 0
+
+
+def test_a_unet_goes_through_the_whole_pipeline(tmp_path: Path) -> None:
+    unet = {"widths": [8, 16], "layers": 1, "attention": [], "groups": 4}
+    changes = {f"network.unet.{name}": value for name, value in unet.items()}
+    made = chain.build(tmp_path, {"network.kind": "unet", "train.images": 96, **changes})
+    assert made["train"].values["final_loss"] < 30
+
+
+def test_a_dot_energy_is_trained_by_both_ways_and_stops_early(
+    tiny: chain.Chain, tmp_path: Path
+) -> None:
+    ends = {}
+    for way in ("double", "directional"):
+        changes = {"energy": "dot", "backward": way}
+        job = asking(fresh(tiny, tmp_path / way), objective=changes)
+        ends[way] = curve(store_of(job), chain.run(job))["loss"]
+    assert ends["double"] == pytest.approx(ends["directional"], rel=1e-3)
+    assert ends["double"] != ends["directional"]
+
+
+def test_a_conditioned_network_needs_a_rule_that_knows_gamma() -> None:
+    changes = {"network.time": "conditioned", "objective.c": "constant"}
+    with pytest.raises(ConfigError, match="'euler' or 'heun'"):
+        chain.tiniest(changes)
+    with pytest.raises(ConfigError, match=r"network\.second_head"):
+        chain.tiniest({"objective.loss": "inner-product"})
+    with pytest.raises(ConfigError, match=r"objective\.loss is 'norms'"):
+        chain.tiniest({"objective.loss": "norms", "objective.energy": "dot"})
 
 
 # -- one step -----------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Digits: samples while they descend, and how long each of them takes."""
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -15,6 +16,12 @@ UPDATES = 100
 COLUMNS = (0, 10, 20, 30, 40, 50, 60, 80, 100)
 SAMPLES, SLOTS = 400, 64
 CODE = "rule=eqm.NAG(step_size=0.006, momentum=0.3), updates=100"
+
+
+@cache
+def judge_of_digits() -> Judge:
+    """The same for all pictures."""
+    return Judge()
 
 
 def proceeding() -> Picture:
@@ -63,7 +70,7 @@ def rms(a: Tensor, b: Tensor) -> float:
 
 def adaptive() -> Picture:
     """Evaluations of each sample where each stops by itself."""
-    trained, judge, held = model(seed=0), Judge(), digits(held_out=True)
+    trained, judge, held = model(seed=0), judge_of_digits(), digits(held_out=True)
     quiet = float(norms(trained.gradient(held.latents, held.labels)).median())
     labels = torch.arange(SAMPLES) % 10
     asked: dict[str, Any] = {

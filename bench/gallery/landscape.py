@@ -86,10 +86,11 @@ def picture() -> Picture:
         title="What the field looks like between noise and a digit it has never seen",
         seen=(
             f"Mean and 5 to 95 % band over {DIGITS} held-out digits. Nobody tells the network "
-            "gamma, and still it is as steep as it should be: it follows the target "
-            "`|eps - x| c(gamma)` (dashed) down to a small rest at the digit. So does an "
-            "explicit energy, trained on a quarter of the images; of "
-            f"{_rises(energies):.1%} of the digits, it rises at every quarter of the way to noise."
+            "gamma, and still it is about as steep as it should be, down to a small rest at the "
+            "digit. It stays below the target `|eps - x| c(gamma)` (dashed) where x could be "
+            "several things, because the field is the mean over them. An explicit energy, trained "
+            "on a quarter of the images, keeps a larger rest. It rises at every quarter of the "
+            f"way to noise for {_rises(energies):.1%} of the digits."
         ),
         table=Table(
             ("gradient norm", "target", "implicit field", "dot energy"),

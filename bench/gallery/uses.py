@@ -7,7 +7,7 @@ from torch import Tensor
 
 import eqm
 from bench.digits import Digits, Judge, digits, model
-from bench.gallery.descents import CODE, RULE, UPDATES, rms
+from bench.gallery.descents import CODE, RULE, UPDATES, judge_of_digits, rms
 from bench.gallery.drawing import BLUE, VERMILLION, Picture, Table, drawn, show_sheet
 from eqm.sampler import start_noise
 
@@ -42,19 +42,19 @@ def _read_as(judge: Judge, images: Tensor, label: int) -> float:
 
 def composition() -> Picture:
     """Two labels' landscapes added, with weights."""
-    found, judge = blends(), Judge()
+    found, judge = blends(), judge_of_digits()
     shares = {
         pair: [[_read_as(judge, images, label) for images in row] for label in pair]
         for pair, row in found.items()
     }
 
     def draw(figure: Any) -> None:
-        axes = figure.subplots(2, len(PAIRS), height_ratios=(1, 1.2))
+        axes = figure.subplots(2, len(PAIRS), height_ratios=(0.6, 1))
         for (upper, lower), pair in zip(axes.T, PAIRS, strict=True):
             row = found[pair]
             rows = [[images[i] for images in row] for i in range(SHOWN)]
             show_sheet(upper, rows, column_names=[f"{w:g}" for w in WEIGHTS])
-            upper.set_xlabel(f"weight of {pair[1]}; {pair[0]} has the rest")
+            upper.set_title(f"from {pair[0]} to {pair[1]}")
             _shares(lower, pair, shares[pair])
 
     half = WEIGHTS.index(0.5)
@@ -76,7 +76,7 @@ def composition() -> Picture:
             "both = eqm.compose((model, 3, 0.5), (model, 8, 0.5))\n"
             f"eqm.sample(both, seeds=range({COMPOSED}), {CODE})"
         ),
-        png=drawn(draw, width=9.6, height=5.0),
+        png=drawn(draw, width=9.6, height=4.7),
     )
 
 
@@ -98,7 +98,7 @@ def _shares(axes: Any, pair: tuple[int, int], shares: list[list[float]]) -> None
 
 def cleaning() -> Picture:
     """Descents from held-out digits in noise, by a model that is told neither level nor label."""
-    trained, judge, held = model(seed=0), Judge(), digits(held_out=True)
+    trained, judge, held = model(seed=0), judge_of_digits(), digits(held_out=True)
     x, labels = held.latents[:CLEANED], held.labels[:CLEANED]
     eps = start_noise(torch.arange(CLEANED), (1, 8, 8), dtype=x.dtype, device=x.device)
     columns, rows = [held.images[:CLEANED]], []
@@ -174,7 +174,7 @@ def _completed(held: Digits, labels: Tensor | None) -> Tensor:
 
 def inpainting() -> Picture:
     """Digits whose upper half is known."""
-    judge, held = Judge(), digits(held_out=True)
+    judge, held = judge_of_digits(), digits(held_out=True)
     images, labels = held.images[:INPAINTED], held.labels[:INPAINTED]
     grey = images.clone()
     grey[:, :, 4:] = 128
