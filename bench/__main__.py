@@ -3,10 +3,12 @@
 import sys
 from importlib import import_module
 
-ALL = ("imports", "reading", "sampling", "energies")
+ALL = ("imports", "reading", "sampling", "energies", "precision")
+STUDIES = ("study_methods", "study_adaptive")
+"""Longer, and not of speed: run by name."""
 
 for name in sys.argv[1:] or ALL:
-    if name not in ALL:
-        sys.exit(f"error: no benchmark {name!r}; there are {', '.join(ALL)}")
+    if name not in (*ALL, *STUDIES):
+        sys.exit(f"error: no benchmark {name!r}; there are {', '.join((*ALL, *STUDIES))}")
     print(f"== {name}")
     import_module(f"bench.{name}").main()

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import eqm
 from bench.digits import Judge, digits, model
-from bench.gallery.drawing import BLUE, INK, VERMILLION, Picture, Table, drawn, show_sheet
+from bench.gallery.drawing import BLUE, INK, VERMILLION, Picture, Table, drawn, percent, show_sheet
 from eqm.sampler import norms
 
 RULE = eqm.NAG(step_size=0.006, momentum=0.3)
@@ -16,6 +16,7 @@ UPDATES = 100
 COLUMNS = (0, 10, 20, 30, 40, 50, 60, 80, 100)
 SAMPLES, SLOTS = 400, 64
 CODE = "rule=eqm.NAG(step_size=0.006, momentum=0.3), updates=100"
+"""What every call has in common."""
 
 
 @cache
@@ -103,7 +104,7 @@ def adaptive() -> Picture:
             name,
             f"{float(way.evaluations.double().mean()):.1f}",
             f"{judge.distance(way.images()):.2f}",
-            f"{judge.agreement(way.images(), labels):.1%}",
+            percent(judge.agreement(way.images(), labels), digits=1),
         )
         for name, way in (("stopped", found), ("fixed", fixed))
     ]
@@ -113,11 +114,11 @@ def adaptive() -> Picture:
         seen=(
             "A sample stops when its gradient is as small as that of the median held-out digit "
             f"({quiet:.2f}), and makes room for the next. {int(found.stopped.sum())} of {SAMPLES} "
-            f"stopped, which saved {1 - mean / UPDATES:.0%} of the evaluations."
+            f"stopped, which saved {percent(1 - mean / UPDATES)} of the evaluations."
         ),
         table=Table(("", "evaluations", f"{judge.name}-{SAMPLES}", "read as their label"), rows),
         code=(
-            f"eqm.sample(model, labels=labels, seeds=range({SAMPLES}), {CODE},\n"
+            f"eqm.sample(model, labels=labels, seeds=range({SAMPLES}),\n           {CODE},\n"
             f"           stop=eqm.GradientNormBelow(threshold), slots={SLOTS})"
         ),
         png=drawn(draw, width=7.2, height=3.6),

@@ -89,6 +89,11 @@ def _smaller(png: bytes) -> bytes:
     return buffer.getvalue()
 
 
+def percent(share: float, *, digits: int = 0) -> str:
+    """As people write it."""
+    return f"{100 * share:.{digits}f} %"
+
+
 # -- sheets of digits ---------------------------------------------------------------------------
 
 

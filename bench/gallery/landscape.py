@@ -8,7 +8,7 @@ from torch import Tensor
 
 import eqm
 from bench.digits import digits, model
-from bench.gallery.drawing import BLUE, GREEN, Picture, Table, drawn
+from bench.gallery.drawing import BLUE, GREEN, Picture, Table, drawn, percent
 from eqm import objective
 from eqm.config import ObjectiveConfig, TrainConfig
 from eqm.model import Model
@@ -90,7 +90,7 @@ def picture() -> Picture:
             "digit. It stays below the target `|eps - x| c(gamma)` (dashed) where x could be "
             "several things, because the field is the mean over them. An explicit energy, trained "
             "on a quarter of the images, keeps a larger rest. It rises at every quarter of the "
-            f"way to noise for {_rises(energies):.1%} of the digits."
+            f"way to noise for {percent(_rises(energies), digits=1)} of the digits."
         ),
         table=Table(
             ("gradient norm", "target", "implicit field", "dot energy"),

@@ -86,15 +86,16 @@ def learnt(name: str, data: Tensor, objective: ObjectiveConfig) -> eqm.Field:
 class Landing:
     """Where descents from noise went."""
 
-    field: eqm.Field
     paths: NDArray[np.float32]
     """(U + 1, B, 2)."""
     to_data: NDArray[np.float32]
     """(U + 1,) mean distance of samples to the nearest datum."""
     to_samples: NDArray[np.float32]
     """(U + 1,) mean distance of data to the nearest sample: large where data are missed."""
+    heights: NDArray[np.float32]
+    """Norm of the gradient over the map, as a share of the largest, (CELLS, CELLS)."""
     at_data: float
-    """Mean norm of the gradient at the data."""
+    """Mean norm of the gradient at the data, in the same shares."""
 
 
 def landed(field: eqm.Field, data: Tensor, rule: Rule) -> Landing:
@@ -110,13 +111,14 @@ def landed(field: eqm.Field, data: Tensor, rule: Rule) -> Landing:
         updates=UPDATES,
         on_update=lambda k, x: way.append(x.flatten(1)),
     )
+    heights = _map(field)
     apart = [torch.cdist(x, data.flatten(1)) for x in way]
     return Landing(
-        field=field,
         paths=torch.stack(way).numpy(),
         to_data=np.array([float(a.min(dim=1).values.mean()) for a in apart]),
         to_samples=np.array([float(a.min(dim=0).values.mean()) for a in apart]),
-        at_data=float(norms(field.gradient(data)).mean()),
+        heights=heights / heights.max(),
+        at_data=float(norms(field.gradient(data)).mean() / heights.max()),
     )
 
 
@@ -150,9 +152,8 @@ def _panel(axes: Any, landing: Landing, data: Tensor) -> Any:
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
 
-    heights = _map(landing.field)
     drawing = axes.imshow(
-        heights / heights.max(),
+        landing.heights,
         origin="lower",
         extent=(-REACH, REACH, -REACH, REACH),
         cmap=colormaps["cividis"].resampled(SHADES),
@@ -221,7 +222,7 @@ def picture(name: str, data: Tensor, *, title: str, seen: str) -> Picture:
     return Picture(
         name=name,
         title=title,
-        seen=f"{LEGEND} {seen} The EqM drawn is the {best}.",
+        seen=f"{LEGEND} {seen} Of three c at equal steps, the one drawn ({best}) ends nearest.",
         table=Table(HEAD, rows),
         code=(
             "field = eqm.learn(network, points, objective=eqm.ObjectiveConfig()).field\n"
@@ -240,7 +241,7 @@ HEAD = (
     "c",
     "end points to the nearest datum",
     "data to the nearest end point",
-    "gradient norm at data",
+    "gradient norm at data, as a share of the largest",
 )
 
 
@@ -251,7 +252,7 @@ def circle_picture() -> Picture:
         circle(),
         title="A landscape in two dimensions: five points",
         seen=(
-            "EqM's field vanishes at the data, so descents arrive there and stay. That of flow "
+            "EqM's field all but vanishes at the data, so descents arrive and stay. That of flow "
             "matching is as steep at the data as beside them, and time runs out "
             "for some samples wherever they are. (In the other flat places of either, the pulls of "
             "several data cancel.)"
@@ -267,7 +268,7 @@ def moons_picture() -> Picture:
         title="A landscape in two dimensions: two moons",
         seen=(
             "EqM's samples end nearer to the data, and go on nearing them; but its gradient along "
-            "the moons is not quite zero, so samples also creep along them and gather, and "
+            "the moons is small and not zero, so samples also creep along them and gather, and "
             "data are missed (dashed). Flow matching covers the moons better and leaves "
             "samples between them. EqM's derivation assumes many dimensions; two are its hardest "
             "case."

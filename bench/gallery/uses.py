@@ -8,7 +8,7 @@ from torch import Tensor
 import eqm
 from bench.digits import Digits, Judge, digits, model
 from bench.gallery.descents import CODE, RULE, UPDATES, judge_of_digits, rms
-from bench.gallery.drawing import BLUE, VERMILLION, Picture, Table, drawn, show_sheet
+from bench.gallery.drawing import BLUE, VERMILLION, Picture, Table, drawn, percent, show_sheet
 from eqm.sampler import start_noise
 
 PAIRS = ((3, 8), (1, 7), (0, 6))
@@ -61,7 +61,7 @@ def composition() -> Picture:
     rows = []
     for (first, second), (one, two) in shares.items():
         values = (one[half], two[half], 1 - one[half] - two[half])
-        rows.append((f"{first} and {second}", *(f"{v:.0%}" for v in values)))
+        rows.append((f"{first} and {second}", *(percent(v) for v in values)))
     return Picture(
         name="composition",
         title="Composition: the sum of two landscapes",
@@ -88,7 +88,7 @@ def _shares(axes: Any, pair: tuple[int, int], shares: list[list[float]]) -> None
         axes.text(at, 1.07, f"read as {label}", color=colour, ha=side)
     axes.set(ylim=(-0.05, 1.2), xlim=(-0.125, 1.125), xticks=WEIGHTS, yticks=(0, 0.5, 1))
     axes.xaxis.set_major_formatter(lambda weight, _: f"{weight:g}")
-    axes.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axes.yaxis.set_major_formatter(lambda share, _: percent(share))
     axes.set_xlabel(f"weight of {pair[1]}")
     axes.grid(axis="y")
 
@@ -107,8 +107,8 @@ def cleaning() -> Picture:
         out = eqm.sample(trained, start=noisy, rule=RULE, updates=UPDATES)
         columns += [trained.autoencoder.decode(noisy), out.images()]
         apart = [f"{rms(y, x):.2f}" for y in (noisy, out.latents)]
-        read = [f"{judge.agreement(images, labels):.0%}" for images in columns[-2:]]
-        rows.append((f"{level:.0%}", *apart, *read))
+        read = [percent(judge.agreement(images, labels)) for images in columns[-2:]]
+        rows.append((percent(level), *apart, *read))
     return Picture(
         name="cleaning",
         title="Descent from a digit in noise",
@@ -128,7 +128,7 @@ def cleaning() -> Picture:
             ),
             rows,
         ),
-        code=f"eqm.sample(model, start=noisy, {CODE})   # no labels, no noise level",
+        code=f"eqm.sample(model, start=noisy, {CODE})",
         png=drawn(lambda figure: _draw_cleaning(figure, columns, labels), width=7.4, height=6.4),
     )
 
@@ -139,7 +139,7 @@ def _one_of_each(labels: Tensor) -> list[int]:
 
 
 def _draw_cleaning(figure: Any, columns: list[Tensor], labels: Tensor) -> None:
-    names = [f"{level:.0%} noise" for level in NOISE_LEVELS]
+    names = [f"{percent(level)} noise" for level in NOISE_LEVELS]
     panels = figure.subplots(1, 1 + len(NOISE_LEVELS), width_ratios=(1, 2, 2, 2, 2))
     at = _one_of_each(labels)
     show_sheet(panels[0], [[columns[0][i]] for i in at], column_names=[" "])
@@ -207,13 +207,12 @@ def inpainting() -> Picture:
             f"{COMPLETIONS} completions of each digit, from {COMPLETIONS} noise images. "
             "With the label, the lower half fits what is known. Without it the result is "
             "disappointing: many a completion is another digit or none, and the SVC reads the "
-            "half digit on grey better. A known half without noise beside "
-            "an unknown half in noise is nothing the model was trained on; it takes them for "
-            "one image of one noise level."
+            "half digit on grey better. A known half without noise beside an unknown half in noise "
+            "is nothing that the model was trained on."
         ),
         table=Table(
             (f"of {INPAINTED} digits, {COMPLETIONS} completions each", "read as its class"),
-            [(name, f"{share:.1%}") for name, share in shares.items()],
+            [(name, percent(share, digits=1)) for name, share in shares.items()],
         ),
         code=f"eqm.sample(model, seeds=seeds, project=eqm.Known(mask, values),\n           {CODE})",
         png=drawn(draw, width=7.4, height=6.4),
