@@ -97,7 +97,7 @@ class Descent:
     latents: Tensor
     """(B, ...), in the dtype of the start."""
     evaluations: Tensor
-    """(B,) int64: field evaluations of each sample."""
+    """(B,) int64: field evaluations of each sample; a guided or composed one counts once."""
     updates: Tensor
     """(B,) int64: moves of each sample."""
     gradient_norms: Tensor

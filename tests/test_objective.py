@@ -166,6 +166,16 @@ def test_perfect_field_is_a_spring_of_stiffness_twenty_at_the_data():
     assert float(f(data).norm()) < 1e-6
 
 
+@pytest.mark.parametrize(("a", "multiplier"), [(0.8, 4.0), (0.5, 1.0), (0.0, 2.0)])
+def test_jacobian_of_the_perfect_field_at_a_datum_is_the_springs_stiffness(a, multiplier):
+    data, _ = perfect(points=10)
+    c = decay(ObjectiveConfig(a=a, multiplier=multiplier))
+    f = formulas.PerfectField(data, c)
+    jacobian = torch.func.jacrev(lambda x: f(x.view(1, 1, 4, 4)).flatten())(data[0].flatten())
+    expected = multiplier / (1 - a) * torch.eye(16, dtype=torch.float64)
+    assert official.error(jacobian, expected) < 1e-3
+
+
 def test_perfect_field_has_the_least_loss():
     data, f = perfect(points=300)
     generator = torch.Generator().manual_seed(10)

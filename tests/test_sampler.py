@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from reference import formulas, official
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eqm.config import ObjectiveConfig
 from eqm.field import Field, guided
@@ -609,6 +610,27 @@ def test_without_a_stop_rule_nothing_waits_for_the_device():
     assert found.latents.shape == (4, 3)
     with pytest.raises((RuntimeError, NotImplementedError)):
         descend(lambda x: 2 * x, start, rule=GD, updates=5, stop=GradientNormBelow(1.0))
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often a value is read off the device."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("check_every", "waits"), [(1, 69), (7, 9), (100, 0)])
+@pytest.mark.parametrize("rule", [RULES[1], BarzilaiBorwein(step_size=0.01)])
+def test_the_device_is_waited_for_by_the_stop_test_alone(rule, check_every, waits):
+    start, stop = noise(4, 3), GradientNormBelow(1e-300)
+    with Waits() as seen:
+        descend(bowl, start, rule=rule, updates=70, stop=stop, check_every=check_every)
+    assert seen.count == waits
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
