@@ -30,7 +30,7 @@ from eqm.config import (
 from eqm.features import load_extractor
 from eqm.images import open_source
 from eqm.learner import learn
-from eqm.model import SCHEMA, Model, ModelSpec
+from eqm.model import Model
 from eqm.network import Transformer
 from eqm.records import Ref, digest, to_json
 from eqm.storage import LocalStore
@@ -94,16 +94,7 @@ def model(
         learn(net, data.latents, data.labels, objective=asked, train=train, on_update=_tell(say))
         FOLDER.mkdir(parents=True, exist_ok=True)
         save_file(net.state_dict(), path)
-    autoencoder = identity(SOURCE)
-    spec = ModelSpec(
-        schema=SCHEMA,
-        network=net_config,
-        objective=asked,
-        latent=autoencoder.spec,
-        classes=tuple("0123456789"),
-        null_label=True,
-    )
-    return Model(spec, net, autoencoder=lambda: autoencoder)
+    return Model.of(net, objective=asked, autoencoder=identity(SOURCE))
 
 
 def _tell(say: bool):

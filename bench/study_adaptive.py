@@ -1,14 +1,18 @@
 """Study: is a threshold on the gradient's norm better spent than a fixed number of updates?
 
-One descent of 250 updates a seed range holds both: the fixed count k is its point k, the threshold
-t its first point with a norm below t, so both see the same noise, labels and model. Distances at
-equal mean evaluations are compared in pairs over five ranges; thresholds are chosen on a sixth.
-Then the wall-clock time of slots against carrying everybody to the end of the last.
+One descent of 250 updates a seed range holds everything: the fixed count k is its point k, a
+threshold its first point with a norm below it, so all see the same noise, labels and model.
+Distances at equal mean evaluations are compared in pairs over five ranges, for a threshold alone
+and for a threshold with a cap on the updates (which, at no threshold, is the fixed count). What is
+free is chosen on a sixth range. Then the wall-clock time of slots against that of a fixed count.
 
     python -m bench study_adaptive
 """
 
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -26,10 +30,16 @@ CHUNK = 250
 """Samples carried down at once: more would leave the cache."""
 RULE = NAG(step_size=0.003, momentum=0.3)
 """The paper's for B/2, so that its 249 updates are the ones to beat."""
-BUDGETS = (60, 80, 100, 120, 140, 170, 200)
+BUDGETS = (60, 70, 80, 90, 100, 120, 150, 200)
 """Mean field evaluations a sample."""
+SPREADS = (1.0, 1.05, 1.1, 1.2, 1.4, 2.0)
+"""Caps that are tried, in shares of the budget."""
 T_975 = 2.776
 """97.5 % point of Student's t with RANGES - 1 = 4 degrees of freedom."""
+
+
+Distance: TypeAlias = Callable[[Tensor], float]
+"""Latents -> distance of their images to the training digits."""
 
 
 class Descended:
@@ -47,17 +57,28 @@ class Descended:
         """Samples after a fixed number of evaluations."""
         return self.points[count]
 
-    def evaluations(self, threshold: float) -> Tensor:
+    def evaluations(self, stop: "Stop") -> Tensor:
         """(N,) evaluations until a norm is below the threshold; the one that tells is counted."""
-        below = self.norms < threshold
-        first = torch.where(below.any(dim=0), below.int().argmax(dim=0) + 1, UPDATES)
-        return first
+        below = self.norms[: stop.cap] < stop.threshold
+        return torch.where(below.any(dim=0), below.int().argmax(dim=0) + 1, stop.cap)
 
-    def adaptive(self, threshold: float) -> Tensor:
+    def mean(self, stop: "Stop") -> float:
+        """Mean number of evaluations."""
+        return float(self.evaluations(stop).double().mean())
+
+    def adaptive(self, stop: "Stop") -> Tensor:
         """Samples where their norm first is below the threshold: one move less than evaluated."""
-        spent = self.evaluations(threshold)
-        stopped = (self.norms < threshold).any(dim=0)
+        spent = self.evaluations(stop)
+        stopped = (self.norms[: stop.cap] < stop.threshold).any(dim=0)
         return self.points[spent - stopped.int(), torch.arange(SAMPLES)]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """When a sample ends."""
+
+    threshold: float
+    cap: int
 
 
 def _way_down(trained: Model, first_seed: int) -> tuple[Tensor, Tensor]:
@@ -82,60 +103,95 @@ def _way_down(trained: Model, first_seed: int) -> tuple[Tensor, Tensor]:
     return torch.stack(points), torch.stack(found)
 
 
-def threshold_for(descended: Descended, budget: float) -> float:
+def stop_for(descended: Descended, budget: float, cap: int) -> Stop:
     """The threshold at which the mean number of evaluations is the budget, by bisection."""
     low, high = 0.0, float(descended.norms.max())
     for _ in range(40):
         middle = (low + high) / 2
-        if float(descended.evaluations(middle).double().mean()) > budget:
+        if descended.mean(Stop(middle, cap)) > budget:
             low = middle
         else:
             high = middle
-    return high
+    return Stop(high, cap)
 
 
-def pareto(trained: Model, judge: Judge) -> None:
-    """Print distances by budget: fixed, adaptive, and the paired difference."""
+def capped_for(descended: Descended, budget: int, distance: Distance) -> Stop:
+    """The best threshold and cap of one budget; no threshold is one of them."""
+    caps = [min(UPDATES, round(spread * budget)) for spread in SPREADS]
+    stops = [Stop(0.0, budget), *(stop_for(descended, budget, cap) for cap in caps[1:])]
+    return min(stops, key=lambda stop: distance(descended.adaptive(stop)))
+
+
+@dataclass(frozen=True)
+class Row:
+    """One policy on all ranges."""
+
+    name: str
+    stop: Stop
+    spent: NDArray[np.float64]
+    distances: NDArray[np.float64]
+    fixed: NDArray[np.float64]
+    """Of the fixed count that spends the same on the same range."""
+
+
+def row(name: str, stop: Stop, ranges: list[Descended], distance: Distance) -> Row:
+    """Measure a policy on all ranges."""
+    spent = [descended.mean(stop) for descended in ranges]
+    found = [distance(descended.adaptive(stop)) for descended in ranges]
+    same = [distance(d.fixed(round(n))) for d, n in zip(ranges, spent, strict=True)]
+    return Row(name, stop, *map(np.array, (spent, found, same)))
+
+
+def pareto(trained: Model, judge: Judge) -> Stop:
+    """Print distances by budget and policy, and what is saved; returns the threshold of 100."""
+
+    def distance(latents: Tensor) -> float:
+        return judge.distance(trained.autoencoder.decode(latents))
+
     chosen_on = Descended(trained, RANGES * SAMPLES)
-    thresholds = {b: threshold_for(chosen_on, b) for b in BUDGETS}
-    fixed: dict[int, list[float]] = {b: [] for b in (*BUDGETS, UPDATES - 1)}
-    adaptive: dict[int, list[float]] = {b: [] for b in BUDGETS}
-    interpolated: dict[int, list[float]] = {b: [] for b in BUDGETS}
-    spent: dict[int, list[float]] = {b: [] for b in BUDGETS}
+    ranges = []
     for k in range(RANGES):
-        descended = Descended(trained, k * SAMPLES)
-        for budget in fixed:
-            fixed[budget].append(_distance(trained, judge, descended.fixed(budget)))
-        for budget, threshold in thresholds.items():
-            used = float(descended.evaluations(threshold).double().mean())
-            spent[budget].append(used)
-            adaptive[budget].append(_distance(trained, judge, descended.adaptive(threshold)))
-            # The fixed count that spends the same on this very range.
-            same = descended.fixed(round(used))
-            interpolated[budget].append(_distance(trained, judge, same))
+        ranges.append(Descended(trained, k * SAMPLES))
         print(f"   range {k + 1} of {RANGES}", flush=True)
-    _print(judge, thresholds, fixed, adaptive, interpolated, spent)
+    print(f"{judge.name}-{SAMPLES}, mean of {RANGES} seed ranges; differences are paired, 95 %")
+    rows = []
+    for budget in BUDGETS:
+        plain = stop_for(chosen_on, budget, UPDATES)
+        rows.append(row("threshold", plain, ranges, distance))
+        capped = capped_for(chosen_on, budget, distance)
+        rows.append(row("threshold, cap", capped, ranges, distance))
+        for found in rows[-2:]:
+            _print(found)
+    _against_best(rows, ranges, distance)
+    return stop_for(chosen_on, 100, UPDATES)
 
 
-def _distance(trained: Model, judge: Judge, latents: Tensor) -> float:
-    return judge.distance(trained.autoencoder.decode(latents))
-
-
-def _print(judge, thresholds, fixed, adaptive, interpolated, spent) -> None:
-    print(f"{judge.name}-{SAMPLES}, mean of {RANGES} seed ranges")
-    print("evaluations  threshold    fixed  adaptive   adaptive - fixed, 95 % (paired)")
-    for budget, threshold in thresholds.items():
-        low, middle, high = interval(np.array(adaptive[budget]) - np.array(interpolated[budget]))
-        print(
-            f"{np.mean(spent[budget]):11.1f} {threshold:10.3f} {np.mean(interpolated[budget]):8.3f}"
-            f" {np.mean(adaptive[budget]):9.3f}   {middle:+.3f} ({low:+.3f} to {high:+.3f})"
-        )
-    best_fixed = min(fixed, key=lambda b: np.mean(fixed[b]))
-    best = min(adaptive, key=lambda b: np.mean(adaptive[b]))
+def _print(found: Row) -> None:
+    low, middle, high = interval(found.distances - found.fixed)
     print(
-        f"best fixed count {best_fixed}: {np.mean(fixed[best_fixed]):.3f}; 249: "
-        f"{np.mean(fixed[UPDATES - 1]):.3f}; best threshold {thresholds[best]:.3f} at "
-        f"{np.mean(spent[best]):.1f} evaluations: {np.mean(adaptive[best]):.3f}"
+        f"{found.spent.mean():6.1f} evaluations, {found.name:14} ({found.stop.threshold:6.2f}, "
+        f"{found.stop.cap:3}): {found.distances.mean():.3f}, fixed {found.fixed.mean():.3f}, "
+        f"difference {middle:+.4f} ({low:+.4f} to {high:+.4f})",
+        flush=True,
+    )
+
+
+def _against_best(rows: list[Row], ranges: list[Descended], distance: Distance) -> None:
+    counts = (*range(60, 140, 5), 150, 200, UPDATES - 1)
+    fixed = {k: np.array([distance(d.fixed(k)) for d in ranges]) for k in counts}
+    best = min(fixed, key=lambda k: fixed[k].mean())
+    print(
+        f"best fixed count {best}: {fixed[best].mean():.3f}; {UPDATES - 1} updates: "
+        f"{fixed[UPDATES - 1].mean():.3f}"
+    )
+    good = [r for r in rows if interval(r.distances - fixed[best])[0] <= 0]
+    cheapest = min(good, key=lambda r: r.spent.mean())
+    low, middle, high = interval(cheapest.distances - fixed[best])
+    saved = 1 - cheapest.spent.mean() / best
+    print(
+        f"cheapest policy that is no worse than it: {cheapest.name} {cheapest.stop}, "
+        f"{cheapest.spent.mean():.1f} evaluations (saves {100 * saved:.1f} % of {best}): "
+        f"{cheapest.distances.mean():.3f}, difference {middle:+.4f} ({low:+.4f} to {high:+.4f})"
     )
 
 
@@ -146,14 +202,15 @@ def interval(differences: NDArray[np.float64]) -> tuple[float, float, float]:
     return middle - reach, middle, middle + reach
 
 
-def clock(trained: Model, threshold: float, *, slots: int = 32, fulls: int = 24) -> None:
+def clock(trained: Model, stop: Stop, *, slots: int = 32, fulls: int = 24) -> None:
     """Print what slots save in evaluations and in seconds, tail included."""
     count, cap = slots * fulls, UPDATES - 1
+    policies = {"fixed": None, "adaptive": GradientNormBelow(stop.threshold)}
     labels = torch.arange(count) % 10
     seconds: dict[str, list[float]] = {"fixed": [], "adaptive": []}
     found = None
     for _ in range(3):
-        for name, stop in (("fixed", None), ("adaptive", GradientNormBelow(threshold))):
+        for name, rule in policies.items():
             began = time.perf_counter()
             out = sample(
                 trained,
@@ -161,11 +218,11 @@ def clock(trained: Model, threshold: float, *, slots: int = 32, fulls: int = 24)
                 seeds=range(count),
                 rule=RULE,
                 updates=cap,
-                stop=stop,
+                stop=rule,
                 slots=slots,
             )
             seconds[name].append(time.perf_counter() - began)
-            found = out if stop else found
+            found = out if rule else found
     spent = float(found.evaluations.double().mean())
     evaluations, wall = (
         1 - spent / cap,
@@ -186,8 +243,7 @@ def main() -> None:
     trained, judge = model(seed=0), Judge()
     held = judge.distance(digits(held_out=True).images)
     print(f"held-out digits: {held:.3f}")
-    pareto(trained, judge)
-    clock(trained, threshold_for(Descended(trained, RANGES * SAMPLES), 100))
+    clock(trained, pareto(trained, judge))
 
 
 if __name__ == "__main__":

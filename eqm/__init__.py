@@ -36,7 +36,7 @@ if TYPE_CHECKING:
         Langevin,
         Optimiser,
     )
-    from eqm.sampler import GradientNormBelow, Known, descend, descend_in_slots
+    from eqm.sampler import GradientNormBelow, Known, descend, descend_in_slots, start_noise
     from eqm.sampling import compose, sample, score
     from eqm.shards import open_manifest
     from eqm.unet import UNet
@@ -55,7 +55,7 @@ _HOMES = {
         *("NAG", "BarzilaiBorwein", "Euler", "GradientDescent", "HeavyBall", "Heun", "Langevin"),
         "Optimiser",
     ),
-    "eqm.sampler": ("GradientNormBelow", "Known", "descend", "descend_in_slots"),
+    "eqm.sampler": (*("GradientNormBelow", "Known", "descend", "descend_in_slots", "start_noise"),),
     "eqm.sampling": ("compose", "sample", "score"),
     "eqm.shards": ("open_manifest",),
     "eqm.unet": ("UNet",),
@@ -91,6 +91,7 @@ __all__ = [
     "open_manifest",
     "sample",
     "score",
+    "start_noise",
 ]
 
 

@@ -238,7 +238,7 @@ class UNetConfig:
             require(0 <= level < len(self.widths), "network.unet.attention", level, rule)
             width = self.widths[level]
             for attended in (width, self.widths[-1]):
-                rule = f"a divisor of the width it attends at ({attended})"
+                rule = f"a divisor of the widths it attends at, the last among them ({attended})"
                 fits = attended % self.head_width == 0
                 require(fits, "network.unet.head_width", self.head_width, rule)
 

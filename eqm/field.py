@@ -105,6 +105,12 @@ class Field:
         """What the network says, (B, C, H, W); it hears gamma if it is conditioned on it."""
         return self.network(x, labels, gamma) if self.conditioned else self.network(x, labels)
 
+    def gradient_of(
+        self, labels: Tensor | None = None, *, scale: float = 1.0, channels: int | None = None
+    ) -> "Gradient":
+        """The gradient of samples with these labels as a function of x; see :func:`guided`."""
+        return guided(self, labels, scale=scale, channels=channels)
+
     @property
     def conditioned(self) -> bool:
         """Whether the network must be told the noise level: baselines only."""

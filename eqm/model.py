@@ -88,6 +88,39 @@ class Model:
         self.field = field.Field(cast("field.Network", net), energy=spec.objective.energy)
         self._open_autoencoder = autoencoder
 
+    @staticmethod
+    def of(
+        network: "Transformer | UNet",
+        *,
+        objective: ObjectiveConfig | None = None,
+        null_label: bool = True,
+        autoencoder: Autoencoder | None = None,
+    ) -> "Model":
+        """Model of a network that was trained in memory, as :func:`eqm.learn` does.
+
+        Without ``autoencoder`` its latents are taken for what they are: nothing can be decoded.
+        """
+        channels, height, _ = network.shape
+        plain = LatentSpec(
+            autoencoder="none",
+            image_size_px=height,
+            image_channels=channels,
+            shape=network.shape,
+            shift=(0.0,) * channels,
+            scale=(1.0,) * channels,
+        )
+        spec = ModelSpec(
+            schema=SCHEMA,
+            network=network.config,
+            objective=objective or ObjectiveConfig(),
+            latent=plain if autoencoder is None else autoencoder.spec,
+            classes=tuple(map(str, range(network.classes or 0))),
+            null_label=null_label,
+        )
+        return Model(
+            spec, network, autoencoder=None if autoencoder is None else lambda: autoencoder
+        )
+
     @functools.cached_property
     def autoencoder(self) -> Autoencoder:
         """Pixels <-> latents; opened when first needed. Raises DataError where there is none."""

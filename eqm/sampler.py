@@ -445,7 +445,11 @@ def norms(x: Tensor) -> Tensor:
 
 
 def start_noise(
-    seeds: Tensor, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
+    seeds: Tensor,
+    shape: tuple[int, ...],
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
     """Where samples start, (B, *shape): the noise of sample s is a function of s alone.
 

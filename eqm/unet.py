@@ -123,8 +123,3 @@ def _check_fits(config: UNetConfig, height: int, width: int) -> None:
             f"images of {height} x {width} come down to one pixel, where {config.groups} groups of "
             f"{last} channels norm every number to 0: lower network.unet.groups"
         )
-    if config.attention and last % config.head_width:
-        raise ValueError(
-            f"network.unet.head_width is {config.head_width}, which does not divide the last of "
-            f"network.unet.widths ({last}): the middle attends as well, so choose one that does"
-        )

@@ -13,7 +13,7 @@ from eqm.autoencoder import identity
 from eqm.config import NetworkConfig, ObjectiveConfig, SamplerConfig, SourceConfig
 from eqm.errors import ConfigError, DataError
 from eqm.learner import learn
-from eqm.model import SCHEMA, Model, ModelSpec
+from eqm.model import Model
 from eqm.network import Transformer
 from eqm.rules import NAG, Euler, GradientDescent, Heun, Langevin
 from eqm.sampler import GradientNormBelow, Known
@@ -49,16 +49,13 @@ def made(*, energy="implicit", classes=3, time="none", c="truncated", seed=0, nu
             weight += 0.05 * torch.randn(
                 weight.shape, generator=torch.Generator().manual_seed(seed)
             )
-    autoencoder = identity(SourceConfig(image_size_px=4))
-    spec = ModelSpec(
-        schema=SCHEMA,
-        network=network,
+    model = Model.of(
+        net,
         objective=objective,
-        latent=autoencoder.spec,
-        classes=tuple(map(str, range(classes or 0))),
         null_label=null_label,
+        autoencoder=identity(SourceConfig(image_size_px=4)),
     )
-    return Model(spec, net, autoencoder=lambda: autoencoder).to(torch.float64)
+    return model.to(torch.float64)
 
 
 @pytest.fixture(scope="module")
