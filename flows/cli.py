@@ -281,7 +281,7 @@ def sample(
 # -- checkpoints of the official code -----------------------------------------------------------
 
 
-@app.command()
+@app.command("import-official")
 def import_official(
     checkpoint: Annotated[Path, typer.Argument(help="A .pt file of the official code, or a SiT.")],
     to: Annotated[Path, typer.Option(help="Directory to make; eqm.load reads it.")],
@@ -317,7 +317,7 @@ def import_official(
     out.print(f"{to}: {_size(model)}, latents {shape}, {classes} classes", soft_wrap=True)
 
 
-@app.command()
+@app.command("export-official")
 def export_official(
     model: Annotated[
         str, typer.Argument(help="models:/NAME@ALIAS, a sealed train record, or a directory.")

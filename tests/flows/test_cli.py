@@ -12,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from eqm.config import SourceConfig
@@ -23,7 +25,7 @@ PROJECT = Path(__file__).resolve().parent.parent.parent
 COMMANDS = [
     *("up", "down", "status", "env", "doctor"),
     *("pipeline", "encode", "train", "evaluate", "promote", "rollback"),
-    *("report", "sample"),
+    *("report", "sample", "import-official", "export-official"),
 ]
 
 
@@ -335,3 +337,45 @@ def pictures(folder: Path) -> None:
             pixels = random.integers(0, 256, size=(10, 12, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(data, "PNG")
             (folder / name / f"{number:02d}.png").write_bytes(data.getvalue())
+
+
+# -- checkpoints of the official code -----------------------------------------------------------
+
+OFFICIAL = PROJECT / "tests" / "golden" / "official_tiny_ema.safetensors"
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path) -> Path:
+    """The official tiny model as a released file."""
+    torch.save(load_file(OFFICIAL), tmp_path / "tiny.pt")
+    return tmp_path / "tiny.pt"
+
+
+def test_official_weights_go_in_and_come_out_bit_by_bit(run, checkpoint: Path) -> None:
+    told = run("import-official", str(checkpoint), "--to", "model", "--num-heads", "4")
+    assert told.status == 0, told
+    assert "width 64, depth 2, 4 heads, patch 2, energy implicit" in told.out
+    assert run("export-official", "model", "--to", "again.pt").status == 0
+    before, after = (torch.load(f, weights_only=True) for f in (checkpoint, "again.pt"))
+    assert before.keys() == after.keys()
+    for name, weight in before.items():
+        assert weight.numpy().tobytes() == after[name].numpy().tobytes(), name
+
+
+def test_official_weights_that_cannot_be_read_are_refused(run, checkpoint: Path) -> None:
+    source, rest = str(checkpoint), ("--to", "model")
+    refused(run("import-official", source, *rest), "give num_heads")
+    refused(run("import-official", "nothing.pt", *rest), "nothing.pt")
+    refused(run("import-official", "model.safetensors", *rest), "is no .pt file")
+    wrong = run("import-official", source, *rest, "--energy", "dog", "--num-heads", "4")
+    refused(wrong, "--energy is 'dog'")
+    checkpoint.write_bytes(checkpoint.read_bytes()[:5000])
+    refused(run("import-official", source, *rest, "--num-heads", "4"), "tiny.pt", "fetch it again")
+    assert not Path("model").exists()
+
+
+def test_what_exists_is_not_written_over(run, checkpoint: Path) -> None:
+    words = ("import-official", str(checkpoint), "--num-heads", "4", "--to")
+    assert run(*words, "model").status == 0
+    refused(run(*words, "model"), "which exists")
+    refused(run("export-official", "model", "--to", str(checkpoint)), "exists")
