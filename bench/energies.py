@@ -20,7 +20,7 @@ from eqm.config import NetworkConfig, ObjectiveConfig, TrainConfig
 from eqm.learner import Learner
 from eqm.network import Transformer
 
-BATCH, ROUNDS = 4, 5
+BATCH, ROUNDS = 4, 3
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIDES = ("implicit", "double", "directional")
 

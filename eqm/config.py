@@ -309,9 +309,10 @@ class ObjectiveConfig:
     loss: Literal["gradient", "inner-product", "norms"] = "gradient"
     """"gradient" is Eq. 3. The others are ablations that circulate as summaries of the paper:
     (f . h - ||t||^2)^2 with a second head h, and (||f|| - ||t||)^2, for the target t."""
-    backward: Literal["auto", "double", "directional"] = "auto"
-    """How the loss of an explicit energy reaches the weights: through a double backward, or
-    through the energy's difference along the residual. "auto": the faster one for the device."""
+    backward: Literal["directional", "double"] = "directional"
+    """How the loss of an explicit energy reaches the weights: through the energy's difference
+    along the residual, which is faster and smaller wherever it was measured (docs/LOG.md), or
+    through a double backward, which is exact."""
     difference: float | None = None
     """Step of the directional way, in shares of the norm of x; null: by precision."""
     dispersive_weight: float = 0.0

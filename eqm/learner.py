@@ -46,7 +46,7 @@ class Learner:
         self.device = device
         self.c = c or objective.decay(objective_config)
         self.field = Field(network, energy=objective_config.energy)  # type: ignore[arg-type]
-        self.way = objective.way_of(objective_config, device)
+        self.way = objective_config.backward
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.AdamW(
             trained.values(),

@@ -214,13 +214,6 @@ def hidden_tokens(network: nn.Module) -> Iterator[list[Tensor]]:
 # -- the way back to the weights ----------------------------------------------------------------
 
 
-def way_of(config: ObjectiveConfig, device: torch.device) -> Way:
-    """The configured way back, or the faster one for the device (measured: docs/LOG.md)."""
-    if config.backward != "auto":
-        return config.backward
-    return "double" if device.type == "cpu" else "directional"
-
-
 def backward(field: Field, at: Corrupted, *, scale: float, way: Way) -> Tensor:
     """Add the gradient of scale times the sum of losses to the weights' ``.grad``.
 

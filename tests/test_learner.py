@@ -7,6 +7,7 @@ import torch
 from reference import formulas, official
 from sklearn.datasets import load_digits
 
+import eqm.objective
 from eqm.config import NetworkConfig, ObjectiveConfig, TrainConfig, replace
 from eqm.errors import ConfigError, DataError
 from eqm.field import Field
@@ -21,7 +22,6 @@ from eqm.objective import (
     hidden_tokens,
     inner_product_loss,
     norms_loss,
-    way_of,
 )
 from eqm.rules import NAG, GradientDescent
 from eqm.sampler import descend
@@ -177,12 +177,22 @@ def test_a_residual_of_zero_gives_no_gradient(energy):
     assert float(found.abs().max()) == 0
 
 
-def test_the_default_way_is_the_faster_one_for_the_device():
-    for kind in EXPLICIT:
-        config = ObjectiveConfig(energy=kind)
-        assert way_of(config, CPU) == "double"
-        assert way_of(config, torch.device("cuda")) == "directional"
-        assert way_of(replace(config, backward="directional"), CPU) == "directional"
+@pytest.mark.parametrize("kind", EXPLICIT)
+def test_the_way_is_the_configs_and_the_directional_one_unless_told(kind, digits, monkeypatch):
+    calls = []
+    ways = {"double": "backward", "directional": "directional_backward"}
+    for way, name in ways.items():
+        real = getattr(eqm.objective, name)
+        monkeypatch.setattr(
+            eqm.objective, name, lambda *a, w=way, r=real, **k: calls.append(w) or r(*a, **k)
+        )
+    at = noisy(digits)
+    for objective in (
+        ObjectiveConfig(energy=kind),
+        ObjectiveConfig(energy=kind, backward="double"),
+    ):
+        learner(network(zero_head=False), objective).backward(at)
+    assert calls == ["directional", "double"]
 
 
 def test_compiled_code_trains_by_the_directional_way_and_refuses_the_double_in_words(energy):

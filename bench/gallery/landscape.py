@@ -28,7 +28,9 @@ BAND = torch.tensor([0.05, 0.95])
 
 def explicit() -> Model:
     """A model of the digits with an energy."""
-    return model(seed=0, objective=ObjectiveConfig(energy="dot"), train=DOT_RECIPE)
+    return model(
+        seed=0, objective=ObjectiveConfig(energy="dot", backward="double"), train=DOT_RECIPE
+    )
 
 
 def along(measure: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
