@@ -10,7 +10,7 @@ import datetime
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from eqm.errors import ConfigError
 from eqm.records import Ref, from_json, to_json
@@ -40,6 +40,16 @@ def require(ok: bool, name: str, value: object, rule: str) -> None:
     """Refuse a value in words: its name, itself, and the rule it breaks. Raises ConfigError."""
     if not ok:
         raise ConfigError(f"{name} is {value!r}; it must be {rule}")
+
+
+def _known(config: Any, section: str) -> None:
+    """Refuse values that are none of a field's choices, which Python itself would let pass."""
+    kind: type[Any] = config.__class__
+    for name, hint in get_type_hints(kind).items():
+        if get_origin(hint) is Literal:
+            choices = get_args(hint)
+            value = getattr(config, name)
+            require(value in choices, f"{section}.{name}", value, f"one of {choices}")
 
 
 def _positive(config: Any, section: str, *names: str) -> None:
@@ -270,6 +280,7 @@ class NetworkConfig:
     unet: UNetConfig = field(default_factory=UNetConfig)
 
     def __post_init__(self) -> None:
+        _known(self, "network")
         _positive(self, "network", "width", "depth", "heads", "patch", "mlp_ratio")
         rule = f"a multiple of 4 and of heads ({self.heads})"
         require(self.width % self.heads == 0 == self.width % 4, "network.width", self.width, rule)
@@ -321,6 +332,7 @@ class ObjectiveConfig:
     """Consecutive images that are pushed apart; a multiple of it goes to every process."""
 
     def __post_init__(self) -> None:
+        _known(self, "objective")
         _fraction(self, "objective", "a")
         _positive(self, "objective", "multiplier", "dispersive_group")
         require(self.b >= 0, "objective.b", self.b, "0 or greater")
@@ -368,6 +380,7 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        _known(self, "train")
         _positive(self, "train", "images", "batch_size", "learning_rate", "ema_half_life_images")
         _fraction(self, "train", "label_dropout")
         require(self.weight_decay >= 0, "train.weight_decay", self.weight_decay, "0 or greater")
@@ -434,6 +447,7 @@ class SamplerConfig:
     batch_size: int = 256
 
     def __post_init__(self) -> None:
+        _known(self, "sampler")
         _positive(self, "sampler", "step_size", "updates", "batch_size")
         below = self.stop_below
         require(below is None or below > 0, "sampler.stop_below", below, "greater than 0, or null")

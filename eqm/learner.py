@@ -197,6 +197,9 @@ def learn(
     one kind of device. Raises DataError for data that do not fit or are not finite, ConfigError.
     """
     asked, config = objective or ObjectiveConfig(), train or TrainConfig()
+    if not any(p.requires_grad for p in network.parameters()):
+        # As an earlier call leaves it: this one goes on from there.
+        network.train().requires_grad_(True)
     check_slope(network, asked)
     _check_data(network, x, labels)
     device = next(network.parameters()).device
@@ -211,8 +214,15 @@ def learn(
         learner.apply(learner.gradient(), images_seen=seen)
         if on_update is not None:
             on_update(seen + config.batch_size, float(losses[-1]))
+    curve = torch.stack(losses)
+    odd = (~curve.isfinite()).nonzero()
+    if len(odd):
+        raise DataError(
+            f"the loss is {float(curve[odd[0]])} at image {int(odd[0]) * config.batch_size:,}: "
+            "training has diverged; lower train.learning_rate or set train.gradient_clip"
+        )
     _keep_averages(learner)
-    return Learnt(learner.field, torch.stack(losses))
+    return Learnt(learner.field, curve)
 
 
 @torch.no_grad()

@@ -92,12 +92,13 @@ class Model:
     def of(
         network: "Transformer | UNet",
         *,
-        objective: ObjectiveConfig | None = None,
+        objective: ObjectiveConfig,
         null_label: bool = True,
         autoencoder: Autoencoder | None = None,
     ) -> "Model":
         """Model of a network that was trained in memory, as :func:`eqm.learn` does.
 
+        ``objective`` is the one it was trained with: it says how the weights are to be read.
         Without ``autoencoder`` its latents are taken for what they are: nothing can be decoded.
         """
         channels, height, _ = network.shape
@@ -112,7 +113,7 @@ class Model:
         spec = ModelSpec(
             schema=SCHEMA,
             network=network.config,
-            objective=objective or ObjectiveConfig(),
+            objective=objective,
             latent=plain if autoencoder is None else autoencoder.spec,
             classes=tuple(map(str, range(network.classes or 0))),
             null_label=null_label,
@@ -183,7 +184,8 @@ class Model:
             raise DataError("this model is conditioned on the noise level: give gamma (B,)")
         if gamma is not None and gamma.shape != x.shape[:1]:
             raise DataError(f"gamma has shape {tuple(gamma.shape)} for {len(x)} latents")
-        return x, self.checked_labels(len(x), labels), gamma
+        found = self.checked_labels(len(x), labels)
+        return x.to(self.device), found, None if gamma is None else gamma.to(self.device)
 
     def check_latents(self, x: Tensor) -> None:
         """Refuse latents of another shape or dtype, or that are not finite. Raises DataError."""
@@ -279,7 +281,7 @@ def load(
         model = from_official(
             uri,
             weights=weights,
-            energy=energy or "implicit",
+            energy="implicit" if energy is None else energy,
             num_heads=num_heads,
             flow_matching=flow_matching,
         )

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils import skip_init
 
-from eqm.config import NetworkConfig
+from eqm.config import NetworkConfig, replace
 
 TIME_FREQUENCIES = 256
 """Inputs of the official time embedder: 128 cosines, then 128 sines."""
@@ -110,7 +110,7 @@ class Transformer(Labelled):
     ) -> None:
         height, width = (size, size) if isinstance(size, int) else size
         super().__init__((channels, height, width), classes, timed=config.time == "conditioned")
-        self.config = config
+        self.config = replace(config, kind="transformer")
         self.grid = _grid(height, width, config.patch)
         self.register_buffer("positions", position_embedding(*self.grid, config.width))
         self.patches = _bare(nn.Conv2d, channels, config.width, config.patch, stride=config.patch)

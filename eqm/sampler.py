@@ -30,9 +30,9 @@ SWINGS = 10
 """Likewise when so many gradients in a row turned against the one before without having become
 shorter: a network's output is bounded, so steps that are too long make samples swing for ever
 across what they should find, and not fly away."""
-SHORTER = 0.9
-QUIET = 0.1
-"""Of the length of unit noise: shorter gradients than this may point anywhere by rounding."""
+SHORTER = 0.99
+LOUD = 0.5
+"""Of the first gradient plus unit noise: shorter ones may turn while a sample settles."""
 
 Projection: TypeAlias = Callable[[Tensor], Tensor]
 """x (B, ...) -> the nearest point that satisfies a constraint, (B, ...)."""
@@ -186,7 +186,7 @@ def descend(
     updates do. Raises ValueError for a start that is not (B, ...) of floats, for fewer than 0
     updates and for intervals below 1.
     """
-    _check(start, updates, check_every, trace_every or 1)
+    _check(start, updates, check_every, 1 if trace_every is None else trace_every)
     plan = _Plan(rule=rule, updates=updates, stop=stop)
     tracer = _Tracer(trace_every, energy)
     tell = on_update or (lambda update, latents: None)
@@ -208,10 +208,10 @@ def _begin(plan: _Plan, start: Tensor, numbers: Tensor | None) -> _State:
     size = norms(start)
     finite, zero = size.isfinite(), torch.zeros_like(size)
     count = torch.zeros_like(finite, dtype=torch.int64)
-    named = torch.arange(len(start), device=start.device) if numbers is None else numbers
+    named = torch.arange(len(start)) if numbers is None else numbers
     return _State(
         x=start.clone(),
-        memory=plan.rule.begin(start, named),
+        memory=plan.rule.begin(start, named.to(start.device)),
         active=finite & (plan.updates > 0),
         evaluations=count,
         updates=count,
@@ -265,7 +265,7 @@ def _update(plan: _Plan, state: _State, gradient: Gradient, project: Projection 
 def _swung(state: _State, g: Tensor, norm: Tensor) -> Tensor:
     """Whether gradients (B, ...) turned against the last ones and are not shorter, (B,) bool."""
     turned = (g * state.gradient).flatten(1).sum(dim=1) < 0
-    loud = norm > QUIET * g[0].numel() ** 0.5
+    loud = norm > LOUD / STEEPENED * state.steepest
     return turned & loud & (norm > SHORTER * state.norms)
 
 

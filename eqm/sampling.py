@@ -11,7 +11,8 @@ Every part of it is a descent on the landscape (section 3.3, appendix B). Called
 eqm.train, eqm.evaluate and people.
 """
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -212,8 +213,12 @@ def sample(
     Samples that blow up are marked in ``diverged``. Raises DataError for what does not fit.
     """
     first, count = _starts(model, seeds, start)
-    given = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
+    given = None if labels is None else torch.as_tensor(labels)
     checked = model.checked_labels(count, given)
+    if guidance != 1.0 and labels is None and isinstance(model, Model):
+        raise DataError(
+            f"guidance is {guidance}, and no labels are given: give some, or guidance 1"
+        )
     _check_rule(model, rule)
     problem = Problem(
         start=first,
@@ -223,7 +228,7 @@ def sample(
             channels=guidance_channels,
         ),
         project=None if project is None else lambda at: _project_of(project, at),
-        numbers=lambda at: at if seeds is None else torch.tensor(list(seeds))[at],
+        numbers=lambda at: at if seeds is None else torch.tensor(_names(seeds))[at],
     )
     common = {
         "rule": rule or rules.NAG(step_size=0.003, momentum=0.3),
@@ -274,6 +279,8 @@ def _energy_of(
     """The explicit energy of a model as a function of x, if it has one."""
     if isinstance(model, Composition) or model.field.kind == "implicit":
         return None
+    if model.field.conditioned:
+        return None
     return lambda x: model.field.energy(x, labels)
 
 
@@ -299,17 +306,28 @@ def _starts(
         raise DataError("give either seeds or start")
     if start is not None:
         model.check_latents(start)
+        if not len(start):
+            raise DataError("start has no latents: give at least one")
         return lambda at: start[at.to(start.device)].to(model.device), len(start)
-    names = list(seeds or ())
+    names = _names(seeds)
     odd = [s for s in names if not 0 <= s <= MAX_SEED]
     if odd:
         raise DataError(f"seed {odd[0]} is out of range: seeds go from 0 to {MAX_SEED}")
+    if not names:
+        raise DataError("seeds are empty: give at least one")
     numbers, shape = torch.tensor(names, dtype=torch.int64), model.spec.latent.shape
 
     def noise(at: Tensor) -> Tensor:
         return sampler.start_noise(numbers[at], shape, dtype=model.dtype, device=model.device)
 
     return noise, len(names)
+
+
+def _names(seeds: Iterable[Any] | None) -> list[int]:
+    try:
+        return [operator.index(s) for s in (() if seeds is None else seeds)]
+    except TypeError as error:
+        raise DataError(f"seeds are whole numbers: {error}") from error
 
 
 def _check_rule(model: Model | Composition, rule: rules.Rule | None) -> None:
@@ -364,6 +382,7 @@ def score(
     explicit = model.field.kind != "implicit"
     return Scores(
         gradient_norm=sampler.norms(model.gradient(x, labels)),
-        descent_length=found.path_lengths,
+        # What blew up went no way that could be measured: it is as far outside as can be.
+        descent_length=found.path_lengths.masked_fill(found.diverged, float("inf")),
         energy=model.energy(x, labels) if explicit else None,
     )

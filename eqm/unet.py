@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eqm.config import NetworkConfig, UNetConfig
+from eqm.config import NetworkConfig, UNetConfig, replace
 from eqm.network import Labelled
 
 TIMESTEPS = 1000.0
@@ -46,7 +46,7 @@ class UNet(Labelled):
         height, width = (size, size) if isinstance(size, int) else size
         super().__init__((channels, height, width), classes, timed=config.time == "conditioned")
         _check_fits(config.unet, height, width)
-        self.config = config
+        self.config = replace(config, kind="unet")
         with torch.device("meta"):  # takes no number from torch's global generator
             bare = self._drawn()
         self.unet = bare.to_empty(device=torch.get_default_device())

@@ -348,6 +348,10 @@ def test_a_config_may_stop_samples():
     [
         ({"labels": [3 + 1]}, "label 4"),
         ({"labels": [-1]}, "label -1"),
+        ({"labels": [1.9]}, "float32"),
+        ({"guidance": 2.0}, "no labels are given"),
+        ({"seeds": [0.5]}, "whole numbers"),
+        ({"seeds": []}, "seeds are empty"),
         ({"labels": [0, 1]}, "2 labels"),
         ({"seeds": [-1]}, "seed -1 is out of range"),
         ({"seeds": [2**43]}, "is out of range"),
@@ -393,5 +397,5 @@ def test_a_model_without_labels_takes_none():
     assert eqm.sample(model, seeds=[0, 1], updates=2).latents.shape == (2, 1, 4, 4)
     with pytest.raises(DataError, match="without labels"):
         eqm.sample(model, labels=[0], seeds=[0], updates=1)
-    with pytest.raises(ValueError, match="needs labels"):
+    with pytest.raises(DataError, match="no labels are given"):
         eqm.sample(model, seeds=[0], updates=1, guidance=2.0)
