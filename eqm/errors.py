@@ -36,3 +36,7 @@ class TrackingError(EqmError):
 
 class StageError(EqmError):
     """A stage program failed; the message is the stage's own."""
+
+
+class TransferError(StoreError):
+    """A transfer broke off on the way; it may be tried again."""

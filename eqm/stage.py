@@ -18,11 +18,12 @@ from typing import Any
 
 from eqm import distributed
 from eqm.config import ALGORITHMS, Job, stage_config
+from eqm.disk import disk_errors
 from eqm.distributed import World
 from eqm.errors import ConfigError, DataError, EqmError, IntegrityError
 from eqm.progress import Progress
 from eqm.records import Blob, Record, Ref, from_json, stage_digest, to_json
-from eqm.storage import Store, disk_errors, open_store
+from eqm.storage import Store, open_store
 
 EXIT_REFUSED = 2
 """Exit status when the reason is one that a person can mend; its message is on stderr."""

@@ -1,72 +1,42 @@
 """Bytes in and out of the store: S3 or a local directory behind one small interface.
 
 A store holds *blobs* (``blobs/sha256/<digest>``, named by what they are) and *keys* that are
-written once and never changed. Nothing read back is trusted until its digest matches. The only
-module that imports boto3.
+written once and never changed. Nothing read back is trusted until its digest matches. How S3 is
+spoken to is the business of eqm.s3, copies on this machine are that of eqm.cache.
 """
 
-import contextlib
-import errno
-import functools
-import hashlib
 import os
-import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
+from eqm.cache import Cache, Download, Verified, damaged, is_blob
+from eqm.disk import ASIDE, disk_errors, hash_file, parts, sync_folder, written_aside
 from eqm.errors import ConfigError, IntegrityError, MissingError, StoreError
 from eqm.records import Blob, Record, record_from_bytes, record_to_bytes, sha256
+from eqm.s3 import Bucket
 
-PART_BYTES = 64 * 2**20
-"""Objects larger than this travel in parts of this size."""
-
-UNREACHABLE = (
-    "S3 at {endpoint} cannot be reached ({error}): start the embedded services with `eqm up`, "
-    "or check EQM_S3_ENDPOINT"
-)
-REFUSED = (
-    "S3 at {endpoint} refuses these credentials ({error}): check AWS_ACCESS_KEY_ID and "
-    "AWS_SECRET_ACCESS_KEY, or unset them to use those of `eqm up`"
-)
+WRITTEN_AT_ONCE_BYTES = 2**24
+VERIFIED = ".verified"
+"""Folder of a local store that remembers which files were hashed."""
 
 
-def open_store(uri: str, *, cache: Path | None = None) -> "Store":
+def open_store(uri: str, *, cache: Path | None = None, cache_bytes: int | None = None) -> "Store":
     """Open ``s3://bucket/prefix`` or a local directory (made if it is missing).
 
-    ``cache`` is where verified copies of S3 blobs are kept on this machine. S3 endpoint, region and
-    credentials are those of boto3's own chain. Raises ConfigError for another kind of address.
+    ``cache`` is where verified copies of S3 blobs are kept on this machine, ``cache_bytes`` how
+    much of them at most (None: no limit). S3 endpoint, region and credentials are those of boto3's
+    own chain. Raises ConfigError for another kind of address.
     """
-    parts = urlsplit(uri)
-    if parts.scheme == "s3":
-        if not parts.netloc:
+    split = urlsplit(uri)
+    if split.scheme == "s3":
+        if not split.netloc:
             raise ConfigError(f"store {uri!r} names no bucket: s3://bucket/prefix")
         kept = cache or Path.home() / ".cache" / "eqm"
-        return S3Store(parts.netloc, parts.path.strip("/"), cache=kept)
-    if parts.scheme or "://" in uri:
+        return S3Store(split.netloc, split.path.strip("/"), cache=Cache(kept, cache_bytes))
+    if split.scheme or "://" in uri:
         raise ConfigError(f"store {uri!r}: only s3://bucket/prefix or a local directory")
     return LocalStore(Path(uri))
-
-
-def hash_file(path: Path) -> str:
-    """SHA-256 of a file, hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-@functools.lru_cache(maxsize=4096)
-def _hash_of_inode(path: Path, inode: int, size_bytes: int, mtime_ns: int) -> str:
-    """Hash a file once for as long as inode, size and time of change stay the same."""
-    return hash_file(path)
-
-
-def _is(path: Path, blob: Blob) -> bool:
-    stat = path.stat()
-    if stat.st_size != blob.size_bytes:
-        return False
-    return _hash_of_inode(path, stat.st_ino, stat.st_size, stat.st_mtime_ns) == blob.sha256
 
 
 class Store(ABC):
@@ -95,8 +65,25 @@ class Store(ABC):
         """All keys that begin with a prefix, sorted."""
 
     @abstractmethod
-    def fetch(self, blob: Blob) -> Path:
-        """Read-only local file with the blob's bytes, verified. Raises IntegrityError."""
+    def fetch(self, blob: Blob, *, remembered: bool = False) -> Path:
+        """Read-only local file with the blob's bytes, verified. Raises IntegrityError.
+
+        It is hashed once a process; once a machine where ``remembered``, which is for files whose
+        every read is checked by a CRC as well.
+        """
+
+    @abstractmethod
+    def fetch_unless_full(self, blob: Blob) -> Path | None:
+        """As ``fetch`` with ``remembered``; None where the cache has no room for it, or another
+        process is fetching it now."""
+
+    @abstractmethod
+    def read_range(self, blob: Blob, start: int, length: int) -> bytes:
+        """Part of a blob, not verified: the caller has a CRC of it. Raises MissingError."""
+
+    @abstractmethod
+    def touch(self, blob: Blob) -> None:
+        """Mark this machine's copy of a blob as used now."""
 
     def where(self, key: str) -> str:
         """Full address of a key, for people."""
@@ -115,7 +102,7 @@ class Store(ABC):
         """Bytes of a blob, verified before they are returned. Raises IntegrityError."""
         data = self.read(blob.key)
         if len(data) != blob.size_bytes or sha256(data) != blob.sha256:
-            raise IntegrityError(self._damaged(blob, len(data), sha256(data)))
+            raise IntegrityError(damaged(blob, self.where(blob.key), len(data), sha256(data)))
         return data
 
     def record(self, stage: str, digest: str) -> Record | None:
@@ -139,13 +126,6 @@ class Store(ABC):
             return record
         return record_from_bytes(self.read(key), self.where(key))
 
-    def _damaged(self, blob: Blob, size_bytes: int, found: str) -> str:
-        return (
-            f"{self.where(blob.key)} is damaged: it holds {size_bytes} bytes with SHA-256 "
-            f"{found[:16]}…, sealed were {blob.size_bytes} bytes with {blob.sha256[:16]}…; "
-            "restore it from a copy, or delete it and the record that names it and run again"
-        )
-
 
 def record_key(stage: str, digest: str) -> str:
     """Where the record of a stage lies."""
@@ -161,6 +141,7 @@ class LocalStore(Store):
     def __init__(self, root: Path) -> None:
         self.root = root
         self.uri = str(root)
+        self._verified = Verified(root / VERIFIED)
 
     def _path(self, key: str) -> Path:
         path = self.root / key
@@ -183,7 +164,7 @@ class LocalStore(Store):
                 return False
             path.parent.mkdir(parents=True, exist_ok=True)
             with written_aside(path.parent) as (file, aside):
-                for part in _parts(data):
+                for part in parts(data, WRITTEN_AT_ONCE_BYTES):
                     file.write(part)
                 file.flush()
                 os.fsync(file.fileno())
@@ -193,7 +174,7 @@ class LocalStore(Store):
                     os.link(aside, path)
                 except FileExistsError:
                     return False
-            _sync_folder(path.parent)
+            sync_folder(path.parent)
         return True
 
     def exists(self, key: str) -> bool:
@@ -210,62 +191,39 @@ class LocalStore(Store):
         folder = self._path(prefix.rpartition("/")[0] or ".")
         files = (path for path in folder.rglob("*") if path.is_file())
         keys = (path.relative_to(self.root).as_posix() for path in files)
-        return sorted(k for k in keys if k.startswith(prefix) and not _is_aside(k))
+        return sorted(k for k in keys if k.startswith(prefix) and not _is_ours(k))
 
-    def fetch(self, blob: Blob) -> Path:
+    def fetch(self, blob: Blob, *, remembered: bool = False) -> Path:
         """The file itself, verified."""
         path = self._path(blob.key)
         if not path.exists():
             raise MissingError(f"{self.where(blob.key)} does not exist")
-        if not _is(path, blob):
-            raise IntegrityError(self._damaged(blob, path.stat().st_size, hash_file(path)))
+        good = self._verified.is_blob(path, blob) if remembered else is_blob(path, blob)
+        if not good:
+            size, found = path.stat().st_size, hash_file(path)
+            raise IntegrityError(damaged(blob, self.where(blob.key), size, found))
         return path
 
+    def fetch_unless_full(self, blob: Blob) -> Path | None:
+        """The file itself, verified."""
+        return self.fetch(blob, remembered=True)
 
-def _sync_folder(folder: Path) -> None:
-    """Make names in a folder durable, as fsync makes bytes."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    def read_range(self, blob: Blob, start: int, length: int) -> bytes:
+        """Part of the file. Raises MissingError."""
+        try:
+            with self._path(blob.key).open("rb") as file:
+                file.seek(start)
+                return file.read(length)
+        except FileNotFoundError as error:
+            raise MissingError(f"{self.where(blob.key)} does not exist") from error
 
-
-def _is_aside(key: str) -> bool:
-    return key.rpartition("/")[2].startswith(".aside-")
-
-
-@contextlib.contextmanager
-def written_aside(folder: Path) -> Iterator[tuple[Any, Path]]:
-    """Give an open temporary file in a folder; it is gone afterwards, whatever happens."""
-    handle, name = tempfile.mkstemp(prefix=".aside-", dir=folder)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            yield file, Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
+    def touch(self, blob: Blob) -> None:
+        """Nothing: the file is the original, and no copy."""
 
 
-@contextlib.contextmanager
-def disk_errors(place: str) -> Iterator[None]:
-    """Turn a full or read-only disk into a StoreError that says where."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StoreError(f"the disk is full at {place}: free space and run again") from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
-            raise StoreError(f"{place} cannot be written ({error.strerror})") from error
-        raise
-
-
-def _parts(data: bytes | Path) -> Iterator[bytes]:
-    if isinstance(data, bytes):
-        yield data
-        return
-    with data.open("rb") as file:
-        while part := file.read(PART_BYTES):
-            yield part
+def _is_ours(key: str) -> bool:
+    """Whether a file is one that the store keeps for itself."""
+    return key.rpartition("/")[2].startswith(ASIDE) or key.startswith(f"{VERIFIED}/")
 
 
 # -- S3 -----------------------------------------------------------------------------------------
@@ -274,171 +232,54 @@ def _parts(data: bytes | Path) -> Iterator[bytes]:
 class S3Store(Store):
     """A prefix of an S3 bucket, with conditional writes and a verified local cache of blobs."""
 
-    def __init__(self, bucket: str, prefix: str, *, cache: Path) -> None:
-        self.bucket = bucket
+    def __init__(self, bucket: str, prefix: str, *, cache: Cache) -> None:
+        self.bucket = Bucket(bucket)
         self.prefix = prefix
         self.cache = cache
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
-        self.client = _client()
 
-    def _name(self, key: str) -> str:
+    def name(self, key: str) -> str:
+        """Key of an object in the bucket."""
         return f"{self.prefix}/{key}" if self.prefix else key
-
-    def _errors(self, key: str) -> contextlib.AbstractContextManager[None]:
-        return _s3_errors(self.client.meta.endpoint_url, self.bucket, self.where(key))
 
     def read(self, key: str) -> bytes:
         """Bytes under a key. Raises MissingError, StoreError."""
-        with self._errors(key):
-            response = self.client.get_object(Bucket=self.bucket, Key=self._name(key))
-            return response["Body"].read()
+        return self.bucket.read(self.name(key))
+
+    def read_range(self, blob: Blob, start: int, length: int) -> bytes:
+        """Part of a blob. Raises MissingError, StoreError."""
+        return self.bucket.read(self.name(blob.key), start, length)
 
     def exists(self, key: str) -> bool:
         """Whether a key is there."""
-        return self._size(key) is not None
+        return self.bucket.size(self.name(key)) is not None
 
     def holds(self, blob: Blob) -> bool:
         """Whether a blob is there, with as many bytes as it should have."""
-        return self._size(blob.key) == blob.size_bytes
-
-    def _size(self, key: str) -> int | None:
-        try:
-            with self._errors(key):
-                head = self.client.head_object(Bucket=self.bucket, Key=self._name(key))
-        except MissingError:
-            return None
-        return head["ContentLength"]
+        return self.bucket.size(self.name(blob.key)) == blob.size_bytes
 
     def list(self, prefix: str) -> list[str]:
         """All keys that begin with a prefix, sorted."""
         cut = len(self.prefix) + 1 if self.prefix else 0
-        with self._errors(prefix):
-            pages = self.client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.bucket, Prefix=self._name(prefix)
-            )
-            return sorted(item["Key"][cut:] for page in pages for item in page.get("Contents", ()))
+        return sorted(found.key[cut:] for found in self.bucket.list(self.name(prefix)))
 
     def write_once(self, key: str, data: bytes | Path) -> bool:
         """Create a key with If-None-Match; False if it exists."""
-        size_bytes = data.stat().st_size if isinstance(data, Path) else len(data)
-        try:
-            if size_bytes > PART_BYTES and self.exists(key):
-                return False
-            with self._errors(key):
-                if size_bytes > PART_BYTES:
-                    self._upload(key, data)
-                else:
-                    self._put(key, b"".join(_parts(data)))
-        except _KeyTakenError:
-            return False
-        return True
+        return self.bucket.create(self.name(key), data)
 
-    def _put(self, key: str, data: bytes) -> None:
-        self.client.put_object(Bucket=self.bucket, Key=self._name(key), Body=data, IfNoneMatch="*")
-
-    def _upload(self, key: str, data: bytes | Path) -> None:
-        """Upload in parts; the key appears, create-once, when the last call succeeds."""
-        target = {"Bucket": self.bucket, "Key": self._name(key)}
-        upload = self.client.create_multipart_upload(**target)["UploadId"]
-        done = []
-        try:
-            for number, part in enumerate(_slices(data), start=1):
-                sent = self.client.upload_part(
-                    **target, UploadId=upload, PartNumber=number, Body=part
-                )
-                done.append({"PartNumber": number, "ETag": sent["ETag"]})
-            self.client.complete_multipart_upload(
-                **target, UploadId=upload, MultipartUpload={"Parts": done}, IfNoneMatch="*"
-            )
-        except BaseException:
-            # Interrupts too: parts of an abandoned upload cost storage and are seen by nobody.
-            self.client.abort_multipart_upload(**target, UploadId=upload)
-            raise
-
-    def fetch(self, blob: Blob) -> Path:
+    def fetch(self, blob: Blob, *, remembered: bool = False) -> Path:
         """Verified copy of a blob in the local cache."""
-        path = self.cache / "sha256" / blob.sha256
-        with disk_errors(str(self.cache)):
-            if path.exists() and _is(path, blob):
-                return path
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with written_aside(path.parent) as (file, aside), self._errors(blob.key):
-                response = self.client.get_object(Bucket=self.bucket, Key=self._name(blob.key))
-                for chunk in response["Body"].iter_chunks(2**20):
-                    file.write(chunk)
-                file.flush()
-                if not _is(aside, blob):
-                    size_bytes, found = aside.stat().st_size, hash_file(aside)
-                    raise IntegrityError(self._damaged(blob, size_bytes, found))
-                aside.chmod(0o444)
-                # Replaces a damaged copy; equal bytes otherwise.
-                os.replace(aside, path)
-        return path
+        return self.cache.fetch(
+            blob, self._download(blob), self.where(blob.key), remembered=remembered
+        )
 
+    def fetch_unless_full(self, blob: Blob) -> Path | None:
+        """Verified copy of a blob in the local cache, if there is room for it."""
+        return self.cache.fetch_unless_full(blob, self._download(blob), self.where(blob.key))
 
-def _slices(data: bytes | Path) -> Iterator[bytes]:
-    if isinstance(data, Path):
-        yield from _parts(data)
-        return
-    for start in range(0, len(data), PART_BYTES):
-        yield data[start : start + PART_BYTES]
+    def touch(self, blob: Blob) -> None:
+        """Mark the copy in the cache as used now."""
+        self.cache.touch(blob)
 
-
-class _KeyTakenError(StoreError):
-    """A conditional write found the key taken."""
-
-
-def _client() -> Any:
-    import boto3.session
-    from botocore.config import Config
-    from botocore.exceptions import BotoCoreError
-
-    settings = Config(
-        retries={"mode": "standard", "max_attempts": 4},
-        connect_timeout=5,
-        read_timeout=60,
-        s3={"addressing_style": "path"},
-    )
-    # A session of our own: the default one keeps the first credentials that it ever saw.
-    try:
-        return boto3.session.Session().client("s3", config=settings)
-    except (BotoCoreError, ValueError) as error:
-        raise StoreError(f"S3 cannot be used: {error}; check the AWS_* variables") from error
-
-
-@contextlib.contextmanager
-def _s3_errors(endpoint: str, bucket: str, where: str) -> Iterator[None]:
-    from botocore import exceptions
-
-    try:
-        yield
-    except exceptions.ClientError as error:
-        raise _from_client_error(error, endpoint, bucket, where) from error
-    except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
-        raise StoreError(REFUSED.format(endpoint=endpoint, error=error)) from error
-    except _unreachable() as error:
-        reason = type(error).__name__
-        raise StoreError(UNREACHABLE.format(endpoint=endpoint, error=reason)) from error
-
-
-def _unreachable() -> tuple[type[Exception], ...]:
-    from botocore import exceptions
-
-    return (
-        exceptions.ConnectionError,
-        exceptions.HTTPClientError,
-        exceptions.ResponseStreamingError,
-    )
-
-
-def _from_client_error(error: Any, endpoint: str, bucket: str, where: str) -> StoreError:
-    code = str(error.response.get("Error", {}).get("Code", ""))
-    if code in ("NoSuchKey", "404", "NotFound"):
-        return MissingError(f"{where} does not exist")
-    if code == "NoSuchBucket":
-        return StoreError(f"S3 at {endpoint} has no bucket {bucket!r}: create it")
-    if code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
-        return _KeyTakenError(f"{where} exists already")
-    if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "Forbidden"):
-        return StoreError(REFUSED.format(endpoint=endpoint, error=code))
-    return StoreError(f"S3 at {endpoint} failed on {where}: {error}")
+    def _download(self, blob: Blob) -> Download:
+        return lambda file: self.bucket.download(self.name(blob.key), file)

@@ -49,8 +49,8 @@ def run() -> None:
 
 def _told_disk_error(error: OSError) -> None:
     """A full disk or a folder without rights is one message too; other OSErrors are defects."""
+    from eqm.disk import disk_errors
     from eqm.errors import EqmError
-    from eqm.storage import disk_errors
 
     try:
         with disk_errors(str(error.filename or "this machine")):

@@ -8,10 +8,11 @@ from typing import Any
 
 import pytest
 
-from eqm import storage
+from eqm import s3, storage
+from eqm.disk import disk_errors
 from eqm.errors import ConfigError, IntegrityError, MissingError, StoreError
 from eqm.records import Blob, Record
-from eqm.storage import LocalStore, Store, disk_errors, open_store
+from eqm.storage import LocalStore, Store, open_store
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.services)])
@@ -30,8 +31,8 @@ def damage(store: Store, blob: Blob) -> None:
         path = store.root / blob.key
         path.write_bytes(bytes(data))
     else:
-        store.client.put_object(  # type: ignore[attr-defined]
-            Bucket=store.bucket, Key=store._name(blob.key), Body=bytes(data)
+        store.bucket.client.put_object(  # type: ignore[attr-defined]
+            Bucket=store.bucket.name, Key=store.name(blob.key), Body=bytes(data)
         )
 
 
@@ -85,7 +86,7 @@ def test_blobs_round_trip(store: Store, tmp_path: Path, size: int) -> None:
 def test_large_blobs_travel_in_parts(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storage, "PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
     data = os.urandom(12 * 2**20)
     (tmp_path / "file").write_bytes(data)
     blob = store.put(tmp_path / "file")
