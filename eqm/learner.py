@@ -19,7 +19,7 @@ from eqm.config import ObjectiveConfig, TrainConfig
 from eqm.ema import EMA
 from eqm.errors import ConfigError, DataError
 from eqm.field import Field
-from eqm.network import check_labels
+from eqm.network import check_labels, uncompiled
 from eqm.objective import Corrupted, Decay
 from eqm.randomness import Stream, normal, order, uniform
 
@@ -99,8 +99,11 @@ class Learner:
             return objective.inner_product_loss(self.field, at)
         if self.objective.loss == "norms":
             return objective.norms_loss(self.field, at)
-        with objective.hidden_tokens(self.network) as hidden:
-            found = self.field.gradient(at.x, at.labels, at.gamma, create_graph=True)
+        # Compiled code runs past the hook that collects the tokens.
+        plain = uncompiled(self.network)
+        with objective.hidden_tokens(plain) as hidden:
+            field = Field(plain)  # type: ignore[arg-type]
+            found = field.gradient(at.x, at.labels, at.gamma, create_graph=True)
         spread = objective.dispersive_loss(hidden[0].float(), group=self.objective.dispersive_group)
         # A mean over groups of equal size counts each image once: it may be added to every loss.
         matched = objective.loss_per_sample(found.float(), at.goal)

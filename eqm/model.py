@@ -23,7 +23,7 @@ from eqm.autoencoder import Autoencoder, load_autoencoder
 from eqm.config import NetworkConfig, ObjectiveConfig
 from eqm.distributed import pick_device
 from eqm.errors import ConfigError, DataError, IntegrityError
-from eqm.network import Transformer
+from eqm.network import Transformer, uncompiled
 from eqm.official import import_official, read_official
 from eqm.records import LatentSpec, Record, from_json, sha256, to_json
 from eqm.registry import Registry, Version, default_uri
@@ -73,7 +73,8 @@ def _kind(config: NetworkConfig) -> "type[Transformer] | type[UNet]":
 class Model:
     """A gradient field on latents, with the autoencoder that its latents belong to.
 
-    ``autoencoder`` opens it when it is first needed; None where nobody knows it.
+    ``autoencoder`` opens it when it is first needed; None where nobody knows it. A compiled ``net``
+    computes the field, and ``network`` is what it was compiled from.
     """
 
     def __init__(
@@ -84,7 +85,7 @@ class Model:
         autoencoder: Callable[[], Autoencoder] | None = None,
     ) -> None:
         self.spec = spec
-        self.network = net.eval().requires_grad_(False)
+        self.network = uncompiled(net).eval().requires_grad_(False)
         self.field = field.Field(cast("field.Network", net), energy=spec.objective.energy)
         self._open_autoencoder = autoencoder
 

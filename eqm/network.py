@@ -331,6 +331,11 @@ def time_features(gamma: Tensor) -> Tensor:
     return torch.cat((angles.cos(), angles.sin()), dim=1)
 
 
+def uncompiled(network: Module) -> Module:
+    """What torch.compile has wrapped, with its own names of weights; others as they are."""
+    return cast(Module, getattr(network, "_orig_mod", network))
+
+
 def check_labels(labels: Tensor, *, classes: int) -> None:
     """Refuse labels that are not int64 of 0 to ``classes``, the null label. Raises ValueError.
 

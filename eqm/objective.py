@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from eqm.config import ObjectiveConfig
 from eqm.errors import ConfigError
 from eqm.field import Field
-from eqm.network import Transformer
+from eqm.network import Transformer, uncompiled
 
 Decay = Callable[[Tensor], Tensor]
 """gamma (B,) -> c(gamma) (B,)."""
@@ -155,10 +155,10 @@ def inner_product_loss(field: Field, at: Corrupted) -> Tensor:
     """(f . h - ||target||^2)^2 of each sample, (B,), with a second head h. An ablation.
 
     A summary of the paper has it for the dot energy; the paper has not. Products are means over
-    entries, so that its size does not grow with the latents. Raises ConfigError for a network
-    without a second head.
+    entries, so that its size does not grow with the latents. A compiled network runs uncompiled:
+    its second head is no output of the compiled call. Raises ConfigError for a network without one.
     """
-    network = cast(Transformer, field.network)
+    network = uncompiled(cast(nn.Module, field.network))
     if not (isinstance(network, Transformer) and network.config.second_head):
         raise ConfigError("the inner-product loss needs a network with network.second_head = true")
     gamma = at.gamma if field.conditioned else None
@@ -198,9 +198,11 @@ def dispersive_loss(hidden: Tensor, *, group: int) -> Tensor:
 def hidden_tokens(network: nn.Module) -> Iterator[list[Tensor]]:
     """Collect the tokens (B, N, D) after the first quarter of the blocks, where Wang and He look.
 
-    One entry for each call of the network within. Raises ConfigError for a network without blocks.
+    One entry for each call of the network within. Raises ConfigError for a network without blocks,
+    and at the end where no call was seen: compiled code runs past what looks into it, so call
+    what :func:`eqm.network.uncompiled` gives.
     """
-    blocks = getattr(network, "blocks", None)
+    blocks = getattr(uncompiled(network), "blocks", None)
     if blocks is None:
         raise ConfigError("the dispersive loss needs a transformer: it reads tokens of its blocks")
     seen: list[Tensor] = []
@@ -210,6 +212,11 @@ def hidden_tokens(network: nn.Module) -> Iterator[list[Tensor]]:
         yield seen
     finally:
         handle.remove()
+    if not seen:
+        raise ConfigError(
+            "the dispersive loss saw no hidden tokens: compiled code runs past what looks into it. "
+            "Leave the network uncompiled, or set objective.dispersive_weight to 0"
+        )
 
 
 # -- the way back to the weights ----------------------------------------------------------------

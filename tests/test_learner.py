@@ -296,6 +296,28 @@ def test_the_dispersive_loss_does_not_depend_on_the_number_of_processes(digits):
     assert official.error(weights_gradient(net, in_shares), whole) < 1e-5
 
 
+@pytest.mark.parametrize("loss", ["dispersive", "inner-product"])
+def test_losses_that_look_into_the_network_do_so_in_a_compiled_one_that_was_called(loss, digits):
+    inner = loss == "inner-product"
+    objective = ObjectiveConfig(loss=loss) if inner else ObjectiveConfig(dispersive_weight=0.5)
+    net, at = network(replace(CONFIG, second_head=inner), zero_head=False), noisy(digits, 16)
+    plain = weights_gradient(net, lambda: learner(net, objective).backward(at))
+    compiled = torch.compile(net, backend="aot_eager")
+    compiled(at.x, at.labels)
+    found = weights_gradient(net, lambda: learner(compiled, objective).backward(at))
+    assert official.error(found, plain) < 1e-6
+
+
+def test_hidden_tokens_that_cannot_be_seen_are_told(digits):
+    net, at = network(zero_head=False), noisy(digits, 16)
+    net.compile(backend="aot_eager")
+    net(at.x, at.labels)
+    with pytest.raises(ConfigError, match="no hidden tokens.*Leave the network uncompiled"):
+        learner(net, ObjectiveConfig(dispersive_weight=0.5)).backward(at)
+    with pytest.raises(ConfigError, match="needs a transformer"), hidden_tokens(torch.nn.Flatten()):
+        pass
+
+
 # -- c ------------------------------------------------------------------------------------------
 
 

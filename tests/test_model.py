@@ -84,6 +84,17 @@ def test_a_saved_model_is_the_same_model(trained: Model, saved: Path) -> None:
     assert torch.equal(again.autoencoder.decode(x), trained.autoencoder.decode(x))
 
 
+def test_a_compiled_network_is_saved_under_its_own_names(trained: Model, tmp_path: Path) -> None:
+    net = torch.compile(trained.network, backend="eager")
+    compiled = Model(trained.spec, net, autoencoder=lambda: trained.autoencoder)
+    compiled.save(tmp_path / "compiled")
+    again = eqm.load(tmp_path / "compiled", device="cpu")
+    x = some_latents()
+    assert torch.equal(again.gradient(x), trained.gradient(x))
+    assert torch.equal(compiled.gradient(x), trained.gradient(x))
+    assert compiled.field.network is net
+
+
 def test_a_directory_is_never_overwritten(trained: Model, saved: Path) -> None:
     with pytest.raises(FileExistsError):
         trained.save(saved)
