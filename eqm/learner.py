@@ -7,7 +7,7 @@ dropped) is a function of (seed, n). Pure: knows no files and no ranks.
     x  latents (B, C, H, W)      numbers  (B,) int64, image numbers of the run
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -27,8 +27,9 @@ from eqm.randomness import Stream, normal, order, uniform
 class Learner:
     """A network, what it is to become, and the state of its optimisation.
 
-    ``c`` takes the place of the objective's c. Raises ValueError for one with c(1) != 0: data must
-    be equilibria.
+    ``c`` takes the place of the objective's c. Raises ConfigError for one that cannot be
+    (:func:`eqm.objective.check_decay`), and for weights in half precision whose energy would be
+    trained by differences.
     """
 
     def __init__(
@@ -47,6 +48,8 @@ class Learner:
         self.c = c or objective.decay(objective_config)
         self.field = Field(network, energy=objective_config.energy)  # type: ignore[arg-type]
         self.way = objective_config.backward
+        if self.field.kind != "implicit" and self.way == "directional":
+            objective.difference_for(next(network.parameters()).dtype)
         trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
         self.optimiser = torch.optim.AdamW(
             trained.values(),
@@ -71,7 +74,8 @@ class Learner:
             coins = uniform(seed, Stream.LABEL_DROP, numbers).squeeze(1)
             null = int(self.network.null_label)  # type: ignore[arg-type]
             labels = labels.masked_fill(coins < self.config.label_dropout, null)
-        return objective.corrupted(x, eps, gamma, labels, c=self.c)
+        goal = objective.target(x, eps, gamma, self.c)
+        return Corrupted(objective.mixed(x, eps, gamma), goal, gamma, labels)
 
     def backward(self, at: Corrupted) -> Tensor:
         """Add this share's part of the gradient of the mean loss over the global batch.
@@ -185,7 +189,7 @@ class Learnt:
 def learn(
     network: nn.Module,
     x: Tensor,
-    labels: Tensor | None = None,
+    labels: Tensor | Sequence[int] | None = None,
     *,
     objective: ObjectiveConfig | None = None,
     train: TrainConfig | None = None,
@@ -194,24 +198,26 @@ def learn(
 ) -> Learnt:
     """Train a network on data in memory, by the loop that the pipeline trains with.
 
-    ``x`` (N, C, H, W) floats, ``labels`` (N,) int64 or None; ``network`` a Transformer or UNet,
-    which is changed. ``c`` is any function of gamma with c(1) = 0. ``on_update(images_seen, loss)``
-    is called after each update, and waits for the device. The same arguments give the same bits on
-    one kind of device. Raises DataError for data that do not fit or are not finite, ConfigError.
+    ``x`` (N, C, H, W) in the dtype of the weights, ``labels`` (N,) int64 or None; ``network`` a
+    Transformer or UNet, which is changed. ``c`` is any function of gamma that is 0 at 1 and
+    positive before. ``on_update(images_seen, loss)`` is called after each update, and waits for the
+    device. The same arguments give the same bits on one kind of device. Raises DataError for data
+    that do not fit or are not finite, ConfigError.
     """
     asked, config = objective or ObjectiveConfig(), train or TrainConfig()
     if not any(p.requires_grad for p in network.parameters()):
         # As an earlier call leaves it: this one goes on from there.
         network.train().requires_grad_(True)
     check_slope(network, asked)
-    _check_data(network, x, labels)
+    given = None if labels is None else _labels(labels)
+    _check_data(network, x, given)
     device = next(network.parameters()).device
     learner = Learner(network, asked, config, device=device, c=c)
     losses = []
     for seen in range(0, config.updates * config.batch_size, config.batch_size):
         numbers = torch.arange(seen, seen + config.batch_size)
         rows = order(config.seed, len(x), numbers)
-        chosen = None if labels is None else labels[rows].to(device)
+        chosen = None if given is None else given[rows].to(device)
         at = learner.corrupted(x[rows].to(device), chosen, numbers.to(device))
         losses.append(learner.backward(at).mean())
         learner.apply(learner.gradient(), images_seen=seen)
@@ -236,11 +242,26 @@ def _keep_averages(learner: Learner) -> None:
     learner.network.eval().requires_grad_(False)
 
 
+def _labels(labels: Tensor | Sequence[int]) -> Tensor:
+    try:
+        return torch.as_tensor(labels)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise DataError(f"labels are no whole numbers ({error}): give (N,) int64") from error
+
+
 def _check_data(network: nn.Module, x: Tensor, labels: Tensor | None) -> None:
     shape = tuple(network.shape)  # type: ignore[arg-type]
+    if not isinstance(x, Tensor):
+        raise DataError(f"data are a {type(x).__name__}: give a tensor, as torch.as_tensor(x)")
     if tuple(x.shape[1:]) != shape or not len(x) or not x.is_floating_point():
         raise DataError(
             f"data are {x.dtype} of shape {tuple(x.shape)}; this network takes floats (N, *{shape})"
+        )
+    dtype = next(network.parameters()).dtype
+    if x.dtype != dtype:
+        raise DataError(
+            f"data are {x.dtype}, and the weights of the network {dtype}: convert one of them, as "
+            f"x.to({dtype})"
         )
     odd = (~x.flatten(1).isfinite().all(dim=1)).nonzero()
     if len(odd):

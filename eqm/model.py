@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from eqm import checkpoint, field
@@ -23,7 +24,7 @@ from eqm.autoencoder import Autoencoder, load_autoencoder
 from eqm.config import NetworkConfig, ObjectiveConfig
 from eqm.distributed import pick_device
 from eqm.errors import ConfigError, DataError, IntegrityError
-from eqm.network import Transformer, uncompiled
+from eqm.network import Transformer, check_gamma, uncompiled
 from eqm.official import import_official, read_official
 from eqm.records import LatentSpec, Record, from_json, sha256, to_json
 from eqm.registry import Registry, Version, default_uri
@@ -183,8 +184,8 @@ class Model:
         self.check_latents(x)
         if self.field.conditioned and gamma is None:
             raise DataError("this model is conditioned on the noise level: give gamma (B,)")
-        if gamma is not None and gamma.shape != x.shape[:1]:
-            raise DataError(f"gamma has shape {tuple(gamma.shape)} for {len(x)} latents")
+        if gamma is not None:
+            check_gamma(gamma, len(x))
         found = self.checked_labels(len(x), labels)
         return x.to(self.device), found, None if gamma is None else gamma.to(self.device)
 
@@ -278,7 +279,7 @@ def load(
     if weights not in ("ema", "raw"):
         raise ConfigError(f"weights is {weights!r}; it must be 'ema' or 'raw'")
     uri = str(uri)
-    if uri.endswith(".pt"):
+    if uri.lower().endswith(".pt"):
         model = from_official(
             uri,
             weights=weights,
@@ -301,7 +302,7 @@ def load(
 def _from_sealed(uri: str, *, weights: str, mlflow_uri: str | None, cache: Path | None) -> Model:
     if uri.startswith("models:/"):
         return _from_registry(uri, mlflow_uri, weights=weights, cache=cache)
-    if (Path(uri) / "digests.json").is_file():
+    if any((Path(uri) / name).is_file() for name in ("digests.json", "model.json")):
         if weights != "ema":
             raise ConfigError(
                 f"weights is {weights!r}, but directory {uri} holds averaged weights alone: load "
@@ -369,33 +370,62 @@ def from_record(store: Store, record: Record, *, weights: str = "ema") -> Model:
         raise ConfigError(f"{record.stage} {record.digest[:12]} is no trained model")
     spec = spec_from_bytes(store.get(record.outputs["model.json"]), record.digest[:12])
     name = {"ema": "ema.safetensors", "raw": "raw.safetensors"}[weights]
-    tensors = checkpoint.tensors_from_bytes(store.get(record.outputs[name]))
+    where = f"{name} of {record.digest[:12]}"
+    tensors = weights_from_bytes(store.get(record.outputs[name]), where)
 
     def autoencoder() -> Autoencoder:
         latents = open_ref(store, record.inputs["latents"])
         return load_autoencoder(open_ref(store, latents.inputs["autoencoder"]), store)
 
-    return Model(spec, filled(spec.build(), tensors, name), autoencoder=autoencoder)
+    return Model(spec, filled(spec.build(), tensors, where), autoencoder=autoencoder)
 
 
 def _from_folder(folder: Path) -> Model:
     from eqm.autoencoder import autoencoder_from_bytes
 
+    files = read_folder(folder)
+    spec = spec_from_bytes(files.pop("model.json"), str(folder / "model.json"))
+    where = str(folder / "ema.safetensors")
+    net = filled(spec.build(), weights_from_bytes(files.pop("ema.safetensors"), where), where)
+    # Its files lie in the same folder, and are read when the autoencoder is asked for.
+    opener = functools.partial(autoencoder_from_bytes, files, str(folder))
+    return Model(spec, net, autoencoder=opener if files else None)
+
+
+def read_folder(folder: Path) -> dict[str, bytes]:
+    """Files of a directory made by :meth:`Model.save`, each checked against digests.json.
+
+    Raises IntegrityError.
+    """
+    files: dict[str, bytes] = {}
+    for name, digest in _digests(folder / "digests.json").items():
+        if not (folder / name).is_file():
+            raise IntegrityError(f"{folder}: {name} is missing: restore the directory from a copy")
+        files[name] = (folder / name).read_bytes()
+        if sha256(files[name]) != digest:
+            raise IntegrityError(
+                f"{folder / name} does not match digests.json: it is damaged, or was edited; "
+                "restore it from a copy"
+            )
+    return files
+
+
+def _digests(place: Path) -> dict[str, str]:
+    """File names and SHA-256 digests. Raises IntegrityError."""
+    remedy = "restore it from a copy, or save the model again"
     try:
-        digests = json.loads((folder / "digests.json").read_text())
-    except ValueError as error:
-        raise IntegrityError(f"{folder / 'digests.json'} is damaged: restore it") from error
-    missing = [name for name in digests if not (folder / name).is_file()]
-    if missing:
-        raise IntegrityError(f"{folder}: {', '.join(missing)} is missing: restore the directory")
-    files = {name: (folder / name).read_bytes() for name in digests}
-    for name, data in files.items():
-        if sha256(data) != digests[name]:
-            raise IntegrityError(f"{folder / name} does not match digests.json: it is damaged")
-    spec = spec_from_bytes(files.pop("model.json"), str(folder))
-    tensors = checkpoint.tensors_from_bytes(files.pop("ema.safetensors"))
-    net = filled(spec.build(), tensors, str(folder / "ema.safetensors"))
-    return Model(spec, net, autoencoder=(lambda: autoencoder_from_bytes(files)) if files else None)
+        found = json.loads(place.read_bytes())
+    except (FileNotFoundError, ValueError) as error:
+        raise IntegrityError(f"{place} is missing or no JSON ({error}): {remedy}") from error
+    if not isinstance(found, dict) or not all(isinstance(v, str) for v in found.values()):
+        raise IntegrityError(f"{place} must hold file names and their SHA-256 alone: {remedy}")
+    lacking = [name for name in ("model.json", "ema.safetensors") if name not in found]
+    if lacking:
+        raise IntegrityError(f"{place} lacks {', '.join(lacking)}: {remedy}")
+    outside = [name for name in found if Path(name).name != name]
+    if outside:
+        raise IntegrityError(f"{place} names {outside[0]!r}, which is no file beside it: {remedy}")
+    return found
 
 
 def _from_registry(uri: str, mlflow_uri: str | None, *, weights: str, cache: Path | None) -> Model:
@@ -439,14 +469,38 @@ def filled(net: torch.nn.Module, tensors: dict[str, Tensor], where: str) -> torc
     return net
 
 
+def weights_from_bytes(data: bytes, where: str) -> dict[str, Tensor]:
+    """Weights of verified safetensors bytes.
+
+    Raises IntegrityError for bytes that are none, DataError for weights that are not finite.
+    """
+    try:
+        found = checkpoint.tensors_from_bytes(data)
+    except SafetensorError as error:
+        raise IntegrityError(
+            f"{where} cannot be read as safetensors ({error}): restore it from a copy"
+        ) from error
+    for name, value in found.items():
+        if not bool(value.isfinite().all()):
+            raise DataError(
+                f"{where}: weight {name} has NaN or infinite entries: its training diverged, or "
+                "the file was edited; take an earlier one"
+            )
+    return found
+
+
 def spec_to_bytes(spec: ModelSpec) -> bytes:
     """model.json."""
     return json.dumps(to_json(spec), indent=1, sort_keys=True).encode()
 
 
 def spec_from_bytes(data: bytes, where: str) -> ModelSpec:
-    """Read model.json. Raises ConfigError."""
-    spec = from_json(ModelSpec, json.loads(data), where)
+    """Read model.json. Raises ConfigError, and IntegrityError for what is no JSON."""
+    try:
+        found = json.loads(data)
+    except ValueError as error:
+        raise IntegrityError(f"{where} is not JSON ({error}): restore it from a copy") from error
+    spec = from_json(ModelSpec, found, where)
     if spec.schema != SCHEMA:
         raise ConfigError(f"{where} is of schema {spec.schema!r}; this program reads {SCHEMA!r}")
     return spec

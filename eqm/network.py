@@ -32,6 +32,7 @@ from torch.nn import functional
 from torch.nn.utils import skip_init
 
 from eqm.config import NetworkConfig, replace
+from eqm.errors import DataError
 
 TIME_FREQUENCIES = 256
 """Inputs of the official time embedder: 128 cosines, then 128 sines."""
@@ -350,6 +351,22 @@ def check_labels(labels: Tensor, *, classes: int) -> None:
         raise ValueError(
             f"label {int(wrong[0])} is out of range: this network knows 0 to {classes - 1}, "
             f"and {classes} for no label"
+        )
+
+
+def check_gamma(gamma: Tensor, count: int) -> None:
+    """Refuse noise levels that are not one number in [0, 1] for each latent. Raises DataError.
+
+    It waits for the device: check once, outside of loops.
+    """
+    if gamma.shape != (count,):
+        raise DataError(
+            f"gamma has shape {tuple(gamma.shape)} for {count} latents: give one level each"
+        )
+    wrong = gamma[~((gamma >= 0) & (gamma <= 1))]
+    if len(wrong):
+        raise DataError(
+            f"gamma is {float(wrong[0])}; give levels from 0, which is noise, to 1, which is data"
         )
 
 

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from eqm.config import ObjectiveConfig
 from eqm.errors import ConfigError
 from eqm.field import Field
-from eqm.network import Transformer, uncompiled
+from eqm.network import Transformer, check_gamma, uncompiled
 
 Decay = Callable[[Tensor], Tensor]
 """gamma (B,) -> c(gamma) (B,)."""
@@ -68,23 +68,38 @@ def piecewise(gamma: Tensor, *, a: float, b: float) -> Tensor:
 
 
 def check_decay(c: Decay) -> None:
-    """Refuse a c that is no function of gamma alone, or does not vanish at the data.
+    """Refuse a c that cannot be the length of EqM's gradient. Raises ConfigError.
 
-    Raises ValueError.
+    It must be a function of gamma alone, vanish at the data, and be 0 or greater before, though
+    not everywhere 0: it is looked at 1001 levels.
     """
-    gamma = torch.linspace(0, 1, 5, dtype=torch.float64)
+    gamma = torch.linspace(0, 1, 1001, dtype=torch.float64)
     values = c(gamma)
     if values.shape != gamma.shape or not bool(values.isfinite().all()):
-        raise ValueError(
-            f"c maps gamma of shape (5,) to {values.tolist()}: it must give one finite number for "
+        found = f"shape {tuple(values.shape)}"
+        if values.shape == gamma.shape:
+            found = f"{float(values[~values.isfinite()][0])} among them"
+        raise ConfigError(
+            f"c maps 1001 levels gamma from 0 to 1 to {found}: it must give one finite number for "
             "each"
         )
-    at_data = float(values[-1])
+    at_data, largest = float(values[-1]), float(values.abs().max())
     # cos(pi / 2) is 6e-17 in float64: as good as zero.
-    if abs(at_data) > 1e-9 * float(values.abs().max()):
-        raise ValueError(
+    if abs(at_data) > 1e-9 * largest:
+        raise ConfigError(
             f"c(1) is {at_data}; Equilibrium Matching needs c(1) = 0, or data are no equilibria: "
             "use a linear, truncated or piecewise c"
+        )
+    if largest == 0:
+        raise ConfigError(
+            "c is 0 at every level: there would be no gradient to learn; use a c that is greater "
+            "than 0 before gamma = 1"
+        )
+    wrong = (values < -1e-9 * largest).nonzero()
+    if len(wrong):
+        raise ConfigError(
+            f"c({float(gamma[wrong[0]]):.3g}) is {float(values[wrong[0]]):.3g}; c is the length of "
+            "a gradient that points from data to noise, so it must be 0 or greater: turn its sign"
         )
 
 
@@ -92,7 +107,16 @@ def check_decay(c: Decay) -> None:
 
 
 def corrupt(x: Tensor, eps: Tensor, gamma: Tensor) -> Tensor:
-    """x_gamma = gamma x + (1 - gamma) eps, (B, C, H, W); gamma (B,)."""
+    """x_gamma = gamma x + (1 - gamma) eps, (B, C, H, W); gamma (B,).
+
+    Raises DataError for levels outside of [0, 1], for which it waits for the device.
+    """
+    check_gamma(gamma, len(x))
+    return mixed(x, eps, gamma)
+
+
+def mixed(x: Tensor, eps: Tensor, gamma: Tensor) -> Tensor:
+    """:func:`corrupt` of levels that are known to be right."""
     weight = _per_sample(gamma, x)
     return weight * x + (1 - weight) * eps
 
@@ -124,7 +148,10 @@ class Corrupted:
 def corrupted(
     x: Tensor, eps: Tensor, gamma: Tensor, labels: Tensor | None, *, c: Decay
 ) -> Corrupted:
-    """Data (B, C, H, W), noise and levels (B,) -> what the loss is made of."""
+    """Data (B, C, H, W), noise and levels (B,) -> what the loss is made of.
+
+    Raises DataError as :func:`corrupt` does.
+    """
     return Corrupted(corrupt(x, eps, gamma), target(x, eps, gamma, c), gamma, labels)
 
 
@@ -144,7 +171,7 @@ def eqm_loss(
     """Loss of each sample, (B,) (Eq. 3; for an explicit energy the EqM-E loss of section 3.4).
 
     ``create_graph`` must be True to train and False to measure. Raises ValueError as
-    :meth:`Field.gradient` does.
+    :meth:`Field.gradient` does, and DataError as :func:`corrupt`.
     """
     at = corrupted(x, eps, gamma, labels, c=c)
     prediction = field.gradient(at.x, labels, gamma, create_graph=create_graph)
@@ -231,7 +258,9 @@ def backward(field: Field, at: Corrupted, *, scale: float, way: Way) -> Tensor:
         return directional_backward(field, at, scale=scale)
     gradient = field.gradient(at.x, at.labels, at.gamma, create_graph=True)
     losses = loss_per_sample(gradient.float() if _is_half(gradient) else gradient, at.goal)
-    (scale * losses.sum()).backward()
+    # Each operation goes back in the precision it had forward; autocast would choose anew.
+    with torch.autocast(at.x.device.type, enabled=False):
+        (scale * losses.sum()).backward()
     return losses.detach()
 
 
@@ -244,12 +273,13 @@ def directional_backward(
     makes it a length of the landscape whatever the size of the residual; None takes DIFFERENCE.
     The error of the slope is O(step^2) from the landscape and O(rounding / step) from the numbers,
     so the two evaluations run in full precision, outside of autocast: bfloat16 would leave noise.
+    Raises ConfigError for weights in half precision without a ``difference``.
     They go backward one after the other, so no two graphs are ever alive.
     """
     with frozen(field.network):
         gradient = field.gradient(at.x, at.labels, at.gamma)
     residual = (gradient - at.goal).detach()
-    share = DIFFERENCE[residual.dtype] if difference is None else difference
+    share = difference_for(residual.dtype) if difference is None else difference
     step = share * _norm(at.x) / _norm(residual).clamp(min=torch.finfo(residual.dtype).tiny)
     reach = _per_sample(step, residual) * residual
     # Losses are means over entries: 2 / D of <grad E, r>; the difference spans two steps.
@@ -259,6 +289,17 @@ def directional_backward(
             energy = field.energy(at.x + side * reach, at.labels, at.gamma)
             (side * weight * energy).sum().backward()
     return residual.square().flatten(1).mean(dim=1)
+
+
+def difference_for(dtype: torch.dtype) -> float:
+    """DIFFERENCE of weights of a dtype. Raises ConfigError for half precision."""
+    if dtype not in DIFFERENCE:
+        raise ConfigError(
+            f"the weights are {dtype}, in which the differences of objective.backward = "
+            "'directional' are noise: keep them in float32, with train.precision = 'bfloat16' to "
+            "compute in half precision, or set objective.backward = 'double'"
+        )
+    return DIFFERENCE[dtype]
 
 
 @contextmanager

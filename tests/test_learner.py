@@ -16,6 +16,7 @@ from eqm.network import Transformer
 from eqm.objective import (
     Corrupted,
     backward,
+    corrupted,
     decay,
     directional_backward,
     dispersive_loss,
@@ -158,6 +159,34 @@ def test_both_ways_train_alike(kind, digits):
     assert float(losses["double"][-50:].mean()) < 0.6 * float(losses["double"][0])
     ends = {way: float(found[-50:].mean()) for way, found in losses.items()}
     assert ends["directional"] == pytest.approx(ends["double"], rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["implicit", "dot"])
+def test_what_autocast_computed_goes_back_outside_of_autocast(kind, digits, monkeypatch):
+    seen, real = [], torch.Tensor.backward
+
+    def spy(self, *args, **more):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return real(self, *args, **more)
+
+    monkeypatch.setattr(torch.Tensor, "backward", spy)
+    objective = ObjectiveConfig(energy=kind, backward="double")
+    train = replace(SHORT, precision="bfloat16")
+    learner(network(zero_head=False), objective, train).backward(noisy(digits))
+    assert seen == [False]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_in_half_precision_are_not_trained_by_differences(dtype, digits):
+    net, objective = network(zero_head=False).to(dtype), ObjectiveConfig(energy="dot")
+    x = digits[0].to(dtype)
+    message = rf"weights are {dtype}.*train\.precision = 'bfloat16'.*objective\.backward = 'double'"
+    with pytest.raises(ConfigError, match=message):
+        learn(net, x, digits[1], objective=objective, train=SHORT)
+    eps, labels = torch.randn_like(x[:8]), digits[1][:8]
+    at = corrupted(x[:8], eps, torch.full((8,), 0.5), labels, c=decay(objective))
+    with pytest.raises(ConfigError, match=message):
+        backward(Field(net, energy="dot"), at, scale=1.0, way="directional")
 
 
 def test_losses_and_frozen_weights_are_as_before(energy):
@@ -312,7 +341,7 @@ def test_hidden_tokens_that_cannot_be_seen_are_told(digits):
     net, at = network(zero_head=False), noisy(digits, 16)
     net.compile(backend="aot_eager")
     net(at.x, at.labels)
-    with pytest.raises(ConfigError, match="no hidden tokens.*Leave the network uncompiled"):
+    with pytest.raises(ConfigError, match=r"no hidden tokens.*Leave the network uncompiled"):
         learner(net, ObjectiveConfig(dispersive_weight=0.5)).backward(at)
     with pytest.raises(ConfigError, match="needs a transformer"), hidden_tokens(torch.nn.Flatten()):
         pass
@@ -338,7 +367,11 @@ def test_any_c_that_vanishes_at_the_data_is_learnt(digits):
     [
         (torch.ones_like, r"c\(1\) is 1.0"),
         (lambda gamma: (1 - gamma).mean(), "one finite number for each"),
-        (lambda gamma: 1 / (1 - gamma), "one finite number for each"),
+        (lambda gamma: 1 / (1 - gamma), "inf among them.*one finite number for each"),
+        (lambda gamma: gamma - 1, r"c\(0\) is -1; .*turn its sign"),
+        # Negative between the levels that a coarse look would see.
+        (lambda gamma: (1 - gamma) * (gamma - 0.11).abs().sub(0.005), r"c\(0\.106\) is -0\.0"),
+        (torch.zeros_like, "c is 0 at every level"),
     ],
 )
 def test_a_c_that_cannot_be_is_refused(c, message, digits):
@@ -388,6 +421,12 @@ def test_learning_again_gives_the_same_bits_and_leaves_averages(digits):
     assert not torch.equal(other.losses, learnt[0].losses)
 
 
+def test_labels_may_be_a_list(digits):
+    x, labels = digits
+    losses = [learn(network(), x, y, train=SHORT).losses for y in (labels, labels.tolist())]
+    assert torch.equal(*losses)
+
+
 def test_progress_is_told(digits):
     told = []
     learn(network(), *digits, train=SHORT, on_update=lambda seen, loss: told.append((seen, loss)))
@@ -415,7 +454,13 @@ def test_half_precision_trains_nearly_alike(digits):
         (lambda x, y: (x[:0], y[:0]), "this network takes floats"),
         (lambda x, y: (x, y[:5]), "5 labels for 1797 data"),
         (lambda x, y: (x, y + 3), "label 1[12] is out of range"),
-        (lambda x, y: (x, y.float()), "float32"),
+        (lambda x, y: (x, y.float()), "labels are torch.float32"),
+        (lambda x, y: (x, y.float().tolist()), "labels are torch.float32"),
+        (lambda x, y: (x, ["cat"] * len(x)), "labels are no whole numbers"),
+        (lambda x, y: (x, [[0], [1, 2]]), "labels are no whole numbers"),
+        (lambda x, y: (x.numpy(), y), "data are a ndarray: give a tensor"),
+        (lambda x, y: (x.double(), y), r"data are torch\.float64, .*x\.to\(torch\.float32\)"),
+        (lambda x, y: (x.half(), y), r"data are torch\.float16, and the weights of the network"),
         (
             lambda x, y: (torch.cat((x[:3], x[3:4] * float("nan"), x[4:])), y),
             "datum 3 of 1797 has NaN",

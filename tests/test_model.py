@@ -1,6 +1,7 @@
 """The public face: what is loaded was checked first, and what is asked wrongly is told in words."""
 
 import dataclasses
+import hashlib
 import json
 import subprocess
 import sys
@@ -9,10 +10,11 @@ from pathlib import Path
 import chain
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import eqm
 from eqm import model, sampling
-from eqm.checkpoint import tensors_from_bytes
+from eqm.checkpoint import tensors_from_bytes, tensors_to_bytes
 from eqm.config import ObjectiveConfig, SamplerConfig
 from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.model import Model
@@ -128,6 +130,72 @@ def test_a_directory_that_lacks_a_file_is_refused(saved: Path) -> None:
         eqm.load(str(saved))
 
 
+def edited(saved: Path, name: str, data: bytes) -> None:
+    """Change a file of a directory, and its digest with it."""
+    (saved / name).write_bytes(data)
+    if name != "digests.json":
+        known = json.loads((saved / "digests.json").read_text())
+        known[name] = hashlib.sha256(data).hexdigest()
+        (saved / "digests.json").write_text(json.dumps(known))
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("ema.safetensors", b"\x10", r"ema\.safetensors cannot be read as safetensors .*restore"),
+        ("model.json", b"{", r"model\.json is not JSON .*restore"),
+        ("model.json", b"\xff\xfe", r"model\.json is not JSON .*restore"),
+        ("model.json", b"[]", r"model\.json must be a table of settings, not \[\]"),
+        ("model.json", b'{"scheme": 1}', r"unknown setting 'scheme' in .*model\.json"),
+        ("digests.json", b"{", r"digests\.json is missing or no JSON .*restore"),
+        ("digests.json", b"\xff", r"digests\.json is missing or no JSON .*restore"),
+        ("digests.json", b"[1]", r"digests\.json must hold file names and their SHA-256"),
+        ("digests.json", b'{"model.json": 3}', r"must hold file names and their SHA-256"),
+        ("digests.json", b"{}", r"digests\.json lacks model\.json, ema\.safetensors: restore"),
+        (
+            "digests.json",
+            b'{"model.json": "", "ema.safetensors": "", "../x": ""}',
+            r"digests\.json names '\.\./x', which is no file beside it",
+        ),
+    ],
+)
+def test_a_directory_that_was_edited_by_hand_is_refused_in_words(
+    saved: Path, name: str, data: bytes, message: str
+) -> None:
+    edited(saved, name, data)
+    with pytest.raises((IntegrityError, ConfigError), match=message):
+        eqm.load(saved, device="cpu")
+
+
+def test_a_directory_without_digests_is_refused(saved: Path) -> None:
+    (saved / "digests.json").unlink()
+    with pytest.raises(IntegrityError, match=r"digests\.json is missing"):
+        eqm.load(saved)
+
+
+def test_an_autoencoder_that_lacks_a_file_is_told_with_its_place(saved: Path) -> None:
+    known = json.loads((saved / "digests.json").read_text())
+    del known["spec.json"]
+    (saved / "digests.json").write_text(json.dumps(known))
+    with pytest.raises(DataError, match=r"saved lacks spec\.json: restore it"):
+        _ = eqm.load(saved, device="cpu").autoencoder
+
+
+def test_weights_that_are_not_finite_are_refused(saved: Path) -> None:
+    tensors = tensors_from_bytes((saved / "ema.safetensors").read_bytes())
+    tensors["head.linear.bias"][0] = float("nan")
+    edited(saved, "ema.safetensors", tensors_to_bytes(tensors))
+    with pytest.raises(DataError, match=r"ema\.safetensors: weight head\.linear\.bias has NaN"):
+        eqm.load(saved, device="cpu")
+
+
+def test_an_official_file_is_known_by_its_suffix_in_any_case(tmp_path: Path) -> None:
+    weights = load_file(Path(__file__).parent / "golden" / "official_tiny_ema.safetensors")
+    for name in ("tiny.pt", "TINY.PT"):
+        torch.save(weights, tmp_path / name)
+        assert eqm.load(tmp_path / name, num_heads=4, device="cpu").spec.network.width == 64
+
+
 def test_a_directory_has_no_raw_weights(saved: Path) -> None:
     with pytest.raises(ConfigError, match="averaged weights alone"):
         eqm.load(str(saved), weights="raw")
@@ -217,6 +285,16 @@ def test_latents_that_do_not_fit_are_refused(trained: Model) -> None:
     for wrong in (torch.zeros(2, 1, 8, 9), torch.zeros(2, 4, 8, 8), torch.zeros(1, 8, 8)):
         with pytest.raises(DataError, match=r"this model takes \(B, 1, 8, 8\)"):
             trained.gradient(wrong)
+
+
+def test_levels_that_cannot_be_are_refused(trained: Model) -> None:
+    for wrong, message in (
+        ([0.5, float("nan"), 1.0], "gamma is nan; give levels from 0"),
+        ([0.5, 2.0, 1.0], r"gamma is 2\.0"),
+        ([0.5], r"gamma has shape \(1,\) for 3 latents"),
+    ):
+        with pytest.raises(DataError, match=message):
+            trained.gradient(some_latents(), gamma=torch.tensor(wrong))
 
 
 def test_without_a_null_label_labels_are_needed(trained: Model) -> None:

@@ -7,8 +7,17 @@ from hypothesis import strategies as st
 from reference import formulas, official
 
 from eqm.config import ObjectiveConfig
+from eqm.errors import DataError
 from eqm.field import Field
-from eqm.objective import check_decay, corrupt, decay, eqm_loss, loss_per_sample, target
+from eqm.objective import (
+    check_decay,
+    corrupt,
+    corrupted,
+    decay,
+    eqm_loss,
+    loss_per_sample,
+    target,
+)
 
 relaxed = settings(max_examples=100, deadline=None, derandomize=True)
 KINDS = ("constant", "linear", "truncated", "piecewise")
@@ -147,6 +156,28 @@ def test_half_precision_data_take_gamma_of_float32():
     x, eps = torch.ones(2, 1, 2, 2, dtype=torch.bfloat16), torch.zeros(2, 1, 2, 2).bfloat16()
     assert corrupt(x, eps, torch.tensor([0.0, 0.5])).dtype == torch.bfloat16
     assert target(x, eps, torch.tensor([0.0, 0.5]), decay(PAPER)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("gamma", "message"),
+    [
+        ([0.5, float("nan")], r"gamma is nan; give levels from 0"),
+        ([0.5, 1.001], r"gamma is 1\.00"),
+        ([-0.1, 0.5], r"gamma is -0\.1"),
+        ([0.5, 0.5, 0.5], r"gamma has shape \(3,\) for 2 latents: give one level each"),
+    ],
+)
+def test_levels_that_cannot_be_are_refused(gamma, message):
+    x, eps = torch.ones(2, 1, 2, 2), torch.zeros(2, 1, 2, 2)
+    given, c = (x, eps, torch.tensor(gamma)), decay(PAPER)
+    for refusing in (
+        lambda: corrupt(*given),
+        lambda: corrupted(*given, None, c=c),
+        lambda: eqm_loss(Field(Spring()), *given, None, c=c, create_graph=False),
+    ):
+        with pytest.raises(DataError, match=message):
+            refusing()
+    assert corrupt(x, eps, torch.tensor([0.0, 1.0])).mean(dim=(1, 2, 3)).tolist() == [0, 1]
 
 
 # -- the perfect field --------------------------------------------------------------------------
