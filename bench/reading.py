@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from bench.timing import alternate, show
-from eqm.records import LatentSpec, Manifest, Shard
-from eqm.shards import LatentSet, Sample, write_shard
+from eqm.records import LatentSpec, Shard
+from eqm.shards import LatentSet, Sample, read_index, seal_set, write_shard
 from eqm.storage import LocalStore
 
 SAMPLES, SHARDS, BATCH = 2048, 4, 256
@@ -29,7 +29,7 @@ SPEC = LatentSpec(
 def make(store: LocalStore) -> tuple[LatentSet, list[str]]:
     """Shards of noise: the set, and the tars for webdataset."""
     rng = np.random.default_rng(0)
-    shards, tars = [], []
+    shards, indices, tars = [], [], []
     for number in range(SHARDS):
         count = SAMPLES // SHARDS
         moments = rng.random((count, 8, 32, 32), dtype=np.float32).astype(np.float16)
@@ -38,21 +38,14 @@ def make(store: LocalStore) -> tuple[LatentSet, list[str]]:
         packed = write_shard(samples, first_number=first)
         shard = Shard(tar=store.put(packed.tar), index=store.put(packed.index), count=count)
         shards.append(shard)
+        indices.append(read_index(packed.index, shard, f"shard {number}"))
         tar = store.root / f"{number}.tar"
         tar.write_bytes(packed.tar)
         tars.append(str(tar))
-    manifest = Manifest(
-        spec=SPEC,
-        source="0" * 64,
-        classes=("a",),
-        mirrored=False,
-        shards=tuple(shards),
-        train_per_class=(SAMPLES,),
-        held_out_per_class=(0,),
-        channel_mean=(0.0,) * 4,
-        channel_std=(1.0,) * 4,
-    )
-    return LatentSet(manifest, store, "bench"), tars
+    sealed = seal_set(shards, indices, spec=SPEC, source="0" * 64, classes=("a",), mirrored=False)
+    store.put(sealed.index)
+    store.put(sealed.keys)
+    return LatentSet(sealed.manifest, store, "bench"), tars
 
 
 def indexed(data: LatentSet) -> None:

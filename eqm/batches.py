@@ -6,8 +6,10 @@ is kept between batches, so going on at image k is the same as never having stop
 of processes share the same global batch. What else is drawn for an image is eqm.train's business.
 """
 
+import itertools
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eqm import randomness
@@ -40,6 +43,18 @@ class Batch:
     sample_numbers: Tensor
     """(B,) int64, of the latent set."""
 
+    def pinned(self) -> "Batch":
+        """The same in page-locked memory."""
+        return Batch(*(tensor.pin_memory() for tensor in self._tensors))
+
+    def to(self, device: torch.device | str) -> "Batch":
+        """The same on a device; from page-locked memory the copy runs while the host goes on."""
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self._tensors))
+
+    @property
+    def _tensors(self) -> tuple[Tensor, ...]:
+        return self.moments, self.labels, self.image_numbers, self.sample_numbers
+
 
 def batches(
     latents: LatentSet | str | Path,
@@ -50,19 +65,29 @@ def batches(
     rank: int = 0,
     world: int = 1,
     split: Split = "train",
+    ahead: int = 2,
+    pin: bool = False,
 ) -> Iterator[Batch]:
-    """Batches without end, from image number ``first_image`` on; the next is read ahead.
+    """Batches without end, from image number ``first_image`` on; ``ahead`` are read ahead.
 
-    ``batch_size`` is global: each of ``world`` ranks gets its contiguous part. Raises ConfigError
-    for a batch that the ranks cannot share equally, DataError for a split without samples, and
-    what reading raises.
+    ``batch_size`` is global: each of ``world`` ranks gets its contiguous part. ``pin`` puts what is
+    read into page-locked memory, from where a GPU takes it without anybody waiting
+    (:meth:`Batch.to`). Raises ConfigError for a batch that the ranks cannot share equally,
+    DataError for a split without samples, and what reading raises.
     """
     _check(batch_size, first_image, rank, world, split)
+    require(ahead > 0, "ahead", ahead, "greater than 0")
     data = latents if isinstance(latents, LatentSet) else open_manifest(latents)
     if not len(split_numbers(data, split)):
         raise DataError(f"{data.where} has no {split} samples")
     share = batch_size // world
-    return _read_ahead(data, seed, first_image + rank * share, batch_size, share, split)
+    starts = itertools.count(first_image + rank * share, batch_size)
+
+    def read(start: int) -> Batch:
+        batch = read_batch(data, seed, start, share, split)
+        return batch.pinned() if pin else batch
+
+    return _read_ahead(read, starts, ahead)
 
 
 def _check(batch_size: int, first_image: int, rank: int, world: int, split: str) -> None:
@@ -78,16 +103,18 @@ def _check(batch_size: int, first_image: int, rank: int, world: int, split: str)
         )
 
 
-def _read_ahead(
-    data: LatentSet, seed: int, start: int, stride: int, share: int, split: Split
-) -> Iterator[Batch]:
-    with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(read_batch, data, seed, start, share, split)
-        while True:
-            batch = coming.result()
-            start += stride
-            coming = reader.submit(read_batch, data, seed, start, share, split)
-            yield batch
+def _read_ahead(read: Callable[[int], Batch], starts: Iterator[int], ahead: int) -> Iterator[Batch]:
+    """Several threads: a page that must come from the disk holds up its own batch alone."""
+    with ThreadPoolExecutor(ahead, "eqm-batches") as readers:
+        coming = deque(readers.submit(read, start) for start in itertools.islice(starts, ahead))
+        try:
+            while True:
+                batch = coming.popleft().result()
+                coming.append(readers.submit(read, next(starts)))
+                yield batch
+        finally:
+            for one in coming:
+                one.cancel()
 
 
 def read_batch(data: LatentSet, seed: int, start: int, count: int, split: Split = "train") -> Batch:
@@ -97,13 +124,13 @@ def read_batch(data: LatentSet, seed: int, start: int, count: int, split: Split 
     mirror = mirror_of(data, seed, numbers)
     return Batch(
         moments=torch.from_numpy(data.moments(samples, mirror)),
-        labels=torch.from_numpy(data.labels[samples]),
+        labels=torch.from_numpy(data.labels[samples].astype(np.int64)),
         image_numbers=torch.from_numpy(numbers),
         sample_numbers=torch.from_numpy(samples),
     )
 
 
-def split_numbers(data: LatentSet, split: Split) -> Int64:
+def split_numbers(data: LatentSet, split: Split) -> NDArray[np.int32]:
     """Sample numbers of one side of the split."""
     return data.train_numbers if split == "train" else data.held_out_numbers
 
@@ -111,7 +138,7 @@ def split_numbers(data: LatentSet, split: Split) -> Int64:
 def samples_of(data: LatentSet, seed: int, image_numbers: Int64, split: Split = "train") -> Int64:
     """Sample number of each image of a run, (B,)."""
     chosen = split_numbers(data, split)
-    return chosen[order(seed, len(chosen), image_numbers)]
+    return chosen[order(seed, len(chosen), image_numbers)].astype(np.int64)
 
 
 def order(seed: int, size: int, image_numbers: Int64) -> Int64:

@@ -6,11 +6,14 @@ shards that are not. A batch of the autoencoder never spans two shards, so a sha
 depend on who encodes it, and processes share the shards without talking to each other.
 """
 
+import functools
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import safetensors.numpy
 import torch
 from torch import Tensor
 
@@ -18,10 +21,14 @@ from eqm.autoencoder import Autoencoder, load_autoencoder
 from eqm.config import EncodeConfig, LatentsStage
 from eqm.errors import DataError
 from eqm.images import ImageSource, checked_source, mirrored
-from eqm.records import Blob, Manifest, Shard, note_from_bytes, note_to_bytes, to_json
-from eqm.shards import MANIFEST, Index, Sample, manifest_to_bytes, read_index, write_shard
+from eqm.records import Blob, Shard, note_from_bytes, note_to_bytes, to_json
+from eqm.shards import ORIGINALS, Index, Sample, read_index, seal_set, write_shard
 from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
+
+ORIGINAL_IMAGES = 24
+GATHERERS = 16
+"""Commits and indices that are read at once."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,10 +147,21 @@ def gather(
     context: Context, source: ImageSource, autoencoder: Autoencoder, plans: list[ShardPlan]
 ) -> Outcome:
     """The manifest of all shards, and an outcome that names every one of them."""
-    shards = [_finished(context, plan) for plan in plans]
-    indices = [_index_of(context, plan, shard) for plan, shard in zip(plans, shards, strict=True)]
-    manifest = manifest_of(source, autoencoder, shards, indices)
-    outputs: dict[str, bytes | Blob] = {MANIFEST: manifest_to_bytes(manifest)}
+    with ThreadPoolExecutor(GATHERERS) as gatherers:
+        shards = list(gatherers.map(functools.partial(_finished, context), plans))
+        indices = list(gatherers.map(functools.partial(_index_of, context), plans, shards))
+    sealed = seal_set(
+        shards,
+        indices,
+        spec=autoencoder.spec,
+        source=source.digest,
+        classes=source.classes,
+        mirrored=source.config.mirror,
+        skipped=source.skipped,
+        lineage=context.job.inputs,
+    )
+    manifest = sealed.manifest
+    outputs: dict[str, bytes | Blob] = {**sealed.files, ORIGINALS: originals(source)}
     for plan, shard in zip(plans, shards, strict=True):
         outputs[f"shard-{plan.number:05d}.tar"] = shard.tar
         outputs[f"shard-{plan.number:05d}.index"] = shard.index
@@ -161,6 +179,16 @@ def gather(
     )
 
 
+def originals(source: ImageSource) -> bytes:
+    """Pixels of some images, spread over the set, to look at beside what is decoded of latents."""
+    count = len(source.entries)
+    numbers = [i * count // ORIGINAL_IMAGES for i in range(min(ORIGINAL_IMAGES, count))]
+    numbers = sorted(set(numbers)) if count > ORIGINAL_IMAGES else list(range(count))
+    pixels = torch.stack([source.read(i) for i in numbers])
+    columns = {"numbers": np.array(numbers, dtype=np.int64), "pixels": pixels.numpy()}
+    return safetensors.numpy.save(columns)
+
+
 def _finished(context: Context, plan: ShardPlan) -> Shard:
     shard = committed(context, plan)
     if shard is None:
@@ -173,43 +201,6 @@ def _finished(context: Context, plan: ShardPlan) -> Shard:
 
 def _index_of(context: Context, plan: ShardPlan, shard: Shard) -> Index:
     return read_index(context.store.get(shard.index), shard, f"shard {plan.number}")
-
-
-def manifest_of(
-    source: ImageSource, autoencoder: Autoencoder, shards: list[Shard], indices: list[Index]
-) -> Manifest:
-    """The manifest: counts and statistics from the indices, the rest from listing and spec."""
-    labels = np.concatenate([index.label for index in indices])
-    held_out = np.concatenate([index.held_out for index in indices])
-    classes = len(source.classes)
-    mean, std = channel_statistics(indices, int((~held_out).sum()), autoencoder.spec.shape)
-    return Manifest(
-        spec=autoencoder.spec,
-        source=source.digest,
-        classes=source.classes,
-        mirrored=source.config.mirror,
-        shards=tuple(shards),
-        train_per_class=_per_class(labels[~held_out], classes),
-        held_out_per_class=_per_class(labels[held_out], classes),
-        channel_mean=mean,
-        channel_std=std,
-        skipped=source.skipped,
-    )
-
-
-def _per_class(labels: np.ndarray, classes: int) -> tuple[int, ...]:
-    return tuple(np.bincount(labels, minlength=classes).tolist())
-
-
-def channel_statistics(
-    indices: list[Index], samples: int, shape: tuple[int, int, int]
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each latent channel over the training samples."""
-    count = samples * shape[1] * shape[2]
-    mean = np.sum([index.sum for index in indices], axis=0) / count
-    square = np.sum([index.sum_of_squares for index in indices], axis=0) / count
-    std = np.sqrt(np.maximum(square - mean**2, 0.0))
-    return tuple(mean.tolist()), tuple(std.tolist())
 
 
 def main(argv: list[str]) -> int:

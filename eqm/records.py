@@ -14,6 +14,7 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -171,6 +172,16 @@ class Blob:
     """Digest of the bytes, hexadecimal."""
     size_bytes: int
 
+    def __post_init__(self) -> None:
+        # It becomes part of a path.
+        if not re.fullmatch("[0-9a-f]{64}", self.sha256):
+            raise ConfigError(f"sha256 is {self.sha256[:80]!r}; it must be 64 hexadecimal digits")
+
+    @staticmethod
+    def of(data: bytes) -> "Blob":
+        """The name of bytes."""
+        return Blob(sha256=sha256(data), size_bytes=len(data))
+
     @property
     def key(self) -> str:
         """Where the bytes lie in the store."""
@@ -322,6 +333,12 @@ class Manifest:
     mirrored: bool
     """Whether each sample holds the moments of the mirror image as well."""
     shards: tuple[Shard, ...]
+    shard_images: int
+    """Samples of every shard but the last, which may hold fewer."""
+    index: Blob
+    """Columns of all shards' indices, joined; what a reader maps."""
+    keys: Blob
+    """Names of all images."""
     train_per_class: tuple[int, ...]
     held_out_per_class: tuple[int, ...]
     channel_mean: tuple[float, ...]
@@ -329,6 +346,18 @@ class Manifest:
     channel_std: tuple[float, ...]
     skipped: tuple[str, ...] = ()
     """Keys of corrupt images that were left out."""
+    lineage: dict[str, Ref] = field(default_factory=dict)
+    """What the set was made of: "source" and "autoencoder"."""
+
+    def __post_init__(self) -> None:
+        whole, last = self.shards[:-1], self.shards[-1:]
+        equal = all(shard.count == self.shard_images for shard in whole)
+        if not last or not equal or not 0 < last[0].count <= self.shard_images:
+            counts = [shard.count for shard in self.shards]
+            raise ConfigError(
+                f"manifest has shards of {counts[:5]} … {counts[-1:]} samples; all but the last "
+                f"must hold shard_images ({self.shard_images}), and the last at least 1"
+            )
 
     @property
     def count(self) -> int:

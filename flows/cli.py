@@ -257,25 +257,36 @@ def sample(
     if not to.absolute().parent.is_dir():
         raise ConfigError(f"--to is {to}, but there is no folder {to.absolute().parent}")
     loaded = eqm.load(model, mlflow_uri=current_settings().mlflow_uri)
-    classes = len(loaded.spec.classes)
-    rows = list(range(classes)) if asked is None else asked
-    if max(rows) >= classes:
-        raise ConfigError(f"--labels asks for {max(rows)}; this model has 0 to {classes - 1}")
+    rows, names = _rows(loaded.spec.classes, asked)
+    _ = loaded.autoencoder  # a model that came without one is told before its descent, not after
     found = eqm.sample(
         loaded,
-        labels=[k for k in rows for _ in columns],
+        labels=[k for k in rows for _ in columns] if loaded.spec.classes else None,
         # Seeds differ between rows too, or rows would share their noise.
-        seeds=[s * classes + k for k in rows for s in columns],
+        seeds=[s * max(1, len(loaded.spec.classes)) + k for k in rows for s in columns],
         rule=eqm.NAG(step_size=step_size, momentum=momentum),
         updates=updates,
         guidance=guidance,
     )
     images = found.images().cpu().numpy()
     grid = images.reshape(len(rows), len(columns), *images.shape[1:])
-    names = [loaded.spec.classes[k] for k in rows]
     to.write_bytes(sample_grid(grid, names, scale=max(1, 64 // images.shape[-1])))
     cost = float(found.evaluations.double().mean())
     out.print(f"{to}: {len(images)} samples, {cost:.0f} field evaluations each")
+
+
+def _rows(classes: tuple[str, ...], asked: list[int] | None) -> tuple[list[int], list[str]]:
+    """Rows of the grid and their names; a model without labels has one. Raises ConfigError."""
+    from eqm.errors import ConfigError
+
+    if not classes:
+        if asked is not None:
+            raise ConfigError("--labels is given, and this model has no labels: leave it out")
+        return [0], [""]
+    rows = list(range(len(classes))) if asked is None else asked
+    if max(rows) >= len(classes):
+        raise ConfigError(f"--labels asks for {max(rows)}; this model has 0 to {len(classes) - 1}")
+    return rows, [classes[k] for k in rows]
 
 
 # -- checkpoints of the official code -----------------------------------------------------------
@@ -298,7 +309,7 @@ def import_official(
     import eqm
     from eqm.errors import ConfigError
 
-    if checkpoint.suffix != ".pt":
+    if checkpoint.suffix.lower() != ".pt":
         raise ConfigError(f"{checkpoint} is no .pt file of the official code")
     if to.exists():
         raise ConfigError(f"--to is {to}, which exists: name a directory that does not")
@@ -327,9 +338,12 @@ def export_official(
     """Write averaged weights as a .pt file that the official code loads, with its sign."""
     _prepare()
     import eqm
+    from eqm.errors import ConfigError
     from eqm.official import to_official, write_official
     from flows.settings import current_settings
 
+    if to.suffix.lower() != ".pt":
+        raise ConfigError(f"--to is {to}; the official code loads .pt files: name it so")
     loaded = eqm.load(model, mlflow_uri=current_settings().mlflow_uri, device="cpu")
     write_official(to, to_official(loaded.network))
     out.print(f"{to}: {_size(loaded)}. Heads are in no file: remember them", soft_wrap=True)

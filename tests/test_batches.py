@@ -8,12 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sets import stored_set
 
 import eqm
 from eqm.batches import Batch, batches, mirror_of, order, read_batch, samples_of
 from eqm.errors import ConfigError, DataError
-from eqm.records import LatentSpec, Manifest, Shard
-from eqm.shards import LatentSet, Sample, write_shard
+from eqm.shards import MANIFEST, LatentSet, Sample, manifest_from_bytes
 from eqm.storage import LocalStore
 
 SHAPE = (4, 2, 2)
@@ -27,36 +27,12 @@ def a_sample(i: int, *, held_out: bool, mirror: bool) -> Sample:
 
 
 def a_set(folder: Path, train: int = 10, held_out: int = 3, *, mirror: bool = False) -> LatentSet:
-    """A set in two shards; every third sample is held out as long as there are any."""
+    """A set in shards of four; every third sample is held out as long as there are any."""
     store = LocalStore(folder)
     side = [i % 3 == 2 and i // 3 < held_out for i in range(train + held_out)]
     samples = [a_sample(i, held_out=h, mirror=mirror) for i, h in enumerate(side)]
-    made = [write_shard(samples[:4], first_number=0), write_shard(samples[4:], first_number=4)]
-    counts = [
-        tuple(np.bincount([s.label for s in samples if s.held_out == h], minlength=2).tolist())
-        for h in (False, True)
-    ]
-    manifest = Manifest(
-        spec=LatentSpec(
-            autoencoder="test",
-            image_size_px=2,
-            image_channels=1,
-            shape=(2, 2, 2),
-            shift=(0.0, 0.0),
-            scale=(1.0, 1.0),
-        ),
-        source="s",
-        classes=("a", "b"),
-        mirrored=mirror,
-        shards=tuple(
-            Shard(tar=store.put(p.tar), index=store.put(p.index), count=p.count) for p in made
-        ),
-        train_per_class=counts[0],
-        held_out_per_class=counts[1],
-        channel_mean=(0.0, 0.0),
-        channel_std=(1.0, 1.0),
-    )
-    return LatentSet(manifest, store, "the set")
+    files = stored_set(store, samples, 4, classes=("a", "b"))
+    return LatentSet(manifest_from_bytes(files[MANIFEST], "the set"), store, "the set")
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from PIL import Image
 
@@ -29,7 +30,7 @@ from eqm.config import (
 from eqm.encode import ShardPlan, shard_plans
 from eqm.errors import DataError
 from eqm.records import Record, Ref, to_json
-from eqm.shards import LatentSet, open_manifest
+from eqm.shards import ORIGINALS, LatentSet, open_manifest
 from eqm.stage import Context, Outcome
 from eqm.storage import LocalStore
 
@@ -160,7 +161,16 @@ def test_the_manifest_says_what_is_in_the_shards(tmp_path: Path) -> None:
     assert record.values["shards"] == 5
     assert record.values["train_images"] == len(data.train_numbers)
     named = {f"shard-{i:05d}.{kind}" for i in range(5) for kind in ("tar", "index")}
-    assert record.outputs.keys() == {"manifest.json", *named}
+    beside = {"manifest.json", "index.safetensors", "keys.safetensors", "originals.safetensors"}
+    assert record.outputs.keys() == {*beside, *named}
+    assert manifest.lineage == job.inputs
+    shown = safetensors.numpy.load(
+        LocalStore(Path(job.runtime.store)).get(record.outputs[ORIGINALS])
+    )
+    source = images.open_source(FOLDER, job.runtime.source_uri)
+    for number, pixels in zip(shown["numbers"].tolist(), shown["pixels"], strict=True):
+        assert np.array_equal(pixels, source.read(number).numpy())
+    assert len(shown["numbers"]) == IMAGES
     stage.verify(LocalStore(Path(job.runtime.store)), record)
 
 

@@ -17,7 +17,9 @@ from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
-from eqm.config import SourceConfig
+import eqm
+from eqm.autoencoder import identity
+from eqm.config import NetworkConfig, SourceConfig
 from eqm.images import open_source
 from flows import cli, settings
 
@@ -379,3 +381,41 @@ def test_what_exists_is_not_written_over(run, checkpoint: Path) -> None:
     assert run(*words, "model").status == 0
     refused(run(*words, "model"), "which exists")
     refused(run("export-official", "model", "--to", str(checkpoint)), "exists")
+
+
+def test_where_official_weights_are_written(run, checkpoint: Path) -> None:
+    words = ("import-official", str(checkpoint), "--num-heads", "4", "--to")
+    assert run(*words, "folder/of/model").status == 0
+    assert Path("folder/of/model/model.json").is_file()
+    Path("file").touch()
+    refused(run(*words, "file/model"), "file/model", "Not a directory")
+    refused(run("export-official", "folder/of/model", "--to", "a.bin"), "--to is a.bin", ".pt")
+    assert not Path("a.bin").exists()
+
+
+# -- samples ------------------------------------------------------------------------------------
+
+
+def saved_model(folder: str, *, classes: int | None, decodes: bool = True) -> None:
+    net = eqm.Transformer(NetworkConfig(width=16, depth=1), size=8, channels=1, classes=classes)
+    autoencoder = identity(SourceConfig(image_size_px=8)) if decodes else None
+    eqm.Model.of(net, objective=eqm.ObjectiveConfig(), autoencoder=autoencoder).save(folder)
+
+
+@pytest.mark.parametrize("classes", [None, 2])
+def test_samples_of_models_with_labels_and_without(run, classes: int | None) -> None:
+    saved_model("model", classes=classes)
+    told = run("sample", "model", "--updates", "2", "--seeds", "0-2", "--to", "grid.png")
+    assert told.status == 0, told
+    assert f"grid.png: {3 * (classes or 1)} samples" in told.out
+    width, height = Image.open("grid.png").size
+    assert (width // 64, height // 64) == (3, classes or 1)
+    wrong = run("sample", "model", "--labels", "2", "--updates", "2", "--to", "other.png")
+    refused(wrong, "leave it out" if classes is None else "asks for 2; this model has 0 to 1")
+    assert not Path("other.png").exists()
+
+
+def test_a_model_that_cannot_be_decoded_is_told_before_its_descent(run, monkeypatch) -> None:
+    saved_model("model", classes=None, decodes=False)
+    monkeypatch.setattr(eqm, "sample", None)
+    refused(run("sample", "model", "--updates", "2"), "came without its autoencoder")
