@@ -18,7 +18,7 @@ from eqm.records import Ref, from_json, to_json
 ALGORITHMS = {
     "autoencoder": 1,
     "extractor": 1,
-    "latents": 1,
+    "latents": 2,
     "train": 1,
     "samples": 1,
     "evaluation": 1,
@@ -83,18 +83,30 @@ def _seed(config: Any, section: str, name: str = "seed") -> None:
 class SourceConfig:
     """Which images, at what size, and how they are split."""
 
-    kind: Literal["digits", "folder"] = "digits"
-    """"digits": the 1,797 of scikit-learn. "folder": class folders of images at ``source_uri``."""
+    kind: Literal["digits", "folder", "imagenet", "webdataset", "parquet"] = "digits"
+    """What lies at ``source_uri``, on this machine or under s3://: "folder": one folder of images a
+    class; "imagenet": the tars of ILSVRC2012 as distributed; "webdataset": tars of images with
+    labels beside them; "parquet": files with a column of image bytes. "digits": the 1,797 of
+    scikit-learn, from nowhere."""
     image_size_px: int = 16
     channels: int = 1
     """1 (grayscale) or 3 (RGB)."""
     mirror: bool = False
     """Whether the left-right mirror of an image is an image of its class as well."""
     held_out_fraction: float = 0.2
-    """Share of the keys kept from training, chosen by a hash of the key."""
+    """Share of the keys kept from training, chosen by a hash of the key. For "imagenet", 0 keeps
+    the official validation images, which must be there; a share is one of the training images,
+    and is refused where validation images lie beside them."""
     split_seed: int = 0
     on_corrupt: Literal["refuse", "skip"] = "refuse"
     """What to do about images that cannot be decoded. Skipped ones are named in the manifest."""
+    exif_rotation: bool = False
+    """Whether images are turned upright as their EXIF says, before the crop. ADM, and so the
+    reference batches of the field, ignore it."""
+    image_column: str = "image"
+    """Of "parquet": image bytes, or a struct with a field ``bytes``, as Hugging Face writes it."""
+    label_column: str = "label"
+    """Of "parquet": integers from 0, or names of classes."""
 
     def __post_init__(self) -> None:
         require(self.channels in (1, 3), "source.channels", self.channels, "1 or 3")
@@ -108,6 +120,19 @@ class SourceConfig:
             self.mirror,
             "false for digits: a mirrored digit is not a digit",
         )
+        require(
+            not (self.kind == "digits" and self.exif_rotation),
+            "source.exif_rotation",
+            self.exif_rotation,
+            "false for digits: they have no EXIF",
+        )
+        for name, default in (("image_column", "image"), ("label_column", "label")):
+            value = getattr(self, name)
+            rule = f"{default!r}, or source.kind 'parquet'"
+            require(self.kind == "parquet" or value == default, f"source.{name}", value, rule)
+            require(value != "", f"source.{name}", value, "the name of a column")
+        columns = (self.image_column, self.label_column)
+        require(len(set(columns)) == 2, "source.label_column", columns[1], "another column")
 
 
 @dataclass(frozen=True, kw_only=True)

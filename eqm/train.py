@@ -140,8 +140,8 @@ def first_network(stage: TrainStage, spec: ModelSpec, device: torch.device) -> t
 def read_weights(file: PretrainedFile, heads: int) -> dict[str, Tensor]:
     """Weights of another training, or of a checkpoint of the official code or of SiT (``.pt``)."""
     data = read_pretrained(file)
-    if not file.uri.endswith(".pt"):
-        return checkpoint.tensors_from_bytes(data)
+    if not file.uri.lower().endswith(".pt"):
+        return model.weights_from_bytes(data, file.uri)
     with tempfile.NamedTemporaryFile(suffix=".pt") as copy:
         copy.write(data)
         copy.flush()
@@ -203,11 +203,10 @@ def accumulate(run: Run, batch: Batch) -> Tensor:
 
 def corrupted(run: Run, batch: Batch) -> Corrupted:
     """Latents sampled from the autoencoder's posterior, with noise and dropped labels."""
-    device = run.world.device
-    numbers = batch.image_numbers.to(device)
-    noise = normal(run.config.seed, Stream.POSTERIOR, numbers, run.spec.latent.shape)
-    x = sample_latents(batch.moments.to(device), noise, run.spec.latent)
-    return run.learner.corrupted(x, batch.labels.to(device), numbers)
+    here = batch.to(run.world.device)
+    noise = normal(run.config.seed, Stream.POSTERIOR, here.image_numbers, run.spec.latent.shape)
+    x = sample_latents(here.moments, noise, run.spec.latent)
+    return run.learner.corrupted(x, here.labels, here.image_numbers)
 
 
 # -- report -------------------------------------------------------------------------------------
@@ -358,6 +357,7 @@ def feed(run: Run) -> Iterator[Batch]:
         first_image=run.images_seen,
         rank=run.world.rank,
         world=run.world.size,
+        pin=run.world.device.type == "cuda",
     )
 
 
