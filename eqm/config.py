@@ -615,6 +615,8 @@ class Runtime:
     """s3://bucket/prefix or a local directory."""
     cache: str | None = None
     """Directory for verified local copies of blobs."""
+    cache_bytes: int | None = None
+    """How much of them is kept at most; null: all."""
     source_uri: str | None = None
     mlflow_uri: str | None = None
     mlflow_experiment: str = "eqm"
