@@ -8,9 +8,10 @@ Whatever is sealed is checked against its digests first; a foreign file is read 
 anything in it.
 """
 
+import dataclasses
 import functools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -35,6 +36,10 @@ if TYPE_CHECKING:
     from eqm.unet import UNet
 
 SCHEMA = "eqm-model/1"
+NO_AUTOENCODER = "none"
+"""What latents of a model that was trained in memory are of."""
+SD_VAE = "SD-VAE, not verified"
+"""What latents of official checkpoints are of; which file it was, nobody says."""
 SD_VAE_SCALE = 0.18215
 """Of the latents that the official checkpoints were trained on."""
 SD_VAE_PIXELS = 8
@@ -105,7 +110,7 @@ class Model:
         """
         channels, height, _ = network.shape
         plain = LatentSpec(
-            autoencoder="none",
+            autoencoder=NO_AUTOENCODER,
             image_size_px=height,
             image_channels=channels,
             shape=network.shape,
@@ -336,7 +341,7 @@ def from_official(
         network=found.network,
         objective=objective,
         latent=LatentSpec(
-            autoencoder="SD-VAE, not verified",
+            autoencoder=SD_VAE,
             image_size_px=SD_VAE_PIXELS * height,
             image_channels=3,
             shape=found.shape,
@@ -487,6 +492,45 @@ def weights_from_bytes(data: bytes, where: str) -> dict[str, Tensor]:
                 "the file was edited; take an earlier one"
             )
     return found
+
+
+def check_same(known: ModelSpec, spec: ModelSpec, where: str) -> None:
+    """Refuse weights that mean something else under the same shapes: in a network of other heads,
+    say, or on latents of another autoencoder.
+
+    ``known`` is what they were trained as, ``spec`` what they are to become. What ``known`` leaves
+    open is not compared. Raises ConfigError.
+    """
+    skipped = {NO_AUTOENCODER: set(_names(known.latent)), SD_VAE: {"autoencoder"}}
+    wrong = [
+        *_differences("network", known.network, spec.network, skip=_unused(known.network)),
+        *_differences(
+            "latent", known.latent, spec.latent, skip=skipped.get(known.latent.autoencoder, set())
+        ),
+    ]
+    if wrong:
+        raise ConfigError(
+            f"{where} holds weights that mean something else here: {'; '.join(wrong)}. Begin from "
+            "weights of the same network and autoencoder, or make this config as theirs"
+        )
+
+
+def _differences(section: str, known: object, here: object, *, skip: set[str]) -> Iterator[str]:
+    for name in _names(known):
+        theirs, ours = getattr(known, name), getattr(here, name)
+        if name not in skip and theirs != ours:
+            yield f"{section}.{name} was {theirs!r}, and is {ours!r}"
+
+
+def _unused(network: NetworkConfig) -> set[str]:
+    """Settings that say nothing of a network of this kind."""
+    if network.kind == "transformer":
+        return {"unet"}
+    return set(_names(network)) - {"kind", "time", "unet"}
+
+
+def _names(value: object) -> list[str]:
+    return [f.name for f in dataclasses.fields(value)]  # type: ignore[arg-type]
 
 
 def spec_to_bytes(spec: ModelSpec) -> bytes:

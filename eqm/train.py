@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -32,12 +33,13 @@ from eqm.objective import Corrupted
 from eqm.official import import_official, read_official
 from eqm.progress import Progress
 from eqm.randomness import Stream, normal
-from eqm.records import to_json
+from eqm.records import sha256, to_json
 from eqm.registry import RunMirror
 from eqm.report import sample_grid
 from eqm.shards import LatentSet, open_manifest
 from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
+from eqm.storage import Store
 
 HISTORY_POINTS = 200
 """The training curve has about so many points, whatever the length of the run."""
@@ -115,7 +117,7 @@ def setup(context: Context) -> Run:
         spec=spec,
         data=data,
         learner=Learner(
-            first_network(stage, spec, context.world.device),
+            first_network(stage, spec, context.world.device, context.store),
             stage.objective,
             stage.train,
             device=context.world.device,
@@ -125,13 +127,18 @@ def setup(context: Context) -> Run:
     return run
 
 
-def first_network(stage: TrainStage, spec: ModelSpec, device: torch.device) -> torch.nn.Module:
+def first_network(
+    stage: TrainStage, spec: ModelSpec, device: torch.device, store: Store
+) -> torch.nn.Module:
     """The network as the run begins: drawn from the seed, or with the weights of another model."""
     net = spec.build()
     # The l2 energy of a head of zeros has no slope anywhere: it would never train.
     net.initialise(stage.train.seed, zero_head=stage.objective.energy != "l2")
     if stage.train.init_from is not None:
         found = read_weights(stage.train.init_from, stage.network.heads)
+        known = known_spec(stage.train.init_from, store)
+        if known is not None:
+            model.check_same(known, spec, stage.train.init_from.uri)
         model.filled(net, found, stage.train.init_from.uri)
     check_slope(net, stage.objective)
     return net.to(device)
@@ -147,6 +154,25 @@ def read_weights(file: PretrainedFile, heads: int) -> dict[str, Tensor]:
         copy.flush()
         # Heads are the config's: no weight's shape depends on them.
         return import_official(read_official(copy.name), num_heads=heads, where=file.uri).tensors
+
+
+def known_spec(file: PretrainedFile, store: Store) -> ModelSpec | None:
+    """What weights of this digest were trained as; None where nobody says it.
+
+    A directory of ``Model.save`` says it of the weights in it, and the store of all that were
+    trained there, wherever the file lies now.
+    """
+    folder = Path(file.uri).parent
+    if (folder / "digests.json").is_file():
+        files = model.read_folder(folder)
+        if sha256(files["ema.safetensors"]) == file.sha256:
+            return model.spec_from_bytes(files["model.json"], str(folder / "model.json"))
+    seals = [key for key in store.list("train/") if key.endswith("/record.json")]
+    for record in (store.record("train", key.split("/")[1]) for key in seals):
+        if record is not None and file.sha256 in {b.sha256 for b in record.outputs.values()}:
+            data = store.get(record.outputs["model.json"])
+            return model.spec_from_bytes(data, f"model.json of {record.digest[:12]}")
+    return None
 
 
 def world_divides(config: TrainConfig, world: World) -> None:

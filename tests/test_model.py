@@ -13,11 +13,12 @@ import torch
 from safetensors.torch import load_file
 
 import eqm
-from eqm import model, sampling
+from eqm import model, sampling, train
 from eqm.checkpoint import tensors_from_bytes, tensors_to_bytes
-from eqm.config import ObjectiveConfig, SamplerConfig
+from eqm.config import ObjectiveConfig, PretrainedFile, SamplerConfig, TrainStage, UNetConfig
 from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.model import Model
+from eqm.records import from_json
 from eqm.rules import NAG, GradientDescent
 from eqm.sampler import GradientNormBelow
 
@@ -233,6 +234,73 @@ def test_what_is_no_model_is_refused(tiny: chain.Chain) -> None:
         eqm.load(f"{tiny.store.uri}/train/{'0' * 64}")
     with pytest.raises(ConfigError, match="weights is 'best'"):
         eqm.load(tiny.uri("train"), weights="best")
+
+
+# -- weights to begin from ----------------------------------------------------------------------
+
+
+def begun(tiny: chain.Chain, path: Path, **network: object) -> torch.nn.Module:
+    """The network with which a training begins, from weights in a file."""
+    data = path.read_bytes()
+    found = PretrainedFile(uri=str(path), sha256=hashlib.sha256(data).hexdigest())
+    job = tiny.job("train")
+    stage = from_json(TrainStage, job.config)
+    stage = dataclasses.replace(
+        stage,
+        network=dataclasses.replace(stage.network, **network),
+        train=dataclasses.replace(stage.train, init_from=found),
+    )
+    sealed = model.spec_from_bytes(tiny.store.get(tiny["train"].outputs["model.json"]), "here")
+    spec = dataclasses.replace(sealed, network=stage.network)
+    return train.first_network(stage, spec, torch.device("cpu"), tiny.store)
+
+
+@pytest.mark.parametrize("name", ["ema.safetensors", "raw.safetensors"])
+def test_weights_of_a_sealed_training_are_known_wherever_they_lie(
+    tiny: chain.Chain, tmp_path: Path, name: str
+) -> None:
+    path = tmp_path / "copy.safetensors"
+    path.write_bytes(tiny.store.get(tiny["train"].outputs[name]))
+    assert begun(tiny, path).config == tiny.config.network
+    heads = tiny.config.network.heads
+    message = rf"copy\.safetensors .*: network\.heads was {heads}, and is {heads // 2}\. Begin"
+    with pytest.raises(ConfigError, match=message):
+        begun(tiny, path, heads=heads // 2)
+
+
+def test_weights_of_a_directory_are_known_by_it(
+    tiny: chain.Chain, trained: Model, tmp_path: Path
+) -> None:
+    # Other weights than any that the store has sealed.
+    net = trained.spec.build()
+    shifted = dataclasses.replace(trained.spec.latent, shift=(0.25,), autoencoder="kl-0123")
+    for name, latent in (("same", trained.spec.latent), ("other", shifted)):
+        Model(dataclasses.replace(trained.spec, latent=latent), net).save(tmp_path / name)
+    same, other = (tmp_path / name / "ema.safetensors" for name in ("same", "other"))
+    begun(tiny, same)
+    with pytest.raises(ConfigError, match=r"network\.rope was False, and is True"):
+        begun(tiny, same, rope=True)
+    message = r"latent\.autoencoder was 'kl-0123', and is 'identity'; latent\.shift was \(0\.25,\)"
+    with pytest.raises(ConfigError, match=message):
+        begun(tiny, other)
+    # A copy without what was beside it: nobody knows, and shapes fit.
+    (tmp_path / "alone.safetensors").write_bytes(other.read_bytes())
+    begun(tiny, tmp_path / "alone.safetensors")
+
+
+def test_only_what_is_known_of_weights_is_compared(trained: Model) -> None:
+    def with_latent(**changes: object) -> model.ModelSpec:
+        latent = dataclasses.replace(trained.spec.latent, **changes)
+        return dataclasses.replace(trained.spec, latent=latent)
+
+    in_memory = with_latent(autoencoder=model.NO_AUTOENCODER, scale=(2.0,))
+    official = with_latent(autoencoder=model.SD_VAE)
+    for known in (trained.spec, in_memory, official):
+        model.check_same(known, trained.spec, "here")
+    unused = dataclasses.replace(trained.spec.network, unet=UNetConfig(layers=7))
+    model.check_same(dataclasses.replace(trained.spec, network=unused), trained.spec, "here")
+    with pytest.raises(ConfigError, match=r"latent\.scale was \(2\.0,\), and is \(1\.0,\)"):
+        model.check_same(with_latent(autoencoder=model.SD_VAE, scale=(2.0,)), trained.spec, "here")
 
 
 # -- gradient and energy ------------------------------------------------------------------------
