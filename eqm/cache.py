@@ -122,8 +122,9 @@ class Cache:
             return found
         with disk_errors(str(self.folder)), locked(self._lock(blob)):
             # Another process may have fetched it while this one waited.
-            found = self.found(blob, remembered=remembered)
-            return found or self._download(blob, download, where)
+            found = self.found(blob, remembered=remembered) or self._download(blob, download, where)
+            assert found is not None
+            return found
 
     def fetch_unless_full(self, blob: Blob, download: Download, where: str) -> Path | None:
         """As ``fetch``; None where there is no room, or another process is fetching it now."""
@@ -131,54 +132,68 @@ class Cache:
         if found is not None:
             return found
         with disk_errors(str(self.folder)), locked(self._lock(blob), wait=False) as mine:
-            if not mine or not self._make_room(blob.size_bytes):
+            if not mine:
                 return None
             found = self.found(blob, remembered=True)
-            return found or self._download(blob, download, where)
+            return found or self._download(blob, download, where, unless_full=True)
 
     def _lock(self, blob: Blob) -> Path:
         # Few lock files for many blobs: two that share one wait for each other, and that is all.
         return self.folder / "locks" / blob.sha256[:2]
 
-    def _download(self, blob: Blob, download: Download, where: str) -> Path:
+    def _download(
+        self, blob: Blob, download: Download, where: str, *, unless_full: bool = False
+    ) -> Path | None:
         path = self.path(blob)
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._make_room(blob.size_bytes)
+        with contextlib.ExitStack() as kept:
+            with locked(self.folder / "locks" / "room"):
+                if not self._make_room(blob.size_bytes) and unless_full:
+                    return None
+                file, aside = kept.enter_context(written_aside(path.parent))
+                # Takes its room at once: others count it before it is there.
+                file.truncate(blob.size_bytes)
+            self._fill(file, blob, download, where)
+            aside.chmod(0o444)
+            # Replaces a damaged copy; equal bytes otherwise.
+            os.replace(aside, path)
+            self.verified.remember(path, blob)
+        return path
+
+    def _fill(self, file: Any, blob: Blob, download: Download, where: str) -> None:
+        """Download, durably, until the digest is right; raises after TRIES."""
         for tries_left in reversed(range(TRIES)):
-            with written_aside(path.parent) as (file, aside):
-                hashing = _Hashing(file)
-                try:
-                    download(hashing)  # type: ignore[arg-type]
-                except TransferError:
-                    if not tries_left:
-                        raise
+            file.seek(0)
+            hashing = _Hashing(file)
+            try:
+                download(hashing)  # type: ignore[arg-type]
+            except TransferError:
+                if not tries_left:
+                    raise
+                continue
+            if (hashing.size_bytes, hashing.sha256) == (blob.size_bytes, blob.sha256):
                 file.flush()
-                if (hashing.size_bytes, hashing.sha256) == (blob.size_bytes, blob.sha256):
-                    os.fsync(file.fileno())
-                    aside.chmod(0o444)
-                    # Replaces a damaged copy; equal bytes otherwise.
-                    os.replace(aside, path)
-                    self.verified.remember(path, blob)
-                    return path
-        raise IntegrityError(damaged(blob, where, hashing.size_bytes, hashing.sha256))
+                os.fsync(file.fileno())
+                return
+            if not tries_left:
+                raise IntegrityError(damaged(blob, where, hashing.size_bytes, hashing.sha256))
+            file.truncate(blob.size_bytes)
 
     def _make_room(self, size_bytes: int) -> bool:
         """Delete what was used longest ago until so much fits; whether it does."""
+        folder = self.folder / "sha256"
+        sweep(folder)
         if self.limit_bytes is None:
             return True
-        folder = self.folder / "sha256"
-        folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder / "locks" / "room"):
-            sweep(folder)
-            copies = sorted(_copies(folder))
-            used = sum(size for _, size, _ in copies)
-            recently = time.time() - IN_USE_SECONDS
-            for at, size, path in copies:
-                if used + size_bytes <= self.limit_bytes or at > recently:
-                    break
-                path.unlink(missing_ok=True)
-                (self.verified.folder / path.name).unlink(missing_ok=True)
-                used -= size
+        copies = sorted(_copies(folder))
+        used = sum(size for _, size, _ in copies)
+        recently = time.time() - IN_USE_SECONDS
+        for at, size, path in copies:
+            if used + size_bytes <= self.limit_bytes or at > recently:
+                break
+            path.unlink(missing_ok=True)
+            (self.verified.folder / path.name).unlink(missing_ok=True)
+            used -= size
         return used + size_bytes <= self.limit_bytes
 
 

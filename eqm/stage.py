@@ -157,7 +157,8 @@ def run(job: Job, program: Program) -> Record:
     """Run a job unless it is sealed; returns the sealed record."""
     runtime = job.runtime
     config = stage_config(job.stage, job.config)
-    store = open_store(runtime.store, cache=Path(runtime.cache) if runtime.cache else None)
+    cache = Path(runtime.cache) if runtime.cache else None
+    store = open_store(runtime.store, cache=cache, cache_bytes=runtime.cache_bytes)
     with distributed.connect(runtime.device, threads=runtime.threads) as world:
         sealed = store.record(job.stage, job_digest(job))
         # One rank may see a seal that another was too early for: the first one's word counts.

@@ -74,6 +74,7 @@ class Plan:
         return Runtime(
             store=self.store.uri,
             cache=str(self.settings.home / "cache"),
+            cache_bytes=self.settings.cache_bytes,
             source_uri=self.config.source_uri,
             mlflow_uri=self.settings.mlflow_uri if stage == "train" else None,
             mlflow_experiment=self.model_name,
@@ -114,7 +115,8 @@ def store_of(settings: Settings) -> Store:
             f"store {settings.store}: no S3 is running or given; start it with `eqm up`, or set "
             "EQM_S3_ENDPOINT, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for AWS itself"
         )
-    return open_store(settings.store, cache=settings.home / "cache")
+    cache = settings.home / "cache"
+    return open_store(settings.store, cache=cache, cache_bytes=settings.cache_bytes)
 
 
 def make_plan(

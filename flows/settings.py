@@ -5,6 +5,7 @@
 | EQM_HOME              | folder of services, caches and reports         | `.eqm` here      |
 | EQM_STORE             | where records and blobs are: s3:// or a folder | s3://eqm/store   |
 | EQM_S3_ENDPOINT       | S3 to use instead of the embedded one          | embedded         |
+| EQM_CACHE_SIZE        | most of S3 that is kept on this machine: 200GB | no limit         |
 | AWS_ACCESS_KEY_ID     | who we are to that S3                          | boto3's chain    |
 | AWS_SECRET_ACCESS_KEY | and our secret                                 | boto3's chain    |
 | AWS_DEFAULT_REGION    | and its region                                 | boto3's chain    |
@@ -16,6 +17,7 @@ An unknown EQM_* variable is refused: a misspelt one would be silently without e
 
 import difflib
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,13 +29,15 @@ from infra import local
 from infra.deployments import PrefectApi
 from infra.stack import BUCKET, External, ServiceError, Stack, child_environment
 
-KNOWN = ("EQM_HOME", "EQM_STORE", "EQM_S3_ENDPOINT")
+KNOWN = ("EQM_HOME", "EQM_STORE", "EQM_S3_ENDPOINT", "EQM_CACHE_SIZE")
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 DEFAULT_STORE = f"s3://{BUCKET}/store"
 
 SERVICE_VARIABLES = (
     "EQM_HOME",
     "EQM_STORE",
     "EQM_S3_ENDPOINT",
+    "EQM_CACHE_SIZE",
     "AWS_ACCESS_KEY_ID",
     "AWS_SECRET_ACCESS_KEY",
     "AWS_DEFAULT_REGION",
@@ -53,6 +57,7 @@ class Settings:
 
     home: Path
     store: str
+    cache_bytes: int | None = None
     s3_endpoint: str | None = None
     s3_access_key: SecretStr | None = None
     s3_secret_key: SecretStr | None = None
@@ -87,6 +92,7 @@ class Settings:
         mine = {
             "EQM_HOME": str(self.home),
             "EQM_STORE": self.store,
+            "EQM_CACHE_SIZE": None if self.cache_bytes is None else f"{self.cache_bytes}B",
             "AWS_ENDPOINT_URL_S3": self.s3_endpoint,
             "MLFLOW_TRACKING_URI": self.mlflow_uri,
             "PREFECT_API_URL": self.prefect_api_url,
@@ -107,6 +113,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         home=Path(environ.get("EQM_HOME") or ".eqm").absolute(),
         # Children may run in another folder.
         store=store if "://" in store else str(Path(store).absolute()),
+        cache_bytes=_size(environ, "EQM_CACHE_SIZE"),
         s3_endpoint=_address(environ, "EQM_S3_ENDPOINT"),
         s3_access_key=_hidden(environ.get("AWS_ACCESS_KEY_ID")),
         s3_secret_key=_hidden(environ.get("AWS_SECRET_ACCESS_KEY")),
@@ -129,6 +136,17 @@ def _address(environ: Mapping[str, str], name: str) -> str | None:
     if value is not None and not value.startswith(("http://", "https://")):
         raise ConfigError(f"{name} is {value!r}: it must start with http:// or https://")
     return value.rstrip("/") if value else None
+
+
+def _size(environ: Mapping[str, str], name: str) -> int | None:
+    """Bytes of a size as 500MB or 1.5TB."""
+    value = environ.get(name)
+    if not value:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT]?B)", value.upper())
+    if found is None:
+        raise ConfigError(f"{name} is {value!r}: give a number and a unit, as 500MB or 1.5TB")
+    return round(float(found[1]) * UNITS[found[2]])
 
 
 def _hidden(value: str | None) -> SecretStr | None:

@@ -6,6 +6,8 @@ import itertools
 import json
 import subprocess
 import tarfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,7 @@ from eqm import shards, tars
 from eqm.errors import ConfigError, DataError, IntegrityError, MissingError
 from eqm.records import Blob, Record, Shard, canonical_bytes, to_json
 from eqm.shards import LatentSet, Packed, Sample, open_manifest, write_shard
-from eqm.storage import LocalStore, record_key
+from eqm.storage import LocalStore, open_store, record_key
 
 SHAPE = (4, 3, 3)
 CLASSES = ("a", "b", "c")
@@ -441,3 +443,105 @@ def test_the_manifest_survives_its_json(tmp_path: Path) -> None:
     again = shards.manifest_from_bytes(canonical_bytes(manifest), "m")
     assert again == manifest
     assert to_json(again)["shards"][0]["count"] == 5
+
+
+# -- a set in S3 --------------------------------------------------------------------------------
+
+
+def in_s3(folder: Path, counts: tuple[int, ...] = (5, 5, 3)) -> str:
+    """A sealed set in the embedded S3; its address."""
+    local, record = a_record(folder, counts)
+    store = open_store(f"s3://eqm/test-{folder.name}", cache=folder / "made")
+    for key in local.list("blobs/"):
+        store.write_once(key, local.read(key))
+    return store.where(f"latents/{store.seal(record).digest}")
+
+
+def until(done: Callable[[], bool]) -> None:
+    end = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def equal(data: LatentSet, numbers: Sequence[int]) -> bool:
+    expected = np.stack([a_sample(i).moments for i in numbers]).astype(np.float16)
+    return np.array_equal(data.moments(numbers), expected)
+
+
+@pytest.mark.services
+def test_shards_come_from_s3_in_the_background(
+    s3_environment: dict[str, str], tmp_path: Path
+) -> None:
+    data = open_manifest(in_s3(tmp_path), cache=tmp_path / "cache")
+    assert data.resident == 0
+    assert equal(data, [12, 0, 7, 7, 3])  # at once, by range
+    until(lambda: data.resident == 1)
+    assert equal(data, range(13))
+    data.close()
+
+
+@pytest.mark.services
+def test_a_cache_that_is_full_costs_time_and_nothing_else(
+    s3_environment: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    where = in_s3(tmp_path)
+    size = max(shard.tar.size_bytes for shard in eqm.open_manifest(where).manifest.shards)
+    data = open_manifest(where, cache=tmp_path / "cache", cache_bytes=size + 4000)
+    for _ in range(3):
+        assert equal(data, [12, 0, 7, 3])
+        until(lambda: data.resident > 0)
+    time.sleep(0.3)
+    assert data.resident < 1
+    assert "the rest is read by range" in capfd.readouterr().err
+    data.close()
+
+
+@pytest.mark.services
+def test_damage_in_s3_is_noticed_by_range_and_by_shard(
+    s3_environment: dict[str, str], tmp_path: Path
+) -> None:
+    where = in_s3(tmp_path)
+    store = open_manifest(where, cache=tmp_path / "cache")._store
+    data = open_manifest(where, cache=tmp_path / "cache")
+    blob, offset = data.manifest.shards[1].tar, int(data._offset[7, 0])
+    tar = bytearray(store.read(blob.key))
+    tar[offset + 150] ^= 1
+    store.bucket.client.put_object(  # type: ignore[attr-defined]
+        Bucket="eqm",
+        Key=store.name(blob.key),  # type: ignore[attr-defined]
+        Body=bytes(tar),
+    )
+    until(lambda: len(data.moments([0])) == 1 and data.resident > 0.6)
+    with pytest.raises(IntegrityError, match=f"sample 7 at byte {offset} "):
+        data.moments([7])
+    assert equal(data, [5, 6, 8, 12])
+    found = list(shards.damages(data.manifest, store, where))
+    assert [(one.shard, one.sample, one.key, one.offset) for one in found] == [
+        (1, 7, "k/7", offset)
+    ]
+    assert "does not match its CRC" in found[0].text
+    data.close()
+
+
+@pytest.mark.services
+def test_a_shard_that_s3_lost_is_told(s3_environment: dict[str, str], tmp_path: Path) -> None:
+    where = in_s3(tmp_path)
+    data = open_manifest(where, cache=tmp_path / "cache")
+    blob = data.manifest.shards[2].tar
+    store = data._store
+    store.bucket.client.delete_object(Bucket="eqm", Key=store.name(blob.key))  # type: ignore[attr-defined]
+    with pytest.raises(MissingError, match=blob.sha256):
+        data.moments([12])
+    (found,) = shards.damages(data.manifest, store, where)
+    assert (found.shard, "does not exist" in found.text) == (2, True)
+    data.close()
+
+
+def test_stock_webdataset_reads_a_verified_set(tmp_path: Path) -> None:
+    data = a_set(tmp_path, mirror=True)
+    samples = list(shards.as_webdataset(data))
+    assert [sample["__key__"] for sample in samples] == [f"{i:08d}" for i in range(13)]
+    assert np.array_equal(
+        np.stack([sample["moments.npy"] for sample in samples]), data.moments(range(13))
+    )
