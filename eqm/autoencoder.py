@@ -334,6 +334,11 @@ def read_pretrained(file: PretrainedFile) -> bytes:
     return _checked(file, _read(file, place, place.weights))
 
 
+def weights_file(path: Path) -> Path:
+    """The file of weights that a local path names: itself, or what diffusers put in a folder."""
+    return path / HUB_WEIGHTS if path.is_dir() else path
+
+
 def _place(file: PretrainedFile) -> _Place:
     uri = file.uri.rstrip("/")
     folder, _, name = uri.rpartition("/")

@@ -13,12 +13,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from flows import data
+
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     help="Train generative models with Equilibrium Matching: latents, training, registry, "
     "evaluation, promotion.\n\nFirst steps: `eqm up`, then `eqm pipeline demo`.",
 )
+app.add_typer(data.app, name="data")
 out = Console()
 err = Console(stderr=True)
 
@@ -222,7 +225,7 @@ def report(
     from flows.plan import make_plan
 
     _prepare()
-    plan = make_plan(config, _changes(set_), tracked=False)
+    plan = make_plan(config, changes_of(set_), tracked=False)
     standing = champion.current(plan.store, plan.model_name)
     if standing is None:
         raise DataError(f"{plan.model_name} has no champion yet: run `eqm pipeline` first")
@@ -373,7 +376,8 @@ def _numbers(name: str, text: str) -> list[int]:
     return numbers
 
 
-def _changes(settings: list[str] | None) -> dict[str, Any]:
+def changes_of(settings: list[str] | None) -> dict[str, Any]:
+    """``name=value`` of --set, values as JSON or bare words. Raises ConfigError."""
     from eqm.errors import ConfigError
 
     changes: dict[str, Any] = {}
@@ -411,7 +415,7 @@ def _flow(
     from flows.plan import read_config
     from flows.settings import check_prefect
 
-    changes = _changes(settings)
+    changes = changes_of(settings)
     if dry_run:
         out.print_json(data=to_json(read_config(config, changes)))
         return None

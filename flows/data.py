@@ -1,0 +1,334 @@
+"""``eqm data``: encode images into sealed latents, verify them, look at them. Needs no services.
+
+A store is ``s3://bucket/prefix`` or a plain folder. What a command does is in eqm; here is how it
+is asked and how it answers.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    help="Latents: encode images, verify shards, look at what is in them.",
+)
+out = Console()
+err = Console(stderr=True)
+
+LatentsArgument = Annotated[
+    str,
+    typer.Argument(
+        metavar="LATENTS",
+        help="<store>/latents/<digest>, or the first digits of a digest in EQM_STORE.",
+    ),
+]
+
+
+@app.command()
+def encode(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="Folder of class folders, folder of ILSVRC2012 tars, .tar or .parquet files; "
+            "local or s3://."
+        ),
+    ],
+    to: Annotated[str, typer.Option(metavar="STORE", help="Folder or s3://bucket/prefix.")],
+    image_size: Annotated[int, typer.Option(help="Pixels a side, after ADM's centre crop.")],
+    autoencoder: Annotated[
+        str,
+        typer.Option(
+            help="identity, fit (a small one, on these images), a folder or .safetensors file, "
+            "s3://..., or owner/name@revision of the hub."
+        ),
+    ] = "fit",
+    autoencoder_sha256: Annotated[
+        str | None, typer.Option(help="Of its weights; needed unless they lie on this machine.")
+    ] = None,
+    kind: Annotated[
+        str, typer.Option(help="folder, imagenet, webdataset, parquet, digits; auto looks.")
+    ] = "auto",
+    channels: Annotated[int, typer.Option(help="3 for colour, 1 for gray.")] = 3,
+    mirror: Annotated[
+        bool, typer.Option(help="Whether mirror images are images of their class too.")
+    ] = True,
+    held_out: Annotated[float, typer.Option(help="Share of images kept from training.")] = 0.05,
+    on_corrupt: Annotated[str, typer.Option(help="refuse, or skip and name them.")] = "refuse",
+    precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    shard_images: Annotated[int, typer.Option(help="Images a shard.")] = 1024,
+    batch_size: Annotated[int, typer.Option(help="Images a call of the autoencoder.")] = 64,
+    processes: Annotated[int, typer.Option(help="Encoders on this machine, one a GPU.")] = 1,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other setting, as in a config file.")
+    ] = None,
+) -> None:
+    """Encode images into sealed shards of latents; interrupted, it goes on where it was."""
+    from eqm.records import to_json
+    from flows.plan import autoencoder_job, ensure, latents_job, read_config
+
+    table: dict[str, Any] = {
+        "preset": "demo",
+        "name": "data",
+        "source_uri": source,
+        "source": {
+            "kind": _kind(source) if kind == "auto" else kind,
+            "image_size_px": image_size,
+            "channels": channels,
+            "mirror": mirror,
+            "held_out_fraction": held_out,
+            "on_corrupt": on_corrupt,
+        },
+        "autoencoder": _autoencoder(autoencoder, autoencoder_sha256),
+        "encode": {
+            "shard_images": shard_images,
+            "batch_size": batch_size,
+            "precision": precision,
+        },
+        "processes": processes,
+    }
+    config = read_config(table, _changes(set_))
+    plan = _plan(config, to)
+    _say(f"listing {source}")
+    listed = _listed(plan)
+    made = ensure(plan, autoencoder_job(plan, listed), say=_say)
+    job = latents_job(plan, listed, made)
+    record = ensure(plan, job, say=_say, processes=plan.processes)
+    values = to_json(record.values)
+    out.print(
+        f"{values['images']} images of {values['classes']} classes in {values['shards']} shards "
+        f"({values['train_images']} to train on, {values['held_out_images']} held out)",
+        soft_wrap=True,
+    )
+    out.print(plan.store.where(f"latents/{record.digest}"), soft_wrap=True)
+
+
+@app.command()
+def verify(latents: LatentsArgument) -> None:
+    """Check every byte of a set in its store; names all damage, and then exits with 1."""
+    from eqm.progress import Progress
+    from eqm.shards import damages, manifest_of, place_of
+
+    store, record = _opened(latents)
+    manifest = manifest_of(store, record)
+    found = 0
+    with Progress("verifying", total=manifest.count) as bar:
+        for damage in damages(manifest, store, place_of(store, record), done=bar.advance):
+            found += 1
+            out.print(f"[bold red]damaged:[/] {escape(damage.text)}", soft_wrap=True)
+    if found:
+        out.print(
+            f"{found} damages: restore these files from a copy, or delete them and the record "
+            f"{store.where(f'latents/{record.digest}/record.json')} and encode again",
+            soft_wrap=True,
+        )
+        raise typer.Exit(1)
+    out.print(f"{manifest.count} samples in {len(manifest.shards)} shards: every byte is sound")
+
+
+@app.command()
+def stats(latents: LatentsArgument) -> None:
+    """Counts, class balance and moments of a set, and what looks wrong with them."""
+    from eqm.inspection import statistics
+    from eqm.shards import open_manifest
+
+    store, record = _opened(latents)
+    data = open_manifest(record, store)
+    found, spec = statistics(data), data.manifest.spec
+    data.close()
+    facts = Table(box=None, show_header=False)
+    facts.add_row(
+        "images", f"{found.images:,} ({found.train:,} train, {found.held_out:,} held out)"
+    )
+    smallest, largest = (f"{escape(n)} {c:,}" for n, c in (found.smallest, found.largest))
+    facts.add_row("classes", f"{found.classes:,}, from {smallest} to {largest} training images")
+    facts.add_row("latents", f"{spec.shape} of {spec.image_size_px} px, {escape(spec.autoencoder)}")
+    facts.add_row("mirrors", "yes" if data.manifest.mirrored else "no")
+    facts.add_row("shards", f"{len(data.manifest.shards):,} of {data.manifest.shard_images:,}")
+    out.print(facts)
+    moments = Table(
+        "channel", "mean", "std", "low", "high", "posterior std", "whitened std", box=None
+    )
+    columns = ("mean", "std", "low", "high", "posterior_std", "whitened_std")
+    for channel in range(spec.shape[0]):
+        moments.add_row(str(channel), *(f"{getattr(found, c)[channel]:.4g}" for c in columns))
+    out.print(f"moments of {found.looked_at:,} samples", highlight=False)
+    out.print(moments)
+    for warning in found.warnings:
+        out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
+
+
+@app.command()
+def preview(
+    latents: LatentsArgument,
+    to: Annotated[Path, typer.Option("--out", help="PNG file to write.")] = Path("preview.png"),
+) -> None:
+    """Draw images beside what comes back from their latents, and their mirrors."""
+    from eqm.errors import ConfigError
+    from eqm.inspection import preview as drawn
+    from eqm.shards import open_manifest
+
+    if not to.absolute().parent.is_dir():
+        raise ConfigError(f"--out is {to}, but there is no folder {to.absolute().parent}")
+    store, record = _opened(latents)
+    data = open_manifest(record, store)
+    to.write_bytes(drawn(data, record, store))
+    data.close()
+    out.print(str(to), soft_wrap=True)
+
+
+@app.command("list")
+def list_(
+    store: Annotated[
+        str | None, typer.Argument(metavar="STORE", help="EQM_STORE unless given.")
+    ] = None,
+) -> None:
+    """List the sealed sets of latents of a store."""
+    from eqm.errors import EqmError
+    from eqm.records import LatentSpec, from_json
+
+    opened = _store(store)
+    table = Table("latents", "images", "classes", "shape", "autoencoder", "sealed", box=None)
+    for digest in _digests(opened):
+        try:
+            record = opened.record("latents", digest)
+            if record is None:
+                continue
+            values = record.values
+            spec = from_json(LatentSpec, values["spec"], "spec")
+        except EqmError as error:
+            table.add_row(digest[:12], f"[red]{escape(str(error))}[/]")
+            continue
+        table.add_row(
+            digest[:12],
+            f"{values['images']:,}",
+            f"{values['classes']:,}",
+            " x ".join(map(str, spec.shape)),
+            escape(spec.autoencoder[:28]),
+            str(record.provenance.get("ended", "")),
+        )
+    if table.row_count:
+        out.print(table)
+    else:
+        out.print(f"{opened.uri} holds no sealed latents: make some with `eqm data encode`")
+
+
+# -- how it is asked ----------------------------------------------------------------------------
+
+
+def _kind(source: str) -> str:
+    """What lies at a place, by its looks. Raises ConfigError where that does not tell."""
+    from eqm.errors import ConfigError
+
+    endings = {".tar": "webdataset", ".parquet": "parquet"}
+    if source == "digits":
+        return "digits"
+    if Path(source).suffix in endings:
+        return endings[Path(source).suffix]
+    if "://" in source:
+        raise ConfigError(f"{source}: say --kind folder, imagenet, webdataset or parquet")
+    path = Path(source)
+    if not path.is_dir():
+        raise ConfigError(f"{source} is no folder, .tar or .parquet file on this machine")
+    names = sorted(one.name for one in path.iterdir())
+    if "ILSVRC2012_img_train.tar" in names:
+        return "imagenet"
+    found = {endings[Path(name).suffix] for name in names if Path(name).suffix in endings}
+    if len(found) > 1:
+        raise ConfigError(f"{source} holds tars and parquet files: say --kind")
+    return found.pop() if found else "folder"
+
+
+def _autoencoder(given: str, sha256: str | None) -> dict[str, Any]:
+    from eqm.autoencoder import weights_file
+    from eqm.disk import hash_file
+    from eqm.errors import ConfigError
+
+    if given in ("identity", "fit"):
+        return {"kind": given}
+    uri, at, revision = given.partition("@") if "://" not in given else (given, "", "")
+    path = Path(given)
+    if path.exists():
+        uri, at, revision = given, "", ""
+        sha256 = sha256 or hash_file(weights_file(path))
+    if sha256 is None:
+        raise ConfigError(
+            f"--autoencoder is {given}, which is not on this machine: say what its weights hash to "
+            "with --autoencoder-sha256, as sha256sum prints it"
+        )
+    pretrained: dict[str, Any] = {"uri": uri, "sha256": sha256}
+    return {
+        "kind": "pretrained",
+        "pretrained": {**pretrained, **({"revision": revision} if at else {})},
+    }
+
+
+def _changes(settings: list[str] | None) -> dict[str, Any]:
+    from flows.cli import changes_of
+
+    return changes_of(settings)
+
+
+def _plan(config: Any, store: str) -> Any:
+    """A plan whose results go to a store of their own, without Prefect and MLflow."""
+    from flows.launch import LocalLauncher
+    from flows.plan import Plan, store_of
+
+    settings = _settings(store)
+    launcher = LocalLauncher(
+        folder=settings.home / "jobs", environment=settings.child_environment()
+    )
+    return Plan(config, settings, store_of(settings), launcher)
+
+
+def _settings(store: str | None) -> Any:
+    from flows.settings import activate
+
+    settings = activate()
+    if store is None:
+        return settings
+    place = store if "://" in store else str(Path(store).absolute())
+    return dataclasses.replace(settings, store=place)
+
+
+def _store(store: str | None) -> Any:
+    from flows.plan import store_of
+
+    return store_of(_settings(store))
+
+
+def _listed(plan: Any) -> Any:
+    from flows.plan import list_source, source_ref
+
+    return source_ref(list_source(plan))
+
+
+def _digests(store: Any) -> list[str]:
+    keys = (key.split("/") for key in store.list("latents/"))
+    return [parts[1] for parts in keys if len(parts) == 3 and parts[2] == "record.json"]
+
+
+def _opened(latents: str) -> tuple[Any, Any]:
+    """Store and record of an address or of the first digits of a digest."""
+    from eqm.errors import ConfigError, DataError
+    from eqm.shards import sealed_latents
+
+    if "/" in latents:
+        settings = _settings(None)
+        return sealed_latents(latents, settings.home / "cache", settings.cache_bytes)
+    store = _store(None)
+    found = [digest for digest in _digests(store) if digest.startswith(latents)]
+    if len(found) > 1:
+        raise ConfigError(f"{latents} begins {len(found)} digests of {store.uri}: give more digits")
+    record = store.record("latents", found[0]) if found else None
+    if record is None:
+        raise DataError(f"{store.uri} has no latents {latents}: `eqm data list` shows what it has")
+    return store, record
+
+
+def _say(line: str) -> None:
+    err.print(line, highlight=False, soft_wrap=True)
