@@ -247,6 +247,8 @@ def _named(
         places = Places(tuple(files), *(columns[name] for name in PLACE_TYPES))
         if len(label) and not 0 <= places.file.min() <= places.file.max() < len(files):
             raise ValueError("places in no file")
+        if min(places.offset.min(initial=0), places.size.min(initial=0)) < 0:
+            raise ValueError("places before their file")
     keys = unpacked(columns["key_bytes"], columns["key_end"])
     held = np.fromiter((is_held_out(key) for key in keys), dtype=np.bool_, count=len(label))
     listing = Listing(columns["key_bytes"], columns["key_end"], label, held, sha256, places=places)

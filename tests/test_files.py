@@ -126,7 +126,7 @@ def test_keys_that_lead_elsewhere_are_refused(monkeypatch: pytest.MonkeyPatch, k
     # SeaweedFS tidies such keys; other servers list them.
     listed = Object(f"data/{key}", 3, "etag")
     monkeypatch.setattr(Bucket, "list", lambda _, prefix: iter([listed]))
-    with pytest.raises(DataError, match="s3://eqm/data: .* has a name"):
+    with pytest.raises(DataError, match=r"s3://eqm/data: .* has a name"):
         open_files("s3://eqm/data").tree([".png"])
 
 
