@@ -63,7 +63,7 @@ class Rows:
         if opened is None:
             opened = here.opened[path] = self._open(path)
         group = int(np.searchsorted(opened.ends, row, side="right"))
-        if not 0 <= group < len(opened.ends):
+        if row < 0 or group == len(opened.ends):
             raise DataError(
                 f"{self.files.where(path)} has no row {row}: it was changed; run the pipeline again"
             )
