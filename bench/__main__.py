@@ -1,9 +1,9 @@
-"""Run all benchmarks, or those named: ``python -m bench imports reading``."""
+"""Run all benchmarks, or those named: ``python -m bench imports data``."""
 
 import sys
 from importlib import import_module
 
-ALL = ("imports", "reading", "sampling", "energies", "precision")
+ALL = ("imports", "data", "sampling", "energies", "precision")
 STUDIES = ("study_methods", "study_adaptive")
 """Longer, and not of speed: run by name."""
 
