@@ -1,5 +1,6 @@
 """Images are found as they are distributed, here and in S3, with the labels they have."""
 
+import dataclasses
 import gzip
 import io
 import json
@@ -19,9 +20,10 @@ from PIL import Image
 
 from eqm import layouts, rows
 from eqm.config import SourceConfig, replace
-from eqm.errors import ConfigError, DataError
+from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.files import LocalFiles
 from eqm.images import ImageSource, checked_source, open_source
+from eqm.listing import Named, listing_to_bytes
 from eqm.pictures import centre_crop, to_tensor
 from eqm.records import Ref
 from eqm.s3 import Bucket
@@ -636,3 +638,162 @@ def complaint(source: ImageSource, i: int) -> str:
     except DataError as error:
         return str(error)
     return ""
+
+
+# -- what scans remember ------------------------------------------------------------------------
+
+
+def settle(root: Path, when: int = 10**18) -> None:
+    """Make files look as if they had last been changed long ago."""
+    for path in root.rglob("*"):
+        if path.is_file():
+            os.utime(path, ns=(when, when))
+
+
+def flip(root: Path, name: str) -> None:
+    """Change a bit of an image in a file, and neither its size nor its time."""
+    path, marks = root / name, (b"IDAT", b"\xff\xda")
+    before, data = path.stat(), bytearray(path.read_bytes())
+    data[max(data.find(mark) for mark in marks) + 20] ^= 1
+    path.write_bytes(bytes(data))
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+FIRST = {
+    "folder": "cat/000.png",
+    "imagenet": "ILSVRC2012_img_val.tar",
+    "webdataset": "shard-0.tar",
+    "parquet": "data/train-00000-of-00002.parquet",
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_did_not_change_is_not_read_again(tmp_path: Path, kind: str) -> None:
+    config, make = KINDS[kind]
+    config = replace(config, on_corrupt="skip")
+    root, memory = make(tmp_path / "data"), tmp_path / "m"
+    settle(root)
+    one = open_source(config, str(root), memory=memory)
+    assert one.digest == open_source(config, str(root)).digest
+    # A change that no listing shows tells who reads the files.
+    flip(root, FIRST[kind])
+    again = open_source(config, str(root), memory=memory)
+    assert (again.digest, again.entries) == (one.digest, one.entries)
+    assert open_source(config, str(root)).digest != one.digest
+    os.utime(root / FIRST[kind], ns=(10**18, 10**18 + 1))
+    assert open_source(config, str(root), memory=memory).digest != one.digest
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_changed_a_moment_ago_is_not_remembered(tmp_path: Path, kind: str) -> None:
+    config, make = KINDS[kind]
+    config = replace(config, on_corrupt="skip")
+    root, memory = make(tmp_path / "data"), tmp_path / "m"
+    one = open_source(config, str(root), memory=memory)
+    flip(root, FIRST[kind])
+    assert open_source(config, str(root), memory=memory).digest != one.digest
+
+
+def test_a_damaged_memory_is_as_good_as_none(tmp_path: Path) -> None:
+    root, memory = make_folder(tmp_path / "data"), tmp_path / "m"
+    settle(root)
+    one = open_source(FOLDER, str(root), memory=memory)
+    kept = {path: path.read_bytes() for path in memory.iterdir()}
+    assert len(kept) == 2
+    for damage in (lambda x: x[:-1], lambda x: x[:-1] + bytes([x[-1] ^ 1]), lambda _: b""):
+        for path, data in kept.items():
+            path.write_bytes(damage(data))
+        assert open_source(FOLDER, str(root), memory=memory).digest == one.digest
+        assert {path: path.read_bytes() for path in memory.iterdir()} == kept
+
+
+def test_other_settings_do_not_share_a_memory(tmp_path: Path) -> None:
+    root, memory = make_folder(tmp_path / "data"), tmp_path / "m"
+    settle(root)
+    seen = set()
+    for changes in ({}, {"channels": 1}, {"exif_rotation": True}):
+        open_source(replace(FOLDER, **changes), str(root), memory=memory)
+        seen.add(len(list(memory.iterdir())))
+    assert seen == {2, 4, 6}
+    # The size and the split come after the scan.
+    open_source(replace(FOLDER, image_size_px=16, split_seed=1), str(root), memory=memory)
+    assert len(list(memory.iterdir())) == 6
+
+
+def test_what_was_scanned_before_something_was_refused_is_kept(tmp_path: Path) -> None:
+    root, memory = make_tars(tmp_path / "data"), tmp_path / "m"
+    whole = (root / "shard-0.tar").read_bytes()
+    (root / "shard-0.tar").write_bytes(whole[:3000])
+    settle(root)
+    with pytest.raises(DataError, match=r"shard-0.tar.*cut"):
+        open_source(WEBDATASET, str(root), memory=memory)
+    assert len(list(memory.iterdir())) == 1
+    (root / "shard-0.tar").write_bytes(whole)
+    flip(root, "below/shard-1.tar")
+    source = open_source(WEBDATASET, str(root), memory=memory)
+    assert len(source.entries) == 24
+
+
+def test_a_new_image_costs_a_look_at_its_neighbours_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layouts, "FILES_A_PART", 4)
+    root, memory = make_folder(tmp_path / "data"), tmp_path / "m"
+    settle(root)
+    open_source(FOLDER, str(root), memory=memory)
+    before = set(memory.iterdir())
+    assert len(before) > 3
+    (root / "cat" / "0055.png").write_bytes(encoded(7))
+    settle(root)
+    source = open_source(FOLDER, str(root), memory=memory)
+    assert len(source.entries) == 25
+    assert 1 <= len(set(memory.iterdir()) - before) <= 2
+
+
+@pytest.mark.services
+@pytest.mark.usefixtures("s3_environment")
+def test_what_did_not_change_in_s3_is_not_read_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bucket, root = Bucket("eqm"), f"memory-{tmp_path.name}"
+    uri, memory = f"s3://eqm/{root}", tmp_path / "m"
+    for path in make_tars(tmp_path / "data").rglob("*.tar"):
+        bucket.create(f"{root}/{path.name}", path)
+    one = open_source(WEBDATASET, uri, memory=memory)
+    with monkeypatch.context() as patch:
+        patch.delattr(Bucket, "read")
+        assert open_source(WEBDATASET, uri, memory=memory).digest == one.digest
+    tar = packed(samples("0", "1", "2"))
+    bucket.client.put_object(Bucket="eqm", Key=f"{root}/shard-0.tar", Body=tar)
+    again = open_source(WEBDATASET, uri, memory=memory)
+    assert len(again.entries) == 12 + 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_job_with_the_listing_looks_at_nothing_when_it_begins(tmp_path: Path, kind: str) -> None:
+    config, make = KINDS[kind]
+    root = make(tmp_path / "data")
+    source = open_source(config, str(root))
+    ref, data = ref_of(source), source.listing_bytes()
+    for path in [path for path in root.rglob("*") if path.is_file()]:
+        path.unlink()
+    again = checked_source(config, str(root), ref, listing=data)
+    assert again.entries == source.entries
+    with pytest.raises(DataError, match="cannot be read"):
+        again.read(0)
+    other = Ref(stage="source", digest="0" * 64, content="0" * 64)
+    with pytest.raises(IntegrityError, match="lists other images"):
+        checked_source(config, str(root), other, listing=data)
+
+
+def test_a_listing_leads_to_no_file_outside_the_source(tmp_path: Path) -> None:
+    source = open_source(WEBDATASET, str(make_tars(tmp_path / "data")))
+    places = source.entries.places
+    assert places is not None
+    (tmp_path / "outside").write_bytes(b"secret")
+    moved = dataclasses.replace(places, files=tuple("../outside" for _ in places.files))
+    listing = dataclasses.replace(source.entries, places=moved)
+    data = listing_to_bytes(Named(source.classes, source.skipped, listing))
+    again = checked_source(WEBDATASET, str(tmp_path / "data"), ref_of(source), listing=data)
+    with pytest.raises(DataError, match="leads elsewhere"):
+        again.read(0)

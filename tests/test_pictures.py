@@ -2,6 +2,8 @@
 
 import contextlib
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from eqm import pictures
 
@@ -77,6 +79,41 @@ def test_cmyk_is_shown_as_colours(tmp_path: Path) -> None:
     solid = Image.new("RGB", (16, 16), (200, 30, 60)).convert("CMYK")
     found = read_one(tmp_path, solid, "cmyk.jpg", 3, quality=95)
     assert np.abs(found.reshape(3, -1).mean(1) - np.array([200, 30, 60])).max() < 6
+
+
+@pytest.mark.parametrize("orientation", range(10))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_rotation_tags_are_followed_where_that_is_asked_for(orientation: int, kind: str) -> None:
+    tags = Image.Exif()
+    tags[0x0112] = orientation
+    stream = io.BytesIO()
+    picture(5, 16, 8).save(stream, kind, exif=tags)
+    ignored = pictures.decode_picture(stream.getvalue())
+    found = pictures.decode_picture(stream.getvalue(), exif_rotation=True)
+    assert ignored.size == (16, 8)
+    assert found.size == ((8, 16) if orientation in (5, 6, 7, 8) else (16, 8))
+    upright = ImageOps.exif_transpose(ignored)
+    assert np.array_equal(np.asarray(found), np.asarray(upright))
+
+
+def test_sixteen_bits_of_a_colour_lose_the_lower_byte() -> None:
+    # Pillow cannot write these: 4 x 1 px, one row, no filter.
+    values = np.array([[0x00FF, 0x0100, 0xFFFF]] * 4, dtype=">u2")
+    header = struct.pack(">IIBBBBB", 4, 1, 16, 2, 0, 0, 0)
+    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + values.tobytes())), (b"IEND", b"")
+    data = b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+    found = pictures.in_mode(pictures.decode_picture(data), 3)
+    assert np.asarray(found)[0, 0].tolist() == [0, 1, 255]
+
+
+def test_the_bytes_and_not_the_name_say_what_a_file_is(tmp_path: Path) -> None:
+    # One image of ILSVRC2012 is a PNG that is named .JPEG.
+    picture(5).save(tmp_path / "x.JPEG", "PNG")
+    found = pictures.decode_picture((tmp_path / "x.JPEG").read_bytes())
+    assert np.array_equal(np.asarray(found), np.asarray(picture(5)))
 
 
 def test_rotation_tags_are_ignored(tmp_path: Path) -> None:
