@@ -98,7 +98,10 @@ def in_mode(picture: Image.Image, channels: int) -> Image.Image:
     mode = "L" if channels == 1 else "RGB"
     if picture.mode.startswith("I"):  # 16 bits: Pillow alone would clip them, not scale them
         wide = np.asarray(picture, dtype=np.float64)
-        picture = Image.fromarray(np.round(wide.clip(0, 65535) / 257).astype(np.uint8))
+        gray = np.round(wide.clip(0, 65535) / 257).astype(np.uint8)
+        # Of one gray that a PNG declares transparent Pillow knows only while there are 16 bits.
+        gray[wide == picture.info.get("transparency", -1)] = 255
+        picture = Image.fromarray(gray)
     if picture.has_transparency_data:
         clear = picture.convert("RGBA")
         white = Image.new("RGBA", clear.size, "white")

@@ -313,3 +313,20 @@ def test_long_text_in_a_png_is_corrupt_and_not_memory(tmp_path: Path) -> None:
     picture(2).save(root / "cat" / "text.png", pnginfo=text)
     with pytest.raises(DataError, match=r"1 of 25 images cannot be decoded: cat/text.png"):
         open_source(FOLDER, str(root))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exif_rotation": True}, "source.exif_rotation is True; .* they have no EXIF"),
+        ({"image_column": "img"}, "source.image_column is 'img'; .* source.kind 'parquet'"),
+        ({"kind": "folder", "label_column": "cls"}, "source.label_column is 'cls'"),
+        ({"kind": "parquet", "image_column": ""}, "source.image_column is ''"),
+        ({"kind": "parquet", "image_column": "label"}, "must be another column"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(
+    changes: dict[str, object], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        replace(DIGITS, **changes)

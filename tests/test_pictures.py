@@ -96,17 +96,30 @@ def test_rotation_tags_are_followed_where_that_is_asked_for(orientation: int, ki
     assert np.array_equal(np.asarray(found), np.asarray(upright))
 
 
-def test_sixteen_bits_of_a_colour_lose_the_lower_byte() -> None:
-    # Pillow cannot write these: 4 x 1 px, one row, no filter.
-    values = np.array([[0x00FF, 0x0100, 0xFFFF]] * 4, dtype=">u2")
-    header = struct.pack(">IIBBBBB", 4, 1, 16, 2, 0, 0, 0)
-    chunks = (b"IHDR", header), (b"IDAT", zlib.compress(b"\0" + values.tobytes())), (b"IEND", b"")
+def sixteen_bits(colour: int, pixels: list[list[int]], *more: tuple[bytes, bytes]) -> np.ndarray:
+    """Values (W, 3) of a PNG of one row with 16 bits a value, which Pillow reads and cannot write.
+
+    ``colour``: 0 gray, 2 RGB, 4 gray and alpha, 6 RGB and alpha.
+    """
+    header = struct.pack(">IIBBBBB", len(pixels), 1, 16, colour, 0, 0, 0)
+    row = zlib.compress(b"\0" + np.array(pixels, dtype=">u2").tobytes())
     data = b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-        for name, body in chunks
+        for name, body in ((b"IHDR", header), *more, (b"IDAT", row), (b"IEND", b""))
     )
-    found = pictures.in_mode(pictures.decode_picture(data), 3)
-    assert np.asarray(found)[0, 0].tolist() == [0, 1, 255]
+    return np.asarray(pictures.in_mode(pictures.decode_picture(data), 3))[0]
+
+
+def test_sixteen_bits_of_a_colour_lose_the_lower_byte() -> None:
+    assert sixteen_bits(2, [[0x00FF, 0x0100, 0xFFFF]]).tolist() == [[0, 1, 255]]
+
+
+def test_sixteen_bits_that_are_transparent_are_laid_on_white() -> None:
+    clear = (b"tRNS", struct.pack(">H", 0x1234))
+    found = sixteen_bits(0, [[0x8000], [0x1234], [0x1235]], clear)
+    assert found[:, 0].tolist() == [128, 255, 18]
+    assert sixteen_bits(4, [[0x8000, 0], [0x8000, 0xFFFF]])[:, 0].tolist() == [255, 128]
+    assert sixteen_bits(6, [[0x80] * 3 + [0]])[0].tolist() == [255, 255, 255]
 
 
 def test_the_bytes_and_not_the_name_say_what_a_file_is(tmp_path: Path) -> None:
