@@ -83,7 +83,7 @@ def encode(
             "held_out_fraction": held_out,
             "on_corrupt": on_corrupt,
         },
-        "autoencoder": _autoencoder(autoencoder, autoencoder_sha256),
+        "autoencoder": _autoencoder(autoencoder, autoencoder_sha256, image_size),
         "encode": {
             "shard_images": shard_images,
             "batch_size": batch_size,
@@ -243,13 +243,22 @@ def _kind(source: str) -> str:
     return found.pop() if found else "folder"
 
 
-def _autoencoder(given: str, sha256: str | None) -> dict[str, Any]:
+LATENT_SIDE = 16
+"""A fitted autoencoder halves the images until their latents are at most so large."""
+FIT_IMAGES = 10_000
+
+
+def _autoencoder(given: str, sha256: str | None, image_size: int) -> dict[str, Any]:
     from eqm.autoencoder import weights_file
     from eqm.disk import hash_file
     from eqm.errors import ConfigError
 
-    if given in ("identity", "fit"):
+    if given == "identity":
         return {"kind": given}
+    if given == "fit":
+        halvings = max(1, (max(1, image_size - 1) // LATENT_SIDE).bit_length())
+        widths = [min(16 * 2**level, 64) for level in range(halvings + 1)]
+        return {"kind": given, "fit": {"widths": widths, "images": FIT_IMAGES}}
     uri, at, revision = given.partition("@") if "://" not in given else (given, "", "")
     path = Path(given)
     if path.exists():
