@@ -144,8 +144,10 @@ def stats(latents: LatentsArgument) -> None:
     facts.add_row(
         "images", f"{found.images:,} ({found.train:,} train, {found.held_out:,} held out)"
     )
-    smallest, largest = (f"{escape(n)} {c:,}" for n, c in (found.smallest, found.largest))
-    facts.add_row("classes", f"{found.classes:,}, from {smallest} to {largest} training images")
+    smallest, largest = (f"{escape(n)} ({c:,})" for n, c in (found.smallest, found.largest))
+    balanced = found.smallest[1] == found.largest[1]
+    span = f"{found.smallest[1]:,} each" if balanced else f"from {smallest} to {largest}"
+    facts.add_row("classes", f"{found.classes:,}, training images: {span}")
     facts.add_row("latents", f"{spec.shape} of {spec.image_size_px} px, {escape(spec.autoencoder)}")
     facts.add_row("mirrors", "yes" if data.manifest.mirrored else "no")
     facts.add_row("shards", f"{len(data.manifest.shards):,} of {data.manifest.shard_images:,}")

@@ -1,0 +1,208 @@
+"""``eqm data``: a folder becomes sealed latents in a plain directory, and damage has a name."""
+
+import io
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import eqm
+from flows import cli
+
+
+@dataclass
+class Told:
+    status: int
+    out: str
+    err: str
+
+
+Run = Callable[..., Told]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _made(tmp_path_factory: pytest.TempPathFactory) -> None:
+    global MADE
+    MADE = tmp_path_factory.mktemp("made") / "store"
+
+
+MADE = Path()
+
+
+@pytest.fixture
+def eqm_(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Run]:
+    """The command, in a folder of its own, with no services of anybody."""
+    before = dict(os.environ)
+    for name in list(os.environ):
+        if name.startswith(("EQM_", "AWS_", "MLFLOW_", "PREFECT_")):
+            del os.environ[name]
+    monkeypatch.chdir(tmp_path)
+    os.environ["EQM_HOME"] = str(tmp_path / "home")
+    os.environ["COLUMNS"] = "200"
+
+    def run(*words: str) -> Told:
+        monkeypatch.setattr(sys, "argv", ["eqm", "data", *words])
+        capfd.readouterr()
+        status = 0
+        try:
+            cli.run()
+        except SystemExit as ended:
+            status = int(ended.code or 0)
+        told = capfd.readouterr()
+        return Told(status, told.out, told.err)
+
+    yield run
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def make_images(folder: Path, count: int = 40) -> Path:
+    draw = np.random.default_rng(0)
+    for i in range(count):
+        place = folder / ("cat" if i % 2 else "dog")
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = draw.integers(0, 256, (12, 10, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(place / f"{i:03d}.png")
+    return folder
+
+
+def encoded(run: Run, *more: str) -> str:
+    """Encode the images of a folder; the address of the latents, which the first test makes."""
+    if not MADE.exists() or more:
+        where = encoded_now(run, *more)
+        if not more:
+            shutil.copytree("store", MADE)
+        return where
+    shutil.copytree(MADE, "store", symlinks=True)
+    return next(str(path.parent) for path in Path("store/latents").glob("*/record.json"))
+
+
+def encoded_now(run: Run, *more: str) -> str:
+    if not Path("pictures").exists():
+        make_images(Path("pictures"))
+    line = ("encode", "pictures", "--image-size", "8", "--autoencoder", "identity", "--to", "store")
+    told = run(*line, "--shard-images", "16", "--held-out", "0.2", *more)
+    assert told.status == 0, told.err
+    return told.out.split()[-1]
+
+
+def test_a_folder_becomes_latents_without_services(eqm_: Run) -> None:
+    where = encoded_now(eqm_)
+    data = eqm.open_manifest(where)
+    assert (len(data), len(data.manifest.shards)) == (40, 3)
+    assert data.manifest.classes == ("cat", "dog")
+    assert encoded_now(eqm_) == where  # and nothing is made again
+    listed = eqm_("list", "store").out
+    assert where.rpartition("/")[2][:12] in listed
+    assert "3 x 8 x 8" in listed
+    assert "every byte is sound" in eqm_("verify", where).out
+
+
+def test_latents_are_named_by_their_first_digits(eqm_: Run) -> None:
+    digest = encoded(eqm_).rpartition("/")[2]
+    os.environ["EQM_STORE"] = "store"
+    assert eqm_("verify", digest[:8]).status == 0
+    wrong = eqm_("verify", "0000")
+    assert (wrong.status, "has no latents 0000" in wrong.err) == (2, True)
+
+
+def test_verify_names_all_damage_and_exits_with_1(eqm_: Run) -> None:
+    where = encoded(eqm_)
+    data = eqm.open_manifest(where)
+    shards, keys = data.manifest.shards, data.keys
+    cut, flipped, gone = (Path("store") / shard.tar.key for shard in shards)
+    at = int(data._offset[20, 1]) + 200
+    for path, change in (
+        (cut, lambda b: b[: len(b) // 2]),
+        (flipped, lambda b: b[:at] + bytes([b[at] ^ 8]) + b[at + 1 :]),
+    ):
+        path.chmod(0o644)
+        path.write_bytes(change(path.read_bytes()))
+    gone.unlink()
+    told = eqm_("verify", where)
+    assert told.status == 1
+    assert f"sample 20 ({keys[20]}), byte {int(data._offset[20, 1])}" in told.out
+    assert "mirror.npy does not match its CRC" in told.out
+    for shard, word in ((0, "cut"), (1, "CRC"), (2, "does not exist")):
+        assert any(f"shard {shard} (" in line and word in line for line in told.out.splitlines())
+    assert "restore these files" in told.out
+
+
+def test_stats_tell_counts_and_warn(eqm_: Run) -> None:
+    make_images(Path("pictures"))
+    told = eqm_("stats", encoded(eqm_))
+    assert told.status == 0
+    for words in ("training images: 15 each", "(3, 8, 8)", "moments of 40 samples", "mirrors"):
+        assert words in told.out
+    assert "warning" not in told.out
+    for path in Path("pictures/dog").iterdir():
+        flat = np.zeros((12, 10, 3), dtype=np.uint8)
+        flat[..., 0] = 200
+        Image.fromarray(flat).save(path)
+    for path in sorted(Path("pictures/cat").iterdir())[1:]:
+        path.unlink()
+    flat = np.zeros((12, 10, 3), dtype=np.uint8)
+    Image.fromarray(flat).save("pictures/cat/001.png")
+    told = eqm_("stats", encoded(eqm_, "--set", "source.held_out_fraction=0"))
+    assert "channel 1 is constant" in told.out
+    assert "the largest class has 20 times the images of the smallest" in told.out
+
+
+def test_a_preview_shows_images_and_what_comes_back(eqm_: Run) -> None:
+    where = encoded(eqm_)
+    assert eqm_("preview", where, "--out", "seen.png").status == 0
+    picture = Image.open("seen.png").convert("RGB")
+    # Three bands of three rows, eight columns of 96 px: image, decoded and mirror.
+    assert picture.width > 8 * 96
+    assert picture.height > 9 * 96
+    wrong = eqm_("preview", where, "--out", "nowhere/seen.png")
+    assert (wrong.status, "there is no folder" in wrong.err) == (2, True)
+
+
+def test_the_identity_comes_back_as_it_was(eqm_: Run) -> None:
+    from eqm.inspection import preview
+    from eqm.shards import open_manifest, sealed_latents
+
+    store, record = sealed_latents(encoded(eqm_))
+    png = preview(open_manifest(record, store), record, store, columns=4)
+    pixels = np.asarray(Image.open(io.BytesIO(png)).convert("RGB"))
+    rows = [
+        y
+        for y in range(1, len(pixels))
+        if (pixels[y] != 255).any() and (pixels[y - 1, -300:] == 255).all()
+    ]
+    heights = 96
+    first, second = pixels[rows[0] : rows[0] + heights], pixels[rows[1] : rows[1] + heights]
+    right = slice(pixels.shape[1] - 4 * 90, None)
+    assert np.abs(first[:, right].astype(int) - second[:, right]).max() <= 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("encode", "nowhere", "--image-size", "8", "--to", "s"), "is no folder, .tar or .parquet"),
+        (("encode", "s3://b/x", "--image-size", "8", "--to", "s"), "say --kind"),
+        (("encode", "pictures", "--image-size", "8", "--to", "ftp://x/y"), "only s3://"),
+        (
+            ("encode", "pictures", "--image-size", "8", "--to", "s", "--autoencoder", "a/b@c"),
+            "--autoencoder-sha256",
+        ),
+        (("encode", "pictures", "--image-size", "1", "--to", "s"), "image_size_px"),
+        (("verify", "store/latents/abc"), "is no set of latents"),
+        (("verify", f"nowhere/latents/{'0' * 64}"), "there is no store"),
+        (("stats", f"pictures/latents/{'0' * 64}"), "is not sealed"),
+    ],
+)
+def test_mistakes_are_one_message(eqm_: Run, words: tuple[str, ...], message: str) -> None:
+    make_images(Path("pictures"), 4)
+    told = eqm_(*words)
+    assert (told.status, message in told.err) == (2, True), told.err
+    assert "Traceback" not in told.err
