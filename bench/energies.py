@@ -1,17 +1,20 @@
 """What training an explicit energy costs beside an implicit step: S/2, 256 tokens, whole updates.
 
 "double" is the released way: a double backward through math attention. "directional" needs first
-derivatives alone. Time is of alternating updates in one process; peak memory is what weights,
-moments, averages and two updates add to a fresh process of their own (the high-water mark of its
-resident set). ``compiled`` sides are shown
-where a C++ compiler is at hand.
+derivatives alone. Time is of alternating updates in one process. Peak memory is counted twice, in a
+fresh process of its own: what weights, moments, averages and two updates add to it, and what
+forward and backward alone add, with the gradients of all weights that they leave. On the CPU both
+are of the high-water mark of the resident set. ``compiled`` sides are shown where a C++ compiler is
+at hand.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -19,6 +22,7 @@ from bench.timing import alternate, show
 from eqm.config import NetworkConfig, ObjectiveConfig, TrainConfig
 from eqm.learner import Learner
 from eqm.network import Transformer
+from eqm.objective import Corrupted
 
 BATCH, ROUNDS = 4, 3
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -36,8 +40,8 @@ def network() -> Transformer:
     return found.to(DEVICE)
 
 
-def stepper(side: str, *, compiled: bool = False) -> Callable[[], None]:
-    """One update, as a function."""
+def training(side: str, *, compiled: bool = False) -> tuple[Learner, Corrupted]:
+    """A learner, and what it is given: noise in the place of latents."""
     way = "double" if side == "implicit" else side
     energy = "implicit" if side == "implicit" else "dot"
     objective = ObjectiveConfig(energy=energy, backward=way)  # type: ignore[arg-type]
@@ -45,12 +49,17 @@ def stepper(side: str, *, compiled: bool = False) -> Callable[[], None]:
     learner = Learner(net, objective, TrainConfig(batch_size=BATCH), device=DEVICE)
     if compiled:
         learner.field.network = torch.compile(net)
-    # Noise in the place of latents.
     x = torch.randn(BATCH, 4, 32, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     numbers = torch.arange(BATCH, device=DEVICE)
+    return learner, learner.corrupted(x, numbers, numbers)
+
+
+def stepper(side: str, *, compiled: bool = False) -> Callable[[], None]:
+    """One update, as a function."""
+    learner, at = training(side, compiled=compiled)
 
     def step() -> None:
-        learner.backward(learner.corrupted(x, numbers, numbers))
+        learner.backward(at)
         learner.apply(learner.gradient(), images_seen=0)
         if DEVICE.type == "cuda":
             torch.cuda.synchronize()
@@ -58,29 +67,68 @@ def stepper(side: str, *, compiled: bool = False) -> Callable[[], None]:
     return step
 
 
-def peak_bytes(side: str) -> int:
-    """Peak of a process of its own."""
-    code = f"from bench.energies import grown; print(grown({side!r}))"
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+# -- memory -------------------------------------------------------------------------------------
+
+
+def peaks(side: str) -> dict[str, int]:
+    """Peaks in bytes of a process of its own, by what is counted."""
+    code = f"from bench.energies import grown; import json; print(json.dumps(grown({side!r})))"
+    # Freed blocks go back to the system at once: else the resident set would hold old ones too.
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": "65536",
+        "MALLOC_TRIM_THRESHOLD_": "65536",
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment
+    )
     return json.loads(done.stdout)
 
 
-def grown(side: str) -> int:
-    """Bytes by which the high-water mark rises over building a learner and two updates."""
+def grown(side: str) -> dict[str, int]:
+    """Bytes by which the high-water mark rises, over everything and over forward and backward."""
     torch.set_num_threads(1)
-    before = 0 if DEVICE.type == "cuda" else _status("VmRSS")
-    step = stepper(side)
-    step()
-    step()
+    before = _held()
+    learner, at = training(side)
+    for _ in range(2):
+        learner.backward(at)
+        learner.apply(learner.gradient(), images_seen=0)
+    whole = _peak() - before
+    _forget_peak()
+    before = _held()
+    learner.backward(at)
+    return {"the whole process": whole, "forward and backward": _peak() - before}
+
+
+def _held() -> int:
+    return torch.cuda.memory_allocated() if DEVICE.type == "cuda" else _status("VmRSS")
+
+
+def _peak() -> int:
+    return torch.cuda.max_memory_allocated() if DEVICE.type == "cuda" else _status("VmHWM")
+
+
+def _forget_peak() -> None:
     if DEVICE.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return _status("VmHWM") - before
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _status(name: str) -> int:
     with open("/proc/self/status") as file:
         line = next(line for line in file if line.startswith(name))
     return 1024 * int(line.split()[1])
+
+
+def show_memory() -> None:
+    """Measure peaks and print them."""
+    found = {side: peaks(side) for side in SIDES}
+    for counted, base in found["implicit"].items():
+        print(f"peak memory of {counted}:")
+        for side in SIDES:
+            peak = found[side][counted]
+            print(f"{side:32} {peak / 2**20:9.0f} MiB       x {peak / base:.3f}")
 
 
 def main() -> None:
@@ -91,9 +139,7 @@ def main() -> None:
         for side in ("implicit", "directional"):
             sides[f"{side}, compiled"] = stepper(side, compiled=True)
     show(alternate(sides, rounds=ROUNDS), base="implicit")
-    peaks = {side: peak_bytes(side) for side in SIDES}
-    for side, peak in peaks.items():
-        print(f"{side:32} {peak / 2**20:9.0f} MiB peak  x {peak / peaks['implicit']:.3f}")
+    show_memory()
 
 
 if __name__ == "__main__":

@@ -15,8 +15,8 @@ of two ways that are equal up to rounding. The *double* way differentiates the g
     d ||r||^2 / d theta = 2 d <grad_x E, r> / d theta = 2 d/d theta d/ds E(x + s r),   s = 0,
 
 with a central difference in s, which needs first derivatives alone: kernels that can be
-differentiated once (flash attention, compiled code) keep working, and the memory is that of one
-ordinary step. Pure.
+differentiated once (flash attention, compiled code) keep working, and the memory is at most that of
+one ordinary step. Pure.
 """
 
 import math
@@ -274,7 +274,8 @@ def directional_backward(
     The error of the slope is O(step^2) from the landscape and O(rounding / step) from the numbers,
     so the two evaluations run in full precision, outside of autocast: bfloat16 would leave noise.
     Raises ConfigError for weights in half precision without a ``difference``.
-    They go backward one after the other, so no two graphs are ever alive.
+    They go backward one after the other, so no two graphs are ever alive, and by halves of the
+    batch, because the weights' gradients of those before are held beside each.
     """
     with frozen(field.network):
         gradient = field.gradient(at.x, at.labels, at.gamma)
@@ -284,10 +285,13 @@ def directional_backward(
     reach = _per_sample(step, residual) * residual
     # Losses are means over entries: 2 / D of <grad E, r>; the difference spans two steps.
     weight = scale / (residual[0].numel() * step)
+    everyone = torch.arange(len(at.x), device=at.x.device)
     with torch.autocast(at.x.device.type, enabled=False):
-        for side in (1, -1):
-            energy = field.energy(at.x + side * reach, at.labels, at.gamma)
-            (side * weight * energy).sum().backward()
+        for half in everyone.chunk(2):
+            labels = None if at.labels is None else at.labels[half]
+            for side in (1, -1):
+                energy = field.energy((at.x + side * reach)[half], labels, at.gamma[half])
+                (side * weight[half] * energy).sum().backward()
     return residual.square().flatten(1).mean(dim=1)
 
 

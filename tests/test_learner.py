@@ -189,6 +189,37 @@ def test_weights_in_half_precision_are_not_trained_by_differences(dtype, digits)
         backward(Field(net, energy="dot"), at, scale=1.0, way="directional")
 
 
+def test_no_whole_batch_goes_back_beside_gradients_that_are_held(energy):
+    # Memory: activations of the whole batch and gradients of all weights are never there at once.
+    kind, net, at = energy
+    seen = []
+
+    class Spy(torch.nn.Module):
+        classes, conditioned = net.classes, net.conditioned
+
+        def forward(self, x, labels=None):
+            held = any(p.grad is not None for p in net.parameters())
+            recorded = next(net.parameters()).requires_grad
+            seen.append((len(x), recorded, held))
+            return net(x, labels)
+
+    spy = Spy()
+    spy.inner = net
+    weights_gradient(net, lambda: directional_backward(Field(spy, energy=kind), at, scale=0.1))
+    assert seen == [(64, False, False), (32, True, False), *[(32, True, True)] * 3]
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_halves_of_any_batch_make_the_whole(energy, count):
+    kind, net, at = energy
+    net, at = in_double(net, at)
+    at = Corrupted(at.x[:count], at.goal[:count], at.gamma[:count], at.labels[:count])
+    field = Field(net, energy=kind)
+    double = weights_gradient(net, lambda: backward(field, at, scale=0.1, way="double"))
+    other = weights_gradient(net, lambda: backward(field, at, scale=0.1, way="directional"))
+    assert official.error(other, double) < 1e-6
+
+
 def test_losses_and_frozen_weights_are_as_before(energy):
     kind, net, at = energy
     field = Field(net, energy=kind)
