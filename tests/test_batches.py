@@ -207,3 +207,44 @@ def test_the_public_name_is_called_and_is_a_module(latents: LatentSet) -> None:
         next(eqm.batches(latents, batch_size=4, seed=0)),
         next(eqm.batches.batches(latents, batch_size=4, seed=0)),  # type: ignore[attr-defined]
     )
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_any_set_any_world_any_place(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    """Whatever the shards, ranks, readers and start: one order, each image once an epoch."""
+    draw = data.draw
+    count, shard_images = draw(st.integers(2, 30)), draw(st.integers(1, 12))
+    mirror, seed = draw(st.booleans()), draw(st.integers(0, 2**62))
+    held = draw(st.integers(0, count - 2))
+    samples = [a_sample(i, held_out=i >= count - held, mirror=mirror) for i in range(count)]
+    store = LocalStore(tmp_path_factory.mktemp("any"))
+    files = stored_set(store, samples, shard_images, classes=("a", "b"))
+    latents = LatentSet(manifest_from_bytes(files[MANIFEST], "m"), store, "m")
+    world, share = draw(st.integers(1, 5)), draw(st.integers(1, 7))
+    size, start = world * share, draw(st.integers(0, 4 * count))
+    epoch = len(latents.train_numbers)
+    updates = -(-2 * epoch // size)
+
+    def stream(first: int, world: int, ahead: int) -> np.ndarray:
+        """(image, sample, value) of all images from ``first`` on, by rank and then by place."""
+        ranks = [
+            take(latents, updates, batch_size=size, seed=seed, first_image=first, rank=rank,
+                 world=world, ahead=ahead)
+            for rank in range(world)
+        ]  # fmt: skip
+        parts = [batch for update in zip(*ranks, strict=True) for batch in update]
+        numbers, samples = joined(parts, "image_numbers"), joined(parts, "sample_numbers")
+        values = torch.cat([part.moments[:, 0, 0, 0] for part in parts]).tolist()
+        return np.array([numbers, samples, values])
+
+    alone = stream(0, 1, draw(st.integers(1, 4)))
+    assert np.array_equal(alone, stream(0, world, draw(st.integers(1, 4))))
+    assert alone[0].tolist() == list(range(updates * size))
+    for first in range(0, 2 * epoch, epoch):
+        assert sorted(alone[1, first : first + epoch]) == latents.train_numbers.tolist()
+    later = stream(start, world, draw(st.integers(1, 4)))
+    both = slice(start, updates * size)
+    assert np.array_equal(alone[:, both], later[:, : max(0, updates * size - start)])
