@@ -39,7 +39,7 @@ LARGEST_MEMBER_BYTES = 2**29
 """An image of a tar is read at once: the largest that is decoded has 256 MiB of pixels."""
 LARGEST_LABEL_BYTES = 2**20
 LARGEST_DEVKIT_BYTES = 2**28
-"""Unpacked; the official one has 5 MiB."""
+"""Unpacked; the official one is far smaller."""
 FILES_A_PART = 1024
 """Files of a folder are remembered together, about so many at a time."""
 
