@@ -51,6 +51,8 @@ class Autoencoder:
         self.network = network
         """The AutoencoderKL; None for the identity."""
         self.device = torch.device("cpu")
+        self.dtype = torch.float32
+        """What the network computes in."""
         if network is not None:
             self.network = copy.deepcopy(network).float().eval().requires_grad_(False)
             self.device = next(network.parameters()).device
@@ -67,6 +69,22 @@ class Autoencoder:
             self.network.to(self.device)
         return self
 
+    def in_precision(self, name: str) -> "Autoencoder":
+        """This autoencoder, or a copy whose network computes in "bfloat16".
+
+        PRECISION_DOC
+        """
+        if name == "float32":
+            return self
+        if name != "bfloat16":
+            raise ConfigError(f"precision is {name!r}; it must be float32 or bfloat16")
+        made = Autoencoder(self.spec, self.config, self.network)
+        made.device = self.device
+        if made.network is not None:
+            made.dtype = torch.bfloat16
+            made.network.to(made.dtype)
+        return made
+
     def encode(self, images: Tensor) -> Tensor:
         """Posterior mean and standard deviation, float32 (B, 2C, h, w), not whitened.
 
@@ -78,8 +96,10 @@ class Autoencoder:
         if self.network is None:
             return torch.cat([pixels, torch.zeros_like(pixels)], dim=1)
         with torch.no_grad(), full_precision():
-            posterior = self.network.encode(pixels).latent_dist  # type: ignore[operator]
-        return torch.cat([posterior.mean, posterior.std], dim=1)
+            posterior = self.network.encode(pixels.to(self.dtype)).latent_dist  # type: ignore[operator]
+            # Its own mean and std are of the network's dtype; an exponential loses in bfloat16.
+            mean, log_variance = posterior.parameters.float().chunk(2, dim=1)
+        return torch.cat([mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))], dim=1)
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images uint8 (B, C, H, W) of whitened latents (B, C, h, w), on the weights' device.
@@ -95,7 +115,7 @@ class Autoencoder:
         if self.network is None:
             return to_uint8(raw)
         with torch.no_grad(), full_precision():
-            return to_uint8(self.network.decode(raw).sample)  # type: ignore[operator]
+            return to_uint8(self.network.decode(raw.to(self.dtype)).sample.float())  # type: ignore[operator]
 
     def _check_images(self, images: Tensor) -> None:
         size = self.spec.image_size_px

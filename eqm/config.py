@@ -231,8 +231,11 @@ class EncodeConfig:
     shard_images: int = 1024
     batch_size: int = 128
     """Images a call of the autoencoder; a batch never spans two shards."""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """What the autoencoder computes in. Moments leave it as float32 and are stored as float16."""
 
     def __post_init__(self) -> None:
+        _known(self, "encode")
         _positive(self, "encode", "shard_images", "batch_size")
 
 
@@ -630,6 +633,17 @@ class Runtime:
     """How the grids that training shows are sampled."""
     error_file: str | None = None
     """Where a failed program leaves its message for whoever started it."""
+    workers: int | None = None
+    """Processes that decode images beside each encoding one; 0 decodes in its own threads, null is
+    its share of the cores less one, at least 1."""
+    shards: tuple[int, int] | None = None
+    """Encode only the shards from the first number to before the second; null: all."""
+
+    def __post_init__(self) -> None:
+        count, span = self.workers, self.shards
+        require(count is None or count >= 0, "runtime.workers", count, "0 or greater, or null")
+        ok = span is None or 0 <= span[0] < span[1]
+        require(ok, "runtime.shards", span, "a first number and a greater end, or null")
 
 
 @dataclass(frozen=True, kw_only=True)

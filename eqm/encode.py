@@ -2,31 +2,54 @@
 
 The plan cuts the listing into runs of consecutive images, one a shard. A finished shard is
 committed create-once under ``latents/<digest>/shards/``; interrupted, the stage goes on with the
-shards that are not. A batch of the autoencoder never spans two shards, so a shard's bytes do not
-depend on who encodes it, and processes share the shards without talking to each other.
+shards that are not. A batch of the autoencoder never spans two shards, and on a CPU it is cut into
+pieces whose size the config alone decides, so a shard's bytes do not depend on who encodes it.
+
+Encoders need not know of each other: each walks the open shards from a place of its own and skips
+what is committed, so any number of them, in one program or in many, share the work. Two that meet
+may encode one shard twice; the first commit stands. In each of them worker processes decode
+(eqm.readahead), lanes keep the device busy, and a thread packs and uploads the shard before.
 """
 
+import contextlib
 import functools
+import math
+import random
+import secrets
 import sys
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import safetensors.numpy
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from eqm.autoencoder import Autoencoder, load_autoencoder
-from eqm.config import EncodeConfig, LatentsStage
-from eqm.errors import DataError
+from eqm.config import EncodeConfig, LatentsStage, Runtime, SourceConfig
+from eqm.distributed import World
+from eqm.errors import ConfigError, DataError, MissingError
 from eqm.images import ImageSource, checked_source, mirrored
+from eqm.precision import full_precision
+from eqm.progress import Progress
+from eqm.readahead import open_readers
 from eqm.records import Blob, Shard, note_from_bytes, note_to_bytes, to_json
 from eqm.shards import ORIGINALS, Index, Sample, read_index, seal_set, write_shard
-from eqm.stage import Context, Outcome
+from eqm.stage import Context, Outcome, Unfinished
 from eqm.stage import main as stage_main
 
 ORIGINAL_IMAGES = 24
+PIECE_PIXELS = 2**16
+"""On a CPU a call of the autoencoder takes images of so many pixels, and their activations stay in
+its caches; larger calls took 1.2 to 1.6 times as long."""
+LOOK_SECONDS = 0.5
+"""How often an encoder looks whether another one was faster."""
 GATHERERS = 16
 """Commits and indices that are read at once."""
 
@@ -54,27 +77,44 @@ def shard_plans(images: int, config: EncodeConfig) -> list[ShardPlan]:
     return [ShardPlan(number=i, first=s, count=min(size, images - s)) for i, s in starts]
 
 
-def program(context: Context) -> Outcome | None:
+def program(context: Context) -> Outcome | Unfinished | None:
     """Encode what is missing; the first rank returns the outcome."""
     stage: LatentsStage = context.config
+    runtime = context.job.runtime
     source = checked_source(
-        stage.source, context.job.runtime.source_uri, context.job.inputs["source"]
+        stage.source, runtime.source_uri, context.job.inputs["source"], listing=context.listing()
     )
-    autoencoder = load_autoencoder(
-        context.input("autoencoder"), context.store, context.world.device
-    )
-    _check_sizes(source, autoencoder)
     plans = shard_plans(len(source.entries), stage.encode)
-    mine = plans[context.world.rank :: context.world.size]
-    done = [plan for plan in mine if committed(context, plan) is not None]
-    total, skipped = sum(plan.count for plan in mine), sum(plan.count for plan in done)
-    with context.progress("encoding", total, done=skipped) as bar:
-        for plan in mine:
-            if plan not in done:
-                commit(context, plan, encode_shard(plan, source, autoencoder, stage.encode))
-                bar.advance(plan.count)
+    walk = Walk(Commits(context), _asked(plans, runtime), _start(context.world, len(plans)))
+    autoencoder = encode_shards(context, source, walk)
     context.world.barrier()
-    return gather(context, source, autoencoder, plans) if context.world.is_first else None
+    if not context.world.is_first:
+        return None
+    missing = len(plans) - len(Commits(context).numbers())
+    if missing and runtime.shards is not None:
+        return Unfinished(f"range done, {missing} shards of the set still missing")
+    lost = _lost(context, plans)
+    if lost:
+        encode_shards(context, source, Walk(NoCommits(), lost, 0))
+    return gather(context, source, autoencoder, plans)
+
+
+def _asked(plans: list[ShardPlan], runtime: Runtime) -> list[ShardPlan]:
+    """The plans of this program. Raises ConfigError for a range that holds none."""
+    if runtime.shards is None:
+        return plans
+    first, end = runtime.shards
+    if end > len(plans):
+        raise ConfigError(
+            f"runtime.shards is {runtime.shards}, but the images fill {len(plans)} shards: the "
+            f"second number must be at most {len(plans)}"
+        )
+    return plans[first:end]
+
+
+def _start(world: World, plans: int) -> int:
+    """Where a rank begins: far from the others, and by chance for those of other programs."""
+    return world.first_says(secrets.randbelow(plans)) + world.rank * plans // world.size
 
 
 def _check_sizes(source: ImageSource, autoencoder: Autoencoder) -> None:
@@ -87,57 +127,326 @@ def _check_sizes(source: ImageSource, autoencoder: Autoencoder) -> None:
         )
 
 
+# -- who encodes what ---------------------------------------------------------------------------
+
+
+class Commits:
+    """The shards that are finished, in the store."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+
+    def numbers(self) -> set[int]:
+        """Numbers of all of them, by one listing."""
+        prefix = _commit_prefix(self._context)
+        keys = self._context.store.list(prefix)
+        return {int(key.removeprefix(prefix).removesuffix(".json")) for key in keys}
+
+    def has(self, number: int) -> bool:
+        """Whether a shard is finished."""
+        return self._context.store.exists(_commit_key(self._context, number))
+
+
+class NoCommits(Commits):
+    """For shards whose commits stand although their bytes are gone."""
+
+    def __init__(self) -> None:
+        pass
+
+    def numbers(self) -> set[int]:
+        """None of them."""
+        return set()
+
+    def has(self, number: int) -> bool:
+        """Never."""
+        return False
+
+
+class Walk:
+    """The open shards in an order of this encoder's own: upwards, until it meets another one.
+
+    Where the next shard is finished, or another encoder was faster, it leaps to any open one:
+    two that went on side by side would do everything twice. The shards that others are at are
+    open too, so the last of them may be encoded twice, by who has nothing else to do; none waits
+    for one that may be dead.
+    """
+
+    def __init__(self, commits: Commits, plans: list[ShardPlan], start: int) -> None:
+        self._commits = commits
+        self._plans = {plan.number: plan for plan in plans}
+        self._taken: set[int] = set()
+        self._next = plans[start % len(plans)].number
+        self._looked = time.monotonic()
+        self._random = random.SystemRandom()
+        self.overtaken: set[int] = set()
+        """Shards that another one finished while they were being encoded here."""
+        self.finished = commits.numbers() & self._plans.keys()
+
+    @property
+    def images(self) -> int:
+        """Images of all shards it may walk over."""
+        return sum(plan.count for plan in self._plans.values())
+
+    def count(self, numbers: Iterable[int]) -> int:
+        """Images of some shards."""
+        return sum(self._plans[number].count for number in numbers)
+
+    def batches(self, size: int) -> Iterator["Batch"]:
+        """Batches of the shards that are taken, one shard after another."""
+        while (plan := self._take()) is not None:
+            for numbers in plan.batches(size):
+                if self._is_overtaken(plan):
+                    break
+                yield Batch(plan=plan, numbers=numbers)
+
+    def leap(self) -> None:
+        """Another encoder goes the same way: go on elsewhere."""
+        self._next = -1
+
+    def _take(self) -> ShardPlan | None:
+        number = self._next
+        if number not in self._open or self._commits.has(number):
+            self.finished |= self._commits.numbers() & self._plans.keys()
+            if not self._open:
+                return None
+            number = self._random.choice(sorted(self._open))
+        self._taken.add(number)
+        self._next = number + 1 if number + 1 in self._plans else min(self._plans)
+        self._looked = time.monotonic()
+        return self._plans[number]
+
+    @property
+    def _open(self) -> set[int]:
+        return self._plans.keys() - self.finished - self._taken
+
+    def _is_overtaken(self, plan: ShardPlan) -> bool:
+        if time.monotonic() - self._looked > LOOK_SECONDS:
+            self._looked = time.monotonic()
+            if self._commits.has(plan.number):
+                self.overtaken.add(plan.number)
+                self.finished.add(plan.number)
+                self.leap()
+        return plan.number in self.overtaken
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Images of one call of the autoencoder."""
+
+    plan: ShardPlan
+    numbers: range
+
+    @property
+    def is_last(self) -> bool:
+        """Whether its shard is whole with it."""
+        return self.numbers.stop == self.plan.first + self.plan.count
+
+
+# -- from pixels to commits ---------------------------------------------------------------------
+
+
+def encode_shards(context: Context, source: ImageSource, walk: Walk) -> Autoencoder:
+    """Encode and commit the shards of a walk; returns the autoencoder."""
+    config: EncodeConfig = context.config.encode
+    world, size = context.world, config.batch_size
+    workers = decoders(context.job.runtime) if walk.count(walk.finished) < walk.images else 0
+    lanes = Lanes(world.device, source.config, size)
+    # Forked before the weights are here: the workers need none of them.
+    with contextlib.ExitStack() as stack:
+        readers = stack.enter_context(open_readers(source, size, workers=workers, kept=lanes.kept))
+        autoencoder = load_autoencoder(context.input("autoencoder"), context.store, world.device)
+        _check_sizes(source, autoencoder)
+        bar = stack.enter_context(
+            context.progress("encoding", walk.images, done=walk.count(walk.finished))
+        )
+        committer = stack.enter_context(Committer(context, source, walk))
+        stack.enter_context(lanes)
+        # Lanes set and restore it at the same time: here it is what all of them restore.
+        stack.enter_context(full_precision())
+        counter = Counter(walk, bar)
+        pixels = readers.read(walk.batches(size))
+        network = autoencoder.in_precision(config.precision)
+        for batch, moments in lanes.encoded(pixels, network, walk):
+            counter.count(batch)
+            if batch.plan.number not in walk.overtaken:
+                committer.add(batch, moments)
+        committer.wait()
+    return autoencoder
+
+
+def decoders(runtime: Runtime) -> int:
+    """Worker processes of this encoder."""
+    return max(1, torch.get_num_threads() - 1) if runtime.workers is None else runtime.workers
+
+
+class Counter:
+    """What of the walk is done, here and elsewhere, on a bar."""
+
+    def __init__(self, walk: Walk, bar: Progress) -> None:
+        self._walk, self._bar = walk, bar
+        self._here: dict[int, int] = {}
+
+    def count(self, batch: Batch) -> None:
+        """Count a batch."""
+        number, finished = batch.plan.number, self._walk.finished
+        self._here[number] = self._here.get(number, 0) + len(batch.numbers)
+        here = sum(images for shard, images in self._here.items() if shard not in finished)
+        self._bar.advance(self._walk.count(finished) + here - self._bar.done)
+
+
+Moments = tuple[NDArray[Any], NDArray[Any] | None]
+"""Of some images and of their mirrors, float32 (B, 2C, H, W) each."""
+
+
+class Lanes:
+    """Threads that keep a device busy: while one waits, another has given it work.
+
+    On a CPU each is one core's: pieces of a batch beside each other are faster than one call on all
+    cores, and their bits do not depend on how many cores there are.
+    """
+
+    def __init__(self, device: torch.device, source: SourceConfig, batch_size: int) -> None:
+        self._device, self._mirror = device, source.mirror
+        on_cpu = device.type == "cpu"
+        self._threads = torch.get_num_threads()
+        lanes = self._threads if on_cpu else 2
+        fitting = max(1, PIECE_PIXELS // source.image_size_px**2)
+        self._piece = min(batch_size, fitting) if on_cpu else batch_size
+        self.kept = max(2, math.ceil(2 * lanes / math.ceil(batch_size / self._piece)))
+        """Batches that it holds at once."""
+        # Two calls at once would hold twice the activations on a GPU, and win nothing.
+        self._call = contextlib.nullcontext() if on_cpu else threading.Lock()
+        self._pool = ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(1,))
+
+    def __enter__(self) -> "Lanes":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(self._threads)
+
+    def encoded(
+        self, pixels: Iterable[tuple[Batch, Tensor]], autoencoder: Autoencoder, walk: Walk
+    ) -> Iterator[tuple[Batch, list[Moments]]]:
+        """Batches with their moments in pieces, in order; those of overtaken shards left out."""
+        coming: deque[tuple[Batch, list[Future[Moments]]]] = deque()
+        for batch, images in pixels:
+            if batch.plan.number not in walk.overtaken:
+                pieces = images.split(self._piece)
+                coming.append(
+                    (batch, [self._pool.submit(self._encode, autoencoder, p) for p in pieces])
+                )
+            if len(coming) == self.kept:
+                yield _finished_batch(*coming.popleft())
+        while coming:
+            yield _finished_batch(*coming.popleft())
+
+    def _encode(self, autoencoder: Autoencoder, images: Tensor) -> Moments:
+        with self._call:
+            there = images.to(self._device)
+            moments = autoencoder.encode(there)
+            mirrors = autoencoder.encode(mirrored(there)) if self._mirror else None
+        return moments.cpu().numpy(), None if mirrors is None else mirrors.cpu().numpy()
+
+
+def _finished_batch(batch: Batch, pieces: list[Future[Moments]]) -> tuple[Batch, list[Moments]]:
+    return batch, [piece.result() for piece in pieces]
+
+
+class Committer:
+    """Packs, uploads and commits a shard in the background while the next one is encoded."""
+
+    def __init__(self, context: Context, source: ImageSource, walk: Walk) -> None:
+        self._context, self._source, self._walk = context, source, walk
+        self._plan: ShardPlan | None = None
+        self._moments: list[Moments] = []
+        self._pool = ThreadPoolExecutor(1)
+        self._commit: Future[bool] | None = None
+
+    def __enter__(self) -> "Committer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._pool.shutdown()
+
+    def add(self, batch: Batch, moments: list[Moments]) -> None:
+        """Take a batch; with its last one a shard is on its way."""
+        if batch.plan is not self._plan:
+            self._plan, self._moments = batch.plan, []
+        self._moments += moments
+        if batch.is_last:
+            # Bounds the memory: one shard on its way, one that fills.
+            self.wait()
+            work = (self._context, batch.plan, self._source, self._moments)
+            self._commit = self._pool.submit(commit, *work)
+            self._moments = []
+
+    def wait(self) -> None:
+        """Return when nothing is on its way. Raises what committing raised."""
+        if self._commit is not None:
+            if not self._commit.result():
+                self._walk.leap()
+            self._commit = None
+
+
 # -- one shard ----------------------------------------------------------------------------------
 
 
-def encode_shard(
-    plan: ShardPlan, source: ImageSource, autoencoder: Autoencoder, config: EncodeConfig
-) -> list[Sample]:
-    """Moments of all images of a shard, and of their mirrors where the source has mirrors."""
-    samples: list[Sample] = []
-    batches = list(plan.batches(config.batch_size))
-    for numbers, pixels in zip(batches, source.read_many(batches), strict=True):
-        moments = autoencoder.encode(pixels).cpu()
-        mirrors = autoencoder.encode(mirrored(pixels)).cpu() if source.config.mirror else None
-        samples.extend(
-            _sample(source, number, moments[i], None if mirrors is None else mirrors[i])
-            for i, number in enumerate(numbers)
-        )
-    return samples
+def samples_of(
+    plan: ShardPlan, source: ImageSource, moments: Iterable[Moments]
+) -> Iterator[Sample]:
+    """Samples of a shard whose moments come in pieces."""
+    entries, number = source.entries, plan.first
+    for means, mirrors in moments:
+        for i in range(len(means)):
+            yield Sample(
+                key=entries.key(number),
+                label=int(entries.label[number]),
+                held_out=bool(entries.held_out[number]),
+                moments=means[i],
+                mirror=None if mirrors is None else mirrors[i],
+            )
+            number += 1
 
 
-def _sample(source: ImageSource, number: int, moments: Tensor, mirror: Tensor | None) -> Sample:
-    entry = source.entries[number]
-    return Sample(
-        key=entry.key,
-        label=entry.label,
-        held_out=entry.held_out,
-        moments=moments.numpy(),
-        mirror=None if mirror is None else mirror.numpy(),
-    )
+def _commit_prefix(context: Context) -> str:
+    return f"latents/{context.digest}/shards/"
 
 
-def _commit_key(context: Context, plan: ShardPlan) -> str:
-    return f"latents/{context.digest}/shards/{plan.number:05d}.json"
+def _commit_key(context: Context, number: int) -> str:
+    return f"{_commit_prefix(context)}{number:05d}.json"
 
 
 def committed(context: Context, plan: ShardPlan) -> Shard | None:
     """The finished shard of a plan; None if it must still be made."""
-    key = _commit_key(context, plan)
-    if not context.store.exists(key):
+    key = _commit_key(context, plan.number)
+    try:
+        shard = note_from_bytes(Shard, context.store.read(key), context.store.where(key))
+    except MissingError:
         return None
-    shard = note_from_bytes(Shard, context.store.read(key), context.store.where(key))
     # A blob that was lost since is made again: equal bytes come back under the same name.
-    there = all(context.store.exists(blob.key) for blob in (shard.tar, shard.index))
-    return shard if there else None
+    return shard if all(map(context.store.holds, (shard.tar, shard.index))) else None
 
 
-def commit(context: Context, plan: ShardPlan, samples: list[Sample]) -> None:
-    """Make a shard durable: what it consists of first, what names it last."""
+def commit(
+    context: Context, plan: ShardPlan, source: ImageSource, moments: Iterable[Moments]
+) -> bool:
+    """Make a shard durable: what it consists of first, what names it last.
+
+    False where another encoder was first; its commit stands.
+    """
+    samples = list(samples_of(plan, source, moments))
     packed = write_shard(samples, first_number=plan.first)
     tar, index = context.store.put(packed.tar), context.store.put(packed.index)
     shard = Shard(tar=tar, index=index, count=packed.count)
-    context.store.write_once(_commit_key(context, plan), note_to_bytes(shard))
+    return context.store.write_once(_commit_key(context, plan.number), note_to_bytes(shard))
+
+
+def _lost(context: Context, plans: list[ShardPlan]) -> list[ShardPlan]:
+    """Shards that are not in the store as they were committed."""
+    with ThreadPoolExecutor(GATHERERS) as gatherers:
+        found = gatherers.map(functools.partial(committed, context), plans)
+        return [plan for plan, shard in zip(plans, found, strict=True) if shard is None]
 
 
 # -- all of them --------------------------------------------------------------------------------
@@ -194,7 +503,7 @@ def _finished(context: Context, plan: ShardPlan) -> Shard:
     if shard is None:
         raise DataError(
             f"shard {plan.number} is not in {context.store.uri} although it was encoded: something "
-            f"deletes from the store; delete {_commit_key(context, plan)} too and run again"
+            f"deletes from the store; delete {_commit_key(context, plan.number)} too and run again"
         )
     return shard
 

@@ -20,7 +20,7 @@ from eqm import distributed
 from eqm.config import ALGORITHMS, Job, stage_config
 from eqm.disk import disk_errors
 from eqm.distributed import World
-from eqm.errors import ConfigError, DataError, EqmError, IntegrityError
+from eqm.errors import ConfigError, DataError, EqmError, IntegrityError, MissingError
 from eqm.progress import Progress
 from eqm.records import Blob, Record, Ref, from_json, stage_digest, to_json
 from eqm.storage import Store, open_store
@@ -52,6 +52,13 @@ class Context:
             raise ConfigError(f"stage {self.job.stage} was given no input {name!r}")
         return open_ref(self.store, self.job.inputs[name])
 
+    def listing(self) -> bytes | None:
+        """The kept listing of the source that the job builds on; None where none was kept."""
+        try:
+            return self.store.read(listing_key(self.job.inputs["source"].digest))
+        except MissingError:
+            return None
+
     def progress(self, label: str, total: int, *, unit: str = "images", done: int = 0) -> Progress:
         """Progress that only the first rank shows."""
         return Progress(label, total=total, unit=unit, done=done, show=self.world.is_first)
@@ -66,8 +73,20 @@ class Outcome:
     logs: Mapping[str, bytes | Path | Blob] = field(default_factory=dict)
 
 
-Program = Callable[[Context], Outcome | None]
+@dataclass(frozen=True)
+class Unfinished:
+    """A part of a stage is done that was asked for, but not all that its record must name."""
+
+    message: str
+
+
+Program = Callable[[Context], Outcome | Unfinished | None]
 """The work of a stage; ranks other than the first may return None."""
+
+
+def listing_key(digest: str) -> str:
+    """Where the listing of a source is kept for jobs, so that none of them scans it again."""
+    return f"source/{digest}/listing"
 
 
 def job_digest(job: Job) -> str:
@@ -118,7 +137,7 @@ def main(stages: tuple[str, ...], program: Program, argv: list[str]) -> int:
     job = None
     try:
         job = read_job(Path(argv[0]), stages)
-        run(job, program)
+        run_part(job, program)
     except EqmError as error:
         return _refuse(str(error), job)
     except OSError as error:
@@ -154,7 +173,13 @@ def read_job(path: Path, stages: tuple[str, ...]) -> Job:
 
 
 def run(job: Job, program: Program) -> Record:
-    """Run a job unless it is sealed; returns the sealed record."""
+    """Run a job unless it is sealed; returns the sealed record. Raises DataError without one."""
+    record = run_part(job, program)
+    return record if record is not None else open_sealed(open_store(job.runtime.store), job)
+
+
+def run_part(job: Job, program: Program) -> Record | None:
+    """Run a job unless it is sealed; the sealed record, or None while parts of it are missing."""
     runtime = job.runtime
     config = stage_config(job.stage, job.config)
     cache = Path(runtime.cache) if runtime.cache else None
@@ -168,10 +193,14 @@ def run(job: Job, program: Program) -> Record:
         began = _now()
         context = Context(job=job, config=config, store=store, world=world)
         outcome = program(context)
+        if world.is_first and outcome is None:
+            raise AssertionError("the first rank must return what the stage made")
+        if world.first_says(isinstance(outcome, Unfinished)):
+            if isinstance(outcome, Unfinished):
+                _say(f"{job.stage} {context.digest[:12]}: {outcome.message}")
+            return None
         record = None
-        if world.is_first:
-            if outcome is None:
-                raise AssertionError("the first rank must return what the stage made")
+        if world.is_first and isinstance(outcome, Outcome):
             record = store.seal(_record(context, outcome, began))
             _say(f"{job.stage} {record.digest[:12]} sealed, content {record.content[:12]}")
         world.barrier()

@@ -1,23 +1,38 @@
 """Images -> latents: the autoencoder, and the shards that it makes.
 
-Wraps ``python -m eqm.fit`` and ``python -m eqm.encode``. Locally: ``eqm encode demo``.
+Wraps ``python -m eqm.fit`` and ``python -m eqm.encode``. Locally: ``eqm encode demo``. With
+``workers`` the shards are cut into ranges that run as deployments of their own, on every machine
+that serves the work pool; whatever is missing after them is encoded here, and the set is sealed.
 """
 
 from typing import Any
 
-from prefect import flow
+from prefect import flow, task
+from prefect.cache_policies import NO_CACHE
+from prefect.deployments import run_deployment
+from prefect.exceptions import ObjectNotFound
 
+from eqm.config import Job, replace
+from eqm.encode import shard_plans
+from eqm.errors import ConfigError, DataError
+from eqm.images import checked_source
 from eqm.records import Record, Ref
+from eqm.stage import job_digest, listing_key
 from flows.plan import (
+    Changes,
     Plan,
     autoencoder_job,
     ensure,
     latents_job,
     list_source,
     make_plan,
+    sealed,
     source_ref,
 )
 from flows.prefect_tools import logged, stage
+
+RANGE_DEPLOYMENT = "encode-range/encode-range"
+POLL_SECONDS = 2.0
 
 
 @stage
@@ -51,9 +66,108 @@ def fit(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None = 
 
 
 @flow(name="encode")
-def encode(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None = None) -> str:
-    """Encode the images of a config; returns the address of the sealed latents."""
+def encode(
+    config: str | dict[str, Any] = "demo",
+    changes: dict[str, Any] | None = None,
+    workers: int = 1,
+) -> str:
+    """Encode the images of a config; returns the address of the sealed latents.
+
+    ``workers``: so many flow runs on the work pool share the shards.
+    """
+    if workers < 1:
+        raise ConfigError(f"workers is {workers}; it must be 1 or greater")
     plan = make_plan(config, changes, tracked=False)
     source = list_images(plan)
-    latents = encode_images(plan, source, fit_autoencoder(plan, source))
+    made = fit_autoencoder(plan, source)
+    if workers > 1:
+        fan_out(plan, source, made, config, changes, workers)
+    latents = encode_images(plan, source, made)
     return plan.store.where(f"latents/{latents.digest}")
+
+
+# -- ranges of shards ---------------------------------------------------------------------------
+
+
+def ranges(shards: int, workers: int) -> list[tuple[int, int]]:
+    """So many ranges of nearly one size that hold every shard once; fewer where shards are."""
+    count = min(shards, workers)
+    return [(i * shards // count, (i + 1) * shards // count) for i in range(count)]
+
+
+def fan_out(
+    plan: Plan,
+    source: Ref,
+    autoencoder: Record,
+    config: str | dict[str, Any],
+    changes: Changes,
+    workers: int,
+) -> None:
+    """Encode on the work pool. What fails there is left for whoever encodes the rest."""
+    if sealed(plan, latents_job(plan, source, autoencoder)) is not None:
+        return
+    given: dict[str, Any] = {"config": config, "changes": changes, "source": source.digest}
+    parts = ranges(_shards(plan, source), workers)
+    logged(f"{workers} workers asked for: {len(parts)} ranges of shards on the work pool")
+    running = [encode_on_pool.submit(given, part) for part in parts]
+    for (first, end), one in zip(parts, running, strict=True):
+        state = one.result()
+        if state != "COMPLETED":
+            logged(f"shards {first} to {end - 1} ended {state}: what is missing is encoded here")
+
+
+def _shards(plan: Plan, source: Ref) -> int:
+    asked, listing = plan.config.source, plan.store.read(listing_key(source.digest))
+    images = checked_source(asked, plan.config.source_uri, source, listing=listing).entries
+    return len(shard_plans(len(images), plan.config.encode))
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, retries=0)
+def encode_on_pool(given: dict[str, Any], shards: tuple[int, int]) -> str:
+    """Have a range of shards encoded by a flow run on the work pool; returns how that ended."""
+    try:
+        run: Any = run_deployment(
+            RANGE_DEPLOYMENT,
+            parameters={**given, "shards": list(shards)},
+            flow_run_name=f"shards-{shards[0]}-{shards[1]}",
+            poll_interval=POLL_SECONDS,
+        )
+    except ObjectNotFound as error:
+        raise ConfigError(
+            f"Prefect knows no deployment {RANGE_DEPLOYMENT}: register those of prefect.yaml with "
+            "`eqm up` or `prefect deploy --all`, or encode with workers 1"
+        ) from error
+    return str(run.state.type.value) if run.state else "without a state"
+
+
+@stage
+def encode_part(plan: Plan, job: Job) -> None:
+    """Encode some shards of a set."""
+    if plan.store.record(job.stage, job_digest(job)) is not None:
+        logged(f"{job.stage} {job_digest(job)[:12]}: sealed already, skipped")
+        return
+    plan.launcher.run(job, processes=plan.processes)
+
+
+@flow(name="encode-range")
+def encode_range(
+    config: str | dict[str, Any],
+    source: str,
+    shards: tuple[int, int],
+    changes: dict[str, Any] | None = None,
+) -> None:
+    """Encode the shards from the first number to before the second of a config's images.
+
+    ``source``: digest of their listing, which lies in the store. Only one set can be meant, so a
+    range may be run again, or beside others, at any time.
+    """
+    plan = make_plan(config, changes, tracked=False)
+    listed = Ref(stage="source", digest=source, content=source)
+    autoencoder = sealed(plan, autoencoder_job(plan, listed))
+    if autoencoder is None:
+        raise DataError(
+            f"no autoencoder is sealed in {plan.store.uri} for source {source[:12]}: run `eqm "
+            "encode` with the same config first"
+        )
+    job = latents_job(plan, listed, autoencoder)
+    encode_part(plan, replace(job, runtime=replace(job.runtime, shards=tuple(shards))))

@@ -48,6 +48,9 @@ class LocalLauncher:
     def run(self, job: Job, *, processes: int = 1) -> None:
         """Run a program to its end. Raises StageError."""
         name = f"{job.stage}-{job_digest(job)[:16]}"
+        if job.runtime.shards is not None:
+            # Parts of one job may run beside each other.
+            name = f"{name}-{job.runtime.shards[0]}-{job.runtime.shards[1]}"
         self.folder.mkdir(parents=True, exist_ok=True)
         with self._alone(name) as lock:
             self._launch(job, name, processes, lock)

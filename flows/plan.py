@@ -29,7 +29,7 @@ from eqm.errors import ConfigError, DataError
 from eqm.images import ImageSource, open_source
 from eqm.records import Record, Ref, to_json
 from eqm.registry import check
-from eqm.stage import job_digest, verify
+from eqm.stage import job_digest, listing_key, verify
 from eqm.storage import Store, open_store
 from flows.launch import Launcher, LocalLauncher
 from flows.settings import Settings, current_settings
@@ -145,8 +145,13 @@ def make_plan(
 
 
 def list_source(plan: Plan) -> ImageSource:
-    """List the images. New, changed or missing ones make another digest. Raises DataError."""
-    return open_source(plan.config.source, plan.config.source_uri)
+    """List the images, and keep the listing for the jobs that build on it. Raises DataError.
+
+    New, changed or missing images make another digest.
+    """
+    source = open_source(plan.config.source, plan.config.source_uri)
+    plan.store.write_once(listing_key(source.digest), source.listing_bytes())
+    return source
 
 
 def source_ref(source: ImageSource) -> Ref:

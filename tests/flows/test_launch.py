@@ -7,8 +7,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -97,7 +99,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     return Place(tmp_path, LocalLauncher(folder=tmp_path / "jobs", environment=environment))
 
 
-def a_job(**changes: str) -> Job:
+def a_job(**changes: Any) -> Job:
     runtime = Runtime(store="/nowhere", device="cpu", threads=1, **changes)
     return Job(stage="latents", config={"source": {}, "encode": {}}, inputs={}, runtime=runtime)
 
@@ -115,6 +117,23 @@ def test_a_program_is_given_its_job_and_environment(place: Place) -> None:
     assert given.runtime.store == "/nowhere"
     assert Path(str(given.runtime.error_file)).parent == place.folder / "jobs"
     assert from_json(Runtime, {"store": "x"}, "runtime").error_file is None
+
+
+def test_parts_of_a_job_run_beside_each_other_but_no_part_twice(place: Place) -> None:
+    place.program(SLEEPS_WITH_A_CHILD)
+    with ThreadPoolExecutor() as beside:
+        running = beside.submit(place.launcher.run, a_job(shards=(0, 2)))
+        pids = place.pids(1)
+        with pytest.raises(StageError, match="is running already on this machine"):
+            place.launcher.run(a_job(shards=(0, 2)))
+        place.program('Path("seen").write_text(sys.argv[1])')
+        place.launcher.run(a_job(shards=(2, 4)))
+        assert (place.folder / "seen").read_text().endswith("-2-4.json")
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        with pytest.raises(StageError, match="was killed by SIGKILL"):
+            running.result(30)
+    assert place.survivors() == []
 
 
 def test_the_message_of_the_program_is_the_message(place: Place) -> None:

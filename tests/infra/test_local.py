@@ -192,7 +192,8 @@ def test_everything_answers(started: tuple[Home, Stack]) -> None:
     home, stack = started
     assert [s.state for s in local.status(home.root)] == ["running"] * 4
     assert s3(stack).list_buckets()["Buckets"][0]["Name"] == stack.s3_bucket
-    assert api(stack).deployment_names() == {"pipeline", "reevaluate-champion", "encode", "promote"}
+    names = {"pipeline", "reevaluate-champion", "encode", "encode-range", "promote"}
+    assert api(stack).deployment_names() == names
     assert local.load(home.root) == stack
 
 

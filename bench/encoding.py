@@ -1,0 +1,232 @@
+"""The encode stage beside the bare autoencoder on the same batches, and how busy the cores are.
+
+"bare" calls the autoencoder on batches that lie in memory, on all cores. "stage" is the whole
+program: it opens the source by its kept listing, decodes, encodes, packs, commits and seals, into a
+folder. "bare, in lanes" cuts and spreads the same batches as the stage does: what is left of the
+stage's time beside it is what decoding and packing cost. Three cases: the architecture of SD-VAE
+with random weights at 256 px, and the demo's small one (random weights too; time does not depend on
+them) at 64 px and on the digits. Pictures are JPEGs of scikit-learn's photographs.
+"""
+
+import itertools
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+from PIL import Image
+from torch import Tensor
+
+from eqm import encode, stage
+from eqm.autoencoder import (
+    Autoencoder,
+    autoencoder_to_bytes,
+    fresh_network,
+    sealed_autoencoder,
+)
+from eqm.config import (
+    AutoencoderConfig,
+    AutoencoderFit,
+    AutoencoderStage,
+    EncodeConfig,
+    Job,
+    LatentsStage,
+    Runtime,
+    SourceConfig,
+)
+from eqm.encode import Batch, Lanes, Walk, shard_plans
+from eqm.images import ImageSource, open_source, sample_photographs
+from eqm.records import Ref, to_json
+from eqm.stage import Outcome, listing_key
+from eqm.storage import LocalStore
+
+SD_VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "latent_channels": 4,
+    "sample_size": 256,
+}
+CORES = len(os.sched_getaffinity(0))
+
+
+@dataclass(frozen=True)
+class Case:
+    """An autoencoder, images, and batches."""
+
+    name: str
+    source: SourceConfig
+    make: Callable[[SourceConfig], Autoencoder]
+    images: int
+    picture_px: int
+    encode: EncodeConfig
+    rounds: int
+
+
+def sd_vae(source: SourceConfig) -> Autoencoder:
+    """The architecture of SD-VAE."""
+    torch.manual_seed(0)
+    return sealed_autoencoder(
+        AutoencoderKL(**SD_VAE), source, name="sd", shift=(0.0,) * 4, scale=(1.0,) * 4
+    )
+
+
+def small(source: SourceConfig) -> Autoencoder:
+    """The architecture of the demo's."""
+    torch.manual_seed(0)
+    network = fresh_network(AutoencoderFit(), source)
+    return sealed_autoencoder(network, source, name="kl", shift=(0.0,) * 4, scale=(1.0,) * 4)
+
+
+CASES = (
+    Case(
+        "small, digits of 16 px",
+        SourceConfig(),
+        small,
+        1797,
+        0,
+        EncodeConfig(shard_images=512),
+        rounds=7,
+    ),
+    Case(
+        "small, JPEGs of 96 px at 64 px",
+        SourceConfig(kind="folder", image_size_px=64, channels=3),
+        small,
+        1024,
+        96,
+        EncodeConfig(shard_images=256, batch_size=64),
+        rounds=5,
+    ),
+    Case(
+        "SD-VAE, JPEGs of 375 px at 256 px",
+        SourceConfig(kind="folder", image_size_px=256, channels=3),
+        sd_vae,
+        12,
+        375,
+        EncodeConfig(shard_images=6, batch_size=3),
+        rounds=3,
+    ),
+)
+
+
+def pictures(folder: Path, case: Case) -> str | None:
+    """A folder of JPEGs; nothing for the digits."""
+    if case.source.kind == "digits":
+        return None
+    for i, pixels in enumerate(sample_photographs(case.picture_px, 3, case.images)):
+        place = folder / "images" / "ab"[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(place / f"{i:05d}.jpg", quality=90)
+    return str(folder / "images")
+
+
+class Bench:
+    """One case, ready to be measured."""
+
+    def __init__(self, folder: Path, case: Case) -> None:
+        self.folder, self.case = folder, case
+        self.uri = pictures(folder, case)
+        self.source = open_source(case.source, self.uri)
+        self.autoencoder = case.make(case.source)
+        self.plans = shard_plans(len(self.source.entries), case.encode)
+        self.batches = [
+            (Batch(plan=plan, numbers=numbers), self._pixels(self.source, numbers))
+            for plan in self.plans
+            for numbers in plan.batches(case.encode.batch_size)
+        ]
+        self._numbers = itertools.count()
+
+    @staticmethod
+    def _pixels(source: ImageSource, numbers: range) -> Tensor:
+        return torch.stack([source.read(i) for i in numbers])
+
+    def bare(self) -> None:
+        """The autoencoder alone."""
+        torch.set_num_threads(CORES)
+        for _, pixels in self.batches:
+            self.autoencoder.encode(pixels)
+
+    def in_lanes(self) -> None:
+        """The autoencoder alone, spread as the stage does."""
+        torch.set_num_threads(CORES)
+        lanes = Lanes(torch.device("cpu"), self.case.source, self.case.encode.batch_size)
+        with lanes:
+            for _ in lanes.encoded(self.batches, self.autoencoder, NOWHERE):
+                pass
+
+    def prepared(self, workers: int | None) -> Callable[[], object]:
+        """The stage, in a store of its own."""
+        store = LocalStore(self.folder / f"store-{next(self._numbers)}")
+        runtime = Runtime(store=store.uri, source_uri=self.uri, device="cpu", workers=workers)
+        asked = AutoencoderStage(
+            source=self.case.source, autoencoder=AutoencoderConfig(kind="identity")
+        )
+        job = Job(stage="autoencoder", config=to_json(asked), inputs={}, runtime=runtime)
+        files = autoencoder_to_bytes(self.autoencoder)
+        made = stage.run(job, lambda _: Outcome(outputs=files)).ref
+        digest = self.source.digest
+        store.write_once(listing_key(digest), self.source.listing_bytes())
+        asked = LatentsStage(source=self.case.source, encode=self.case.encode)
+        inputs = {
+            "source": Ref(stage="source", digest=digest, content=digest),
+            "autoencoder": made,
+        }
+        job = Job(stage="latents", config=to_json(asked), inputs=inputs, runtime=runtime)
+        return lambda: stage.run(job, encode.program)
+
+
+class Nowhere(Walk):
+    """A walk over nothing, for lanes that are measured alone."""
+
+    def __init__(self) -> None:
+        self.overtaken = set()
+
+
+NOWHERE = Nowhere()
+
+
+def measured(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds, and the share of the cores that was busy."""
+    began, before = time.perf_counter(), sum(os.times()[:4])
+    run()
+    seconds = time.perf_counter() - began
+    return seconds, (sum(os.times()[:4]) - before) / seconds / CORES
+
+
+def compare(bench: Bench) -> None:
+    """Measure the sides in turn and print medians."""
+    sides: dict[str, Callable[[], Callable[[], object]]] = {
+        "bare": lambda: bench.bare,
+        "bare, in lanes": lambda: bench.in_lanes,
+        "stage": lambda: bench.prepared(None),
+        "stage, decoding in threads": lambda: bench.prepared(0),
+    }
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+    for number in range(bench.case.rounds + 1):
+        for name, prepare in sides.items():
+            one = measured(prepare())
+            if number:
+                found[name].append(one)
+    base = statistics.median(seconds for seconds, _ in found["bare"])
+    images = len(bench.source.entries)
+    for name, values in found.items():
+        seconds = statistics.median(one for one, _ in values)
+        busy = statistics.median(one for _, one in values)
+        print(
+            f"{name:28} {images / seconds:9.2f} images/s  x {seconds / base:.3f}  "
+            f"cores busy {busy:.0%}"
+        )
+
+
+def main() -> None:
+    """Measure and print."""
+    for case in CASES:
+        print(f"-- {case.name}, {CORES} cores")
+        with tempfile.TemporaryDirectory() as folder:
+            compare(Bench(Path(folder), case))

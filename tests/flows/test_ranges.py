@@ -1,0 +1,101 @@
+"""Encoding on a work pool: ranges of shards that flow runs share."""
+
+import io
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from eqm.latent_set import open_manifest
+from eqm.storage import open_store
+from flows.encode import encode, ranges
+from infra.deployments import PrefectApi
+
+
+@pytest.mark.parametrize("shards", [1, 2, 7, 1250])
+@pytest.mark.parametrize("workers", [1, 2, 3, 8])
+def test_ranges_hold_every_shard_once_and_are_of_nearly_one_size(shards: int, workers: int) -> None:
+    found = ranges(shards, workers)
+    assert [n for first, end in found for n in range(first, end)] == list(range(shards))
+    sizes = [end - first for first, end in found]
+    assert len(sizes) == min(shards, workers)
+    assert max(sizes) - min(sizes) <= 1
+    assert min(sizes) > 0
+
+
+def test_no_worker_is_refused() -> None:
+    from eqm.errors import ConfigError
+
+    with pytest.raises(ConfigError, match="workers is 0; it must be 1 or greater"):
+        encode.fn(workers=0)
+
+
+def make_pictures(folder: Path) -> None:
+    random = np.random.default_rng(1)
+    for name in ("circles", "squares"):
+        (folder / name).mkdir(parents=True)
+        for number in range(12):
+            data = io.BytesIO()
+            pixels = random.integers(0, 256, size=(9, 12, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(data, "PNG")
+            (folder / name / f"{number:02d}.png").write_bytes(data.getvalue())
+
+
+def ended(api: PrefectApi, run: str) -> dict[str, Any]:
+    """How a run ended, once it has."""
+    deadline = time.monotonic() + 300
+    while True:
+        (shown,) = api._post("/flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
+        if shown["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
+            return shown["state"]
+        assert time.monotonic() < deadline, shown["state"]
+        time.sleep(0.5)
+
+
+@pytest.mark.services
+@pytest.mark.timeout(400)
+def test_a_deployed_run_shares_its_shards_among_flow_runs(
+    all_environment: dict[str, str], tmp_path: Path
+) -> None:
+    make_pictures(tmp_path / "pictures")
+    config = {
+        "preset": "tiny",
+        "name": "test-ranges",
+        "source_uri": str(tmp_path / "pictures"),
+        "source": {"kind": "folder", "image_size_px": 8, "channels": 3},
+        "autoencoder": {"kind": "identity"},
+        "encode": {"shard_images": 4},
+    }
+    api = PrefectApi(all_environment["PREFECT_API_URL"], all_environment)
+    home = Path(all_environment["EQM_HOME"])
+    found = api._post("/deployments/filter", {"limit": 200})
+    which = next(one["id"] for one in found if one["name"] == "encode")
+    body = {"parameters": {"config": config, "workers": 2}}
+    run = api._post(f"/deployments/{which}/create_flow_run", body)["id"]
+    log = home / "logs" / "worker.log"
+    assert ended(api, run)["type"] == "COMPLETED", log.read_text()
+    jobs = [json.loads(file.read_text()) for file in (home / "jobs").glob("latents-*.json")]
+    ours = [job for job in jobs if job["runtime"]["source_uri"] == config["source_uri"]]
+    assert sorted(job["runtime"]["shards"] or [] for job in ours)[-2:] == [[0, 3], [3, 6]]
+    store = open_store(ours[0]["runtime"]["store"], cache=home / "cache")
+    asked = api._post("/flow_runs/filter", {"flow_runs": {"name": {"like_": "shards-"}}})
+    assert {(one["name"], one["state"]["type"]) for one in asked} == {
+        ("shards-0-3", "COMPLETED"),
+        ("shards-3-6", "COMPLETED"),
+    }
+    digest = ours[0]["inputs"]["source"]["digest"]
+    assert store.exists(f"source/{digest}/listing")
+    records = [
+        record
+        for key in store.list("latents/")
+        if key.endswith("record.json")
+        and (record := store.record("latents", key.split("/")[-2])) is not None
+        and record.inputs["source"].digest == digest
+    ]
+    (record,) = records
+    manifest = open_manifest(record, store).manifest
+    assert [shard.count for shard in manifest.shards] == [4] * 6
