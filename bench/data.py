@@ -21,11 +21,11 @@ import torch
 
 from bench.timing import alternate, show
 from eqm.batches import batches
+from eqm.latent_set import LatentSet
 from eqm.records import Blob, LatentSpec, Shard
 from eqm.shards import (
     MANIFEST,
     Index,
-    LatentSet,
     Sample,
     manifest_from_bytes,
     read_index,

@@ -2,9 +2,12 @@
 
 Modules in the order in which a datum meets them:
 
-    records config storage distributed     what crosses boundaries, and the edges
-    images latents autoencoder fit         pixels <-> latents
-    shards encode batches                  latents <-> WebDataset shards -> batches
+    records config                         what crosses boundaries
+    disk s3 cache storage distributed      the edges
+    pictures files layouts images          where images lie -> pixels
+    latents autoencoder fit                pixels <-> latents
+    tars shards encode                     latents -> sealed WebDataset shards
+    latent_set damage inspection batches   shards -> batches, and what is wrong with them
     network unet field objective ema       the gradient field and its loss
     learner checkpoint train               how it is trained
     model official registry                the trained model, ours and others'
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from eqm.batches import Batch, batches
     from eqm.config import NetworkConfig, ObjectiveConfig, TrainConfig
     from eqm.field import Field
+    from eqm.latent_set import open_manifest
     from eqm.learner import learn
     from eqm.model import Model, load
     from eqm.network import Transformer
@@ -38,7 +42,6 @@ if TYPE_CHECKING:
     )
     from eqm.sampler import GradientNormBelow, Known, descend, descend_in_slots, start_noise
     from eqm.sampling import compose, sample, score
-    from eqm.shards import open_manifest
     from eqm.unet import UNet
 
 __version__ = "0.1.0"
@@ -57,7 +60,7 @@ _HOMES = {
     ),
     "eqm.sampler": (*("GradientNormBelow", "Known", "descend", "descend_in_slots", "start_noise"),),
     "eqm.sampling": ("compose", "sample", "score"),
-    "eqm.shards": ("open_manifest",),
+    "eqm.latent_set": ("open_manifest",),
     "eqm.unet": ("UNet",),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}

@@ -24,8 +24,9 @@ from torch import Tensor
 from eqm import randomness
 from eqm.config import require
 from eqm.errors import ConfigError, DataError
+from eqm.latent_set import LatentSet, open_manifest
 from eqm.randomness import Stream, uniform
-from eqm.shards import Int64, LatentSet, open_manifest
+from eqm.shards import Int64
 
 Split = Literal["train", "held_out"]
 

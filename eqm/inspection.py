@@ -15,9 +15,10 @@ from eqm.autoencoder import Autoencoder, load_autoencoder
 from eqm.batches import order
 from eqm.errors import DataError
 from eqm.figures import sample_grid
+from eqm.latent_set import LatentSet
 from eqm.latents import mean_latents
 from eqm.records import Manifest, Record
-from eqm.shards import ORIGINALS, LatentSet
+from eqm.shards import ORIGINALS
 from eqm.stage import open_ref
 from eqm.storage import Store
 

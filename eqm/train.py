@@ -26,6 +26,7 @@ from eqm.checkpoint import TrainState
 from eqm.config import PretrainedFile, SamplerConfig, TrainConfig, TrainStage
 from eqm.distributed import World
 from eqm.errors import DataError, EqmError
+from eqm.latent_set import LatentSet, open_manifest
 from eqm.latents import sample_latents
 from eqm.learner import Learner, check_slope, learning_rate
 from eqm.model import Model, ModelSpec
@@ -36,7 +37,6 @@ from eqm.randomness import Stream, normal
 from eqm.records import sha256, to_json
 from eqm.registry import RunMirror
 from eqm.report import sample_grid
-from eqm.shards import LatentSet, open_manifest
 from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
 from eqm.storage import Store

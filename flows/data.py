@@ -110,8 +110,9 @@ def encode(
 @app.command()
 def verify(latents: LatentsArgument) -> None:
     """Check every byte of a set in its store; names all damage, and then exits with 1."""
+    from eqm.damage import damages
     from eqm.progress import Progress
-    from eqm.shards import damages, manifest_of, place_of
+    from eqm.shards import manifest_of, place_of
 
     store, record = _opened(latents)
     manifest = manifest_of(store, record)
@@ -134,7 +135,7 @@ def verify(latents: LatentsArgument) -> None:
 def stats(latents: LatentsArgument) -> None:
     """Counts, class balance and moments of a set, and what looks wrong with them."""
     from eqm.inspection import statistics
-    from eqm.shards import open_manifest
+    from eqm.latent_set import open_manifest
 
     store, record = _opened(latents)
     data = open_manifest(record, store)
@@ -172,7 +173,7 @@ def preview(
     """Draw images beside what comes back from their latents, and their mirrors."""
     from eqm.errors import ConfigError
     from eqm.inspection import preview as drawn
-    from eqm.shards import open_manifest
+    from eqm.latent_set import open_manifest
 
     if not to.absolute().parent.is_dir():
         raise ConfigError(f"--out is {to}, but there is no folder {to.absolute().parent}")

@@ -13,7 +13,8 @@ from sets import stored_set
 import eqm
 from eqm.batches import Batch, batches, mirror_of, order, read_batch, samples_of
 from eqm.errors import ConfigError, DataError
-from eqm.shards import MANIFEST, LatentSet, Sample, manifest_from_bytes
+from eqm.latent_set import LatentSet
+from eqm.shards import MANIFEST, Sample, manifest_from_bytes
 from eqm.storage import LocalStore
 
 SHAPE = (4, 2, 2)

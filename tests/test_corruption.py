@@ -17,9 +17,11 @@ from sets import a_spec, seal, stored_set
 
 from eqm import shards
 from eqm.batches import batches
+from eqm.damage import damages
 from eqm.errors import ConfigError, DataError, IntegrityError
+from eqm.latent_set import LatentSet, open_manifest
 from eqm.records import Blob, Manifest, canonical_bytes
-from eqm.shards import LatentSet, Sample, damages, manifest_from_bytes, open_manifest
+from eqm.shards import Sample, manifest_from_bytes
 from eqm.storage import LocalStore
 from eqm.tars import BLOCK, member_header, npy_header
 

@@ -20,9 +20,11 @@ from sets import a_spec, seal, stored_set
 
 import eqm
 from eqm import shards, tars
+from eqm.damage import damages
 from eqm.errors import ConfigError, DataError, IntegrityError, MissingError
+from eqm.latent_set import LatentSet, as_webdataset, open_manifest
 from eqm.records import Blob, Record, Shard, canonical_bytes, to_json
-from eqm.shards import LatentSet, Packed, Sample, open_manifest, write_shard
+from eqm.shards import Packed, Sample, write_shard
 from eqm.storage import LocalStore, open_store, record_key
 
 SHAPE = (4, 3, 3)
@@ -516,7 +518,7 @@ def test_damage_in_s3_is_noticed_by_range_and_by_shard(
     with pytest.raises(IntegrityError, match=f"sample 7 at byte {offset} "):
         data.moments([7])
     assert equal(data, [5, 6, 8, 12])
-    found = list(shards.damages(data.manifest, store, where))
+    found = list(damages(data.manifest, store, where))
     assert [(one.shard, one.sample, one.key, one.offset) for one in found] == [
         (1, 7, "k/7", offset)
     ]
@@ -533,14 +535,14 @@ def test_a_shard_that_s3_lost_is_told(s3_environment: dict[str, str], tmp_path: 
     store.bucket.client.delete_object(Bucket="eqm", Key=store.name(blob.key))  # type: ignore[attr-defined]
     with pytest.raises(MissingError, match=blob.sha256):
         data.moments([12])
-    (found,) = shards.damages(data.manifest, store, where)
+    (found,) = damages(data.manifest, store, where)
     assert (found.shard, "does not exist" in found.text) == (2, True)
     data.close()
 
 
 def test_stock_webdataset_reads_a_verified_set(tmp_path: Path) -> None:
     data = a_set(tmp_path, mirror=True)
-    samples = list(shards.as_webdataset(data))
+    samples = list(as_webdataset(data))
     assert [sample["__key__"] for sample in samples] == [f"{i:08d}" for i in range(13)]
     assert np.array_equal(
         np.stack([sample["moments.npy"] for sample in samples]), data.moments(range(13))

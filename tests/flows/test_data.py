@@ -169,7 +169,8 @@ def test_a_preview_shows_images_and_what_comes_back(eqm_: Run) -> None:
 
 def test_the_identity_comes_back_as_it_was(eqm_: Run) -> None:
     from eqm.inspection import preview
-    from eqm.shards import open_manifest, sealed_latents
+    from eqm.latent_set import open_manifest
+    from eqm.shards import sealed_latents
 
     store, record = sealed_latents(encoded(eqm_))
     png = preview(open_manifest(record, store), record, store, columns=4)

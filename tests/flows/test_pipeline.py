@@ -19,8 +19,8 @@ from PIL import Image
 import eqm
 from eqm import champion
 from eqm.errors import IntegrityError
+from eqm.latent_set import open_manifest
 from eqm.records import Decision, Record, from_json
-from eqm.shards import open_manifest
 from eqm.stage import open_ref, verify
 from eqm.storage import Store, open_store
 from infra.deployments import PrefectApi
