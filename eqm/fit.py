@@ -251,7 +251,7 @@ def reconstruction(autoencoder: Autoencoder, source: ImageSource) -> dict[str, o
 
     ``psnr_db`` is null where nothing is lost.
     """
-    pixels = Pixels(source, held_out=source.config.held_out_fraction > 0)
+    pixels = Pixels(source, held_out=source.holds_out)
     squares, values, images_seen = 0.0, 0, 0
     for images, _ in pixels.first(MEASURED_IMAGES):
         error = images.double() - reconstructed(autoencoder, images).cpu().double()
@@ -267,7 +267,7 @@ def reconstruction(autoencoder: Autoencoder, source: ImageSource) -> dict[str, o
 
 
 def _measured_on(source: ImageSource, images: int) -> dict[str, object]:
-    side = "held-out" if source.config.held_out_fraction > 0 else "training"
+    side = "held-out" if source.holds_out else "training"
     return {"measured_on": f"{side} images", "measured_images": images}
 
 
@@ -370,7 +370,7 @@ def _moved(moves: Tensor, size: int) -> Tensor:
 
 def accuracy(extractor: CNNExtractor, source: ImageSource) -> dict[str, object]:
     """Share of held-out images read as their class; of training images if none are held out."""
-    pixels = Pixels(source, held_out=source.config.held_out_fraction > 0)
+    pixels = Pixels(source, held_out=source.holds_out)
     right = seen = 0
     for images, labels in pixels.first(MEASURED_IMAGES):
         right += int((extractor.logits(images).argmax(dim=1).cpu() == labels).sum())

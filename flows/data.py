@@ -57,7 +57,12 @@ def encode(
     mirror: Annotated[
         bool, typer.Option(help="Whether mirror images are images of their class too.")
     ] = True,
-    held_out: Annotated[float, typer.Option(help="Share of images kept from training.")] = 0.05,
+    held_out: Annotated[
+        float | None,
+        typer.Option(
+            help="Share of images kept from training; 0.05, or ImageNet's validation images."
+        ),
+    ] = None,
     on_corrupt: Annotated[str, typer.Option(help="refuse, or skip and name them.")] = "refuse",
     precision: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
     shard_images: Annotated[int, typer.Option(help="Images a shard.")] = 1024,
@@ -71,16 +76,18 @@ def encode(
     from eqm.records import to_json
     from flows.plan import autoencoder_job, ensure, latents_job, read_config
 
+    found = _kind(source) if kind == "auto" else kind
+    share = (0.0 if found == "imagenet" else 0.05) if held_out is None else held_out
     table: dict[str, Any] = {
         "preset": "demo",
         "name": "data",
         "source_uri": source,
         "source": {
-            "kind": _kind(source) if kind == "auto" else kind,
+            "kind": found,
             "image_size_px": image_size,
             "channels": channels,
             "mirror": mirror,
-            "held_out_fraction": held_out,
+            "held_out_fraction": share,
             "on_corrupt": on_corrupt,
         },
         "autoencoder": _autoencoder(autoencoder, autoencoder_sha256, image_size),
