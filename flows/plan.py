@@ -149,7 +149,8 @@ def list_source(plan: Plan) -> ImageSource:
 
     New, changed or missing images make another digest.
     """
-    source = open_source(plan.config.source, plan.config.source_uri)
+    config, memory = plan.config, plan.settings.home / "scans"
+    source = open_source(config.source, config.source_uri, memory=memory)
     plan.store.write_once(listing_key(source.digest), source.listing_bytes())
     return source
 
