@@ -20,14 +20,16 @@ has gradient zero in every weight: train it from other weights, or with ``initia
 zero_head=False)``.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Literal, Protocol, get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from eqm.errors import ConfigError
 from eqm.network import check_labels
 
 Energy = Literal["implicit", "dot", "l2"]
@@ -77,7 +79,9 @@ class Field:
 
         Detached, unless ``create_graph`` keeps what a loss needs to reach the weights (and x, if
         that requires a gradient). ``gamma`` reaches only a network that is conditioned on it.
-        Raises ValueError where a graph is asked for and grad mode is off.
+        Raises ValueError where a graph is asked for and grad mode is off, and for explicit energies
+        ConfigError where a graph of compiled code is asked for, or weights that autograd cannot
+        record were made under inference_mode.
         """
         if create_graph and not torch.is_grad_enabled():
             raise ValueError(
@@ -119,18 +123,52 @@ class Field:
     def _energy_gradient(
         self, x: Tensor, labels: Tensor | None, gamma: Tensor | None, create_graph: bool
     ) -> Tensor:
-        if create_graph and hasattr(self.network, "_orig_mod"):
-            raise ValueError(
-                "compiled code has no double backward: train this energy with objective.backward = "
-                "'directional', or leave the network uncompiled"
+        if create_graph and (name := compiled_part(self.network)) is not None:
+            raise ConfigError(
+                f"{name} is compiled, and compiled code has no double backward: train this energy "
+                "with objective.backward = 'directional', or leave the network uncompiled"
             )
         # Autograd cannot record inference tensors, and enable_grad alone does not end that mode.
         with torch.inference_mode(False), torch.enable_grad(), _attention(create_graph):
             tracked = create_graph and x.requires_grad
             at = x if tracked else x.detach().clone().requires_grad_(True)
             given = (None if t is None else t.clone() for t in (labels, gamma))
-            g = self.energy(at, *given)
-            return torch.autograd.grad(g.sum(), at, create_graph=create_graph)[0]
+            try:
+                g = self.energy(at, *given)
+                return torch.autograd.grad(g.sum(), at, create_graph=create_graph)[0]
+            except RuntimeError as error:
+                # Asked only now: a look at every weight costs each evaluation.
+                if (name := _inference_weight(self.network)) is None:
+                    raise
+                raise ConfigError(
+                    f"weight {name} was made under torch.inference_mode, so autograd cannot "
+                    "differentiate this energy: build or load the network outside of that mode "
+                    "(sampling may be inside)"
+                ) from error
+
+
+def compiled_part(network: object) -> str | None:
+    """Name of a part of a network that torch.compile has compiled; None where there is none.
+
+    ``torch.compile(net)``, ``net.compile()``, a compiled ``net.forward``, and the same of any
+    module within.
+    """
+    if not isinstance(network, nn.Module):
+        return None
+    for name, part in network.named_modules():
+        called = (vars(part).get("_compiled_call_impl"), vars(part).get("forward"))
+        wrapped = "_orig_mod" in vars(part)["_modules"]
+        if wrapped or called[0] is not None or hasattr(called[1], "_torchdynamo_orig_callable"):
+            return f"part {name} of the network" if name else "the network"
+    return None
+
+
+def _inference_weight(network: object) -> str | None:
+    """Name of a weight or buffer that was made under inference_mode."""
+    if not isinstance(network, nn.Module):
+        return None
+    kept = (*network.named_parameters(), *network.named_buffers())
+    return next((name for name, value in kept if value.is_inference()), None)
 
 
 def _attention(create_graph: bool) -> AbstractContextManager[object]:
@@ -145,8 +183,9 @@ def guided(
 
     ``channels`` guides only the first so many and leaves c in the others; None guides all. Both
     parts are one call of the network, and scale 1 needs c alone. Raises ValueError for labels out
-    of range, and for guidance without labels.
+    of range, and for guidance without labels, ConfigError for a scale that is not finite.
     """
+    check_scale(scale)
     classes = field.network.classes
     if labels is not None and classes is not None:
         check_labels(labels, classes=classes)
@@ -167,14 +206,49 @@ def guided(
     return gradient
 
 
+def guided_energy(
+    field: Field, labels: Tensor | None, *, scale: float = 1.0, channels: int | None = None
+) -> Callable[[Tensor], Tensor] | None:
+    """The energy that :func:`guided` descends, E_u + s (E_c - E_u), (B,), as a function of x.
+
+    None where there is none: an implicit field, a network that is conditioned on the noise level,
+    and guidance of some of the channels, which is the gradient of nothing. Raises as :func:`guided`
+    does.
+    """
+    guided(field, labels, scale=scale, channels=channels)
+    if field.kind == "implicit" or field.conditioned:
+        return None
+    if scale == 1.0:
+        return lambda x: field.energy(x, labels)
+    if channels is not None or labels is None or field.network.classes is None:
+        return None
+    both = torch.cat((labels, torch.full_like(labels, field.network.classes)))
+
+    def energy(x: Tensor) -> Tensor:
+        c, u = field.energy(torch.cat((x, x)), both).chunk(2)
+        return u + scale * (c - u)
+
+    return energy
+
+
+def check_scale(scale: float) -> None:
+    """Refuse a scale of guidance that is not finite. Raises ConfigError."""
+    if not math.isfinite(scale):
+        raise ConfigError(f"guidance is {scale}; it must be a finite number, and 1 is none")
+
+
 def composed(gradients: Sequence[Gradient], *, weights: Sequence[float] | None = None) -> Gradient:
     """The gradient of a weighted sum of energies: the sum of their gradients. Weights are 1.
 
-    Raises ValueError where there is nothing to add, or not one weight for each gradient.
+    Raises ValueError where there is nothing to add, or not one weight for each gradient,
+    ConfigError for weights that are not finite.
     """
     factors = [1.0] * len(gradients) if weights is None else list(weights)
     if not gradients or len(factors) != len(gradients):
         raise ValueError(f"{len(factors)} weights for {len(gradients)} gradients: give one each")
+    odd = [w for w in factors if not math.isfinite(w)]
+    if odd:
+        raise ConfigError(f"weight is {odd[0]}; it must be a finite number")
 
     def gradient(x: Tensor, gamma: Tensor | None = None) -> Tensor:
         parts = [w * g(x, gamma) for w, g in zip(factors, gradients, strict=True)]

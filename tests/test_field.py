@@ -7,7 +7,8 @@ from reference.formulas import PerfectField
 from torch import nn
 
 from eqm.config import NetworkConfig, ObjectiveConfig
-from eqm.field import Field, composed, guided
+from eqm.errors import ConfigError
+from eqm.field import Field, compiled_part, composed, guided, guided_energy
 from eqm.network import Transformer
 from eqm.objective import decay, eqm_loss
 
@@ -132,6 +133,9 @@ def test_guidance_is_one_call_and_scale_one_needs_the_labels_alone():
         (7, None, {"scale": 1.5}, "needs labels"),
         (None, [0], {"scale": 1.5}, "needs labels"),
         (7, [0], {"scale": 1.5, "channels": 0}, "channels is 0"),
+        (7, [0], {"scale": float("nan")}, "guidance is nan"),
+        (7, [0], {"scale": float("inf")}, "guidance is inf"),
+        (7, [0], {"scale": -float("inf")}, "guidance is -inf"),
     ],
 )
 def test_guidance_that_cannot_be_is_refused(classes, labels, settings, message):
@@ -150,6 +154,30 @@ def test_composition_adds_gradients(net, numbers):
     for parts, weights in (([], None), ([first], [1.0, 2.0])):
         with pytest.raises(ValueError, match="gradients: give one each"):
             composed(parts, weights=weights)
+    with pytest.raises(ConfigError, match="weight is nan"):
+        composed([first, second], weights=[1.0, float("nan")])
+
+
+@pytest.mark.parametrize("energy", EXPLICIT)
+def test_the_guided_energy_is_that_of_the_guided_gradient(net, numbers, energy):
+    field, y = Field(net, energy=energy), numbers["y"]
+    x, step = numbers["x"], 1e-5
+    direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(3)).double()
+    for scale in (1.0, 1.7, 0.0):
+        found = guided_energy(field, y, scale=scale)
+        slope = (found(x + step * direction) - found(x - step * direction)) / (2 * step)
+        along = (guided(field, y, scale=scale)(x) * direction).flatten(1).sum(dim=1)
+        assert official.error(slope, along) < 1e-7, scale
+    c, u = field.energy(x, y), field.energy(x)
+    assert official.error(guided_energy(field, y, scale=1.7)(x), u + 1.7 * (c - u)) < 1e-12
+
+
+def test_what_has_no_guided_energy_gives_none(net, numbers):
+    y = numbers["y"]
+    assert guided_energy(Field(net), y, scale=1.5) is None
+    assert guided_energy(Field(net, energy="dot"), y, scale=1.5, channels=3) is None
+    with pytest.raises(ValueError, match="needs labels"):
+        guided_energy(Field(net, energy="dot"), None, scale=1.5)
 
 
 # -- true gradients -----------------------------------------------------------------------------
@@ -220,6 +248,59 @@ def test_a_graph_that_cannot_be_is_refused(net, numbers, energy, mode):
         Field(net, energy=energy).gradient(numbers["x"], create_graph=True)
 
 
+def compiled_networks():
+    """Each way to compile a network or a part of it; nothing is run, so no compiler is needed."""
+    whole, itself, part, wrapped, forward = (
+        small_network(zero_head=False, depth=2) for _ in range(5)
+    )
+    itself.compile()
+    part.blocks[0].compile()
+    wrapped.blocks[1] = torch.compile(wrapped.blocks[1])
+    forward.forward = torch.compile(forward.forward)
+    return {
+        "the network": [torch.compile(whole), itself, forward],
+        "part blocks.0 of the network": [part],
+        "part blocks.1 of the network": [wrapped],
+    }
+
+
+@pytest.mark.parametrize("energy", EXPLICIT)
+def test_a_graph_of_compiled_code_is_refused_however_it_was_compiled(energy):
+    x = torch.zeros(1, 2, 4, 4).double()
+    for name, networks in compiled_networks().items():
+        for network in networks:
+            with pytest.raises(ConfigError, match=f"^{name} is compiled, and"):
+                Field(network, energy=energy).gradient(x, create_graph=True)
+    assert compiled_part(small_network(zero_head=False)) is None
+    assert compiled_part(lambda x, labels: x) is None
+
+
+@pytest.mark.parametrize("energy", ["implicit", *EXPLICIT])
+def test_weights_made_under_inference_mode_work_or_are_refused_in_words(energy):
+    with torch.inference_mode():
+        made = small_network(zero_head=False)
+        x = torch.ones(2, 2, 4, 4).double()
+    field = Field(made.requires_grad_(False), energy=energy)
+    for mode in grad_modes().values():
+        with mode():
+            if energy == "implicit":
+                assert bool(field.gradient(x).isfinite().all())
+                continue
+            with pytest.raises(ConfigError, match=r"weight .* was made under torch.inference_mode"):
+                field.gradient(x)
+            with torch.no_grad():
+                assert bool(field.energy(x).isfinite().all())
+
+
+def test_other_errors_of_a_network_are_its_own():
+    class Broken(Recorder):
+        def forward(self, x, labels):
+            raise RuntimeError("out of memory")
+
+    with pytest.raises(RuntimeError, match="out of memory"):
+        Field(Broken(classes=None), energy="dot").gradient(torch.zeros(1, 1, 2, 2))
+
+
 def test_implicit_has_no_energy_and_unknown_kinds_are_refused(net, numbers):
     with pytest.raises(ValueError, match="this field is implicit"):
         Field(net).energy(numbers["x"])
@@ -238,8 +319,8 @@ def test_kinds_differ(net, numbers):
 C = decay(ObjectiveConfig())
 
 
-def small_network(*, zero_head, dtype=torch.float64):
-    config = NetworkConfig(width=16, depth=1, heads=2, patch=2)
+def small_network(*, zero_head, dtype=torch.float64, depth=1):
+    config = NetworkConfig(width=16, depth=depth, heads=2, patch=2)
     net = Transformer(config, size=4, channels=2, classes=3)
     net.initialise(3, zero_head=zero_head)
     return net.to(dtype)
