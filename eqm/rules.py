@@ -25,6 +25,8 @@ Memory: TypeAlias = dict[str, Tensor | list[torch.optim.Optimizer]]
 
 LANGEVIN_UPDATES = 2**20
 """Updates that have noise of their own; sample numbers are below 2**43 for that."""
+WARMTH = 3.0
+"""Of sqrt(T / eta): what gradients of Langevin may be by its noise alone, up to eta k = 1.6."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Move:
     gradient: Tensor
     """The gradient that was taken first, (B, ...)."""
     memory: Memory
+    noise: float = 0.0
+    """Root mean square of the gradient's entries that is owed to the noise of the rule alone."""
 
 
 class Rule(Protocol):
@@ -61,8 +65,18 @@ class _Memoryless:
         return {}
 
 
-class _Moved:
+@dataclass(frozen=True, kw_only=True)
+class _Momentum:
     """A rule that remembers the last move, zero at first."""
+
+    evaluations: ClassVar[int] = 1
+    step_size: float
+    momentum: float
+
+    def __post_init__(self) -> None:
+        _positive("step_size", self.step_size)
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum is {self.momentum}; it must be at least 0 and less than 1")
 
     def begin(self, x: Tensor, numbers: Tensor) -> Memory:
         """No move yet."""
@@ -94,19 +108,11 @@ class GradientDescent(_Memoryless):
 
 
 @dataclass(frozen=True, kw_only=True)
-class NAG(_Moved):
+class NAG(_Momentum):
     """x_{k+1} = x_k - eta g(x_k + mu (x_k - x_{k-1})), as in the paper and its code.
 
     Not torch.optim.SGD(nesterov=True): that one accumulates a velocity, this one does not.
     """
-
-    evaluations: ClassVar[int] = 1
-    step_size: float
-    momentum: float
-
-    def __post_init__(self) -> None:
-        _positive("step_size", self.step_size)
-        _momentum(self.momentum)
 
     def move(self, gradient: Gradient, x: Tensor, memory: Memory) -> Move:
         """See :class:`Rule`."""
@@ -116,16 +122,8 @@ class NAG(_Moved):
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeavyBall(_Moved):
+class HeavyBall(_Momentum):
     """x_{k+1} = x_k - eta g(x_k) + mu (x_k - x_{k-1}) (Polyak, 1964)."""
-
-    evaluations: ClassVar[int] = 1
-    step_size: float
-    momentum: float
-
-    def __post_init__(self) -> None:
-        _positive("step_size", self.step_size)
-        _momentum(self.momentum)
 
     def move(self, gradient: Gradient, x: Tensor, memory: Memory) -> Move:
         """See :class:`Rule`."""
@@ -194,15 +192,19 @@ class Langevin(_Counted):
         names = number * LANGEVIN_UPDATES + k % LANGEVIN_UPDATES
         xi = normal(0, Stream.LANGEVIN, names, tuple(x.shape[1:]), x.dtype)
         reach = (2 * self.step_size * self.temperature) ** 0.5
-        return Move(x - self.step_size * g + reach * xi, g, {"k": k + 1, "number": number})
+        there = x - self.step_size * g + reach * xi
+        # At rest in a spring of stiffness k it is sqrt(2 k T / (2 - eta k)), and eta k < 2.
+        noise = WARMTH * (self.temperature / self.step_size) ** 0.5
+        return Move(there, g, {"k": k + 1, "number": number}, noise)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Euler(_Counted):
     """The ODE dx = -g dgamma by Euler's rule: x <- x - h g(x, gamma), gamma = k h.
 
-    Flow matching goes from gamma 0 to 1: ``updates`` times ``step_size`` is 1. EqM ignores gamma,
-    so there it is gradient descent.
+    Flow matching goes from gamma 0 to 1: ``updates`` times ``step_size`` is 1, and eqm.sample
+    refuses another end. EqM ignores gamma, so there it is gradient descent, which may go any way.
+    A rule alone does not know the updates: past 1, gamma stays 1.
     """
 
     evaluations: ClassVar[int] = 1
@@ -305,8 +307,3 @@ def _tensor(memory: Memory, name: str) -> Tensor:
 def _positive(name: str, value: float) -> None:
     if not value > 0:
         raise ValueError(f"{name} is {value}; it must be greater than 0")
-
-
-def _momentum(momentum: float) -> None:
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum is {momentum}; it must be at least 0 and less than 1")

@@ -18,24 +18,39 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from eqm.errors import ConfigError, DataError
 from eqm.field import Gradient
 from eqm.randomness import Stream, normal
 from eqm.rules import Memory, Rule, refilled
 
+# Norms below are those of what may move, and "noise" has the norm of unit noise, plus that of the
+# noise that a rule adds.
 EXPLODED = 50.0
-"""A sample has diverged when its norm passes so many times that of its start plus unit noise."""
+"""A sample has diverged when its norm passes so many times that of its start plus noise, and"""
+DISTANT = 10.0
+"""so many times that of its first gradient on top: this tells how far away data are, in whatever
+unit they come."""
 STEEPENED = 10.0
-"""Likewise when its gradient's norm passes so many times that of its first plus unit noise."""
+"""Likewise when its gradient's norm passes so many times that of its first plus noise."""
 SWINGS = 10
 """Likewise when so many gradients in a row turned against the one before without having become
 shorter: a network's output is bounded, so steps that are too long make samples swing for ever
 across what they should find, and not fly away."""
 SHORTER = 0.99
 LOUD = 0.5
-"""Of the first gradient plus unit noise: shorter ones may turn while a sample settles."""
+"""Of the first gradient plus noise: shorter ones may turn while a sample settles."""
+WIDE = 0.25
+"""Of unit noise: shorter moves may turn. Optimisers whose moves do not shrink with the gradient
+(RMSprop) end by swinging closely around what they found."""
 
 Projection: TypeAlias = Callable[[Tensor], Tensor]
-"""x (B, ...) -> the nearest point that satisfies a constraint, (B, ...)."""
+"""x (B, ...) -> the nearest point that satisfies a constraint, (B, ...), in the dtype of x.
+
+One that holds entries where they are may say so by an attribute ``free``, a bool tensor that
+broadcasts to (B, ...), True where x may move: as :class:`Known` has it. Then gradients are zero
+where x is held, and norms, stop rules and marks of divergence are of the free entries alone.
+Without it they are of all entries: nobody can tell which of them an arbitrary function holds.
+"""
 
 
 @dataclass(frozen=True)
@@ -45,9 +60,10 @@ class Look:
     x: Tensor
     """(B, ...)."""
     gradient: Tensor
-    """(B, ...), as the rule of descent took it: ahead of x, where that looks ahead."""
+    """(B, ...), as the rule of descent took it: ahead of x, where that looks ahead; zero in what
+    the projection holds (see :data:`Projection`)."""
     gradient_norms: Tensor
-    """(B,)."""
+    """(B,), of that."""
     updates: Tensor
     """(B,) int64: updates that each has had."""
 
@@ -87,7 +103,8 @@ class Trace:
     gradient_norms: Tensor
     """(T, B): of the last gradient taken; NaN at the start."""
     energies: Tensor | None
-    """(T, B): of an explicit energy."""
+    """(T, B): of what is descended, guidance and weights of a composition included; None where that
+    is no explicit energy (implicit fields, guidance of some channels alone, flow matching)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,7 +158,7 @@ class _State:
     stopped: Tensor
     diverged: Tensor
     limit: Tensor
-    """Norm of x past which a sample has blown up."""
+    """Norm of what is free of x past which a sample has blown up; the first gradient widens it."""
     steepest: Tensor
     """Norm of the gradient past which it has; NaN before the first."""
     gradient: Tensor
@@ -157,6 +174,65 @@ class _Plan:
     rule: Rule
     updates: int
     stop: StopRule | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Constraint:
+    """A projection, and which entries of x it holds where they are."""
+
+    project: Projection | None
+    held: Tensor | None
+    """Bool that broadcasts to (B, ...); None where nothing is known to be held."""
+    unit: Tensor | float
+    """Norm of unit noise in the free entries: (B,) or (1,), or one for all."""
+
+    def free(self, x: Tensor) -> Tensor:
+        """X with zeros where it is held."""
+        return x if self.held is None else x.masked_fill(self.held, 0)
+
+    def of_free(self, gradient: Gradient) -> Gradient:
+        """The gradient over the free entries: rules must not look where samples cannot go."""
+        if self.held is None:
+            return gradient
+
+        def slope(x: Tensor, gamma: Tensor | None = None) -> Tensor:
+            return self.free(gradient(x) if gamma is None else gradient(x, gamma))
+
+        return slope
+
+
+def _nearest(x: Tensor, project: Projection | None) -> Tensor:
+    """What satisfies a constraint. Raises ConfigError for a projection to something else."""
+    if project is None:
+        return x
+    there = project(x)
+    if there.shape != x.shape or there.dtype != x.dtype:
+        raise ConfigError(
+            f"project maps {x.dtype} of shape {tuple(x.shape)} to {there.dtype} of shape "
+            f"{tuple(there.shape)}: it must return the shape and dtype it is given"
+        )
+    return there
+
+
+def _constraint(project: Projection | None, x: Tensor) -> _Constraint:
+    """Of samples that are at x (B, ...). Raises ConfigError for a ``free`` that does not fit."""
+    free = getattr(project, "free", None)
+    if free is None:
+        return _Constraint(project=project, held=None, unit=x[0].numel() ** 0.5)
+    found = f"{free.dtype} of shape {tuple(free.shape)}" if isinstance(free, Tensor) else repr(free)
+    if not (isinstance(free, Tensor) and free.dtype == torch.bool and _fits(free, x.shape)):
+        raise ConfigError(
+            f"what project.free says is {found}: give bool that broadcasts to {tuple(x.shape)}, "
+            "True where x may move"
+        )
+    here = free.to(x.device).expand_as(x)
+    return _Constraint(project=project, held=~here, unit=here.flatten(1).sum(dim=1).sqrt())
+
+
+def _fits(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether it broadcasts to a shape."""
+    sides = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    return tensor.dim() <= len(shape) and all(a in (1, b) for a, b in sides)
 
 
 # -- all together -------------------------------------------------------------------------------
@@ -179,23 +255,26 @@ def descend(
     """Descend from start (B, ...) for so many updates, each sample until its own stop.
 
     The evaluation that tells a sample to stop moves nothing and is counted. ``project`` is applied
-    to the start and after every move. ``numbers`` (B,) int64 name the samples for Langevin noise.
+    to the start and after every move (see :data:`Projection`). ``numbers`` (B,) int64 name the
+    samples for Langevin noise.
     ``on_update(k, latents)`` is called with the start for k = 0 and after every update, until all
     have stopped. ``trace_every`` keeps a :class:`Trace`, with ``energy`` at its points (not counted
     as evaluations). Without ``stop`` nothing waits for the device; with it, every ``check_every``
     updates do. Raises ValueError for a start that is not (B, ...) of floats, for fewer than 0
-    updates and for intervals below 1.
+    updates and for intervals below 1, ConfigError and DataError for projections that do not fit.
     """
     _check(start, updates, check_every, 1 if trace_every is None else trace_every)
     plan = _Plan(rule=rule, updates=updates, stop=stop)
     tracer = _Tracer(trace_every, energy)
     tell = on_update or (lambda update, latents: None)
     with torch.no_grad():
-        state = _begin(plan, _projected(start, project), numbers)
+        x = _nearest(start, project)
+        constraint = _constraint(project, x)
+        state = _begin(plan, constraint, x, numbers)
         tell(0, state.x)
         tracer.look(0, state)
         for update in range(1, updates + 1):
-            state = _update(plan, state, gradient, project)
+            state = _update(plan, state, gradient, constraint)
             due = stop is not None and update % check_every == 0 and update < updates
             if due and not bool(state.active.any()):
                 break
@@ -204,14 +283,15 @@ def descend(
         return replace(_descent(state), trace=tracer.trace())
 
 
-def _begin(plan: _Plan, start: Tensor, numbers: Tensor | None) -> _State:
-    size = norms(start)
-    finite, zero = size.isfinite(), torch.zeros_like(size)
-    count = torch.zeros_like(finite, dtype=torch.int64)
-    named = torch.arange(len(start)) if numbers is None else numbers
+def _begin(plan: _Plan, constraint: _Constraint, start: Tensor, numbers: Tensor | None) -> _State:
+    """State of samples whose start (B, ...) satisfies their constraint."""
+    x = start.clone()
+    finite, size = norms(x).isfinite(), norms(constraint.free(x))
+    count, zero = torch.zeros_like(finite, dtype=torch.int64), torch.zeros_like(size)
+    named = torch.arange(len(x)) if numbers is None else numbers
     return _State(
-        x=start.clone(),
-        memory=plan.rule.begin(start, named.to(start.device)),
+        x=x,
+        memory=plan.rule.begin(x, named.to(x.device)),
         active=finite & (plan.updates > 0),
         evaluations=count,
         updates=count,
@@ -220,28 +300,29 @@ def _begin(plan: _Plan, start: Tensor, numbers: Tensor | None) -> _State:
         works=zero,
         stopped=torch.zeros_like(finite),
         diverged=~finite,
-        limit=EXPLODED * (size + start[0].numel() ** 0.5),
+        limit=EXPLODED * (size + constraint.unit),
         steepest=torch.full_like(size, torch.nan),
-        gradient=torch.zeros_like(start),
+        gradient=torch.zeros_like(x),
         swings=count,
     )
 
 
-def _update(plan: _Plan, state: _State, gradient: Gradient, project: Projection | None) -> _State:
+def _update(plan: _Plan, state: _State, gradient: Gradient, constraint: _Constraint) -> _State:
     """Move those that are active, unless their gradient tells them to stop."""
-    move = plan.rule.move(gradient, state.x, state.memory)
+    move = plan.rule.move(constraint.of_free(gradient), state.x, state.memory)
     norm, g = norms(move.gradient), move.gradient
     stopping = torch.zeros_like(state.active)
     if plan.stop is not None:
         stopping = state.active & plan.stop(Look(state.x, g, norm, state.updates))
     moving = state.active & ~stopping
-    there = _projected(move.x, project)
-    first = STEEPENED * (norm + g[0].numel() ** 0.5)
-    steepest = torch.where(state.steepest.isnan(), first, state.steepest)
-    size, step = norms(there), (there - state.x).to(state.lengths.dtype)
-    swings = torch.where(_swung(state, g, norm), state.swings + 1, 0)
+    there = _nearest(move.x, constraint.project)
+    step = (there - state.x).to(state.lengths.dtype)
+    size, length = norms(constraint.free(there)), norms(step)
+    state = _bounded(state, norm, constraint.unit, move.noise)
+    swung = _swung(state, g, norm) & (length > WIDE * constraint.unit)
+    swings = torch.where(swung, state.swings + 1, 0)
     # Written so that a norm that is not a number is a norm that is too large.
-    sound = size.isfinite() & (size <= state.limit) & (norm <= steepest) & (swings < SWINGS)
+    sound = size.isfinite() & (size <= state.limit) & (norm <= state.steepest) & (swings < SWINGS)
     moved = moving & sound
     work = (g * step).flatten(1).sum(dim=1)
     return replace(
@@ -252,13 +333,23 @@ def _update(plan: _Plan, state: _State, gradient: Gradient, project: Projection 
         evaluations=state.evaluations + plan.rule.evaluations * state.active,
         updates=state.updates + moved,
         norms=torch.where(state.active, norm, state.norms),
-        lengths=torch.where(moved, state.lengths + norms(step), state.lengths),
+        lengths=torch.where(moved, state.lengths + length, state.lengths),
         works=torch.where(moved, state.works + work, state.works),
         stopped=state.stopped | stopping,
         diverged=state.diverged | (moving & ~sound),
-        steepest=steepest,
         gradient=g,
         swings=swings,
+    )
+
+
+def _bounded(state: _State, norm: Tensor, unit: Tensor | float, noise: float) -> _State:
+    """The bounds of samples that see their first gradient, of these norms (B,)."""
+    first, loud = state.steepest.isnan(), noise * unit
+    farther = state.limit + EXPLODED * loud + DISTANT * norm
+    return replace(
+        state,
+        limit=torch.where(first, farther, state.limit),
+        steepest=torch.where(first, STEEPENED * (norm + unit + loud), state.steepest),
     )
 
 
@@ -368,18 +459,22 @@ class _Table:
 
     def state_of(self, held: Tensor, start: Tensor) -> _State:
         """State of samples that are about to start."""
-        project = None if self.problem.project is None else self.problem.project(held)
-        numbers = self.problem.numbers(held).to(start.device)
-        return _begin(self.plan, _projected(start, project), numbers)
+        project, numbers = self.project_of(held), self.problem.numbers(held).to(start.device)
+        x = _nearest(start, project)
+        return _begin(self.plan, _constraint(project, x), x, numbers)
+
+    def project_of(self, held: Tensor) -> Projection | None:
+        """Constraint of samples."""
+        return None if self.problem.project is None else self.problem.project(held)
 
     def seat(self) -> None:
         """Look up gradient and constraint of those that sit here now."""
         self.gradient = self.problem.gradient(self.held)
-        self.project = None if self.problem.project is None else self.problem.project(self.held)
+        self.constraint = _constraint(self.project_of(self.held), self.state.x)
 
     def advance(self) -> None:
         """One update."""
-        self.state = _update(self.plan, self.state, self.gradient, self.project)
+        self.state = _update(self.plan, self.state, self.gradient, self.constraint)
 
     def finished(self, holds: list[int | None]) -> list[int]:
         """Slots with a sample that moves no more."""
@@ -460,18 +555,76 @@ def start_noise(
 
 @dataclass(frozen=True)
 class Known:
-    """Inpainting as a constraint: where ``mask`` is True, x is ``values`` (both (B, ...))."""
+    """Inpainting as a constraint: where ``mask`` is True, x is ``values``, and stays it.
+
+    Both are (B, ...) or broadcast to it, mask in bool, values in the dtype of x; they may lie on
+    another device. Where mask is False, values are not read. Raises DataError for other dtypes, and
+    when it is used for x of a shape or dtype that does not fit.
+    """
 
     mask: Tensor
     values: Tensor
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.mask, Tensor) or self.mask.dtype != torch.bool:
+            raise DataError(
+                f"the mask of Known is {_kind(self.mask)}: give a tensor of bool, True where "
+                "values are known"
+            )
+        if not isinstance(self.values, Tensor) or not self.values.is_floating_point():
+            raise DataError(
+                f"the values of Known are {_kind(self.values)}: give a tensor in the dtype of the "
+                "latents"
+            )
+
+    @property
+    def free(self) -> Tensor:
+        """Where x may move; the shape of the mask."""
+        return ~self.mask
+
     def __call__(self, x: Tensor) -> Tensor:
         """The nearest point that agrees with what is known."""
-        return torch.where(self.mask, self.values, x)
+        self._check(tuple(x.shape), x.dtype)
+        return torch.where(self.mask.to(x.device), self.values.to(x.device), x)
+
+    def spread(
+        self, shape: tuple[int, ...], *, dtype: torch.dtype, device: torch.device | str
+    ) -> "Known":
+        """The same on a device, with mask and values of this shape, (B, ...).
+
+        Raises DataError for what does not fit, and for known values that are not finite.
+        """
+        self._check(shape, dtype)
+        mask, values = (t.to(device).expand(shape) for t in (self.mask, self.values))
+        odd = (mask & ~values.isfinite()).flatten(1).any(dim=1).nonzero()
+        if len(odd):
+            raise DataError(
+                f"the values of Known have NaN or infinite entries where sample {int(odd[0])} of "
+                f"{len(mask)} is known: mend them, or set the mask to False there"
+            )
+        return Known(mask, values)
+
+    def __getitem__(self, samples: Tensor) -> "Known":
+        """What is known of some samples (S,) int64, where each has a mask and values."""
+        at = samples.to(self.mask.device)
+        return Known(self.mask[at], self.values[at])
+
+    def _check(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        for name, tensor in (("mask", self.mask), ("values", self.values)):
+            if not _fits(tensor, shape):
+                raise DataError(
+                    f"{name} of Known has shape {tuple(tensor.shape)}: give {shape}, or what "
+                    "broadcasts to it"
+                )
+        if self.values.dtype != dtype:
+            raise DataError(
+                f"values of Known are {self.values.dtype}, and latents {dtype}: convert them, as "
+                f"values.to({dtype})"
+            )
 
 
-def _projected(x: Tensor, project: Projection | None) -> Tensor:
-    return x if project is None else project(x)
+def _kind(thing: object) -> str:
+    return str(thing.dtype) if isinstance(thing, Tensor) else type(thing).__name__
 
 
 def _check(start: Tensor, updates: int, *intervals: int) -> None:

@@ -22,12 +22,14 @@ from torch import Tensor
 from eqm import field, rules, sampler
 from eqm.autoencoder import Autoencoder
 from eqm.config import SamplerConfig
-from eqm.errors import DataError
+from eqm.errors import ConfigError, DataError
 from eqm.field import Gradient
 from eqm.model import Model, ModelSpec
-from eqm.sampler import Descent, Known, Problem, Projection, StopRule, Trace
+from eqm.sampler import Descent, Known, Problem, Projection, StopRule
 
 MAX_SEED = 2**43 - 1
+SLACK = 1e-3
+"""Of gamma: step sizes may be rounded, and ends of the ODE are 1 to this."""
 
 
 def rule_of(config: SamplerConfig) -> rules.Rule:
@@ -155,26 +157,11 @@ def _filled(model: Model, label: int | None, count: int) -> Tensor | None:
 # -- sampling -----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Samples:
-    """What a descent found."""
+@dataclass(frozen=True, kw_only=True)
+class Samples(Descent):
+    """What a descent of a model found; latents (B, C, H, W) in the dtype of the model."""
 
-    latents: Tensor
-    """(B, C, H, W), in the dtype of the model."""
-    evaluations: Tensor
-    """(B,) field evaluations of each sample."""
-    gradient_norms: Tensor
-    """(B,) norm of the last gradient of each."""
-    diverged: Tensor
-    """(B,) samples that blew up; their latents are not samples."""
-    stopped: Tensor
-    """(B,) samples that the stop rule ended; the others used all their updates."""
-    path_lengths: Tensor
-    """(B,) lengths of the ways that they went."""
-    energy_changes: Tensor
-    """(B,) work of the gradient along the way; negative on the way down."""
     model: Model | Composition
-    trace: Trace | None = None
 
     def images(self) -> Tensor:
         """Decode to uint8 (B, C, H, W)."""
@@ -203,23 +190,30 @@ def sample(
 
     Sample s of ``seeds`` begins at noise that is a function of s alone; ``labels`` (B,) int64,
     None for the null label. ``rule`` is NAG(0.003, 0.3) unless given. ``start`` may be noisy to any
-    degree: nobody asks to which. ``project`` holds samples to a constraint, as :class:`Known` does.
+    degree: nobody asks to which (flow matching that is conditioned takes it for noise); ``seeds``
+    beside it number the noise of Langevin. ``project`` holds samples to a constraint, as
+    :class:`Known` does. Flow matching must be integrated to its end: updates x step size is 1.
 
     ``stop`` ends each sample when it is done (GradientNormBelow, or any function of a Look); with
     ``slots``, one that is done makes room for the next, and ``on_finished(count)`` tells how many
     are; without, all are carried to the end of the last, ``on_update(k, latents)`` sees every
-    update, and ``trace_every`` keeps the way. The device is asked every ``check_every`` updates.
+    update, and ``trace_every`` keeps the way, with the energy that is descended (guided, composed)
+    where that is explicit. The device is asked every ``check_every`` updates.
 
-    Samples that blow up are marked in ``diverged``. Raises DataError for what does not fit.
+    Samples that blow up are marked in ``diverged``. Raises DataError and ConfigError for what does
+    not fit.
     """
-    first, count = _starts(model, seeds, start)
+    field.check_scale(guidance)
+    names = _names(seeds)
+    first, count = _starts(model, names, start)
     given = None if labels is None else torch.as_tensor(labels)
     checked = model.checked_labels(count, given)
     if guidance != 1.0 and labels is None and isinstance(model, Model):
         raise DataError(
             f"guidance is {guidance}, and no labels are given: give some, or guidance 1"
         )
-    _check_rule(model, rule)
+    chosen = rule or rules.NAG(step_size=0.003, momentum=0.3)
+    _check_rule(model, chosen, updates)
     problem = Problem(
         start=first,
         gradient=lambda at: model.gradient_of(
@@ -227,11 +221,11 @@ def sample(
             guidance=guidance,
             channels=guidance_channels,
         ),
-        project=None if project is None else lambda at: _project_of(project, at),
-        numbers=lambda at: at if seeds is None else torch.tensor(_names(seeds))[at],
+        project=_projections(model, project, count),
+        numbers=lambda at: at if names is None else names[at],
     )
     common = {
-        "rule": rule or rules.NAG(step_size=0.003, momentum=0.3),
+        "rule": chosen,
         "updates": updates,
         "stop": stop,
         "check_every": check_every,
@@ -246,17 +240,19 @@ def sample(
             problem, count, slots=min(slots, count), on_finished=on_finished, **common
         )
     else:
-        found = _together(model, problem, count, checked, on_update, trace_every, common)
-    return _samples(found, model)
+        energy = (
+            None if trace_every is None else _energy_of(model, checked, guidance, guidance_channels)
+        )
+        found = _together(problem, count, on_update, trace_every, energy, common)
+    return Samples(**vars(found), model=model)
 
 
 def _together(
-    model: Model | Composition,
     problem: Problem,
     count: int,
-    labels: Tensor | None,
     on_update: Callable[[int, Tensor], None] | None,
     trace_every: int | None,
+    energy: Callable[[Tensor], Tensor] | None,
     common: dict[str, Any],
 ) -> Descent:
     everyone = torch.arange(count)
@@ -268,82 +264,94 @@ def _together(
         numbers=problem.numbers(everyone).to(start.device),
         on_update=on_update,
         trace_every=trace_every,
-        energy=_energy_of(model, labels),
+        energy=energy,
         **common,
     )
 
 
 def _energy_of(
-    model: Model | Composition, labels: Tensor | None
+    model: Model | Composition, labels: Tensor | None, guidance: float, channels: int | None
 ) -> Callable[[Tensor], Tensor] | None:
-    """The explicit energy of a model as a function of x, if it has one."""
-    if isinstance(model, Composition) or model.field.kind == "implicit":
-        return None
-    if model.field.conditioned:
-        return None
-    return lambda x: model.field.energy(x, labels)
-
-
-def _samples(found: Descent, model: Model | Composition) -> Samples:
-    return Samples(
-        latents=found.latents,
-        evaluations=found.evaluations,
-        gradient_norms=found.gradient_norms,
-        diverged=found.diverged,
-        stopped=found.stopped,
-        path_lengths=found.path_lengths,
-        energy_changes=found.energy_changes,
-        model=model,
-        trace=found.trace,
-    )
+    """The energy that is descended, (B,), as a function of x; None where there is none."""
+    if isinstance(model, Model):
+        # To guide all channels by their number is to guide all.
+        some = channels if channels is not None and channels < model.spec.latent.shape[0] else None
+        return field.guided_energy(model.field, labels, scale=guidance, channels=some)
+    fields = [part.field for part, _, _ in model.parts]
+    explicit = all(f.kind != "implicit" and not f.conditioned for f in fields)
+    return model.energy if explicit else None
 
 
 def _starts(
-    model: Model | Composition, seeds: Sequence[int] | None, start: Tensor | None
+    model: Model | Composition, names: Tensor | None, start: Tensor | None
 ) -> tuple[Callable[[Tensor], Tensor], int]:
-    """Where samples start, by their indices, and how many there are."""
-    if (seeds is None) == (start is None):
-        raise DataError("give either seeds or start")
-    if start is not None:
-        model.check_latents(start)
-        if not len(start):
-            raise DataError("start has no latents: give at least one")
-        return lambda at: start[at.to(start.device)].to(model.device), len(start)
-    names = _names(seeds)
+    """Where samples start, by their indices, and how many there are; ``names`` are the seeds."""
+    if start is None:
+        if names is None:
+            raise DataError("give seeds, or start, or both")
+        shape, dtype, device = model.spec.latent.shape, model.dtype, model.device
+        return lambda at: sampler.start_noise(names[at], shape, dtype=dtype, device=device), len(
+            names
+        )
+    model.check_latents(start)
+    if not len(start):
+        raise DataError("start has no latents: give at least one")
+    if names is not None and len(names) != len(start):
+        raise DataError(
+            f"{len(names)} seeds for {len(start)} latents of start: give one each, or leave seeds "
+            "out"
+        )
+    return lambda at: start[at.to(start.device)].to(model.device), len(start)
+
+
+def _names(seeds: Iterable[Any] | None) -> Tensor | None:
+    """Seeds as numbers of samples, (B,) int64. Raises DataError."""
+    if seeds is None:
+        return None
+    try:
+        names = [operator.index(s) for s in seeds]
+    except TypeError as error:
+        raise DataError(f"seeds are whole numbers: {error}") from error
     odd = [s for s in names if not 0 <= s <= MAX_SEED]
     if odd:
         raise DataError(f"seed {odd[0]} is out of range: seeds go from 0 to {MAX_SEED}")
     if not names:
         raise DataError("seeds are empty: give at least one")
-    numbers, shape = torch.tensor(names, dtype=torch.int64), model.spec.latent.shape
-
-    def noise(at: Tensor) -> Tensor:
-        return sampler.start_noise(numbers[at], shape, dtype=model.dtype, device=model.device)
-
-    return noise, len(names)
+    return torch.tensor(names, dtype=torch.int64)
 
 
-def _names(seeds: Iterable[Any] | None) -> list[int]:
-    try:
-        return [operator.index(s) for s in (() if seeds is None else seeds)]
-    except TypeError as error:
-        raise DataError(f"seeds are whole numbers: {error}") from error
+def _projections(
+    model: Model | Composition, project: Known | Projection | None, count: int
+) -> Callable[[Tensor], Projection] | None:
+    """The constraint of samples by their indices."""
+    if project is None:
+        return None
+    if not isinstance(project, Known):
+        return lambda at: project
+    shape = (count, *model.spec.latent.shape)
+    known = project.spread(shape, dtype=model.dtype, device=model.device)
+    return lambda at: known[at]
 
 
-def _check_rule(model: Model | Composition, rule: rules.Rule | None) -> None:
+def _check_rule(model: Model | Composition, rule: rules.Rule, updates: int) -> None:
+    """Refuse a rule that cannot serve flow matching. Raises DataError, ConfigError."""
     parts = [m for m, _, _ in model.parts] if isinstance(model, Composition) else [model]
-    if any(part.field.conditioned for part in parts) and not isinstance(rule, rules.Euler):
+    integrates = isinstance(rule, rules.Euler)
+    if any(part.field.conditioned for part in parts) and not integrates:
         raise DataError(
             "this model is conditioned on the noise level, as flow matching is: give "
             "rule=eqm.Euler or eqm.Heun, with a step_size of 1 / updates"
         )
-
-
-def _project_of(project: Known | Projection, at: Tensor) -> Projection:
-    if not isinstance(project, Known):
-        return project
-    here = at.to(project.values.device)
-    return Known(project.mask[here], project.values[here])
+    # EqM has no time at which it must end: there an integrator is a descent of any length.
+    timed = any(not part.spec.objective.is_equilibrium for part in parts)
+    if not (timed and integrates and updates > 0):
+        return
+    end = updates * rule.step_size
+    if abs(end - 1) > SLACK:
+        raise ConfigError(
+            f"{updates} updates of step_size {rule.step_size} end at gamma {end:.6g}, and flow "
+            f"matching has its data at gamma 1: give a step_size of {1 / updates:.6g}"
+        )
 
 
 # -- scores -------------------------------------------------------------------------------------
@@ -359,6 +367,8 @@ class Scores:
     """(B,) length of the way from x down to where the descent ended."""
     energy: Tensor | None
     """(B,) of an explicit energy, which rises toward noise; None for an implicit field."""
+    diverged: Tensor
+    """(B,) bool: latents whose descent blew up; its length is infinite."""
 
 
 def score(
@@ -385,4 +395,5 @@ def score(
         # What blew up went no way that could be measured: it is as far outside as can be.
         descent_length=found.path_lengths.masked_fill(found.diverged, float("inf")),
         energy=model.energy(x, labels) if explicit else None,
+        diverged=found.diverged,
     )

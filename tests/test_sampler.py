@@ -8,11 +8,13 @@ from reference import formulas, official
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from eqm.config import ObjectiveConfig
+from eqm.errors import ConfigError, DataError
 from eqm.field import Field, guided
 from eqm.objective import decay
 from eqm.randomness import Stream, normal
 from eqm.rules import NAG, BarzilaiBorwein, GradientDescent, HeavyBall, Langevin, Optimiser
 from eqm.sampler import (
+    EXPLODED,
     GradientNormBelow,
     Known,
     Problem,
@@ -336,6 +338,48 @@ def test_steps_that_are_too_long_are_marked_although_nothing_flies_away():
     assert descend(gradient, start, rule=calm, updates=60).diverged.tolist() == [False] * 2
 
 
+def test_data_in_raw_units_are_not_called_diverged():
+    # From unit noise down to pixels of 0 to 255, more than EXPLODED times as large.
+    data = 255 * torch.rand(2, 1, 4, 4, generator=torch.Generator().manual_seed(1)).double()
+    gradient = Field(formulas.PerfectField(data, C, points=200)).gradient
+    assert float(data.flatten(1).norm(dim=1).min()) > EXPLODED * 2 * 4
+    rule = GradientDescent(step_size=0.01)
+    found = descend(gradient, noise(4, 1, 4, 4), rule=rule, updates=300)
+    assert found.diverged.tolist() == [False] * 4
+    assert float(torch.cdist(found.latents.flatten(1), data.flatten(1)).min(dim=1).values.max()) < 1
+
+
+def test_an_optimiser_that_swings_closely_around_what_it_found_is_sound():
+    # RMSprop's moves do not shrink with the gradient: at rest they are lr, to and fro.
+    data = noise(3, 1, 4, 4, seed=1)
+    gradient = Field(formulas.PerfectField(data, C, points=200)).gradient
+    rule = Optimiser(torch.optim.RMSprop, lr=0.1)
+    found = descend(gradient, data + 0.01 * noise(3, 1, 4, 4), rule=rule, updates=150)
+    assert found.diverged.tolist() == [False] * 3
+    assert found.updates.tolist() == [150] * 3
+    assert float((found.latents - data).square().mean()) < 0.1**2
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1e4])
+@pytest.mark.parametrize("turning", [0.1, 0.5, 1.5])
+def test_hot_langevin_at_rest_is_sound(temperature, turning):
+    # turning is step size x stiffness: above 1 every gradient turns, and below 2 that is stable.
+    stiffness, rule = turning / 0.003, Langevin(step_size=0.003, temperature=temperature)
+    for entries in (2, 64):
+        found = descend(lambda x: stiffness * x, 0.1 * noise(10, entries), rule=rule, updates=150)
+        assert found.diverged.tolist() == [False] * 10
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1e-3, 1e-2])
+def test_langevin_whose_steps_are_too_long_is_marked(temperature):
+    rule = Langevin(step_size=0.2, temperature=temperature)
+    found = descend(lambda x: 30 * x.clamp(-1, 1), noise(4, 64), rule=rule, updates=60)
+    assert found.diverged.tolist() == [True] * 4
+    rule = Langevin(step_size=1.0, temperature=temperature)
+    found = descend(lambda x: -x, noise(4, 64), rule=rule, updates=60)
+    assert found.diverged.tolist() == [True] * 4
+
+
 def test_a_sample_that_swings_while_it_settles_is_sound():
     # 1.8 of 2: every gradient turns, and each is shorter than the one before.
     rule = GradientDescent(step_size=1.8)
@@ -451,6 +495,130 @@ def test_what_is_known_stays_and_the_rest_descends():
     found = descend(bowl, start, rule=RULES[1], updates=200, project=Known(mask, values)).latents
     assert found[:, [0, 3]].tolist() == [[5.0, -5.0]] * 3
     assert float(found[:, 1:3].abs().max()) < 1e-4
+
+
+COUPLED = torch.tensor(
+    [[3.0, 0.5, 1.0, 0.0], [0.5, 2.0, 0.3, -1.0], [1.0, 0.3, 4.0, 0.2], [0.0, -1.0, 0.2, 1.5]]
+).double()
+"""Stiffness of a spring whose entries pull at each other."""
+
+HOLDING = [
+    *RULES,
+    HeavyBall(step_size=0.05, momentum=0.5),
+    BarzilaiBorwein(step_size=0.05),
+    Optimiser(torch.optim.Adam, lr=0.1),
+    Optimiser(torch.optim.LBFGS, lr=0.5),
+]
+
+
+@pytest.mark.parametrize("rule", HOLDING, ids=lambda rule: type(rule).__name__)
+def test_a_descent_with_known_entries_is_that_of_the_others_alone(rule):
+    mask, values = torch.tensor([True, False, True, False]), torch.tensor([2.0, 0, -3, 0]).double()
+    start = noise(3, 4)
+    settings = {"rule": rule, "updates": 40, "stop": GradientNormBelow(0.02)}
+    whole = descend(lambda x: x @ COUPLED, start, project=Known(mask, values), **settings)
+
+    def gradient(free):
+        x = values.expand(len(free), 4).masked_scatter(~mask, free)
+        return (x @ COUPLED)[:, ~mask]
+
+    part = descend(gradient, start[:, ~mask], **settings)
+    assert torch.allclose(whole.latents[:, ~mask], part.latents, rtol=1e-10)
+    assert torch.equal(whole.latents[:, mask], values[mask].expand(3, 2))
+    for name in ("evaluations", "stopped", "diverged"):
+        assert torch.equal(getattr(whole, name), getattr(part, name)), name
+    for name in ("gradient_norms", "path_lengths", "energy_changes"):
+        assert torch.allclose(getattr(whole, name), getattr(part, name), rtol=1e-9), name
+
+
+def restless(x):
+    """A bowl, but for an entry whose gradient is long and turns at every look."""
+    restless.sign = -restless.sign
+    return torch.cat((torch.full_like(x[:, :1], 100 * restless.sign), x[:, 1:]), dim=1)
+
+
+restless.sign = 1
+
+
+@pytest.mark.parametrize("slots", [None, 2])
+def test_what_is_held_neither_stops_nor_marks_a_sample(slots):
+    mask = torch.tensor([[True, False, False]]).expand(3, 3)
+    looks, start = [], noise(3, 3)
+
+    def stop(look):
+        looks.append(look.gradient[:, 0].abs().max())
+        return look.gradient_norms < 0.1
+
+    settings = {"rule": GradientDescent(step_size=0.1), "updates": 90, "stop": stop}
+    known = Known(mask, torch.full((3, 3), 1e6).double())
+    if slots is None:
+        found = descend(restless, start, project=known, **settings)
+    else:
+        asked = Problem(
+            start=lambda at: start[at], gradient=lambda at: restless, project=lambda at: known[at]
+        )
+        found = descend_in_slots(asked, 3, slots=slots, **settings)
+    assert found.stopped.tolist() == [True] * 3
+    assert found.diverged.tolist() == [False] * 3
+    assert float(torch.stack(looks).max()) == 0
+    # The same function without its word for what it holds: norms are of all entries.
+    found = descend(restless, start, project=lambda x: known(x), **settings)
+    assert found.stopped.tolist() == [False] * 3
+    assert bool((found.gradient_norms >= 100).all())
+
+
+def test_free_entries_that_blow_up_are_marked_however_large_and_many_the_held_ones_are():
+    mask, values = torch.ones(1, 400, dtype=torch.bool), torch.full((1, 400), 1e6).double()
+    mask[:, 0] = False
+    start = noise(2, 400)
+    rule = GradientDescent(step_size=0.5)
+    found = descend(lambda x: -x, start, rule=rule, updates=20, project=Known(mask, values))
+    assert found.diverged.tolist() == [True, True]
+    # 400 entries of unit noise make bounds that one entry would not reach by swinging.
+    spring = lambda x: 30 * x.clamp(-0.2, 0.2)  # noqa: E731
+    settings = {"rule": GradientDescent(step_size=0.2), "updates": 60}
+    found = descend(spring, start, project=Known(mask, values), **settings)
+    assert found.diverged.tolist() == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("mask", "values", "message"),
+    [
+        (torch.ones(3, 4), noise(3, 4), "mask of Known is torch.float32.*bool"),
+        ([[True]], noise(3, 4), "mask of Known is list"),
+        (torch.ones(3, 4).bool(), torch.ones(3, 4).long(), "values of Known are torch.int64"),
+        (torch.ones(3, 4).bool(), noise(3, 4).float(), "values of Known are torch.float32.*64"),
+        (torch.ones(2, 4).bool(), noise(3, 4), r"mask of Known has shape \(2, 4\): give \(3, 4\)"),
+        (torch.ones(3, 4).bool(), noise(3, 5), r"values of Known has shape \(3, 5\)"),
+        (torch.ones(1, 3, 4).bool(), noise(3, 4), r"mask of Known has shape \(1, 3, 4\)"),
+    ],
+)
+def test_known_entries_that_do_not_fit_are_refused(mask, values, message):
+    with pytest.raises(DataError, match=message):
+        descend(bowl, noise(3, 4), rule=GD, updates=1, project=Known(mask, values))
+
+
+class Says:
+    def __init__(self, free, there=lambda x: x):
+        self.free, self.there = free, there
+
+    def __call__(self, x):
+        return self.there(x)
+
+
+@pytest.mark.parametrize(
+    ("project", "message"),
+    [
+        (Says(torch.ones(3, 4)), r"project.free says is torch.float32 of shape \(3, 4\)"),
+        (Says(torch.ones(4, 3).bool()), r"shape \(4, 3\): give bool that broadcasts to \(3, 4\)"),
+        (Says("all"), "project.free says is 'all'"),
+        (lambda x: x[:1], r"project maps .*\(3, 4\) to .*\(1, 4\)"),
+        (lambda x: x.float(), "project maps torch.float64 .* to torch.float32"),
+    ],
+)
+def test_projections_that_do_not_fit_are_refused(project, message):
+    with pytest.raises(ConfigError, match=message):
+        descend(bowl, noise(3, 4), rule=GD, updates=1, project=project)
 
 
 def test_the_start_is_projected_too():
