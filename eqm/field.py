@@ -156,9 +156,9 @@ def compiled_part(network: object) -> str | None:
     if not isinstance(network, nn.Module):
         return None
     for name, part in network.named_modules():
-        called = (vars(part).get("_compiled_call_impl"), vars(part).get("forward"))
-        wrapped = "_orig_mod" in vars(part)["_modules"]
-        if wrapped or called[0] is not None or hasattr(called[1], "_torchdynamo_orig_callable"):
+        # What torch.compile(part) returns has a forward of its own, as has a part given one.
+        call, forward = (vars(part).get(key) for key in ("_compiled_call_impl", "forward"))
+        if call is not None or hasattr(forward, "_torchdynamo_orig_callable"):
             return f"part {name} of the network" if name else "the network"
     return None
 
@@ -185,7 +185,8 @@ def guided(
     parts are one call of the network, and scale 1 needs c alone. Raises ValueError for labels out
     of range, and for guidance without labels, ConfigError for a scale that is not finite.
     """
-    check_scale(scale)
+    if not math.isfinite(scale):
+        raise ConfigError(f"guidance is {scale}; it must be a finite number, and 1 is none")
     classes = field.network.classes
     if labels is not None and classes is not None:
         check_labels(labels, classes=classes)
@@ -229,12 +230,6 @@ def guided_energy(
         return u + scale * (c - u)
 
     return energy
-
-
-def check_scale(scale: float) -> None:
-    """Refuse a scale of guidance that is not finite. Raises ConfigError."""
-    if not math.isfinite(scale):
-        raise ConfigError(f"guidance is {scale}; it must be a finite number, and 1 is none")
 
 
 def composed(gradients: Sequence[Gradient], *, weights: Sequence[float] | None = None) -> Gradient:

@@ -203,7 +203,6 @@ def sample(
     Samples that blow up are marked in ``diverged``. Raises DataError and ConfigError for what does
     not fit.
     """
-    field.check_scale(guidance)
     names = _names(seeds)
     first, count = _starts(model, names, start)
     given = None if labels is None else torch.as_tensor(labels)

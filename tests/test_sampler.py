@@ -574,6 +574,10 @@ def test_free_entries_that_blow_up_are_marked_however_large_and_many_the_held_on
     rule = GradientDescent(step_size=0.5)
     found = descend(lambda x: -x, start, rule=rule, updates=20, project=Known(mask, values))
     assert found.diverged.tolist() == [True, True]
+    # A gradient that never grows: only where it is tells that a sample has flown away.
+    settings = {"rule": GradientDescent(step_size=10.0), "updates": 60}
+    found = descend(lambda x: -x.sign(), start, project=Known(mask, values), **settings)
+    assert found.diverged.tolist() == [True, True]
     # 400 entries of unit noise make bounds that one entry would not reach by swinging.
     spring = lambda x: 30 * x.clamp(-0.2, 0.2)  # noqa: E731
     settings = {"rule": GradientDescent(step_size=0.2), "updates": 60}
