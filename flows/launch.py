@@ -7,6 +7,7 @@ leaves the program running: a dead orchestrator never kills training.
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import secrets
@@ -22,6 +23,7 @@ from eqm.config import PROGRAMS, Job, replace
 from eqm.errors import StageError
 from eqm.records import to_json
 from eqm.stage import job_digest
+from eqm.storage import open_store
 
 GRACE_SECONDS = 30.0
 """From SIGTERM to SIGKILL: time for a checkpoint."""
@@ -36,6 +38,19 @@ class Launcher(Protocol):
     def run(self, job: Job, *, processes: int) -> None:
         """Return when the program has ended well. Raises StageError with the program's reason."""
         ...
+
+
+def cluster_name(job: Job) -> str:
+    """Name by which a cluster knows a job: the same for every flow that asks for the same."""
+    store = hashlib.sha256(job.runtime.store.encode()).hexdigest()[:8]
+    name = f"{job.stage}-{job_digest(job)[:16]}-{store}"
+    shards = job.runtime.shards
+    return name if shards is None else f"{name}-{shards[0]}-{shards[1]}"
+
+
+def is_sealed(job: Job) -> bool:
+    """Whether the record of a job is in its store."""
+    return open_store(job.runtime.store).record(job.stage, job_digest(job)) is not None
 
 
 class LocalLauncher:

@@ -31,6 +31,7 @@ from eqm.records import Record, Ref, to_json
 from eqm.registry import check
 from eqm.stage import job_digest, listing_key, verify
 from eqm.storage import Store, open_store
+from flows.clusters import Slurm
 from flows.launch import Launcher, LocalLauncher
 from flows.settings import Settings, current_settings
 
@@ -64,6 +65,9 @@ class Plan:
     @property
     def processes(self) -> int:
         """Processes of a stage that can use several: not more than there are GPUs, if any."""
+        if self.settings.cluster is not None:
+            # The GPUs of the machine that the flow is on say nothing of the cluster's.
+            return self.config.processes
         import torch
 
         gpus = torch.cuda.device_count()
@@ -131,14 +135,25 @@ def make_plan(
     store = store_of(settings)
     # Asks before anything is begun whether the store is there and lets us in.
     store.list("history/")
-    launcher = LocalLauncher(
-        folder=settings.home / "jobs", environment=settings.child_environment()
-    )
-    plan = Plan(checked, settings, store, launcher)
+    plan = Plan(checked, settings, store, make_launcher(settings))
     if tracked:
         # Now, not after an hour of encoding.
         check(plan.mlflow_uri)
     return plan
+
+
+def make_launcher(settings: Settings) -> Launcher:
+    """What runs stage programs in this environment."""
+    cluster, environment = settings.cluster, settings.child_environment()
+    if cluster is None:
+        return LocalLauncher(folder=settings.home / "jobs", environment=environment)
+    from flows.launch_kubernetes import KubernetesLauncher
+    from flows.launch_slurm import SlurmLauncher
+    from flows.prefect_tools import logged
+
+    if isinstance(cluster, Slurm):
+        return SlurmLauncher(cluster, environment=environment, say=logged)
+    return KubernetesLauncher(cluster, environment=environment, say=logged)
 
 
 # -- what each stage is asked -------------------------------------------------------------------

@@ -11,6 +11,8 @@
 | AWS_DEFAULT_REGION    | and its region                                 | boto3's chain    |
 | MLFLOW_TRACKING_URI   | MLflow to use instead of the embedded one      | embedded         |
 | PREFECT_API_URL       | Prefect to use instead of the embedded one     | embedded         |
+| EQM_LAUNCHER          | where stages run: local, slurm or kubernetes   | local            |
+| EQM_NODE_*, EQM_PROCESS_*, EQM_SLURM_*, EQM_KUBERNETES_*: flows/clusters.py has the table   |
 
 An unknown EQM_* variable is refused: a misspelt one would be silently without effect.
 """
@@ -25,11 +27,12 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from eqm.errors import ConfigError
+from flows.clusters import VARIABLES, Cluster, read_cluster
 from infra import local
 from infra.deployments import PrefectApi
 from infra.stack import BUCKET, External, ServiceError, Stack, child_environment
 
-KNOWN = ("EQM_HOME", "EQM_STORE", "EQM_S3_ENDPOINT", "EQM_CACHE_SIZE")
+KNOWN = ("EQM_HOME", "EQM_STORE", "EQM_S3_ENDPOINT", "EQM_CACHE_SIZE", *VARIABLES)
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 DEFAULT_STORE = f"s3://{BUCKET}/store"
 
@@ -64,6 +67,8 @@ class Settings:
     s3_region: str | None = None
     mlflow_uri: str | None = None
     prefect_api_url: str | None = None
+    cluster: Cluster | None = None
+    """Where stage programs run; None: on this machine."""
     environ: Mapping[str, str] = field(default_factory=dict, repr=False)
     """The environment that was read; children inherit it."""
 
@@ -109,8 +114,9 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     """Read the environment. Raises ConfigError."""
     _refuse_unknown(environ)
     store = environ.get("EQM_STORE") or DEFAULT_STORE
+    home = Path(environ.get("EQM_HOME") or ".eqm").absolute()
     return Settings(
-        home=Path(environ.get("EQM_HOME") or ".eqm").absolute(),
+        home=home,
         # Children may run in another folder.
         store=store if "://" in store else str(Path(store).absolute()),
         cache_bytes=_size(environ, "EQM_CACHE_SIZE"),
@@ -120,6 +126,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         s3_region=environ.get("AWS_DEFAULT_REGION") or None,
         mlflow_uri=environ.get("MLFLOW_TRACKING_URI") or None,
         prefect_api_url=_address(environ, "PREFECT_API_URL"),
+        cluster=read_cluster(environ, home),
         environ=dict(environ),
     )
 

@@ -1,0 +1,269 @@
+"""A stage program as a job of Slurm: submitted, watched, cancelled, taken up again.
+
+The job's name says stage, digest and store, so a flow that finds one in the queue waits for it
+and starts no second. Nothing here is needed by the job once it is submitted: a flow that is killed
+leaves it, and the next one finds it.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import infra
+from eqm.config import PROGRAMS, Job, replace
+from eqm.errors import ConfigError, StageError
+from eqm.records import to_json
+from flows.clusters import Slurm
+from flows.launch import cluster_name, is_sealed
+
+TEMPLATE = Path(infra.__file__).parent / "slurm" / "job.sh"
+POLL_SECONDS = 10.0
+"""Between two looks at the queue: sites ask for no more."""
+PATIENCE_SECONDS = 900.0
+"""How long the controller may be out of reach: longer than it takes to start it again."""
+GRACE_SECONDS = 60.0
+"""From scancel to giving up on seeing the end."""
+
+ENDED = frozenset(
+    ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "OUT_OF_MEMORY", "BOOT_FAIL")
+)
+UNSETTLED = frozenset(("PREEMPTED", "NODE_FAIL"))
+"""Ends that Slurm may be about to undo by putting the job back into the queue."""
+SETTLED_LOOKS = 3
+HINTS = {
+    "PENDING": "waiting in the queue",
+    "REQUEUE_HOLD": "held after a requeue: `scontrol release {id}` lets it go on",
+    "SPECIAL_EXIT": "held after an exit: `scontrol release {id}` lets it go on",
+}
+WHY = {
+    "TIMEOUT": "ran out of time before it could make a checkpoint: raise EQM_SLURM_TIME",
+    "OUT_OF_MEMORY": "ran out of memory: choose another EQM_SLURM_PARTITION or a smaller batch",
+    "CANCELLED": "was cancelled: run it again to go on",
+    "PREEMPTED": "was preempted and not put back into the queue: run it again to go on",
+    "NODE_FAIL": "lost its node and was not put back into the queue: run it again to go on",
+    "DEADLINE": "could not end before its deadline: run it again to go on",
+}
+
+CARRIED = ("AWS_", "MLFLOW_", "NCCL_", "GLOO_", "HF_", "SSL_CERT_")
+CARRIED_NAMES = frozenset(
+    (
+        "PYTHONPATH",
+        "OMP_NUM_THREADS",
+        "HTTP_PROXY",
+        "HTTPS_PROXY",
+        "NO_PROXY",
+        "REQUESTS_CA_BUNDLE",
+        "http_proxy",
+        "https_proxy",
+        "no_proxy",
+    )
+)
+
+
+def carried(environment: Mapping[str, str]) -> dict[str, str]:
+    """What of an environment a stage program needs on another machine. Holds secrets."""
+    return {
+        name: value
+        for name, value in environment.items()
+        if name in CARRIED_NAMES or name.startswith(CARRIED)
+    }
+
+
+class SlurmLauncher:
+    """Jobs of a Slurm cluster."""
+
+    def __init__(
+        self, cluster: Slurm, *, environment: Mapping[str, str], say: Callable[[str], None]
+    ) -> None:
+        self.cluster = cluster
+        self.environment = dict(environment)
+        self.say = say
+
+    def run(self, job: Job, *, processes: int = 1) -> None:
+        """Run a program to its end. Raises StageError."""
+        name = cluster_name(job)
+        number = None
+        try:
+            number = self._started(job, name, processes)
+            state = self._watch(number, name)
+        except Exception:
+            # Slurm is out of reach: the job is not ours to end.
+            raise
+        except BaseException:
+            # Cancelled or interrupted: the program ends before the flow does.
+            self._cancel(name, number)
+            raise
+        self._file(name, "env").unlink(missing_ok=True)
+        if state == "GONE" and is_sealed(job):
+            return
+        if state != "COMPLETED":
+            raise StageError(self._why(name, number, state))
+
+    # -- started --
+
+    def _started(self, job: Job, name: str, processes: int) -> str:
+        self.cluster.folder.mkdir(parents=True, exist_ok=True)
+        # Two flows would both find no job, and both start one.
+        with _locked(self._file(name, "lock")):
+            found = _ask("squeue", "--noheader", "--me", f"--name={name}", "--format=%i").split()
+            if found:
+                self.say(f"{name}: is job {found[0]} of Slurm already, waiting for it")
+                return found[0]
+            self._write(job, name, processes)
+            try:
+                told = _ask("sbatch", "--parsable", str(self._file(name, "sh")))
+            except (StageError, ConfigError):
+                self._file(name, "env").unlink()
+                raise
+        number = told.strip().split(";")[0]
+        if not number.isdecimal():
+            raise StageError(f"{name}: sbatch answered {told!r} and not with a number of a job")
+        self.say(f"{name}: job {number} of Slurm, output in {self._file(name, 'log')}")
+        return number
+
+    def _write(self, job: Job, name: str, processes: int) -> None:
+        self._file(name, "error").unlink(missing_ok=True)
+        error = str(self._file(name, "error"))
+        told = replace(job, runtime=replace(job.runtime, error_file=error))
+        self._file(name, "json").write_text(json.dumps(to_json(told), indent=1))
+        _write_private(self._file(name, "env"), self._exports(job))
+        self._file(name, "sh").write_text(self.script(job, processes))
+
+    def _exports(self, job: Job) -> str:
+        needed = carried(self.environment)
+        if job.runtime.threads is not None:
+            needed["OMP_NUM_THREADS"] = str(job.runtime.threads)
+        return "".join(f"{name}={shlex.quote(value)}\n" for name, value in sorted(needed.items()))
+
+    def script(self, job: Job, processes: int) -> str:
+        """The batch script of a job. Raises ConfigError."""
+        name, cluster = cluster_name(job), self.cluster
+        nodes, here = cluster.nodes.spread(processes)
+        values = {
+            "NAME": name,
+            "FOLDER": str(cluster.folder),
+            "NODES": str(nodes),
+            "PROCESSES": str(here),
+            "MODULE": PROGRAMS[job.stage],
+            "PYTHON": shlex.quote(sys.executable),
+            "JOB": str(self._file(name, "json")),
+            "ERROR": str(self._file(name, "error")),
+            "ENVIRONMENT": str(self._file(name, "env")),
+        }
+        options = {
+            "gpus-per-node": str(here * cluster.nodes.gpus) if cluster.nodes.gpus else None,
+            "cpus-per-task": str(here * int(cluster.cpus)) if cluster.cpus else None,
+            "time": cluster.time,
+            "partition": cluster.partition,
+            "account": cluster.account,
+        }
+        lines = [f"#SBATCH --{key}={value}" for key, value in options.items() if value]
+        text = TEMPLATE.read_text().replace("#SBATCH @OPTION@", "\n".join(lines))
+        return re.sub(r"@([A-Z]+)@", lambda found: values[found[1]], text)
+
+    def _file(self, name: str, kind: str) -> Path:
+        return self.cluster.folder / f"{name}.{kind}"
+
+    # -- watched --
+
+    def _watch(self, number: str, name: str) -> str:
+        """The state in which a job ended; GONE if nobody knows it any more."""
+        before, looks, reached = "", 0, time.monotonic()
+        while True:
+            try:
+                state = _state(number)
+                reached = time.monotonic()
+            except StageError as error:
+                if time.monotonic() - reached > PATIENCE_SECONDS:
+                    raise StageError(f"{name}: job {number} is left running: {error}") from error
+                state = before
+            looks = looks + 1 if state == before else 1
+            if state != before:
+                hint = HINTS.get(state, "").format(id=number)
+                self.say(f"{name}: job {number} is {state}" + (f", {hint}" if hint else ""))
+            before = state
+            if state in ENDED or (state in (*UNSETTLED, "GONE") and looks >= SETTLED_LOOKS):
+                return state
+            time.sleep(POLL_SECONDS)
+
+    def _cancel(self, name: str, number: str | None) -> None:
+        """End a job, also one that may or may not have been submitted."""
+        which = [number] if number else ["--me", f"--name={name}"]
+        with contextlib.suppress(StageError):
+            _ask("scancel", *which)
+            deadline = time.monotonic() + GRACE_SECONDS
+            while number and time.monotonic() < deadline:
+                if _state(number) in (*ENDED, *UNSETTLED, "GONE"):
+                    self._file(name, "env").unlink(missing_ok=True)
+                    return
+                time.sleep(min(1.0, POLL_SECONDS))
+
+    def _why(self, name: str, number: str, state: str) -> str:
+        error = self._file(name, "error")
+        # A job that was stopped says so in its error file; why it was stopped is Slurm's to say.
+        if state == "FAILED" and error.exists():
+            return f"{name}: {error.read_text()}"
+        log = self._file(name, "log")
+        if state == "GONE":
+            return f"{name}: neither squeue nor sacct knows job {number} any more; see {log}"
+        why = WHY.get(state, "failed")
+        said = f" ({error.read_text()})" if error.exists() else ""
+        return f"{name}: job {number} of Slurm {why}{said}; its output is in {log}"
+
+
+def _state(number: str) -> str:
+    """State of a job as the queue, else the accounts, know it. Raises StageError."""
+    try:
+        line = ("--noheader", "--states=all", f"--jobs={number}", "--format=%T")
+        told = _ask("squeue", *line).split()
+    except StageError as error:
+        if "Invalid job id" not in str(error):
+            raise
+        told = []
+    if not told:
+        # Ended some minutes ago. A site without accounts answers with an error.
+        asked = ("--noheader", "--parsable2", "--allocations", f"--jobs={number}", "--format=State")
+        with contextlib.suppress(StageError):
+            # "CANCELLED by 1000"
+            told = _ask("sacct", *asked).split()
+    return told[0] if told else "GONE"
+
+
+def _ask(program: str, *words: str) -> str:
+    """What a command of Slurm says. Raises ConfigError without Slurm, StageError if it refuses."""
+    try:
+        # In a session of its own: Ctrl-C is for the flow, which then cancels the job in order.
+        ended = subprocess.run(
+            [program, *words], capture_output=True, text=True, check=False, start_new_session=True
+        )
+    except FileNotFoundError:
+        raise ConfigError(
+            f"EQM_LAUNCHER is slurm, but {program} is not on PATH: run on a login node of the "
+            "cluster, or set EQM_LAUNCHER=local"
+        ) from None
+    if ended.returncode != 0:
+        said = ended.stderr.strip() or f"status {ended.returncode}"
+        raise StageError(f"{program} refused ({said}): see that Slurm is well with `sinfo`")
+    return ended.stdout
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _write_private(path: Path, text: str) -> None:
+    """A file that nobody else can read at any moment, also where one was before."""
+    path.unlink(missing_ok=True)
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)

@@ -1,0 +1,53 @@
+#!/bin/bash
+# A stage program as a job of Slurm. flows/launch_slurm.py fills in what stands between @ signs.
+#SBATCH --job-name=@NAME@
+#SBATCH --nodes=@NODES@
+#SBATCH --ntasks-per-node=1
+#SBATCH --chdir=@FOLDER@
+#SBATCH --output=@FOLDER@/@NAME@.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:TERM@120
+#SBATCH --export=NONE
+#SBATCH @OPTION@
+
+# Nothing is exported by sbatch: what the program needs, secrets too, is in a file that only its
+# owner can read, not in the controller's spool.
+unset SLURM_EXPORT_ENV
+set -a
+. @ENVIRONMENT@
+set +a
+# What stopped the run before is not what stops this one.
+rm -f @ERROR@
+
+# Two minutes before the end of its time only this script is told. The steps are told by scancel:
+# srun itself would answer SIGTERM by killing them.
+out_of_time=
+end_in_time() {
+    out_of_time=1
+    scancel --signal=TERM "$SLURM_JOB_ID"
+}
+trap end_in_time TERM
+
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+port=$((20000 + SLURM_JOB_ID % 20000))
+srun --export=ALL --kill-on-bad-exit=1 \
+    @PYTHON@ -m torch.distributed.run --nnodes=@NODES@ --nproc-per-node=@PROCESSES@ \
+    --rdzv-backend=c10d --rdzv-endpoint="$first:$port" \
+    --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
+    -m @MODULE@ @JOB@ &
+step=$!
+wait "$step"
+status=$?
+if [ -n "$out_of_time" ]; then
+    # The trap broke the first wait off.
+    wait "$step"
+    status=$?
+    state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
+    # A job that is being cancelled is told to end as well, and is not to come back.
+    if [ "$status" -ne 0 ] && [ "$state" = RUNNING ]; then
+        scontrol requeue "$SLURM_JOB_ID"
+        exit 0
+    fi
+fi
+exit "$status"
