@@ -7,7 +7,8 @@ is refused by name. Called by train.
 """
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from eqm.records import Blob, note_from_bytes, note_to_bytes
 from eqm.storage import Store
 
 SCHEMA = "eqm-checkpoint/1"
+SNAPSHOT_SCHEMA = "eqm-snapshot/1"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class TrainState:
     """Training curve so far."""
     pending: list[list[float]]
     """(loss, gradient norm) of the updates since the last point of the curve."""
+    averages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """Of further tracks, by their names."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +57,9 @@ def save(store: Store, digest: str, state: TrainState) -> str:
         "optimiser": store.put(tensors_to_bytes(state.optimiser)),
         "curve": store.put(json.dumps([state.history, state.pending]).encode()),
     }
+    if state.averages:
+        # A file that is there only where it is needed: checkpoints without it are as ever.
+        files["averages"] = store.put(tensors_to_bytes(_flat(state.averages)))
     commit = Commit(schema=SCHEMA, images_seen=state.images_seen, files=files)
     key = _key(digest, state.images_seen)
     store.write_once(key, note_to_bytes(commit))
@@ -97,11 +104,93 @@ def _load(store: Store, digest: str, key: str) -> TrainState:
         optimiser=tensors_from_bytes(data["optimiser"]),
         history=history,
         pending=pending,
+        averages=_by_track(tensors_from_bytes(data["averages"])) if "averages" in data else {},
     )
 
 
 def _key(digest: str, images_seen: int) -> str:
     return f"train/{digest}/checkpoints/{images_seen:012d}.json"
+
+
+def _flat(averages: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+    """ "<track>/<parameter>" -> tensor."""
+    return {f"{t}/{name}": a for t, tensors in averages.items() for name, a in tensors.items()}
+
+
+def _by_track(flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, average in flat.items():
+        track, _, name = key.partition("/")
+        found.setdefault(track, {})[name] = average
+    return found
+
+
+# -- snapshots of power-function averages -------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Track:
+    """Averages of one length, in a snapshot."""
+
+    sigma_rel: float
+    tensors: Blob
+
+
+@dataclass(frozen=True, kw_only=True)
+class SnapshotCommit:
+    """What makes a snapshot complete: ``train/<digest>/snapshots/<images>.json``."""
+
+    schema: str
+    images_seen: int
+    tracks: tuple[Track, ...]
+
+
+def save_snapshot(
+    store: Store, digest: str, images_seen: int, averages: Mapping[float, dict[str, Tensor]]
+) -> str:
+    """Make sigma_rel -> averages durable at a position; returns the key of its commit. Idempotent.
+
+    Where one stands there already, of an attempt that was stopped, it stays.
+    """
+    tracks = tuple(
+        Track(sigma_rel=sigma, tensors=store.put(tensors_to_bytes(tensors)))
+        for sigma, tensors in averages.items()
+    )
+    commit = SnapshotCommit(schema=SNAPSHOT_SCHEMA, images_seen=images_seen, tracks=tracks)
+    key = _snapshot_key(digest, images_seen)
+    store.write_once(key, note_to_bytes(commit))
+    return key
+
+
+def read_snapshot(store: Store, digest: str, images_seen: int) -> SnapshotCommit:
+    """The snapshot at a position, with its averages there to be read.
+
+    Raises IntegrityError, naming what to delete, if it or a file of it is damaged or lost.
+    """
+    key = _snapshot_key(digest, images_seen)
+    where = store.where(key)
+    try:
+        commit = note_from_bytes(SnapshotCommit, store.read(key), where)
+        if (commit.schema, commit.images_seen) != (SNAPSHOT_SCHEMA, images_seen):
+            raise IntegrityError(
+                f"it is of schema {commit.schema!r} and image {commit.images_seen}, not of "
+                f"{SNAPSHOT_SCHEMA!r} and {images_seen}"
+            )
+        for track in commit.tracks:
+            store.fetch(track.tensors)
+    except (IntegrityError, MissingError) as error:
+        raise IntegrityError(
+            f"snapshot {where} cannot be used: {error}. To make it again, delete it and the run's "
+            f"checkpoints from image {images_seen:,} on, and start the run again"
+        ) from error
+    return commit
+
+
+def _snapshot_key(digest: str, images_seen: int) -> str:
+    return f"train/{digest}/snapshots/{images_seen:012d}.json"
+
+
+# -- tensors <-> bytes --------------------------------------------------------------------------
 
 
 def tensors_to_bytes(tensors: dict[str, Tensor]) -> bytes:

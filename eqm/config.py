@@ -381,6 +381,10 @@ class ObjectiveConfig:
         return self.c != "constant"
 
 
+SNAPSHOTS = 32
+"""Of power-function averages, in a run that does not say how often they are kept."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """The optimisation: AdamW at a constant rate, EMA, label dropout (paper, appendix A)."""
@@ -398,6 +402,14 @@ class TrainConfig:
     """The rate falls linearly to zero over this last part of the run; 0 keeps it constant."""
     gradient_clip: float | None = None
     ema_half_life_images: float = 10_000.0
+    """Of the averages that everything downstream uses."""
+    ema_tracks: tuple[float, ...] = ()
+    """Half-lives, in images, of further averages that are sealed beside those."""
+    ema_power: tuple[float, ...] = ()
+    """Relative lengths (sigma_rel) of power-function averages, from whose snapshots that of any
+    other length is reconstructed afterwards (`eqm ema`): two, as (0.05, 0.1), serve well."""
+    ema_snapshot_images: int | None = None
+    """Images between two snapshots of them; null: 32 snapshots a run. The last is at its end."""
     label_dropout: float = 0.1
     """Probability of the null label; 0 gives a model without guidance."""
     precision: Literal["float32", "bfloat16"] = "float32"
@@ -419,6 +431,39 @@ class TrainConfig:
         require(clip is None or clip > 0, "train.gradient_clip", clip, "greater than 0, or null")
         require(all(0 <= b < 1 for b in self.betas), "train.betas", self.betas, "in [0, 1)")
         _seed(self, "train")
+        self._check_averages()
+
+    def _check_averages(self) -> None:
+        for name, longest, rule in (
+            ("ema_tracks", math.inf, "half-lives greater than 0"),
+            # That of the mean of all weights; a longer average would favour the earliest.
+            ("ema_power", 12**-0.5, "relative lengths, greater than 0 and at most 12 ** -0.5"),
+        ):
+            values: tuple[float, ...] = getattr(self, name)
+            for value in values:
+                require(0 < value <= longest, f"train.{name}", value, rule)
+            once = len(set(values)) == len(values)
+            require(once, f"train.{name}", values, "different ones, each named once")
+        every = self.ema_snapshot_images
+        ok = every is None or every > 0
+        require(ok, "train.ema_snapshot_images", every, "greater than 0, or null")
+
+    @property
+    def snapshots(self) -> tuple[int, ...]:
+        """Positions, in images, after whose update the power-function averages are kept.
+
+        Those of the first updates that reach a multiple of the interval, and of the last one.
+        """
+        if not self.ema_power:
+            return ()
+        updates, every = self.updates, self.ema_snapshot_images
+        if every is None:
+            # Rounded up, for an update counts whole.
+            ends = {-(-k * updates // SNAPSHOTS) for k in range(1, SNAPSHOTS + 1)}
+        else:
+            count = updates * self.batch_size // every
+            ends = {-(-k * every // self.batch_size) for k in range(1, count + 1)}
+        return tuple(sorted(end * self.batch_size for end in {*ends, updates}))
 
     @property
     def updates(self) -> int:

@@ -7,7 +7,8 @@ dropped) is a function of (seed, n). Pure: knows no files and no ranks.
     x  latents (B, C, H, W)      numbers  (B,) int64, image numbers of the run
 """
 
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 
 from eqm import objective
 from eqm.config import ObjectiveConfig, TrainConfig
-from eqm.ema import EMA
+from eqm.ema import EMA, PowerEMA
 from eqm.errors import ConfigError, DataError
 from eqm.field import Field
 from eqm.network import check_labels, uncompiled
@@ -59,11 +60,37 @@ class Learner:
             fused=True,
         )
         self.ema = EMA(trained, half_life_images=config.ema_half_life_images)
+        self.tracks = {h: EMA(trained, half_life_images=h) for h in config.ema_tracks}
+        """Half-life in images -> further averages."""
+        self.power = {s: PowerEMA(trained, sigma_rel=s) for s in config.ema_power}
+        """sigma_rel -> power-function averages."""
 
     @cached_property
     def names(self) -> dict[Tensor, str]:
         """Trained parameters and their names."""
         return {p: n for n, p in self.network.named_parameters() if p.requires_grad}
+
+    def averages(self) -> dict[str, dict[str, Tensor]]:
+        """All averages but the main ones, under their names: "ema-20000", "power-0.05"."""
+        return {name: track.state_dict() for name, track in self._further.items()}
+
+    def load_averages(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Copy what :meth:`averages` gave. Raises ValueError for others than are tracked here."""
+        odd = sorted(found.keys() ^ self._further.keys())
+        if odd:
+            raise ValueError(
+                f"averages {odd[0]} are "
+                + ("not tracked here" if odd[0] in found else "missing")
+                + f": this run tracks {', '.join(self._further) or 'none'}"
+            )
+        for name, track in self._further.items():
+            track.load_state_dict(found[name])
+
+    @property
+    def _further(self) -> dict[str, EMA | PowerEMA]:
+        tracks = {f"ema-{number_name(h)}": track for h, track in self.tracks.items()}
+        power = {f"power-{number_name(s)}": track for s, track in self.power.items()}
+        return {**tracks, **power}
 
     def corrupted(self, x: Tensor, labels: Tensor | None, numbers: Tensor) -> Corrupted:
         """What images of these numbers look like to the network, and what it should say."""
@@ -133,9 +160,18 @@ class Learner:
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.config, images_seen)
         self.optimiser.step()
-        self.ema.update({n: p for p, n in self.names.items()}, images=self.config.batch_size)
+        weights, images = {n: p for p, n in self.names.items()}, self.config.batch_size
+        for track in (self.ema, *self.tracks.values()):
+            track.update(weights, images=images)
+        for power in self.power.values():
+            power.update(weights, images=images, images_seen=images_seen)
         self.optimiser.zero_grad(set_to_none=True)
         return norm
+
+
+def number_name(value: float) -> str:
+    """A number as a name tells it: 20000 for 20000.0, and different for different ones."""
+    return repr(float(value)).removesuffix(".0")
 
 
 def learning_rate(config: TrainConfig, images_seen: int) -> float:
@@ -184,6 +220,8 @@ class Learnt:
     """With averaged weights."""
     losses: Tensor
     """Mean loss of every update, (U,)."""
+    averages: dict[str, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    """Of the further tracks asked for, name -> weights by name: :meth:`Learner.averages`."""
 
 
 def learn(
@@ -231,7 +269,7 @@ def learn(
             "training has diverged; lower train.learning_rate or set train.gradient_clip"
         )
     _keep_averages(learner)
-    return Learnt(learner.field, curve)
+    return Learnt(learner.field, curve, learner.averages())
 
 
 @torch.no_grad()

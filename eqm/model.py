@@ -24,10 +24,12 @@ from eqm import checkpoint, field
 from eqm.autoencoder import Autoencoder, load_autoencoder
 from eqm.config import NetworkConfig, ObjectiveConfig
 from eqm.distributed import pick_device
+from eqm.ema import Reconstruction, plan_reconstruction, weighted_sum
 from eqm.errors import ConfigError, DataError, IntegrityError
+from eqm.learner import number_name
 from eqm.network import Transformer, check_gamma, uncompiled
 from eqm.official import import_official, read_official
-from eqm.records import LatentSpec, Record, from_json, sha256, to_json
+from eqm.records import Blob, LatentSpec, Record, from_json, sha256, to_json
 from eqm.registry import Registry, Version, default_uri
 from eqm.stage import open_ref
 from eqm.storage import Store, open_store
@@ -40,6 +42,8 @@ NO_AUTOENCODER = "none"
 """What latents of a model that was trained in memory are of."""
 SD_VAE = "SD-VAE, not verified"
 """What latents of official checkpoints are of; which file it was, nobody says."""
+FURTHER = ("ema-", "power-")
+"""How the names of averages begin that a training leaves beside the main ones."""
 SD_VAE_SCALE = 0.18215
 """Of the latents that the official checkpoints were trained on."""
 SD_VAE_PIXELS = 8
@@ -274,14 +278,15 @@ def load(
     ``uri``: a sealed training record (``<store>/train/<digest>``, local or s3://), a directory made
     by :meth:`Model.save`, ``models:/name@alias`` (``models:/name/3``) of the MLflow at
     ``mlflow_uri`` (None: MLflow's own MLFLOW_TRACKING_URI), or a ``.pt`` of the official code.
-    ``weights``: "ema" or "raw".
+    ``weights``: "ema" or "raw", or of a sealed record one of its further averages: "ema-20000" for
+    a half-life of train.ema_tracks, "power-0.05" for a sigma_rel of train.ema_power.
 
     An official file holds no config: ``energy`` says how its weights are to be read (None:
     "implicit"), ``num_heads`` is needed for widths that the paper has not, ``flow_matching`` reads
     a SiT, and ``autoencoder`` is what its latents belong to. Raises ConfigError, DataError,
     StoreError, IntegrityError.
     """
-    if weights not in ("ema", "raw"):
+    if weights not in ("ema", "raw") and not weights.startswith(FURTHER):
         raise ConfigError(f"weights is {weights!r}; it must be 'ema' or 'raw'")
     uri = str(uri)
     if uri.lower().endswith(".pt"):
@@ -306,7 +311,7 @@ def load(
 
 def _from_sealed(uri: str, *, weights: str, mlflow_uri: str | None, cache: Path | None) -> Model:
     if uri.startswith("models:/"):
-        return _from_registry(uri, mlflow_uri, weights=weights, cache=cache)
+        return from_record(*_registered(uri, mlflow_uri, cache=cache), weights=weights)
     if any((Path(uri) / name).is_file() for name in ("digests.json", "model.json")):
         if weights != "ema":
             raise ConfigError(
@@ -374,7 +379,13 @@ def from_record(store: Store, record: Record, *, weights: str = "ema") -> Model:
     if record.stage != "train":
         raise ConfigError(f"{record.stage} {record.digest[:12]} is no trained model")
     spec = spec_from_bytes(store.get(record.outputs["model.json"]), record.digest[:12])
-    name = {"ema": "ema.safetensors", "raw": "raw.safetensors"}[weights]
+    name = f"{weights}.safetensors"
+    if name not in record.outputs:
+        whole = [n.removesuffix(".safetensors") for n in record.outputs if "/" not in n]
+        known = [n for n in whole if n in ("ema", "raw") or n.startswith(FURTHER)]
+        raise ConfigError(
+            f"weights is {weights!r}; train {record.digest[:12]} has {', '.join(sorted(known))}"
+        )
     where = f"{name} of {record.digest[:12]}"
     tensors = weights_from_bytes(store.get(record.outputs[name]), where)
 
@@ -383,6 +394,76 @@ def from_record(store: Store, record: Record, *, weights: str = "ema") -> Model:
         return load_autoencoder(open_ref(store, latents.inputs["autoencoder"]), store)
 
     return Model(spec, filled(spec.build(), tensors, where), autoencoder=autoencoder)
+
+
+# -- averages of any length ---------------------------------------------------------------------
+
+
+def snapshot_name(sigma_rel: float, images_seen: int) -> str:
+    """What a snapshot of power-function averages is called among the outputs of a training."""
+    return f"snapshots/{images_seen:012d}/{number_name(sigma_rel)}.safetensors"
+
+
+def snapshots_of(record: Record) -> dict[tuple[float, int], Blob]:
+    """(sigma_rel, images seen) -> averages, of the snapshots that a sealed training left."""
+    found: dict[tuple[float, int], Blob] = {}
+    for name, blob in record.outputs.items():
+        folder, _, rest = name.partition("/")
+        if folder == "snapshots":
+            images, _, sigma = rest.removesuffix(".safetensors").partition("/")
+            found[float(sigma), int(images)] = blob
+    return found
+
+
+def reconstructed(
+    uri: str,
+    *,
+    sigma_rel: float,
+    images_seen: int | None = None,
+    maximum_error: float = 1.0,
+    mlflow_uri: str | None = None,
+    cache: Path | None = None,
+) -> tuple[Model, Reconstruction]:
+    """Model of a training with the power-function average of any length, on the CPU.
+
+    ``uri`` names a sealed training or a registered model, as for :func:`load`. ``sigma_rel`` is the
+    length in shares of ``images_seen`` (None: the whole run). Snapshots are read one by one.
+
+    Raises as :func:`load`; ConfigError for a length that no power function has, and where the
+    error expected is above ``maximum_error``; DataError where the snapshots do not suffice.
+    """
+    store, record = _sealed(uri, mlflow_uri=mlflow_uri, cache=cache)
+    # The last weights bring what is not trained, and is no average.
+    base = from_record(store, record, weights="raw")
+    kept = snapshots_of(record)
+    used = [at for at in sorted(kept) if images_seen is None or at[1] <= images_seen]
+    if kept and not used:
+        raise DataError(
+            f"{uri} has its first snapshot at image {min(seen for _, seen in kept):,}, after the "
+            f"moment wanted ({images_seen:,}): want a later one"
+        )
+    plan = plan_reconstruction(used, sigma_rel, images_seen=images_seen)
+    if plan.expected_error > maximum_error:
+        lengths = ", ".join(map(number_name, sorted({sigma for sigma, _ in used})))
+        raise ConfigError(
+            f"sigma_rel {sigma_rel} at image {plan.images_seen:,} would come with a relative error "
+            f"of about {plan.expected_error:.1e}, above {maximum_error:g}: want a length near "
+            f"those tracked ({lengths}), a moment at or just after a snapshot, or allow more"
+        )
+    averages = weighted_sum(
+        (factor, weights_from_bytes(store.get(kept[at]), f"snapshot {at} of {record.digest[:12]}"))
+        for factor, at in zip(plan.factors, used, strict=True)
+        # The wanted one itself, if it was kept, is all there is to read.
+        if factor
+    )
+    filled(base.network, {**base.network.state_dict(), **averages}, uri)
+    return base, plan
+
+
+def _sealed(uri: str, *, mlflow_uri: str | None, cache: Path | None) -> tuple[Store, Record]:
+    if uri.startswith("models:/"):
+        return _registered(uri, mlflow_uri, cache=cache)
+    return open_record(uri, cache=cache)
 
 
 def _from_folder(folder: Path) -> Model:
@@ -433,8 +514,8 @@ def _digests(place: Path) -> dict[str, str]:
     return found
 
 
-def _from_registry(uri: str, mlflow_uri: str | None, *, weights: str, cache: Path | None) -> Model:
-    """Model of a registered version; the record it points to must be the one it was made for."""
+def _registered(uri: str, mlflow_uri: str | None, *, cache: Path | None) -> tuple[Store, Record]:
+    """Record of a registered version, which must be the one it was registered for."""
     version = _version(uri, mlflow_uri or default_uri())
     store, record = open_record(version.source, cache=cache)
     promised = version.tags.get("eqm.content")
@@ -443,7 +524,7 @@ def _from_registry(uri: str, mlflow_uri: str | None, *, weights: str, cache: Pat
             f"{uri}: version {version.number} was registered for content {promised}, but "
             f"{version.source} holds {record.content}: one of them was changed; register again"
         )
-    return from_record(store, record, weights=weights)
+    return store, record
 
 
 def _version(uri: str, mlflow_uri: str) -> Version:

@@ -11,6 +11,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -34,7 +35,7 @@ from eqm.objective import Corrupted
 from eqm.official import import_official, read_official
 from eqm.progress import Progress
 from eqm.randomness import Stream, normal
-from eqm.records import sha256, to_json
+from eqm.records import Blob, sha256, to_json
 from eqm.registry import RunMirror
 from eqm.report import sample_grid
 from eqm.stage import Context, Outcome
@@ -88,6 +89,11 @@ class Run:
     def names(self) -> dict[Tensor, str]:
         """Trained parameters and their names."""
         return self.learner.names
+
+    @cached_property
+    def snapshots(self) -> frozenset[int]:
+        """Positions at which power-function averages are kept."""
+        return frozenset(self.config.snapshots)
 
     @property
     def report_every(self) -> int:
@@ -197,6 +203,7 @@ def resume(run: Run) -> None:
         for parameter, name in run.names.items():
             parameter.copy_(state.parameters[name])
     run.learner.ema.load_state_dict(state.ema)
+    run.learner.load_averages(state.averages)
     checkpoint.tensors_to_optimiser(state.optimiser, run.learner.optimiser, run.names)
     run.images_seen = run.persisted = state.images_seen
     run.history = state.history
@@ -313,7 +320,29 @@ def state_of(run: Run) -> TrainState:
         optimiser=checkpoint.optimiser_to_tensors(run.learner.optimiser, run.names),
         history=run.history,
         pending=torch.stack(run.since_report).tolist() if run.since_report else [],
+        averages=run.learner.averages(),
     )
+
+
+def keep_snapshot(run: Run) -> None:
+    """Keep the power-function averages, where the config wants them kept."""
+    if run.world.is_first and run.images_seen in run.snapshots:
+        averages = {sigma: track.state_dict() for sigma, track in run.learner.power.items()}
+        checkpoint.save_snapshot(run.context.store, run.context.digest, run.images_seen, averages)
+
+
+def further_outputs(run: Run, weights: dict[str, Tensor]) -> dict[str, bytes | Blob]:
+    """Averages beside the main ones: those at the end, and the snapshots on the way there."""
+    further = run.learner.averages()
+    found: dict[str, bytes | Blob] = {
+        f"{name}.safetensors": checkpoint.tensors_to_bytes({**weights, **averages})
+        for name, averages in further.items()
+    }
+    for images in sorted(run.snapshots):
+        kept = checkpoint.read_snapshot(run.context.store, run.context.digest, images)
+        for track in kept.tracks:
+            found[model.snapshot_name(track.sigma_rel, images)] = track.tensors
+    return found
 
 
 def outcome_of(run: Run) -> Outcome:
@@ -324,6 +353,7 @@ def outcome_of(run: Run) -> Outcome:
             "model.json": model.spec_to_bytes(run.spec),
             "ema.safetensors": checkpoint.tensors_to_bytes({**weights, **averages}),
             "raw.safetensors": checkpoint.tensors_to_bytes(weights),
+            **further_outputs(run, weights),
             "history.json": json.dumps(run.history).encode(),
         },
         values={
@@ -363,6 +393,8 @@ def loop(run: Run, mirror: RunMirror | None) -> None:
             stop = step(run, batch, bool(asked))
             report(run, mirror, bar)
             last = run.images_seen >= total
+            # Before the checkpoint: whoever goes on from that finds all snapshots up to there.
+            keep_snapshot(run)
             if stop or last or crossed(before, run.images_seen, runtime.checkpoint_every_images):
                 persist(run)
             if mirror and (last or crossed(before, run.images_seen, runtime.grid_every_images)):

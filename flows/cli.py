@@ -292,6 +292,45 @@ def _rows(classes: tuple[str, ...], asked: list[int] | None) -> tuple[list[int],
     return rows, [classes[k] for k in rows]
 
 
+@app.command()
+def ema(
+    model: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS or a sealed train record (train.ema_power).")
+    ],
+    sigma_rel: Annotated[
+        float, typer.Option(help="Length of the average, in shares of the images seen, as 0.08.")
+    ],
+    to: Annotated[Path, typer.Option(help="Directory to make; eqm.load reads it.")],
+    images: Annotated[
+        int | None, typer.Option(help="The average as it stood after so many; all unless given.")
+    ] = None,
+    max_error: Annotated[
+        float, typer.Option(help="Refuse a greater relative error than this one.")
+    ] = 0.05,
+) -> None:
+    """Average weights over another length, after training: from the snapshots it left."""
+    _prepare()
+    from eqm.errors import ConfigError
+    from eqm.model import reconstructed
+    from flows.settings import current_settings
+
+    if to.exists():
+        raise ConfigError(f"--to is {to}, which exists: name a directory that does not")
+    made, plan = reconstructed(
+        model,
+        sigma_rel=sigma_rel,
+        images_seen=images,
+        maximum_error=max_error,
+        mlflow_uri=current_settings().mlflow_uri,
+    )
+    made.save(to)
+    out.print(
+        f"{to}: weights averaged over sigma_rel {sigma_rel:g} at image {plan.images_seen:,}, "
+        f"expected relative error {plan.expected_error:.1e}",
+        soft_wrap=True,
+    )
+
+
 # -- checkpoints of the official code -----------------------------------------------------------
 
 
