@@ -14,6 +14,20 @@ from infra import local
 from infra.stack import External, Stack
 
 
+SERVICES = {"s3_environment", "mlflow_environment", "all_environment"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests in one process where the services of this session run; all others where there is room.
+
+    Tests that share the fixtures of their module stay together too.
+    """
+    for item in items:
+        names = set(getattr(item, "fixturenames", ()))
+        services = names & SERVICES or "infra" in item.path.parts or "flows" in item.path.parts
+        item.add_marker(pytest.mark.xdist_group("services" if services else item.path.stem))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
     torch.set_num_threads(1)

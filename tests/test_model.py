@@ -450,11 +450,11 @@ def test_the_rule_is_the_one_of_the_config() -> None:
     assert sampling.rule_of(SamplerConfig()) == NAG(step_size=0.003, momentum=0.3)
 
 
-def test_a_start_or_seeds_but_not_both(trained: Model) -> None:
-    with pytest.raises(DataError, match="either seeds or start"):
+def test_a_start_or_seeds_or_both(trained: Model) -> None:
+    with pytest.raises(DataError, match="give seeds, or start, or both"):
         eqm.sample(trained, updates=1)
-    with pytest.raises(DataError, match="either seeds or start"):
-        eqm.sample(trained, seeds=[0], start=some_latents(1), updates=1)
+    with pytest.raises(DataError, match="2 seeds"):
+        eqm.sample(trained, seeds=[0, 1], start=some_latents(1), updates=1)
     with pytest.raises(DataError, match="this model takes"):
         eqm.sample(trained, start=torch.zeros(2, 3, 8, 8), updates=1)
     with pytest.raises(DataError, match="2 labels for 1 latents"):
