@@ -1,5 +1,6 @@
 """A checkpoint is complete or not there; a damaged one is refused by name."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,11 @@ def a_state(images_seen: int = 128) -> TrainState:
     )
 
 
+def with_averages() -> TrainState:
+    averages = {name: a_state(k).ema for k, name in enumerate(("ema-2000.5", "power-0.05"))}
+    return dataclasses.replace(a_state(), averages=averages)
+
+
 def load_newest(store: LocalStore, run: str) -> TrainState | None:
     position = newest(store, run)
     return None if position is None else load(store, run, position)
@@ -45,6 +51,10 @@ def assert_same(left: TrainState, right: TrainState) -> None:
         one, other = getattr(left, name), getattr(right, name)
         assert one.keys() == other.keys()
         assert all(torch.equal(one[k], other[k]) for k in one)
+    assert left.averages.keys() == right.averages.keys()
+    for name, tensors in left.averages.items():
+        assert tensors.keys() == right.averages[name].keys()
+        assert all(torch.equal(a, right.averages[name][k]) for k, a in tensors.items())
 
 
 def test_round_trip(tmp_path: Path) -> None:
@@ -54,6 +64,20 @@ def test_round_trip(tmp_path: Path) -> None:
     found = load_newest(store, RUN)
     assert found is not None
     assert_same(found, a_state())
+
+
+def test_further_averages_come_back_under_their_names(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    save(store, RUN, with_averages())
+    found = load_newest(store, RUN)
+    assert found is not None
+    assert_same(found, with_averages())
+
+
+def test_a_checkpoint_without_further_averages_is_as_ever(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    commit = note_from_bytes(checkpoint.Commit, store.read(save(store, RUN, a_state())), "commit")
+    assert commit.files.keys() == {"parameters", "ema", "optimiser", "curve"}
 
 
 def test_the_one_with_most_images_is_found(tmp_path: Path) -> None:
@@ -85,10 +109,10 @@ def test_files_without_their_commit_are_no_checkpoint(
     assert found.images_seen == 128
 
 
-@pytest.mark.parametrize("file", ["parameters", "ema", "optimiser", "curve"])
+@pytest.mark.parametrize("file", ["parameters", "ema", "optimiser", "curve", "averages"])
 def test_one_flipped_bit_is_refused_with_the_way_on(tmp_path: Path, file: str) -> None:
     store = LocalStore(tmp_path)
-    key = save(store, RUN, a_state())
+    key = save(store, RUN, with_averages())
     commit = note_from_bytes(checkpoint.Commit, store.read(key), "commit")
     path = store.root / commit.files[file].key
     path.chmod(0o644)
@@ -166,3 +190,50 @@ def test_optimiser_state_of_another_network_is_refused() -> None:
         checkpoint.tensors_to_optimiser(
             {"exp_avg/other": torch.zeros(1)}, optimiser, {parameter: "p"}
         )
+
+
+# -- snapshots ----------------------------------------------------------------------------------
+
+KEPT = {0.05: a_state(1).ema, 0.1: a_state(2).ema}
+
+
+def test_snapshots_come_back_and_the_first_of_a_position_stands(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    key = checkpoint.save_snapshot(store, RUN, 128, KEPT)
+    assert key == f"train/{RUN}/snapshots/000000000128.json"
+    again = {sigma: a_state(7).ema for sigma in KEPT}
+    assert checkpoint.save_snapshot(store, RUN, 128, again) == key
+    commit = checkpoint.read_snapshot(store, RUN, 128)
+    assert [track.sigma_rel for track in commit.tracks] == [0.05, 0.1]
+    for track in commit.tracks:
+        found = checkpoint.tensors_from_bytes(store.get(track.tensors))
+        assert all(torch.equal(found[name], a) for name, a in KEPT[track.sigma_rel].items())
+    assert newest(store, RUN) is None
+
+
+@pytest.mark.parametrize("harm", ["flip", "lose", "edit", "move", "never"])
+def test_snapshots_that_cannot_be_used_are_told_with_the_way_on(tmp_path: Path, harm: str) -> None:
+    store = LocalStore(tmp_path)
+    key = checkpoint.save_snapshot(store, RUN, 128, KEPT)
+    commit = store.root / key
+    (blob,) = (
+        store.root / track.tensors.key
+        for track in checkpoint.read_snapshot(store, RUN, 128).tracks
+        if track.sigma_rel == 0.1
+    )
+    data = blob.read_bytes()
+    for path in (blob, commit):
+        path.chmod(0o644)
+    if harm == "flip":
+        blob.write_bytes(data[:-1] + bytes([data[-1] ^ 4]))
+    elif harm == "lose":
+        blob.unlink()
+    elif harm == "edit":
+        commit.write_text(commit.read_text().replace("0.05", "0.06"))
+    elif harm == "never":
+        commit.unlink()
+    else:
+        commit.rename(commit.with_name("000000000192.json"))
+    images = 192 if harm == "move" else 128
+    with pytest.raises(IntegrityError, match=rf"snapshot .*/0*{images}\.json cannot .* from image"):
+        checkpoint.read_snapshot(LocalStore(tmp_path), RUN, images)

@@ -45,6 +45,13 @@ def test_every_stage_has_a_program_and_a_number() -> None:
         ({"train": {"decay_fraction": 1.5}}, "train.decay_fraction"),
         ({"train": {"gradient_clip": 0}}, "train.gradient_clip"),
         ({"train": {"seed": -1}}, "train.seed"),
+        ({"train": {"ema_tracks": [0]}}, r"train\.ema_tracks is 0\.0; it must be half-lives"),
+        ({"train": {"ema_tracks": [8000, 8000.0]}}, "different ones, each named once"),
+        ({"train": {"ema_tracks": 8000}}, r"train\.ema_tracks is 8000; it must be a list"),
+        ({"train": {"ema_power": [0.05, 0.3]}}, r"train\.ema_power is 0\.3; .* at most 12"),
+        ({"train": {"ema_power": [-0.05]}}, r"train\.ema_power is -0\.05"),
+        ({"train": {"ema_power": [0.05, 0.05]}}, "different ones, each named once"),
+        ({"train": {"ema_snapshot_images": 0}}, r"train\.ema_snapshot_images is 0"),
         ({"train": {"batch_size": 127}, "processes": 2}, "a multiple of processes"),
         ({"network": {"heads": 5}}, "network.width is 64"),
         ({"objective": {"c": "truncate"}}, "did you mean 'truncated'"),
@@ -90,6 +97,23 @@ def test_sizes_of_the_paper() -> None:
 
 def test_updates_cover_all_images() -> None:
     assert TrainConfig(images=1000, batch_size=128).updates == 8
+
+
+def test_moments_at_which_averages_are_kept() -> None:
+    def kept(**settings: Any) -> tuple[int, ...]:
+        return TrainConfig(batch_size=64, ema_power=(0.05,), **settings).snapshots
+
+    assert TrainConfig(ema_snapshot_images=10).snapshots == ()
+    # 32 a run, equally spaced, and all updates of a shorter one.
+    assert kept(images=64 * 320) == tuple(range(640, 64 * 320 + 1, 640))
+    assert kept(images=64 * 3) == (64, 128, 192)
+    assert len(kept(images=64 * 1000)) == 32
+    assert kept(images=64 * 1000)[-1] == 64 * 1000
+    # The updates that reach a multiple, and the last one; of many in one update, once.
+    assert kept(images=640, ema_snapshot_images=128) == (128, 256, 384, 512, 640)
+    assert kept(images=600, ema_snapshot_images=200) == (256, 448, 640)
+    assert kept(images=192, ema_snapshot_images=10) == (64, 128, 192)
+    assert kept(images=192, ema_snapshot_images=10**9) == (192,)
 
 
 def test_stage_config_is_typed() -> None:
