@@ -569,3 +569,34 @@ def test_descent_of_a_trained_energy_obeys_statement_3(energy):
     assert bool((fall > 0).all())
     assert bool((least <= 2 * fall / (eta * updates)).all())
     assert torch.allclose(found.energy_changes, -fall, rtol=0.2)
+
+
+def test_further_averages_are_handed_over_and_change_nothing(digits):
+    further = replace(SHORT, ema_tracks=(64.0, 500.5), ema_power=(LONGEST_SIGMA_REL, 0.1))
+    plain, net, seen = network(), network(), []
+    learn(plain, *digits, train=SHORT)
+    name = "head.linear.weight"
+    # Weights of the next to last update are what on_update sees before averages take their place.
+    learnt = learn(
+        net,
+        *digits,
+        train=further,
+        on_update=lambda *_: seen.append(net.get_parameter(name).detach().double().clone()),
+    )
+    assert torch.equal(net.get_parameter(name), plain.get_parameter(name))
+    long = f"power-{LONGEST_SIGMA_REL}"
+    assert learnt.averages.keys() == {"ema-64", "ema-500.5", long, "power-0.1"}
+    mean = torch.stack(seen).mean(dim=0)
+    assert torch.allclose(learnt.averages[long][name].double(), mean, rtol=1e-5, atol=1e-8)
+    assert not torch.equal(learnt.averages["ema-64"][name], learnt.averages["ema-500.5"][name])
+
+
+def test_averages_of_other_tracks_are_refused():
+    tracking = learner(network(), train=replace(SHORT, ema_power=(0.1,)))
+    kept = {name: dict(tensors) for name, tensors in tracking.averages().items()}
+    with pytest.raises(ValueError, match=r"power-0\.1 are missing: this run tracks power-0\.1"):
+        tracking.load_averages({})
+    with pytest.raises(ValueError, match=r"power-0\.1 are not tracked here: this run tracks none"):
+        learner(network()).load_averages(kept)
+    tracking.load_averages({"power-0.1": {n: a + 1 for n, a in kept["power-0.1"].items()}})
+    assert float(tracking.averages()["power-0.1"]["head.linear.bias"].min()) == 1

@@ -236,6 +236,74 @@ def test_what_is_no_model_is_refused(tiny: chain.Chain) -> None:
         eqm.load(tiny.uri("train"), weights="best")
 
 
+# -- averages of any length ---------------------------------------------------------------------
+
+LONGER = {"train.images": 160 * 8, "train.batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def two_tracks(tmp_path_factory: pytest.TempPathFactory) -> chain.Chain:
+    """A real training of 160 updates that left 32 snapshots of two power-function averages."""
+    changes = {**LONGER, "train.ema_power": [0.05, 0.1], "train.ema_tracks": [40]}
+    return chain.build(tmp_path_factory.mktemp("two"), changes, until="train")
+
+
+def test_any_length_is_made_after_a_real_training(two_tracks: chain.Chain, tmp_path: Path) -> None:
+    """The bar: below 1e-3 of the same training that tracked that length itself."""
+    lengths = (0.06, 0.075, 0.09)
+    direct = chain.build(tmp_path, {**LONGER, "train.ema_power": list(lengths)}, until="train")
+    assert (
+        direct["train"].outputs["raw.safetensors"] == two_tracks["train"].outputs["raw.safetensors"]
+    )
+    for sigma in lengths:
+        found, plan = model.reconstructed(two_tracks.uri("train"), sigma_rel=sigma)
+        wanted = eqm.load(direct.uri("train"), weights=f"power-{sigma}", device="cpu")
+        for name, value in wanted.network.state_dict().items():
+            error = (found.network.state_dict()[name] - value).norm()
+            assert float(error) <= 1e-3 * float(value.norm()), (sigma, name)
+        assert plan.expected_error < 1e-3
+        assert plan.images_seen == 1280
+        x = some_latents()
+        torch.testing.assert_close(found.gradient(x), wanted.gradient(x), rtol=1e-3, atol=1e-4)
+        nearest = eqm.load(two_tracks.uri("train"), weights="power-0.05", device="cpu")
+        assert (nearest.gradient(x) - wanted.gradient(x)).norm() > 1e-3 * wanted.gradient(x).norm()
+
+
+def test_moments_on_the_way_and_poor_reconstructions(two_tracks: chain.Chain) -> None:
+    uri = two_tracks.uri("train")
+    _, plan = model.reconstructed(uri, sigma_rel=0.08, images_seen=640)
+    assert plan.images_seen == 640
+    assert len(plan.factors) == 32
+    _, between = model.reconstructed(uri, sigma_rel=0.08, images_seen=650)
+    assert between.expected_error > plan.expected_error
+    with pytest.raises(ConfigError, match=r"at image 1,280 would .* those tracked \(0\.05, 0\.1\)"):
+        model.reconstructed(uri, sigma_rel=0.28, maximum_error=0.01)
+    with pytest.raises(DataError, match="first snapshot at image 40, after the moment wanted"):
+        model.reconstructed(uri, sigma_rel=0.08, images_seen=39)
+    with pytest.raises(ConfigError, match=r"sigma_rel is 0\.3; it must be"):
+        model.reconstructed(uri, sigma_rel=0.3)
+
+
+def test_a_training_without_snapshots_and_a_directory_give_no_other_length(
+    tiny: chain.Chain, saved: Path
+) -> None:
+    with pytest.raises(DataError, match=r"no snapshots .* train\.ema_power"):
+        model.reconstructed(tiny.uri("train"), sigma_rel=0.08)
+    with pytest.raises(ConfigError, match="is no model: give"):
+        model.reconstructed(str(saved), sigma_rel=0.08)
+
+
+def test_further_averages_are_loaded_by_name(two_tracks: chain.Chain) -> None:
+    uri, store = two_tracks.uri("train"), two_tracks.store
+    for name in ("ema-40", "power-0.05"):
+        sealed = store.get(two_tracks["train"].outputs[f"{name}.safetensors"])
+        found = eqm.load(uri, weights=name, device="cpu").network.state_dict()
+        for key, value in tensors_from_bytes(sealed).items():
+            assert torch.equal(found[key], value)
+    with pytest.raises(ConfigError, match=r"has ema, ema-40, power-0\.05, power-0\.1, raw"):
+        eqm.load(uri, weights="ema-50")
+
+
 # -- weights to begin from ----------------------------------------------------------------------
 
 

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from eqm import checkpoint, train
 from eqm.batches import read_batch
 from eqm.config import Job, TrainConfig, TrainStage, replace, stage_config
 from eqm.distributed import World
-from eqm.ema import EMA
+from eqm.ema import EMA, sigma_rel_to_gamma
 from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.latents import sample_latents
 from eqm.learner import learning_rate
@@ -33,7 +34,7 @@ from eqm.network import Transformer
 from eqm.official import to_official, write_official
 from eqm.randomness import Stream, normal, uniform
 from eqm.records import Record, to_json
-from eqm.stage import Context, job_digest, open_ref
+from eqm.stage import Context, job_digest, open_ref, verify
 from eqm.storage import LocalStore
 from eqm.train import InterruptedTraining
 
@@ -298,6 +299,135 @@ def test_divergence_is_told_and_nothing_is_sealed(tiny: chain.Chain, tmp_path: P
     with pytest.raises(DataError, match=r"diverged; lower train\.learning_rate"):
         chain.run(job)
     assert store_of(job).record("train", job_digest(job)) is None
+
+
+# -- further averages ---------------------------------------------------------------------------
+
+FURTHER = {"ema_tracks": [40, 320.5], "ema_power": [0.05, 0.1], "ema_snapshot_images": 3 * BATCH}
+
+
+@pytest.fixture(scope="module")
+def further(tiny: chain.Chain, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Record]:
+    """The training of the chain with averages of other lengths beside the main ones."""
+    job = asking(fresh(tiny, tmp_path_factory.mktemp("further")), train=FURTHER)
+    return job, chain.run(job)
+
+
+def sealed_tensors(job: Job, record: Record, name: str) -> dict[str, torch.Tensor]:
+    return checkpoint.tensors_from_bytes(store_of(job).get(record.outputs[name]))
+
+
+def test_further_averages_are_sealed_beside_the_main_ones_and_change_nothing(
+    tiny: chain.Chain, further: tuple[Job, Record]
+) -> None:
+    job, record = further
+    usual = tiny["train"].outputs
+    assert usual.keys() == {"model.json", "ema.safetensors", "raw.safetensors", "history.json"}
+    assert {name: record.outputs[name] for name in usual} == dict(usual)
+    ends = {"ema-40", "ema-320.5", "power-0.05", "power-0.1"}
+    moments = [*range(96, 640, 96), 640]
+    snapshots = {f"snapshots/{n:012d}/{sigma}" for n in moments for sigma in (0.05, 0.1)}
+    assert record.outputs.keys() - usual.keys() == {f"{n}.safetensors" for n in ends | snapshots}
+    keys = store_of(job).list(f"train/{record.digest}/snapshots/")
+    assert [int(Path(key).stem) for key in keys] == moments
+    verify(store_of(job), record)
+
+
+def test_further_averages_are_those_of_the_weights_of_every_update(
+    tiny: chain.Chain, tmp_path: Path, further: tuple[Job, Record]
+) -> None:
+    job, record = further
+    run = set_up(asking(fresh(tiny, tmp_path), train=FURTHER))
+    start = {name: p.detach().clone() for p, name in run.names.items()}
+    path = []
+    for batch in islice(train.feed(run), chain.UPDATES):
+        train.step(run, batch, stop=False)
+        path.append({name: p.detach().clone() for p, name in run.names.items()})
+    name = "head.linear.weight"
+    for half_life in (40, 320.5):
+        average = EMA(start, half_life_images=half_life)
+        for weights in path:
+            average.update(weights, images=BATCH)
+        found = sealed_tensors(job, record, f"ema-{half_life}.safetensors")[name]
+        assert torch.equal(found, average.state_dict()[name])
+    for sigma in (0.05, 0.1):
+        edges = torch.arange(len(path) + 1, dtype=torch.float64)
+        for end in (3, 12, 20):
+            shares = ((edges.clamp(max=end) / end) ** (sigma_rel_to_gamma(sigma) + 1)).diff()
+            expected = sum(
+                s * weights[name].double() for s, weights in zip(shares, path, strict=True)
+            )
+            kept = f"snapshots/{end * BATCH:012d}/{sigma}.safetensors"
+            found = sealed_tensors(job, record, kept)[name]
+            assert torch.allclose(found.double(), expected, rtol=1e-5, atol=1e-7)
+        end = sealed_tensors(job, record, f"power-{sigma}.safetensors")
+        assert torch.equal(end[name], found)
+        assert end.keys() == run.network.state_dict().keys()
+
+
+def test_stopped_after_every_update_further_averages_end_in_the_same_bits(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, further: tuple[Job, Record]
+) -> None:
+    job = asking(fresh(tiny, tmp_path), train=FURTHER)
+    step = train.step
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "step", lambda run, batch, _: step(run, batch, True) or True)
+        for _ in range(chain.UPDATES - 1):
+            with pytest.raises(InterruptedTraining):
+                chain.run(job)
+        again = chain.run(job)
+    assert again.outputs == further[1].outputs
+    assert again.content == further[1].content
+
+
+def test_killed_between_a_snapshot_and_its_checkpoint_it_ends_in_the_same_bits(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, further: tuple[Job, Record]
+) -> None:
+    job = asking(fresh(tiny, tmp_path, checkpoint_every_images=3 * BATCH), train=FURTHER)
+    save = checkpoint.save
+
+    def killed(store: Any, digest: str, state: checkpoint.TrainState) -> str:
+        if state.images_seen == 6 * BATCH:
+            raise KeyboardInterrupt
+        return save(store, digest, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            chain.run(job)
+    folder = f"train/{job_digest(job)}"
+    assert len(store_of(job).list(f"{folder}/snapshots/")) == 2
+    assert checkpoint.newest(store_of(job), job_digest(job)) == 3 * BATCH
+    assert chain.run(job).content == further[1].content
+
+
+def test_a_snapshot_that_is_gone_is_told_before_anything_is_sealed(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = asking(fresh(tiny, tmp_path), train=FURTHER)
+    outcome = train.outcome_of
+
+    def lost(run: train.Run) -> Any:
+        key = f"train/{run.context.digest}/snapshots/{96:012d}.json"
+        (store_of(job).root / key).unlink()
+        return outcome(run)
+
+    monkeypatch.setattr(train, "outcome_of", lost)
+    with pytest.raises(IntegrityError, match=r"snapshots/000000000096\.json cannot be used.*start"):
+        chain.run(job)
+    assert store_of(job).record("train", job_digest(job)) is None
+
+
+def test_only_the_first_process_leaves_snapshots(tiny: chain.Chain, tmp_path: Path) -> None:
+    run = set_up(asking(fresh(tiny, tmp_path), train=FURTHER))
+    run.images_seen, first = 3 * BATCH, run.context
+    folder = f"train/{first.digest}/snapshots/"
+    run.context = replace(first, world=World(1, 2, torch.device("cpu")))
+    train.keep_snapshot(run)
+    assert first.store.list(folder) == []
+    run.context = first
+    train.keep_snapshot(run)
+    assert len(first.store.list(folder)) == 1
 
 
 # -- other beginnings and other methods ----------------------------------------------------------

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import chain
 import numpy as np
 import pytest
 import torch
@@ -21,6 +22,7 @@ import eqm
 from eqm.autoencoder import identity
 from eqm.config import NetworkConfig, SourceConfig
 from eqm.images import open_source
+from eqm.model import reconstructed
 from flows import cli, settings
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
@@ -391,6 +393,28 @@ def test_where_official_weights_are_written(run, checkpoint: Path) -> None:
     refused(run(*words, "file/model"), "file/model", "Not a directory")
     refused(run("export-official", "folder/of/model", "--to", "a.bin"), "--to is a.bin", ".pt")
     assert not Path("a.bin").exists()
+
+
+# -- averages of other lengths ------------------------------------------------------------------
+
+
+def test_an_average_of_another_length_is_made_from_snapshots(run, tmp_path: Path) -> None:
+    changes = {"train.images": 320, "train.ema_power": [0.05, 0.1]}
+    made = chain.build(tmp_path / "store", changes, until="train")
+    uri = made.uri("train")
+    told = run("ema", uri, "--sigma-rel", "0.08", "--to", "model")
+    assert told.status == 0, told
+    assert "model: weights averaged over sigma_rel 0.08 at image 320, expected relative" in told.out
+    expected, _ = reconstructed(uri, sigma_rel=0.08)
+    saved = eqm.load("model", device="cpu").network.state_dict()
+    for name, value in expected.network.state_dict().items():
+        assert torch.equal(saved[name], value)
+    assert run("ema", uri, "--sigma-rel", "0.1", "--images", "160", "--to", "early").status == 0
+    refused(run("ema", uri, "--sigma-rel", "0.08", "--to", "model"), "which exists")
+    refused(run("ema", uri, "--sigma-rel", "0.5", "--to", "other"), "sigma_rel is 0.5")
+    strict = run("ema", uri, "--sigma-rel", "0.2", "--max-error", "1e-5", "--to", "other")
+    refused(strict, "above 1e-05", "allow more")
+    assert not Path("other").exists()
 
 
 # -- samples ------------------------------------------------------------------------------------
