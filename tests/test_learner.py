@@ -9,6 +9,7 @@ from sklearn.datasets import load_digits
 
 import eqm.objective
 from eqm.config import NetworkConfig, ObjectiveConfig, TrainConfig, replace
+from eqm.ema import LONGEST_SIGMA_REL
 from eqm.errors import ConfigError, DataError
 from eqm.field import Field
 from eqm.learner import Learner, check_slope, learn
@@ -576,7 +577,6 @@ def test_further_averages_are_handed_over_and_change_nothing(digits):
     plain, net, seen = network(), network(), []
     learn(plain, *digits, train=SHORT)
     name = "head.linear.weight"
-    # Weights of the next to last update are what on_update sees before averages take their place.
     learnt = learn(
         net,
         *digits,
