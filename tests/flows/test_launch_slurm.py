@@ -1,0 +1,307 @@
+"""Jobs of a Slurm that really starts them: a stage trains to its sealed record, whatever comes."""
+
+import json
+import os
+import signal
+import stat
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import chain
+import fake_slurm
+import pytest
+
+from eqm.config import Job, replace
+from eqm.errors import ConfigError, StageError
+from eqm.records import Record
+from eqm.stage import job_digest
+from eqm.storage import LocalStore
+from flows import launch_slurm
+from flows.clusters import Nodes, Slurm
+from flows.launch import cluster_name, is_sealed
+from flows.launch_slurm import SlurmLauncher
+from flows.plan import Plan, ensure
+from flows.settings import Settings
+
+pytestmark = pytest.mark.timeout(180)
+
+PROJECT = Path(__file__).parents[2]
+SECRET = "a'secret $(touch stolen)"
+UPDATES = {"train.images": 60 * 32}
+
+
+@pytest.fixture(scope="session")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> chain.Chain:
+    return chain.build(tmp_path_factory.mktemp("clusters") / "store", UPDATES, until="latents")
+
+
+@pytest.fixture(scope="session")
+def expected(latents: chain.Chain, tmp_path_factory: pytest.TempPathFactory) -> Record:
+    """The record of a run that nothing disturbed."""
+    store = chain.copied(latents, tmp_path_factory.mktemp("undisturbed") / "store", without=())
+    return chain.run(chain.job(latents.config, store, "train", latents.records))
+
+
+@dataclass
+class Place:
+    """A Slurm, a store with latents, and a launcher."""
+
+    folder: Path
+    store: LocalStore
+    launcher: SlurmLauncher
+    job: Job
+    said: list[str] = field(default_factory=list)
+
+    @property
+    def state(self) -> Path:
+        return self.folder / "bin" / "state"
+
+    @property
+    def name(self) -> str:
+        return cluster_name(self.job)
+
+    def submissions(self) -> int:
+        file = self.state / "submissions"
+        return len(file.read_text().splitlines()) if file.exists() else 0
+
+    def slurm(self, number: int = 1001) -> dict[str, Any]:
+        return json.loads((self.state / f"{number}.json").read_text())
+
+    def file(self, kind: str) -> Path:
+        return self.folder / "jobs" / f"{self.name}.{kind}"
+
+    def record(self) -> Record | None:
+        return self.store.record("train", job_digest(self.job))
+
+    def when(self, true: Callable[[], Any], then: Callable[[], Any]) -> threading.Thread:
+        """Do something beside the launcher as soon as something is true."""
+
+        def waits() -> None:
+            wait_for(true)
+            then()
+
+        thread = threading.Thread(target=waits)
+        thread.start()
+        return thread
+
+    def has_checkpoint(self) -> bool:
+        return bool(list(self.store.list(f"train/{job_digest(self.job)}/")))
+
+    def is_running(self) -> bool:
+        return self.submissions() == 1 and self.slurm()["state"] == "RUNNING"
+
+    def has_step(self) -> bool:
+        return bool(list(self.state.glob("*.steps")))
+
+
+def wait_for(true: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + 90
+    while not true():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def place(latents: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
+    monkeypatch.setattr(launch_slurm, "POLL_SECONDS", 0.1)
+    fake_slurm.install(tmp_path / "bin")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    store = chain.copied(latents, tmp_path / "store", without=())
+    job = chain.job(latents.config, store, "train", latents.records, checkpoint_every_images=64)
+    said: list[str] = []
+    environment = {
+        "PYTHONPATH": str(PROJECT),
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "LOCAL_ONLY": "stays here",
+    }
+    cluster = Slurm(nodes=Nodes(processes=1, gpus=0), folder=tmp_path / "jobs", partition="long")
+    launcher = SlurmLauncher(cluster, environment=environment, say=said.append)
+    here = Place(tmp_path, store, launcher, job, said)
+    yield here
+    for number in range(1001, 1001 + here.submissions()):
+        subprocess.run(["scancel", str(number)], check=True)
+        wait_for(lambda number=number: here.slurm(number)["state"] in fake_slurm.ENDED)
+
+
+# -- to the sealed record -----------------------------------------------------------------------
+
+
+def test_a_job_waits_runs_and_seals_its_record(place: Place, expected: Record) -> None:
+    (place.state / "hold").touch()
+    waiting = place.when(
+        lambda: any("PENDING" in line for line in place.said), (place.state / "hold").unlink
+    )
+    seen: list[int] = []
+    place.when(place.is_running, lambda: seen.append(place.file("env").stat().st_mode))
+    settings = Settings(home=place.folder, store=place.store.uri)
+    plan = Plan(chain.tiniest(UPDATES), settings, place.store, place.launcher)
+    record = ensure(plan, place.job, say=lambda _: None)
+    waiting.join()
+    assert record.content == expected.content
+    # The same flow again starts nothing.
+    assert ensure(plan, place.job, say=lambda _: None) == record
+    assert place.submissions() == 1
+    assert place.slurm()["states"] == ["PENDING", "RUNNING", "COMPLETED"]
+    assert place.said[1:] == [
+        f"{place.name}: job 1001 is PENDING, waiting in the queue",
+        f"{place.name}: job 1001 is RUNNING",
+        f"{place.name}: job 1001 is COMPLETED",
+    ]
+    # Secrets were in a file of their owner alone, came through whole, and are gone.
+    assert [stat.S_IMODE(mode) for mode in seen] == [0o600]
+    assert not place.file("env").exists()
+    for file in [*place.state.iterdir(), *(place.folder / "jobs").iterdir()]:
+        assert "a'secret" not in file.read_text(), file
+    assert not list(place.folder.rglob("stolen"))
+
+
+def test_two_nodes_train_together(place: Place) -> None:
+    place.launcher.run(place.job, processes=2)
+    record = place.record()
+    assert record is not None
+    assert record.provenance["world_size"] == 2
+    assert place.slurm()["options"]["nodes"] == "2"
+
+
+def test_a_preempted_job_comes_back_and_ends_in_the_same_bits(
+    place: Place, expected: Record
+) -> None:
+    preempts = place.when(place.has_checkpoint, (place.state / "1001.preempt").touch)
+    place.launcher.run(place.job)
+    preempts.join()
+    assert place.slurm()["states"].count("RUNNING") == 2
+    record = place.record()
+    assert record is not None
+    assert record.content == expected.content
+    assert place.submissions() == 1
+
+
+def test_a_job_out_of_time_makes_a_checkpoint_and_requeues_itself(
+    place: Place, expected: Record
+) -> None:
+    late = place.when(place.has_checkpoint, (place.state / "1001.timeout").touch)
+    place.launcher.run(place.job)
+    late.join()
+    assert place.slurm()["states"].count("RUNNING") == 2
+    assert "with a checkpoint there" in place.file("log").read_text()
+    assert place.record().content == expected.content  # type: ignore[union-attr]
+    assert not place.file("error").exists()
+
+
+def test_a_job_that_is_there_is_waited_for(place: Place) -> None:
+    (place.state / "hold").touch()
+    with ThreadPoolExecutor() as beside:
+        first = beside.submit(place.launcher.run, place.job)
+        wait_for(lambda: place.submissions() == 1)
+        second = beside.submit(place.launcher.run, place.job)
+        wait_for(lambda: any("is job 1001 of Slurm already" in line for line in place.said))
+        (place.state / "hold").unlink()
+        first.result(120)
+        second.result(120)
+    assert place.submissions() == 1
+    assert is_sealed(place.job)
+
+
+def test_the_record_decides_where_nobody_knows_the_job(place: Place) -> None:
+    (place.state / "purge").touch()
+    (place.state / "no-accounts").touch()
+    place.launcher.run(place.job)
+    assert is_sealed(place.job)
+
+
+def test_a_controller_that_is_away_for_a_while_is_waited_for(place: Place) -> None:
+    place.when(place.is_running, (place.state / "down").touch)
+    back = place.when(
+        lambda: place.submissions() and place.slurm()["state"] == "COMPLETED",
+        (place.state / "down").unlink,
+    )
+    place.launcher.run(place.job)
+    back.join()
+    assert is_sealed(place.job)
+
+
+# -- failure and cancellation, in words ---------------------------------------------------------
+
+
+def test_the_message_of_the_program_is_the_message(place: Place) -> None:
+    record = place.store.root / "latents"
+    record.rename(place.store.root / "elsewhere")
+    with pytest.raises(StageError, match=rf"^{place.name}: latents .* is not sealed in .*: run th"):
+        place.launcher.run(place.job)
+    # The queue has forgotten it; the accounts have not.
+    (place.state / "purge").touch()
+    assert launch_slurm._state("1001") == "FAILED"
+
+
+def test_a_lost_node_is_told(place: Place) -> None:
+    loses = place.when(place.has_step, (place.state / "1001.lose").touch)
+    with pytest.raises(StageError, match="lost its node and was not put back into the queue"):
+        place.launcher.run(place.job)
+    loses.join()
+
+
+def test_a_job_that_somebody_cancels_is_told(place: Place) -> None:
+    cancels = place.when(place.has_checkpoint, (place.state / "1001.cancel").touch)
+    with pytest.raises(StageError, match=r"was cancelled: run it again .* \(stopped at image "):
+        place.launcher.run(place.job)
+    cancels.join()
+    # Its script was told to end as well, and did not requeue it.
+    assert place.slurm()["states"].count("RUNNING") == 1
+
+
+def test_an_interrupt_cancels_the_job(place: Place) -> None:
+    interrupts = place.when(place.has_step, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        place.launcher.run(place.job)
+    interrupts.join()
+    assert place.slurm()["state"] == "CANCELLED"
+    assert not place.file("env").exists()
+
+
+def test_what_sbatch_refuses_is_told(place: Place) -> None:
+    closed = replace(place.launcher.cluster, partition="closed")
+    launcher = SlurmLauncher(closed, environment={}, say=place.said.append)
+    with pytest.raises(StageError, match=r"sbatch refused .*invalid partition specified: closed"):
+        launcher.run(place.job)
+    assert not place.file("env").exists()
+
+
+def test_a_machine_without_slurm_is_told(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(place.folder))
+    with pytest.raises(ConfigError, match="squeue is not on PATH: run on a login node"):
+        place.launcher.run(place.job)
+
+
+# -- the script ---------------------------------------------------------------------------------
+
+
+def test_the_script_asks_for_what_the_settings_say(place: Place) -> None:
+    cluster = Slurm(
+        nodes=Nodes(processes=8, gpus=1),
+        folder=place.folder / "jobs",
+        time="1-00:00:00",
+        account="physics",
+        cpus="4",
+    )
+    launcher = SlurmLauncher(cluster, environment={}, say=place.said.append)
+    lines = launcher.script(place.job, 16).splitlines()
+    for wanted in (
+        "#SBATCH --nodes=2",
+        "#SBATCH --gpus-per-node=8",
+        "#SBATCH --cpus-per-task=32",
+        "#SBATCH --time=1-00:00:00",
+        "#SBATCH --account=physics",
+        "#SBATCH --requeue",
+        "#SBATCH --signal=B:TERM@120",
+        "#SBATCH --open-mode=append",
+    ):
+        assert wanted in lines
+    assert not any("partition" in line or "@" in line.replace("@120", "") for line in lines[:18])
+    with pytest.raises(ConfigError, match=r"processes is 12, which nodes of EQM_NODE_PROCESSES=8"):
+        launcher.script(place.job, 12)
