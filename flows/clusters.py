@@ -193,5 +193,7 @@ def _needed(environ: Mapping[str, str], name: str, allowed: tuple[str, str]) -> 
 def _checked(environ: Mapping[str, str], name: str, allowed: tuple[str, str]) -> str | None:
     value = environ.get(name) or None
     if value is not None and not re.fullmatch(allowed[0], value):
-        raise ConfigError(f"{name} is {value!r}; it must be {allowed[1]}")
+        # The log is no place for a password that somebody put into an address.
+        shown = re.sub(r"//[^/@]*@", "//...@", value)
+        raise ConfigError(f"{name} is {shown!r}; it must be {allowed[1]}")
     return value

@@ -106,6 +106,7 @@ def test_what_does_not_fit_kubernetes(
     with pytest.raises(ConfigError, match=name) as error:
         read_settings({**KUBERNETES, name: value})
     assert why in str(error.value)
+    assert "word@" not in str(error.value)
 
 
 def test_the_table_has_every_variable() -> None:
