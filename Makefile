@@ -27,7 +27,7 @@ demo: .venv/installed ## run the whole pipeline on the digits, and show where to
 	@$(BIN)/eqm pipeline demo
 
 test: .venv/installed ## run all tests but those marked slow or gpu
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 check: .venv/installed ## ruff, format, import rules, types
 	$(BIN)/ruff check .

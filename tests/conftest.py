@@ -2,7 +2,9 @@
 of their own. Torch runs deterministic and on few threads, so that bits can be compared.
 """
 
+import functools
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,19 +15,21 @@ from flows import settings
 from infra import local
 from infra.stack import External, Stack
 
+SERVICES = re.compile("s3_environment|mlflow_environment|all_environment|local.up")
 
-SERVICES = {"s3_environment", "mlflow_environment", "all_environment"}
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
+    """Files that need services run in one process, which starts them once; others beside it."""
+    from xdist.scheduler import LoadScopeScheduling
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests in one process where the services of this session run; all others where there is room.
+    class ByServices(LoadScopeScheduling):
+        @functools.cache  # noqa: B019  one scheduler a session
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "services" if SERVICES.search((config.rootpath / file).read_text()) else file
 
-    Tests that share the fixtures of their module stay together too.
-    """
-    for item in items:
-        names = set(getattr(item, "fixturenames", ()))
-        services = names & SERVICES or "infra" in item.path.parts or "flows" in item.path.parts
-        item.add_marker(pytest.mark.xdist_group("services" if services else item.path.stem))
+    return ByServices(config, log)
 
 
 @pytest.fixture(autouse=True, scope="session")
