@@ -17,6 +17,7 @@ from eqm.ema import (
     power_share,
     reconstruct,
     sigma_rel_to_gamma,
+    weighted_sum,
 )
 from eqm.errors import ConfigError, DataError
 
@@ -375,6 +376,16 @@ def test_a_snapshot_that_is_wanted_is_given_back_to_the_bit():
         assert torch.equal(found.tensors["w"], one.tensors["w"])
         assert found.expected_error < 1e-7
         assert torch.equal(reconstruct([one], one.sigma_rel).tensors["w"], one.tensors["w"])
+        # No other snapshot need be read.
+        plan = plan_reconstruction([(s.sigma_rel, s.images_seen) for s in kept], one.sigma_rel)
+        assert sorted(plan.factors) == [0.0] * 63 + [1.0]
+
+
+def test_sums_are_taken_in_float64():
+    terms = [(1.0, 2.0**25), (1.0, 1.0), (1.0, 1.0), (-1.0, 2.0**25)]
+    found = weighted_sum((factor, {"w": torch.tensor([value])}) for factor, value in terms)
+    assert found["w"].dtype == torch.float32
+    assert float(found["w"]) == 2
 
 
 def test_snapshots_given_twice_and_very_many_change_nothing():
