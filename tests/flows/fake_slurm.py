@@ -22,10 +22,11 @@ NAMES = ("sbatch", "squeue", "sacct", "scancel", "scontrol", "srun")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
-def install(folder):
-    """Put the commands into a folder for PATH."""
+def install(folder, first):
+    """Put the commands into a folder for PATH. Jobs count from a number: their ports do too."""
     folder.mkdir()
     (folder / "state").mkdir()
+    (folder / "state" / "first").write_text(str(first))
     text = f"#!{sys.executable}\n" + Path(__file__).read_text()
     for name in NAMES:
         (folder / name).write_text(text)
@@ -73,13 +74,14 @@ def refuse(message):
 
 def sbatch(words):
     assert words[0] == "--parsable", words
-    (STATE / "submissions").open("a").write(words[1] + "\n")
     script = Path(words[1]).read_text()
     given = options(re.findall(r"^#SBATCH (--\S+)$", script, re.MULTILINE))
     if given.get("partition") == "closed":
         return refuse("sbatch: error: invalid partition specified: closed")
-    number = max(jobs(), default=1000) + 1
+    number = max(jobs(), default=int((STATE / "first").read_text()) - 1) + 1
     write(number, state="PENDING", name=given["job-name"], options=given, script=script, restarts=0)
+    with (STATE / "submissions").open("a") as file:
+        file.write(words[1] + "\n")
     line = [sys.executable, __file__, "slurmd", str(number)]
     quiet = subprocess.DEVNULL
     subprocess.Popen(line, start_new_session=True, stdin=quiet, stdout=quiet, stderr=quiet)
@@ -148,7 +150,9 @@ def srun(words):
     for node in range(int(os.environ["SLURM_NNODES"])):
         environ = {**os.environ, "SLURM_NODEID": str(node)}
         tasks.append(subprocess.Popen(line, env=environ, start_new_session=True))
-    (STATE / f"{number}.steps").write_text(" ".join(str(task.pid) for task in tasks))
+    new = STATE / f"{number}.newsteps"
+    new.write_text(" ".join(str(task.pid) for task in tasks))
+    new.replace(STATE / f"{number}.steps")
 
     def forces(*_):
         tell([task.pid for task in tasks], signal.SIGKILL)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import signal
 import stat
 import subprocess
@@ -57,6 +58,8 @@ class Place:
     launcher: SlurmLauncher
     job: Job
     said: list[str] = field(default_factory=list)
+    number: int = 0
+    """Of the first job."""
 
     @property
     def state(self) -> Path:
@@ -70,8 +73,8 @@ class Place:
         file = self.state / "submissions"
         return len(file.read_text().splitlines()) if file.exists() else 0
 
-    def slurm(self, number: int = 1001) -> dict[str, Any]:
-        return json.loads((self.state / f"{number}.json").read_text())
+    def slurm(self) -> dict[str, Any]:
+        return json.loads((self.state / f"{self.number}.json").read_text())
 
     def file(self, kind: str) -> Path:
         return self.folder / "jobs" / f"{self.name}.{kind}"
@@ -110,7 +113,9 @@ def wait_for(true: Callable[[], Any]) -> None:
 @pytest.fixture
 def place(latents: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     monkeypatch.setattr(launch_slurm, "POLL_SECONDS", 0.1)
-    fake_slurm.install(tmp_path / "bin")
+    # The port of a rendezvous follows the number: sessions beside each other must not meet.
+    first = random.randrange(10**5, 10**6)
+    fake_slurm.install(tmp_path / "bin", first)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     store = chain.copied(latents, tmp_path / "store", without=())
     job = chain.job(latents.config, store, "train", latents.records, checkpoint_every_images=64)
@@ -122,11 +127,11 @@ def place(latents: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     }
     cluster = Slurm(nodes=Nodes(processes=1, gpus=0), folder=tmp_path / "jobs", partition="long")
     launcher = SlurmLauncher(cluster, environment=environment, say=said.append)
-    here = Place(tmp_path, store, launcher, job, said)
+    here = Place(tmp_path, store, launcher, job, said, first)
     yield here
-    for number in range(1001, 1001 + here.submissions()):
-        subprocess.run(["scancel", str(number)], check=True)
-        wait_for(lambda number=number: here.slurm(number)["state"] in fake_slurm.ENDED)
+    for file in here.state.glob("*.json"):
+        subprocess.run(["scancel", file.stem], check=True)
+        wait_for(lambda file=file: json.loads(file.read_text())["state"] in fake_slurm.ENDED)
 
 
 # -- to the sealed record -----------------------------------------------------------------------
@@ -149,9 +154,9 @@ def test_a_job_waits_runs_and_seals_its_record(place: Place, expected: Record) -
     assert place.submissions() == 1
     assert place.slurm()["states"] == ["PENDING", "RUNNING", "COMPLETED"]
     assert place.said[1:] == [
-        f"{place.name}: job 1001 is PENDING, waiting in the queue",
-        f"{place.name}: job 1001 is RUNNING",
-        f"{place.name}: job 1001 is COMPLETED",
+        f"{place.name}: job {place.number} is PENDING, waiting in the queue",
+        f"{place.name}: job {place.number} is RUNNING",
+        f"{place.name}: job {place.number} is COMPLETED",
     ]
     # Secrets were in a file of their owner alone, came through whole, and are gone.
     assert [stat.S_IMODE(mode) for mode in seen] == [0o600]
@@ -172,7 +177,7 @@ def test_two_nodes_train_together(place: Place) -> None:
 def test_a_preempted_job_comes_back_and_ends_in_the_same_bits(
     place: Place, expected: Record
 ) -> None:
-    preempts = place.when(place.has_checkpoint, (place.state / "1001.preempt").touch)
+    preempts = place.when(place.has_checkpoint, (place.state / f"{place.number}.preempt").touch)
     place.launcher.run(place.job)
     preempts.join()
     assert place.slurm()["states"].count("RUNNING") == 2
@@ -185,7 +190,7 @@ def test_a_preempted_job_comes_back_and_ends_in_the_same_bits(
 def test_a_job_out_of_time_makes_a_checkpoint_and_requeues_itself(
     place: Place, expected: Record
 ) -> None:
-    late = place.when(place.has_checkpoint, (place.state / "1001.timeout").touch)
+    late = place.when(place.has_checkpoint, (place.state / f"{place.number}.timeout").touch)
     place.launcher.run(place.job)
     late.join()
     assert place.slurm()["states"].count("RUNNING") == 2
@@ -200,7 +205,9 @@ def test_a_job_that_is_there_is_waited_for(place: Place) -> None:
         first = beside.submit(place.launcher.run, place.job)
         wait_for(lambda: place.submissions() == 1)
         second = beside.submit(place.launcher.run, place.job)
-        wait_for(lambda: any("is job 1001 of Slurm already" in line for line in place.said))
+        wait_for(
+            lambda: any(f"is job {place.number} of Slurm already" in line for line in place.said)
+        )
         (place.state / "hold").unlink()
         first.result(120)
         second.result(120)
@@ -236,18 +243,18 @@ def test_the_message_of_the_program_is_the_message(place: Place) -> None:
         place.launcher.run(place.job)
     # The queue has forgotten it; the accounts have not.
     (place.state / "purge").touch()
-    assert launch_slurm._state("1001") == "FAILED"
+    assert launch_slurm._state(str(place.number)) == "FAILED"
 
 
 def test_a_lost_node_is_told(place: Place) -> None:
-    loses = place.when(place.has_step, (place.state / "1001.lose").touch)
+    loses = place.when(place.has_step, (place.state / f"{place.number}.lose").touch)
     with pytest.raises(StageError, match="lost its node and was not put back into the queue"):
         place.launcher.run(place.job)
     loses.join()
 
 
 def test_a_job_that_somebody_cancels_is_told(place: Place) -> None:
-    cancels = place.when(place.has_checkpoint, (place.state / "1001.cancel").touch)
+    cancels = place.when(place.has_checkpoint, (place.state / f"{place.number}.cancel").touch)
     with pytest.raises(StageError, match=r"was cancelled: run it again .* \(stopped at image "):
         place.launcher.run(place.job)
     cancels.join()
