@@ -82,7 +82,8 @@ class Autoencoder:
         made.device = self.device
         if made.network is not None:
             made.dtype = torch.bfloat16
-            made.network.to(made.dtype)
+            # Of torch, not of diffusers, which warns of what needs to be kept in float32: nothing.
+            nn.Module.to(made.network, made.dtype)
         return made
 
     def encode(self, images: Tensor) -> Tensor:

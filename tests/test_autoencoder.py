@@ -98,6 +98,27 @@ def test_a_batch_is_its_images_one_by_one() -> None:
     assert torch.allclose(together, one_by_one, atol=1e-5)
 
 
+def test_bfloat16_computes_near_and_hands_out_float32() -> None:
+    exact = a_kl()
+    half = exact.in_precision("bfloat16")
+    assert exact.in_precision("float32") is exact
+    assert half.spec == exact.spec
+    assert {p.dtype for p in exact.network.parameters()} == {torch.float32}  # type: ignore[union-attr]
+    assert {p.dtype for p in half.network.parameters()} == {torch.bfloat16}  # type: ignore[union-attr]
+    images = pixels(16)
+    expected, found = exact.encode(images), half.encode(images)
+    assert found.dtype == torch.float32
+    assert 0 < (found - expected).abs().max() < 0.1 * expected[:, :2].std()
+    # The exponential of the deviation is one of float32, with values that bfloat16 has not.
+    assert (found[:, 2:].bfloat16().float() != found[:, 2:]).any()
+    latents = mean_latents(expected, exact.spec)
+    near = half.decode(latents).int() - exact.decode(latents).int()
+    assert near.abs().max() <= 4
+    assert identity(SOURCE).in_precision("bfloat16").encode(images).dtype == torch.float32
+    with pytest.raises(ConfigError, match="precision is 'float16'; it must be float32 or bfloat16"):
+        exact.in_precision("float16")
+
+
 def test_nothing_is_trained_and_no_knob_stays_turned() -> None:
     knob = torch.backends.mkldnn.conv  # type: ignore[attr-defined]
     before, kl = knob.fp32_precision, a_kl()
