@@ -31,10 +31,10 @@ from infra.stack import SERVICES, External, ServiceError, Stack, child_environme
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
 
 FLOWS = {
-    "pipeline": "pipeline",
-    "evaluate": "reevaluate_champion",
-    "encode": "encode",
-    "promote": "promote",
+    "pipeline": ("pipeline",),
+    "evaluate": ("reevaluate_champion",),
+    "encode": ("encode", "encode_range"),
+    "promote": ("promote",),
 }
 FLOW = """
 import os
@@ -119,8 +119,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Home]:
     project = tmp_path_factory.mktemp("project").resolve()
     (project / "flows").mkdir()
     (project / "flows" / "__init__.py").touch()
-    for module, name in FLOWS.items():
-        (project / "flows" / f"{module}.py").write_text(FLOW.format(name=name))
+    for module, names in FLOWS.items():
+        text = "".join(FLOW.format(name=name) for name in names)
+        (project / "flows" / f"{module}.py").write_text(text)
     (project / "prefect.yaml").write_text((local.PROJECT / "prefect.yaml").read_text())
     home = Home(project)
     try:
