@@ -703,7 +703,7 @@ def test_bfloat16_is_another_result_that_is_near(tmp_path: Path) -> None:
     numbers = np.arange(IMAGES)
     exact, near = (data.moments(numbers).astype(np.float64) for data in (one, two))
     error = np.abs(near - exact)
-    assert 0 < error.max() < 0.05 * exact[:, :2].std()
+    assert 0 < error.max() < 0.1 * exact[:, :2].std()
 
 
 # -- what is refused ----------------------------------------------------------------------------
