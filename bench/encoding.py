@@ -101,7 +101,7 @@ CASES = (
         "small, JPEGs of 96 px at 64 px",
         SourceConfig(kind="folder", image_size_px=64, channels=3),
         small,
-        768,
+        1536,
         96,
         EncodeConfig(shard_images=256, batch_size=64),
         rounds=5,
