@@ -64,7 +64,10 @@ def program(context: Context) -> Outcome | None:
     samples, trained = context.input("samples"), context.input("train")
     extractor = load_extractor(context.input("extractor"), context.store, context.world.device)
     source = images.checked_source(
-        stage.source, context.job.runtime.source_uri, context.job.inputs["source"]
+        stage.source,
+        context.job.runtime.source_uri,
+        context.job.inputs["source"],
+        listing=context.listing(),
     )
     material = gather(context, stage.evaluate, source, extractor, samples)
     rows, scores = out_of_distribution(

@@ -387,7 +387,10 @@ def program(context: Context) -> Outcome | None:
         return None
     stage: AutoencoderStage | ExtractorStage = context.config
     source = checked_source(
-        stage.source, context.job.runtime.source_uri, context.job.inputs["source"]
+        stage.source,
+        context.job.runtime.source_uri,
+        context.job.inputs["source"],
+        listing=context.listing(),
     )
     make = extractor_outcome if isinstance(stage, ExtractorStage) else autoencoder_outcome
     with deterministic():

@@ -780,7 +780,7 @@ def test_without_a_stop_rule_nothing_waits_for_the_device():
     start = torch.empty(4, 3, device="meta")
     found = descend(lambda x: 2 * x, start, rule=RULES[1], updates=5)
     assert found.latents.shape == (4, 3)
-    with pytest.raises((RuntimeError, NotImplementedError)):
+    with pytest.raises(RuntimeError, match="meta tensors"):
         descend(lambda x: 2 * x, start, rule=GD, updates=5, stop=GradientNormBelow(1.0))
 
 

@@ -1,6 +1,5 @@
 """The ``eqm`` command: quick help, dry runs, and one message for every mistake."""
 
-import io
 import json
 import os
 import socket
@@ -11,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import chain
-import numpy as np
 import pytest
 import torch
+from deployed import pictures
 from PIL import Image
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -331,17 +330,6 @@ def changes_for(folder: Path) -> list[str]:
         "autoencoder.kind": "identity",
     }
     return [word for k, v in settings_of_it.items() for word in ("--set", f"{k}={v}")]
-
-
-def pictures(folder: Path) -> None:
-    random = np.random.default_rng(0)
-    for name in ("circles", "squares"):
-        (folder / name).mkdir(parents=True)
-        for number in range(12):
-            data = io.BytesIO()
-            pixels = random.integers(0, 256, size=(10, 12, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(data, "PNG")
-            (folder / name / f"{number:02d}.png").write_bytes(data.getvalue())
 
 
 # -- checkpoints of the official code -----------------------------------------------------------

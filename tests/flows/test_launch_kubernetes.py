@@ -15,6 +15,7 @@ import chain
 import pytest
 import stub_kubernetes
 from stub_kubernetes import CORE, TRAIN_JOBS, Cluster, Server
+from waiting import UPDATES, wait_for, when
 
 from eqm.config import Job, replace
 from eqm.errors import ConfigError, StageError
@@ -31,20 +32,7 @@ from flows.settings import Settings
 pytestmark = pytest.mark.timeout(180)
 
 PROJECT = Path(__file__).parents[2]
-UPDATES = {"train.images": 60 * 32}
 SECRETS = {"AWS_ACCESS_KEY_ID": "who", "AWS_SECRET_ACCESS_KEY": "a-secret"}
-
-
-@pytest.fixture(scope="module")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> chain.Chain:
-    return chain.build(tmp_path_factory.mktemp("kubernetes") / "store", UPDATES, until="latents")
-
-
-@pytest.fixture(scope="module")
-def expected(latents: chain.Chain, tmp_path_factory: pytest.TempPathFactory) -> Record:
-    """The record of a run that nothing disturbed."""
-    store = chain.copied(latents, tmp_path_factory.mktemp("undisturbed") / "store", without=())
-    return chain.run(chain.job(latents.config, store, "train", latents.records))
 
 
 @dataclass
@@ -65,12 +53,7 @@ class Place:
     def when(self, true: Callable[[], Any], then: Callable[[], Any]) -> None:
         """Do something beside the launcher as soon as something is true."""
 
-        def waits() -> None:
-            wait_for(true)
-            then()
-
-        self.threads.append(threading.Thread(target=waits))
-        self.threads[-1].start()
+        self.threads.append(when(true, then))
 
     def has_checkpoint(self) -> bool:
         return bool(list(self.store.list(f"train/{job_digest(self.job)}/")))
@@ -82,13 +65,6 @@ class Place:
         found = self.store.record("train", job_digest(self.job))
         assert found is not None
         return found
-
-
-def wait_for(true: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 90
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture

@@ -8,7 +8,6 @@ import signal
 import stat
 import subprocess
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 import chain
 import fake_slurm
 import pytest
+from waiting import UPDATES, wait_for, when
 
 from eqm.config import Job, replace
 from eqm.errors import ConfigError, StageError
@@ -35,19 +35,6 @@ pytestmark = pytest.mark.timeout(180)
 
 PROJECT = Path(__file__).parents[2]
 SECRET = "a'secret $(touch stolen)"
-UPDATES = {"train.images": 60 * 32}
-
-
-@pytest.fixture(scope="session")
-def latents(tmp_path_factory: pytest.TempPathFactory) -> chain.Chain:
-    return chain.build(tmp_path_factory.mktemp("clusters") / "store", UPDATES, until="latents")
-
-
-@pytest.fixture(scope="session")
-def expected(latents: chain.Chain, tmp_path_factory: pytest.TempPathFactory) -> Record:
-    """The record of a run that nothing disturbed."""
-    store = chain.copied(latents, tmp_path_factory.mktemp("undisturbed") / "store", without=())
-    return chain.run(chain.job(latents.config, store, "train", latents.records))
 
 
 @dataclass
@@ -86,13 +73,7 @@ class Place:
     def when(self, true: Callable[[], Any], then: Callable[[], Any]) -> threading.Thread:
         """Do something beside the launcher as soon as something is true."""
 
-        def waits() -> None:
-            wait_for(true)
-            then()
-
-        thread = threading.Thread(target=waits)
-        thread.start()
-        return thread
+        return when(true, then)
 
     def has_checkpoint(self) -> bool:
         return bool(list(self.store.list(f"train/{job_digest(self.job)}/")))
@@ -102,13 +83,6 @@ class Place:
 
     def has_step(self) -> bool:
         return bool(list(self.state.glob("*.steps")))
-
-
-def wait_for(true: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + 90
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture

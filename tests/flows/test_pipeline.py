@@ -1,6 +1,5 @@
 """The whole story with real services and real stage programs: once, again, elsewhere, deployed."""
 
-import io
 import json
 import os
 import shutil
@@ -11,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import numpy as np
 import pytest
+from deployed import ended, pictures, start_deployment
 from mlflow import MlflowClient
-from PIL import Image
 
 import eqm
 from eqm import champion
@@ -374,34 +372,6 @@ def programs(module: str, home: Path) -> list[str]:
 def from_json_record(store: Store, key: str) -> Record:
     body = json.loads(store.read(key))
     return from_json(Record, {k: v for k, v in body.items() if k not in ("digest", "content")}, key)
-
-
-def start_deployment(api: PrefectApi, name: str, parameters: dict[str, Any]) -> str:
-    found = api._post("/deployments/filter", {"limit": 200})
-    which = next(one["id"] for one in found if one["name"] == name)
-    return api._post(f"/deployments/{which}/create_flow_run", {"parameters": parameters})["id"]
-
-
-def ended(api: PrefectApi, run: str) -> dict[str, Any]:
-    """How a run ended, once it has."""
-    deadline = time.monotonic() + 180
-    while True:
-        (shown,) = api._post("/flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
-        if shown["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
-            return shown["state"]
-        assert time.monotonic() < deadline, shown["state"]
-        time.sleep(0.5)
-
-
-def pictures(folder: Path) -> None:
-    random = np.random.default_rng(0)
-    for name in ("circles", "squares"):
-        (folder / name).mkdir(parents=True)
-        for number in range(12):
-            pixels = random.integers(0, 256, size=(10, 12, 3), dtype=np.uint8)
-            data = io.BytesIO()
-            Image.fromarray(pixels).save(data, "PNG")
-            (folder / name / f"{number:02d}.png").write_bytes(data.getvalue())
 
 
 # -- a successor, and the way back --------------------------------------------------------------

@@ -1,14 +1,10 @@
 """Encoding on a work pool: ranges of shards that flow runs share."""
 
-import io
 import json
-import time
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+from deployed import ended, pictures, start_deployment
 
 from eqm.latent_set import open_manifest
 from eqm.storage import open_store
@@ -34,34 +30,12 @@ def test_no_worker_is_refused() -> None:
         encode.fn(workers=0)
 
 
-def make_pictures(folder: Path) -> None:
-    random = np.random.default_rng(1)
-    for name in ("circles", "squares"):
-        (folder / name).mkdir(parents=True)
-        for number in range(12):
-            data = io.BytesIO()
-            pixels = random.integers(0, 256, size=(9, 12, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(data, "PNG")
-            (folder / name / f"{number:02d}.png").write_bytes(data.getvalue())
-
-
-def ended(api: PrefectApi, run: str) -> dict[str, Any]:
-    """How a run ended, once it has."""
-    deadline = time.monotonic() + 300
-    while True:
-        (shown,) = api._post("/flow_runs/filter", {"flow_runs": {"id": {"any_": [run]}}})
-        if shown["state"]["type"] in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"):
-            return shown["state"]
-        assert time.monotonic() < deadline, shown["state"]
-        time.sleep(0.5)
-
-
 @pytest.mark.services
 @pytest.mark.timeout(400)
 def test_a_deployed_run_shares_its_shards_among_flow_runs(
     all_environment: dict[str, str], tmp_path: Path
 ) -> None:
-    make_pictures(tmp_path / "pictures")
+    pictures(tmp_path / "pictures", seed=1)
     config = {
         "preset": "tiny",
         "name": "test-ranges",
@@ -72,12 +46,9 @@ def test_a_deployed_run_shares_its_shards_among_flow_runs(
     }
     api = PrefectApi(all_environment["PREFECT_API_URL"], all_environment)
     home = Path(all_environment["EQM_HOME"])
-    found = api._post("/deployments/filter", {"limit": 200})
-    which = next(one["id"] for one in found if one["name"] == "encode")
-    body = {"parameters": {"config": config, "workers": 2}}
-    run = api._post(f"/deployments/{which}/create_flow_run", body)["id"]
+    run = start_deployment(api, "encode", {"config": config, "workers": 2})
     log = home / "logs" / "worker.log"
-    assert ended(api, run)["type"] == "COMPLETED", log.read_text()
+    assert ended(api, run, seconds=300)["type"] == "COMPLETED", log.read_text()
     jobs = [json.loads(file.read_text()) for file in (home / "jobs").glob("latents-*.json")]
     ours = [job for job in jobs if job["runtime"]["source_uri"] == config["source_uri"]]
     assert sorted(job["runtime"]["shards"] or [] for job in ours)[-2:] == [[0, 3], [3, 6]]
