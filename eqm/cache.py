@@ -2,7 +2,7 @@
 
 A copy appears under its digest in one step, after its bytes were hashed as they came in: a crash
 leaves at most a file aside, which the next one sweeps. One process fetches a blob while the others
-wait for it or do without. Beyond the limit the copies that were used longest ago are deleted; those
+wait for it. Beyond the limit the copies that were used longest ago are deleted; those
 of the last minutes never are, so jobs that share a cache do not take each other's away. A copy may
 be deleted while somebody has it mapped: the mapping stays.
 """
@@ -127,13 +127,11 @@ class Cache:
             return found
 
     def fetch_unless_full(self, blob: Blob, download: Download, where: str) -> Path | None:
-        """As ``fetch``; None where there is no room, or another process is fetching it now."""
+        """As ``fetch``; None where there is no room for it."""
         found = self.found(blob, remembered=True)
         if found is not None:
             return found
-        with disk_errors(str(self.folder)), locked(self._lock(blob), wait=False) as mine:
-            if not mine:
-                return None
+        with disk_errors(str(self.folder)), locked(self._lock(blob)):
             found = self.found(blob, remembered=True)
             return found or self._download(blob, download, where, unless_full=True)
 

@@ -63,19 +63,15 @@ def sweep(folder: Path) -> int:
 
 
 @contextlib.contextmanager
-def locked(path: Path, *, wait: bool = True) -> Iterator[bool]:
-    """Hold a lock that all processes of this machine see; gives False if it is not to be had.
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock that all processes of this machine see, once it is free.
 
     The lock is the kernel's: it ends with its process, however that ends.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            yield False
-            return
-        yield True
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 @contextlib.contextmanager

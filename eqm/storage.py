@@ -74,8 +74,7 @@ class Store(ABC):
 
     @abstractmethod
     def fetch_unless_full(self, blob: Blob) -> Path | None:
-        """As ``fetch`` with ``remembered``; None where the cache has no room for it, or another
-        process is fetching it now."""
+        """As ``fetch`` with ``remembered``; None where the cache has no room for it."""
 
     @abstractmethod
     def read_range(self, blob: Blob, start: int, length: int) -> bytes:

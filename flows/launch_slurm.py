@@ -6,7 +6,6 @@ leaves it, and the next one finds it.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -14,11 +13,12 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import infra
 from eqm.config import PROGRAMS, Job, replace
+from eqm.disk import locked
 from eqm.errors import ConfigError, StageError
 from eqm.records import to_json
 from flows.clusters import Slurm
@@ -112,7 +112,7 @@ class SlurmLauncher:
     def _started(self, job: Job, name: str, processes: int) -> str:
         self.cluster.folder.mkdir(parents=True, exist_ok=True)
         # Two flows would both find no job, and both start one.
-        with _locked(self._file(name, "lock")):
+        with locked(self._file(name, "lock")):
             found = _ask("squeue", "--noheader", "--me", f"--name={name}", "--format=%i").split()
             if found:
                 self.say(f"{name}: is job {found[0]} of Slurm already, waiting for it")
@@ -253,13 +253,6 @@ def _ask(program: str, *words: str) -> str:
         said = ended.stderr.strip() or f"status {ended.returncode}"
         raise StageError(f"{program} refused ({said}): see that Slurm is well with `sinfo`")
     return ended.stdout
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _write_private(path: Path, text: str) -> None:

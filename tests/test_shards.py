@@ -473,14 +473,20 @@ def equal(data: LatentSet, numbers: Sequence[int]) -> bool:
 
 @pytest.mark.services
 def test_shards_come_from_s3_in_the_background(
-    s3_environment: dict[str, str], tmp_path: Path
+    s3_environment: dict[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = open_manifest(in_s3(tmp_path), cache=tmp_path / "cache")
     assert data.resident == 0
     assert equal(data, [12, 0, 7, 7, 3])  # at once, by range
     until(lambda: data.resident == 1)
     assert equal(data, range(13))
-    data.close()
+    # Another set over the same cache, at the same time: nobody is told that it is full.
+    others = [open_manifest(data.where, cache=tmp_path / "new") for _ in range(3)]
+    assert all(equal(other, [1]) for other in others)
+    until(lambda: all(other.resident == 1 for other in others))
+    assert capfd.readouterr().err == ""
+    for one in (data, *others):
+        one.close()
 
 
 @pytest.mark.services
