@@ -633,7 +633,7 @@ class PipelineConfig:
             self.source.kind == "digits" or self.source_uri is not None,
             "source_uri",
             self.source_uri,
-            "the folder that holds one folder of images a class",
+            "where the images lie (docs/data.md)",
         )
         _positive(self, "config", "processes")
         check_fit(self.network, self.objective)
