@@ -23,6 +23,7 @@ from infra.stack import LOOPBACK, POOL, ServiceError, Stack, digest_of
 
 DEPLOY_SECONDS = 180.0
 
+ANSWER_SECONDS = 30.0
 BUSY = 503
 BUSY_WAITS_SECONDS = (0.5, 1.0, 2.0, 4.0)
 
@@ -56,15 +57,21 @@ class PrefectApi:
         return {found["name"] for found in self._post("/deployments/filter", {"limit": 200})}
 
     def _open(self, request: urllib.request.Request) -> Any:
-        """Ask; again where the server is busy, as its own client does (SQLite was locked: 503)."""
+        """Ask; again where the server is busy, as its own client does.
+
+        SQLite was locked (503), or the whole machine is so busy that no answer comes in time. Every
+        question that we ask may be asked twice.
+        """
         for wait_seconds in BUSY_WAITS_SECONDS:
             try:
-                return self._opener.open(request, timeout=30)
+                return self._opener.open(request, timeout=ANSWER_SECONDS)
             except urllib.error.HTTPError as error:
                 if error.code != BUSY:
                     raise
-                time.sleep(wait_seconds)
-        return self._opener.open(request, timeout=30)
+            except TimeoutError:
+                pass
+            time.sleep(wait_seconds)
+        return self._opener.open(request, timeout=ANSWER_SECONDS)
 
     def _post(self, path: str, body: dict[str, Any], *, accept: tuple[int, ...] = ()) -> Any:
         request = urllib.request.Request(

@@ -198,11 +198,9 @@ def test_everything_answers(started: tuple[Home, Stack]) -> None:
     assert local.load(home.root) == stack
 
 
-def test_up_again_changes_nothing_and_is_quick(stack: Stack, home: Home) -> None:
+def test_up_again_changes_nothing(stack: Stack, home: Home) -> None:
     before = (home.root / "stack.json").read_text()
-    began = time.monotonic()
     assert home.up() == stack
-    assert time.monotonic() - began < 1
     assert (home.root / "stack.json").read_text() == before
     assert all("running" in line for line in home.lines)
 
