@@ -10,6 +10,7 @@ import fcntl
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from eqm.errors import StoreError
 
 ASIDE = ".aside-"
 """Names of files that are still being written begin with this."""
+YOUNG_SECONDS = 60.0
+"""A file aside is left alone for so long after it was last written."""
 
 
 def hash_file(path: Path) -> str:
@@ -57,8 +60,10 @@ def sweep(folder: Path) -> int:
     for path in folder.glob(f"{ASIDE}*"):
         with contextlib.suppress(OSError), path.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            path.unlink()
-            swept += 1
+            # One that is a moment old may be about to be locked.
+            if time.time() - os.fstat(file.fileno()).st_mtime > YOUNG_SECONDS:
+                path.unlink()
+                swept += 1
     return swept
 
 

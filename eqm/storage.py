@@ -11,7 +11,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from eqm.cache import Cache, Download, Verified, damaged, is_blob
-from eqm.disk import ASIDE, disk_errors, hash_file, parts, sync_folder, written_aside
+from eqm.disk import ASIDE, disk_errors, hash_file, parts, sweep, sync_folder, written_aside
 from eqm.errors import ConfigError, IntegrityError, MissingError, StoreError
 from eqm.records import Blob, Record, record_from_bytes, record_to_bytes, sha256
 from eqm.s3 import Bucket
@@ -141,6 +141,13 @@ class LocalStore(Store):
         self.root = root
         self.uri = str(root)
         self._verified = Verified(root / VERIFIED)
+        self._swept: set[Path] = set()
+
+    def _sweep_once(self, folder: Path) -> None:
+        """Delete what killed processes left in a folder, before the first write there."""
+        if folder not in self._swept:
+            self._swept.add(folder)
+            sweep(folder)
 
     def _path(self, key: str) -> Path:
         path = self.root / key
@@ -162,6 +169,7 @@ class LocalStore(Store):
             if path.exists():
                 return False
             path.parent.mkdir(parents=True, exist_ok=True)
+            self._sweep_once(path.parent)
             with written_aside(path.parent) as (file, aside):
                 for part in parts(data, WRITTEN_AT_ONCE_BYTES):
                     file.write(part)

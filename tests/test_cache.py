@@ -153,7 +153,8 @@ def test_a_process_that_is_killed_leaves_nothing_that_lasts(tmp_path: Path) -> N
         assert child.stdout is not None
         child.stdout.readline()
         child.send_signal(signal.SIGKILL)
-    assert len(list(tmp_path.rglob(f"{ASIDE}*"))) == 1
+    (left,) = tmp_path.rglob(f"{ASIDE}*")
+    os.utime(left, (0, 0))
     cache = Cache(tmp_path, 10**9)
     data = b"x" * 1000
     # The lock went with its process: this neither waits nor finds half a copy.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from eqm import s3, storage
-from eqm.disk import disk_errors
+from eqm.disk import ASIDE, disk_errors
 from eqm.errors import ConfigError, IntegrityError, MissingError, StoreError
 from eqm.records import Blob, Record
 from eqm.storage import LocalStore, Store, open_store
@@ -150,6 +150,19 @@ def test_a_full_disk_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(StoreError, match="the disk is full"):
         store.write_once("a/b", b"data")
     assert [p for p in tmp_path.rglob("*") if p.is_file()] == []
+
+
+def test_what_a_killed_writer_left_is_swept(tmp_path: Path) -> None:
+    old, fresh = tmp_path / "a" / f"{ASIDE}old", tmp_path / "a" / f"{ASIDE}fresh"
+    old.parent.mkdir()
+    old.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    # It may belong to a writer that has not locked it yet.
+    fresh.write_bytes(b"")
+    store = open_store(str(tmp_path))
+    assert store.write_once("a/b", b"whole")
+    assert sorted(path.name for path in old.parent.iterdir()) == [fresh.name, "b"]
+    assert store.list("a/") == ["a/b"]
 
 
 def test_a_read_only_place_is_told(tmp_path: Path) -> None:
