@@ -6,7 +6,7 @@ are gradient norms at the mean latents, unlabelled, held-out images against othe
 """
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,14 +15,16 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eqm import frechet, images, model, ood
+from eqm import frechet, images, intervals, model, ood
 from eqm.agreement import Reader
 from eqm.autoencoder import Autoencoder
 from eqm.checkpoint import tensors_from_bytes, tensors_to_bytes
 from eqm.config import EvaluateConfig, EvaluationStage
 from eqm.errors import DataError
 from eqm.features import FeatureExtractor, extract, load_extractor
+from eqm.frechet import Gaussian
 from eqm.images import ImageSource
+from eqm.intervals import Interval
 from eqm.latents import mean_latents
 from eqm.model import Model
 from eqm.records import Evaluation, Metric, OODRow, Record, to_json
@@ -179,30 +181,76 @@ def measure(material: Material, extractor: FeatureExtractor) -> dict[str, Metric
         train.features, held.features, neighbours=k
     )
     count = f"{extractor.name}]-{material.sample_count}"
-    size_note = f"held-out images: {len(held.images)}"
+    kid = intervals.kernel_interval(made.features, train.features)
+    inside = intervals.share_interval(
+        round(precision * material.sample_count), material.sample_count
+    )
     metrics = {
-        "distance": Metric(
-            name=f"FD[{count}",
-            value=frechet.frechet_from_features(made.features, train.features),
-            beside=frechet.frechet_from_features(held.features, train.features),
-            note=f"Fréchet distance to the {len(train.images)} training images; {size_note}, and "
-            "fewer images make it larger",
+        **_distances(material, extractor),
+        "kid": _within(
+            kid,
+            Metric(
+                name=f"KID[{count}",
+                value=frechet.kernel_distance(made.features, train.features).mean,
+                beside=frechet.kernel_distance(held.features, train.features).mean,
+                note="unbiased, so it may be slightly negative",
+            ),
         ),
-        "distance_held_out": Metric(
-            name=f"FD[{count} to held-out",
-            value=frechet.frechet_from_features(made.features, held.features),
-            note="Fréchet distance to the held-out images",
+        "precision": _within(
+            inside,
+            Metric(
+                name=f"precision[{count}",
+                value=precision,
+                beside=real_precision,
+            ),
         ),
-        "kid": Metric(
-            name=f"KID[{count}",
-            value=frechet.kernel_distance(made.features, train.features).mean,
-            beside=frechet.kernel_distance(held.features, train.features).mean,
-            note="unbiased, so it may be slightly negative",
-        ),
-        "precision": Metric(name=f"precision[{count}", value=precision, beside=real_precision),
         "recall": Metric(name=f"recall[{count}", value=recall, beside=real_recall),
     }
     return {**metrics, **read_images(material)}
+
+
+def _distances(material: Material, extractor: FeatureExtractor) -> dict[str, Metric]:
+    """Frechet distances to both splits, and to the training images without bias."""
+    train, held, made = material.training, material.held_out, material.samples
+    name = f"FD[{extractor.name}]-{material.sample_count}"
+    reference = Gaussian.of(train.features)
+    found = intervals.frechet_intervals(made.features, reference)
+    floor = intervals.frechet_intervals(held.features, reference)
+    metrics = {
+        "distance": _within(
+            found.plain if found else None,
+            Metric(
+                name=name,
+                value=frechet.frechet_from_features(made.features, train.features),
+                beside=frechet.frechet_from_features(held.features, train.features),
+                note=f"Fréchet distance to the {len(train.images)} training images; held-out "
+                f"images: {len(held.images)}, and fewer images make it larger",
+            ),
+        ),
+        "distance_held_out": Metric(
+            name=f"{name} to held-out",
+            value=frechet.frechet_from_features(made.features, held.features),
+            note="Fréchet distance to the held-out images",
+        ),
+    }
+    if found is not None:
+        metrics["distance_endless"] = _within(
+            found.endless,
+            Metric(
+                name=f"FD-infinity[{extractor.name}]",
+                value=found.endless.value,
+                beside=floor.endless.value if floor else None,
+                note="where the line over 1/N ends: the distance that endless samples would have",
+            ),
+        )
+    return metrics
+
+
+def _within(interval: Interval | None, metric: Metric) -> Metric:
+    """A metric with the ends of its interval, where there is one."""
+    if interval is None:
+        return metric
+    return replace(metric, low=interval.low, high=interval.high)
 
 
 def read_images(material: Material) -> dict[str, Metric]:
@@ -212,20 +260,28 @@ def read_images(material: Material) -> dict[str, Metric]:
     if not kept:
         return {}
     reader = Reader(train.images, train.labels)
+    agreement = reader.agreement(made.images, made.labels[:kept])
     near = partial(_nearest, train)
+    nearest = intervals.median_interval(near(made.images))
     return {
-        "label_agreement": Metric(
-            name="read as their own class",
-            value=reader.agreement(made.images, made.labels[:kept]),
-            beside=reader.agreement(held.images, held.labels),
-            note=f"by a support vector classifier fitted on training pixels; {kept} samples",
+        "label_agreement": _within(
+            intervals.share_interval(round(agreement * kept), kept),
+            Metric(
+                name="read as their own class",
+                value=agreement,
+                beside=reader.agreement(held.images, held.labels),
+                note=f"by a support vector classifier fitted on training pixels; {kept} samples",
+            ),
         ),
-        "nearest": Metric(
-            name="distance to the nearest training image",
-            value=float(np.median(near(made.images))),
-            beside=float(np.median(near(held.images))),
-            note="median root mean square of pixel differences, 0 to 255; far below the held-out "
-            "figure would mean copies",
+        "nearest": _within(
+            nearest,
+            Metric(
+                name="distance to the nearest training image",
+                value=nearest.value,
+                beside=float(np.median(near(held.images))),
+                note="median root mean square of pixel differences, 0 to 255; far below the "
+                "held-out figure would mean copies",
+            ),
         ),
     }
 

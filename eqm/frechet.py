@@ -1,8 +1,8 @@
 """Distances between two sets of features: Frechet, kernel, precision and recall, nearest neighbour.
 
 Everything is float64 and knows only features, arrays (N, D): not what made them (eqm.features) and
-not what a distance is to be called or compared with (eqm.evaluate, which calls this). No intervals:
-a percentile bootstrap of a Frechet distance is off by the bias of the distance itself.
+not what a distance is to be called or compared with (eqm.evaluate, which calls this), nor how sure
+it is (eqm.intervals).
 
 Legend: N, M images; D dimension of a feature. A *factor* of a covariance S is any F (D, R) with
 F F^T = S; all factors of S give the same distance.
@@ -84,7 +84,7 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     DataError for fewer than 2 samples or different dimensions.
     """
     _same_dimension(a.mean, b.mean)
-    return _distance(a.mean, b.mean, _factor(a.covariance()), _factor(b.covariance()))
+    return Gaussian.of_moments(a).distance(Gaussian.of_moments(b))
 
 
 def frechet_distance_from_features(a: ArrayLike, b: ArrayLike) -> float:
@@ -93,7 +93,8 @@ def frechet_distance_from_features(a: ArrayLike, b: ArrayLike) -> float:
     tr (S_a S_b)^1/2 is the nuclear norm of A B^T / sqrt((N - 1)(M - 1)), A and B centred. For few
     samples, see SAMPLES_A_DIMENSION. Raises DataError, also for NaN and infinity.
     """
-    return _distance(*_means_and_factors(a, b, covariance_from=math.inf))
+    left, right = (_gaussian(rows, covariance_from=math.inf) for rows in _pair(a, b))
+    return left.distance(right)
 
 
 def frechet_from_features(a: ArrayLike, b: ArrayLike) -> float:
@@ -101,16 +102,45 @@ def frechet_from_features(a: ArrayLike, b: ArrayLike) -> float:
 
     From its covariance with SAMPLES_A_DIMENSION * D samples or more, from its features with fewer.
     """
-    return _distance(*_means_and_factors(a, b, covariance_from=SAMPLES_A_DIMENSION))
+    left, right = (_gaussian(r, covariance_from=SAMPLES_A_DIMENSION) for r in _pair(a, b))
+    return left.distance(right)
 
 
-def _distance(mean_a: Array, mean_b: Array, factor_a: Array, factor_b: Array) -> float:
-    # The eigenvalues of S_a S_b are the squared singular values of F_a^T F_b: taking these directly
-    # keeps the digits that squaring loses.
-    cross = np.linalg.svd(factor_a.T @ factor_b, compute_uv=False).sum()
-    shift = np.sum((mean_a - mean_b) ** 2)
-    value = shift + np.sum(factor_a**2) + np.sum(factor_b**2) - 2 * cross
-    return max(float(value), 0.0)  # rounding alone can take it below
+@dataclass(frozen=True, eq=False)
+class Gaussian:
+    """A Gaussian by its mean and a factor of its covariance: one side of a distance."""
+
+    mean: Array
+    """(D,)"""
+    factor: Array
+    """(D, R)"""
+
+    @staticmethod
+    def of_moments(moments: Moments) -> "Gaussian":
+        """With these moments. Raises DataError for fewer than 2 samples."""
+        return Gaussian(moments.mean, _factor(moments.covariance()))
+
+    @staticmethod
+    def of(features: ArrayLike) -> "Gaussian":
+        """With the moments of features (N, D), by the way that suits N >= 2. Raises DataError."""
+        rows = _rows(features, "features", at_least=2)
+        return _gaussian(rows, covariance_from=SAMPLES_A_DIMENSION)
+
+    def distance(self, other: "Gaussian") -> float:
+        """Squared Frechet distance."""
+        # The eigenvalues of S_a S_b are the squared singular values of F_a^T F_b: taking these
+        # directly keeps the digits that squaring loses.
+        cross = np.linalg.svd(self.factor.T @ other.factor, compute_uv=False).sum()
+        shift = np.sum((self.mean - other.mean) ** 2)
+        value = shift + np.sum(self.factor**2) + np.sum(other.factor**2) - 2 * cross
+        return max(float(value), 0.0)  # rounding alone can take it below
+
+
+def _gaussian(rows: Array, *, covariance_from: float) -> Gaussian:
+    if len(rows) >= covariance_from * rows.shape[1]:
+        return Gaussian.of_moments(Moments.of(rows))
+    mean = rows.mean(axis=0)
+    return Gaussian(mean, _factor_of_features(rows - mean))
 
 
 def _factor(covariance: Array) -> Array:
@@ -118,19 +148,6 @@ def _factor(covariance: Array) -> Array:
     # Below this, eigh returns noise: of a singular covariance the truth there is zero.
     kept = values > values[-1] * len(values) * np.finfo(np.float64).eps
     return vectors[:, kept] * np.sqrt(values[kept])
-
-
-def _means_and_factors(
-    a: ArrayLike, b: ArrayLike, *, covariance_from: float
-) -> tuple[Array, Array, Array, Array]:
-    means, factors = [], []
-    for rows in _pair(a, b):
-        means.append(rows.mean(axis=0))
-        if len(rows) >= covariance_from * rows.shape[1]:
-            factors.append(_factor(Moments.of(rows).covariance()))
-        else:
-            factors.append(_factor_of_features(rows - means[-1]))
-    return means[0], means[1], factors[0], factors[1]
 
 
 def _factor_of_features(centred: Array) -> Array:

@@ -13,7 +13,7 @@ from typing import Any, cast
 from eqm.config import PolicyConfig
 from eqm.records import Decision, Evaluation, Metric, OODRow, Reason, Ref, to_json
 
-NEVER_NEGATIVE = ("distance", "distance_held_out", "nearest")
+NEVER_NEGATIVE = ("distance", "distance_endless", "distance_held_out", "nearest")
 """Metrics that are distances; the unbiased kernel distance (KID) may be negative."""
 FRACTIONS = ("precision", "recall", "label_agreement")
 MOST_KEYS_TOLD = 8
@@ -87,8 +87,13 @@ def _values(candidate: Evaluation) -> Iterator[tuple[str, float, Callable[[float
     yield "mean_field_evaluations", candidate.mean_field_evaluations, _not_negative
     for key, metric in candidate.metrics.items():
         yield key, metric.value, _range_of(key)
-        if metric.beside is not None:
-            yield f"{key} of real images", metric.beside, _range_of(key)
+        for name, value in (
+            (f"{key} of real images", metric.beside),
+            (f"lower end of {key}", metric.low),
+            (f"upper end of {key}", metric.high),
+        ):
+            if value is not None:
+                yield name, value, _range_of(key)
     for row in candidate.ood:
         if row.gated:
             for name in ("auroc", "auroc_low", "auroc_high", "aupr", "fpr95_in"):

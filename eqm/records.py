@@ -377,6 +377,10 @@ class Metric:
     value: float
     beside: float | None = None
     """The same quantity for real held-out images: what a perfect model would show."""
+    low: float | None = None
+    """Lower end of its 95 % interval: what other samples of the model would give."""
+    high: float | None = None
+    """Upper end; both are there or neither."""
     note: str = ""
 
 
@@ -405,7 +409,8 @@ class Evaluation:
     """All that must be equal for two evaluations to be comparable; not the model."""
     samples: int
     metrics: dict[str, Metric]
-    """By key: distance, distance_held_out, kid, precision, recall, label_agreement, nearest."""
+    """By key: distance, distance_endless, distance_held_out, kid, precision, recall,
+    label_agreement, nearest."""
     ood: tuple[OODRow, ...]
     mean_field_evaluations: float
 

@@ -43,6 +43,7 @@ HELD_OUT = "held-out"
 CELL_PX = 96
 BETTER: dict[str, Literal["lower", "higher"]] = {
     "distance": "lower",
+    "distance_endless": "lower",
     "distance_held_out": "lower",
     "kid": "lower",
     "precision": "higher",
@@ -232,8 +233,11 @@ def _tile(metric: Metric, *more: page.Child, kind: str = "tile") -> page.Html:
     if metric.beside is not None:
         real = page.el("p", "real images ", page.number(metric.beside), class_="small real")
     value = page.el("p", page.number(metric.value), class_="big")
+    sure: page.Child = ()
+    if metric.low is not None:
+        sure = page.el("p", _interval(metric), class_="small")
     return page.el(
-        "div", page.el("p", metric.name, class_="label"), value, real, *more, class_=kind
+        "div", page.el("p", metric.name, class_="label"), value, sure, real, *more, class_=kind
     )
 
 
@@ -326,6 +330,7 @@ def _metrics(report: ReportInput) -> page.Html:
         (
             metric.name,
             page.number(metric.value),
+            _interval(metric),
             DASH if metric.beside is None else page.number(metric.beside),
             BETTER.get(key, DASH),
             metric.note,
@@ -334,12 +339,19 @@ def _metrics(report: ReportInput) -> page.Html:
     ]
     note = (
         f"{report.evaluation.samples:,} samples. The column of real images is the same quantity "
-        "for held-out images: what a perfect model would show."
+        "for held-out images: what a perfect model would show. Intervals tell what other samples "
+        "of the same model would give; the images they are compared with are taken as given."
     )
-    heads = ("metric", "samples", "real images", "better", "note")
+    heads = ("metric", "samples", f"{PERCENT_95} interval", "real images", "better", "note")
     return page.section(
         "Metrics", note, page.table("Metrics of the samples", heads, rows, "numbers")
     )
+
+
+def _interval(metric: Metric) -> page.Child:
+    if metric.low is None or metric.high is None:
+        return DASH
+    return (page.number(metric.low), " to ", page.number(metric.high))
 
 
 def _story_order(item: tuple[str, Metric]) -> tuple[int, str]:

@@ -14,9 +14,9 @@ import eqm
 from eqm import dossier, evaluate, images
 from eqm.agreement import Reader
 from eqm.checkpoint import tensors_from_bytes
-from eqm.config import EvaluationStage, SourceConfig, replace, stage_config
+from eqm.config import EvaluateConfig, EvaluationStage, SourceConfig, replace, stage_config
 from eqm.errors import DataError
-from eqm.evaluate import Split, grid_of
+from eqm.evaluate import Material, Split, grid_of
 from eqm.images import open_source
 from eqm.model import Model
 from eqm.records import Evaluation, Ref, from_json
@@ -204,6 +204,33 @@ def test_every_number_is_there(tiny: chain.Chain) -> None:
         assert (metric.beside < metric.value) == (better == "less"), name
     assert found.metrics["label_agreement"].beside == pytest.approx(0.99, abs=0.01)
     assert tiny["evaluation"].values["protocol_digest"] == found.protocol_digest
+
+
+def test_numbers_tell_how_sure_they_are(tiny: chain.Chain) -> None:
+    found = measured(tiny).metrics
+    sure = {name: m for name, m in found.items() if m.low is not None and m.high is not None}
+    # 50 samples are too few for the intervals of distances: nothing is said of them.
+    assert sure.keys() == {"precision", "label_agreement", "nearest"}
+    for metric in sure.values():
+        assert metric.low <= metric.value <= metric.high  # type: ignore[operator]
+
+
+def test_distances_of_enough_samples_have_intervals_and_an_end() -> None:
+    generator = np.random.default_rng(0)
+    train, held, made = (
+        Split(np.zeros((count, 1, 8, 8), np.uint8), np.zeros(count, np.int64), features)
+        for count in (300, 150, 200)
+        for features in [generator.normal(size=(count, 6)).astype(np.float32)]
+    )
+    extractor = SimpleNamespace(name="some")
+    material = Material(EvaluateConfig(), train, held, made, 200, 1.0)
+    found = evaluate._distances(material, extractor)  # type: ignore[arg-type]
+    plain, endless = found["distance"], found["distance_endless"]
+    assert plain.low < plain.value < plain.high  # type: ignore[operator]
+    # The same distribution; what is left is the reference's own fewness, which is taken as given.
+    assert endless.low == 0
+    assert endless.value < plain.value
+    assert (plain.name, endless.name) == ("FD[some]-200", "FD-infinity[some]")
 
 
 def test_sets_out_of_distribution_are_scored(tiny: chain.Chain) -> None:

@@ -1,0 +1,122 @@
+"""Intervals: how often they hold the truth, in simulations whose truth is known."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eqm.errors import ConfigError, DataError
+from eqm.frechet import Gaussian, frechet_from_features, kernel_distance
+from eqm.intervals import (
+    LEAST_SAMPLES,
+    frechet_intervals,
+    kernel_interval,
+    median_interval,
+    share_interval,
+)
+
+RUNS = 60
+ENOUGH = 0.9
+"""Share of the intervals that must hold the truth; 95 % are meant to, and 60 runs vary by 3 %."""
+
+
+def simulated(dimension, count, *, shift, stretch=1.1):
+    """A reference, the true distance, and what RUNS sets of samples say of it."""
+    generator = np.random.default_rng(dimension)
+    mix = generator.normal(size=(dimension, dimension)) / np.sqrt(dimension)
+    reference = Gaussian(np.zeros(dimension), mix)
+    truth = Gaussian(np.full(dimension, shift), mix * stretch).distance(reference)
+    draws = (generator.normal(size=(count, dimension)) for _ in range(RUNS))
+    sets = (draw @ mix.T * stretch + shift for draw in draws)
+    return truth, [frechet_intervals(samples, reference) for samples in sets]
+
+
+@pytest.mark.parametrize(("dimension", "count"), [(6, 1500), (16, 512), (32, 500)])
+def test_intervals_hold_the_truth(dimension, count):
+    truth, found = simulated(dimension, count, shift=0.2)
+    expected = np.mean([one.plain.value for one in found])
+    assert np.mean([one.plain.low <= expected <= one.plain.high for one in found]) >= ENOUGH
+    assert np.mean([one.endless.low <= truth <= one.endless.high for one in found]) >= ENOUGH
+    # An interval that holds everything says nothing: widths are those of the spread.
+    spread = np.std([one.plain.value for one in found])
+    width = np.mean([one.plain.high - one.plain.low for one in found])
+    assert 3 * spread < width < 6 * spread
+
+
+def test_the_bias_of_few_samples_is_gone():
+    truth, found = simulated(32, 500, shift=0.05)
+    bias = np.mean([one.plain.value for one in found]) - truth
+    left = np.mean([one.endless.value for one in found]) - truth
+    assert bias > 0.3
+    assert abs(left) < 0.1 * bias
+
+
+def test_a_plain_interval_would_miss_the_truth():
+    truth, found = simulated(32, 500, shift=0.05)
+    assert np.mean([one.plain.low <= truth <= one.plain.high for one in found]) < 0.1
+
+
+@pytest.mark.parametrize("count", [200, 2000])
+def test_the_middle_is_the_distance_itself(count):
+    generator = np.random.default_rng(0)
+    samples, real = generator.normal(size=(count, 20)), generator.normal(0.3, 1, (900, 20))
+    found = frechet_intervals(samples, Gaussian.of(real))
+    assert found.plain.value == pytest.approx(frechet_from_features(samples, real), rel=1e-9)
+
+
+def test_a_singular_covariance_has_intervals_too():
+    samples = np.random.default_rng(0).normal(size=(400, 3)) @ np.ones((3, 8))
+    found = frechet_intervals(samples, Gaussian.of(np.ones((50, 8))))
+    assert 0 < found.plain.low < found.plain.value < found.plain.high
+    assert found.endless.low < found.endless.high
+
+
+def test_of_few_samples_nothing_is_said():
+    few = np.random.default_rng(0).normal(size=(LEAST_SAMPLES - 1, 4))
+    assert frechet_intervals(few, Gaussian.of(few)) is None
+    assert kernel_interval(few, few) is None
+
+
+def test_kernel_intervals_hold_the_truth():
+    generator = np.random.default_rng(1)
+    reference = generator.normal(size=(300, 4))
+    truth = kernel_distance(generator.normal(0.3, 1, (20_000, 4)), reference).mean
+    found = [kernel_interval(generator.normal(0.3, 1, (256, 4)), reference) for _ in range(RUNS)]
+    assert np.mean([one.low <= truth <= one.high for one in found]) >= ENOUGH
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
+def test_intervals_of_shares_hold_the_truth(share):
+    counts = np.random.default_rng(2).binomial(200, share, 400)
+    found = [share_interval(int(count), 200) for count in counts]
+    assert np.mean([one.low <= share <= one.high for one in found]) >= 0.92
+
+
+def test_a_share_of_all_is_not_certain():
+    found = share_interval(50, 50)
+    assert (found.value, found.high) == (1, 1)
+    assert 0.9 < found.low < 0.95
+
+
+@pytest.mark.parametrize(("count", "total"), [(-1, 5), (6, 5), (0, 0)])
+def test_impossible_shares_are_refused(count, total):
+    with pytest.raises(ConfigError, match="from 0 to"):
+        share_interval(count, total)
+
+
+def test_intervals_of_medians_hold_the_truth():
+    generator = np.random.default_rng(3)
+    found = [median_interval(generator.exponential(size=51)) for _ in range(400)]
+    assert np.mean([one.low <= np.log(2) <= one.high for one in found]) >= 0.92
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60))
+def test_a_median_lies_in_its_interval(values):
+    found = median_interval(values)
+    assert min(values) <= found.low <= found.value <= found.high <= max(values)
+
+
+def test_a_median_of_nothing_is_refused():
+    with pytest.raises(DataError, match="at least one"):
+        median_interval([])
