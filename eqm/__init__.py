@@ -9,7 +9,7 @@ Modules in the order in which a datum meets them:
     tars shards encode                     latents -> sealed WebDataset shards
     latent_set damage inspection batches   shards -> batches, and what is wrong with them
     network unet field objective ema       the gradient field and its loss
-    learner checkpoint train               how it is trained
+    learner lease checkpoint train         how it is trained
     model official registry                the trained model, ours and others'
     rules sampler sampling generate        descent, and what it is good for
     features frechet ood evaluate          numbers

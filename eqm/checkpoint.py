@@ -1,25 +1,38 @@
-"""Training state <-> safetensors and JSON in the store.
+"""Training state <-> safetensors and JSON in the store, beside the training that goes on.
 
-A checkpoint is complete when its commit ``train/<digest>/checkpoints/<images>.json`` exists; the
-commit is written last, create-once, and names its files by digest. Nothing is pickled, nothing is
-guessed: the commit with the most images is the one that training goes on from, and a damaged one
-is refused by name. Called by train.
+A checkpoint lies under ``train/<digest>/checkpoints/<images>-<token>.*``: tensors in files of
+bounded size, the curve, and a commit (``.json``) that names them by digest and size. It is complete
+when its commit exists, which is written last, create-once, under the lease of the run (eqm.lease).
+Nothing is pickled, nothing is guessed: of the commits that the lease lets count, the one with the
+most images is what training goes on from, and a damaged one is refused by name. Files are the
+run's own and not shared blobs, so that old checkpoints can be deleted. Called by train.
 """
 
+import contextlib
 import json
-from collections.abc import Mapping
+import re
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from eqm import lease
+from eqm.cache import damaged
 from eqm.errors import IntegrityError, MissingError
 from eqm.records import Blob, note_from_bytes, note_to_bytes
 from eqm.storage import Store
 
-SCHEMA = "eqm-checkpoint/1"
+SCHEMA = "eqm-checkpoint/2"
 SNAPSHOT_SCHEMA = "eqm-snapshot/1"
+FILE_BYTES = 512 * 2**20
+"""Tensors of one file, at most; one tensor that alone is larger has a file of its own."""
+CURVE = "curve.json"
+CURVE_FIELDS = ("history", "pending")
+"""Fields of TrainState that are JSON; all others are tensors."""
 
 
 @dataclass(frozen=True)
@@ -46,41 +59,281 @@ class Commit:
 
     schema: str
     images_seen: int
+    token: int
+    """Fencing token of the lease under which it was written."""
     files: dict[str, Blob]
+    """Ends of names -> digest and size."""
 
 
-def save(store: Store, digest: str, state: TrainState) -> str:
-    """Make a checkpoint durable; returns the key of its commit. Idempotent."""
-    files = {
-        "parameters": store.put(tensors_to_bytes(state.parameters)),
-        "ema": store.put(tensors_to_bytes(state.ema)),
-        "optimiser": store.put(tensors_to_bytes(state.optimiser)),
-        "curve": store.put(json.dumps([state.history, state.pending]).encode()),
-    }
-    if state.averages:
-        # A file that is there only where it is needed: checkpoints without it are as ever.
-        files["averages"] = store.put(tensors_to_bytes(_flat(state.averages)))
-    commit = Commit(schema=SCHEMA, images_seen=state.images_seen, files=files)
-    key = _key(digest, state.images_seen)
-    store.write_once(key, note_to_bytes(commit))
+class Position(NamedTuple):
+    """Which checkpoint of a run, or snapshot. They are ordered as they are read: last is newest."""
+
+    images_seen: int
+    token: int
+    """Of its writer's lease; 0 for what was written before there were leases."""
+
+    @property
+    def name(self) -> str:
+        """What its keys begin with."""
+        return f"{self.images_seen:012d}" + (f"-{self.token:06d}" if self.token else "")
+
+
+# -- writing ------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Makes states durable in a thread, one at a time, while the caller changes their tensors.
+
+    ``keep`` checkpoints stay, under a lease; without one (a program that has the run for itself)
+    all do. Methods are for one thread. What fails in the background is raised by the next call.
+    """
+
+    def __init__(
+        self, store: Store, digest: str, *, keep: int, mine: lease.Held | None = None
+    ) -> None:
+        self.store, self.digest, self.keep, self.mine = store, digest, keep, mine
+        self.stalled_seconds = 0.0
+        """For so long callers were blocked: copies, and waiting for what was not yet durable."""
+        self.written = 0
+        self._copies = Copies()
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._flying: dict[str, Future[str]] = {}
+
+    @property
+    def token(self) -> int:
+        """What the writer's keys carry."""
+        return 1 if self.mine is None else self.mine.token
+
+    @property
+    def failed(self) -> bool:
+        """Whether something failed in the background, or the lease is lost: calls will raise."""
+        ended = [flight for flight in self._flying.values() if flight.done()]
+        lost = self.mine is not None and self.mine.is_lost
+        return lost or any(flight.exception() is not None for flight in ended)
+
+    def write(self, state: TrainState) -> None:
+        """Begin to make a state durable, once the one before it is. Raises as :func:`save`."""
+        with self._stalled():
+            self._end("checkpoint")
+            self._begin("checkpoint", self._checkpoint, self._copies.of_state(state))
+        self.written += 1
+
+    def snapshot(self, images_seen: int, averages: Mapping[float, dict[str, Tensor]]) -> None:
+        """Begin to make averages durable; checkpoints that are written later wait for them."""
+        with self._stalled():
+            self._end("snapshot")
+            copied = {s: self._copies.of(tensors, f"{s}/") for s, tensors in averages.items()}
+            self._begin("snapshot", self._snapshot, images_seen, copied)
+
+    def wait(self) -> None:
+        """Wait until all is durable. Raises as :func:`save`."""
+        with self._stalled():
+            for kind in tuple(self._flying):
+                self._end(kind)
+
+    def close(self) -> None:
+        """Let what is under way end, well or not."""
+        self._thread.shutdown(wait=True)
+
+    def _end(self, kind: str) -> None:
+        """Wait for the last write of a kind, after which its copies may be overwritten."""
+        if self.mine is not None and self.mine.is_lost:
+            self.mine.check()
+        if kind in self._flying:
+            self._flying[kind].result()
+
+    def _begin(self, kind: str, act: Callable[..., str], *arguments: object) -> None:
+        earlier = tuple(self._flying.values())
+        self._flying[kind] = self._thread.submit(_after, earlier, act, *arguments)
+
+    def _checkpoint(self, state: TrainState) -> str:
+        key = save(self.store, self.digest, state, token=self.token, check=self._check)
+        if self.mine is not None:
+            prune(self.store, self.digest, keep=self.keep, mine=self.mine)
+        return key
+
+    def _snapshot(self, images_seen: int, averages: Mapping[float, dict[str, Tensor]]) -> str:
+        return save_snapshot(
+            *(self.store, self.digest, images_seen, averages), token=self.token, check=self._check
+        )
+
+    def _check(self) -> None:
+        if self.mine is not None:
+            self.mine.check()
+
+    @contextlib.contextmanager
+    def _stalled(self) -> Iterator[None]:
+        began = time.monotonic()
+        try:
+            yield
+        finally:
+            self.stalled_seconds += time.monotonic() - began
+
+
+def _after(earlier: tuple[Future[str], ...], act: Callable[..., str], *arguments: object) -> str:
+    """Act, unless something before it failed: what is sealed later rests on what was earlier."""
+    for flight in earlier:
+        flight.result()
+    return act(*arguments)
+
+
+class Copies:
+    """Copies of tensors in this machine's memory, which is used again by the next ones."""
+
+    def __init__(self) -> None:
+        self._kept: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def of(self, tensors: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
+        """Name -> copy, which stays as it is until the next call for the same names."""
+        found = {name: self._copy(prefix + name, tensor) for name, tensor in tensors.items()}
+        if any(tensor.is_cuda for tensor in tensors.values()):
+            torch.cuda.synchronize()
+        return found
+
+    def of_state(self, state: TrainState) -> TrainState:
+        """A state that shares nothing with one that is changed."""
+        curve = {name: json.loads(json.dumps(getattr(state, name))) for name in CURVE_FIELDS}
+        copied = self.of(_flat(state), "state/")
+        return _from_flat(copied, images_seen=state.images_seen, curve=curve)
+
+    def _copy(self, key: str, tensor: Tensor) -> Tensor:
+        kept = self._kept.get(key)
+        if kept is None or (kept.shape, kept.dtype) != (tensor.shape, tensor.dtype):
+            # Pinned memory is several times as fast to copy to from a GPU.
+            kept = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            self._kept[key] = kept
+        return kept.copy_(tensor, non_blocking=True)
+
+
+def save(
+    store: Store,
+    digest: str,
+    state: TrainState,
+    *,
+    token: int = 1,
+    check: Callable[[], None] = lambda: None,
+) -> str:
+    """Make a checkpoint durable; returns the key of its commit. Idempotent.
+
+    ``check`` is asked between the files and the commit, and raises to prevent it. Raises
+    StoreError, and IntegrityError where another state is committed at this position.
+    """
+    at = Position(state.images_seen, token)
+    curve = {name: getattr(state, name) for name in CURVE_FIELDS}
+    files = {CURVE: _write_file(store, digest, at, CURVE, json.dumps(curve).encode())}
+    tensors = _flat(state)
+    for number, names in enumerate(cut(tensors)):
+        data = tensors_to_bytes({name: tensors[name] for name in names})
+        end = f"{number:04d}.safetensors"
+        files[end] = _write_file(store, digest, at, end, data)
+    commit = Commit(schema=SCHEMA, images_seen=at.images_seen, token=token, files=files)
+    check()
+    key, data = _key(digest, at, "json"), note_to_bytes(commit)
+    if not store.write_once(key, data) and store.read(key) != data:
+        raise IntegrityError(f"{store.where(key)} is there already, of another state: delete it")
     return key
 
 
-def newest(store: Store, digest: str) -> int | None:
+def cut(tensors: Mapping[str, Tensor]) -> list[list[str]]:
+    """Names by file, in order: a function of names and sizes alone."""
+    files: list[list[str]] = []
+    filled = FILE_BYTES
+    for name in sorted(tensors):
+        size_bytes = tensors[name].numel() * tensors[name].element_size()
+        if not files or filled + size_bytes > FILE_BYTES:
+            files.append([])
+            filled = 0
+        files[-1].append(name)
+        filled += size_bytes
+    return files
+
+
+def _write_file(store: Store, digest: str, at: Position, end: str, data: bytes) -> Blob:
+    store.write_once(_key(digest, at, end), data)
+    return Blob.of(data)
+
+
+def prune(store: Store, digest: str, *, keep: int, mine: lease.Held) -> None:
+    """Delete all checkpoints and parts of such but the newest ``keep`` that count.
+
+    Those of later holders are left alone, and those of schema 1, whose files are shared blobs.
+    Raises LostLeaseError before anything is deleted, StoreError.
+    """
+    # What was committed before this is known to whoever takes the lease over after it.
+    mine.check()
+    kept = complete(store, digest)[-keep:]
+    doomed: list[tuple[bool, str]] = []
+    for at, end in _listed(store, digest):
+        if at not in kept and 0 < at.token <= mine.token:
+            doomed.append((end != "json", _key(digest, at, end)))
+    for _, key in sorted(doomed):
+        # Commits are first, so that no commit ever names a file that is gone.
+        store.delete(key)
+
+
+# -- finding and reading ------------------------------------------------------------------------
+
+
+def lease_key(digest: str) -> str:
+    """Where the lease of a run lies."""
+    return f"train/{digest}/lease.json"
+
+
+def terms(store: Store, digest: str) -> lease.Fix:
+    """What a new holder of the lease of a run accepts of former ones: all that counts then."""
+
+    def fix(former: lease.Lease | None) -> lease.Terms:
+        listed = _listed(store, digest)
+        counting = _counting(listed, former)
+        snapshots = (at for at, _ in _listed(store, digest, "snapshots"))
+        return lease.Terms(
+            accepted=tuple(at.name for at in counting),
+            above=max((at.token for at in (*(at for at, _ in listed), *snapshots)), default=0),
+        )
+
+    return fix
+
+
+def complete(store: Store, digest: str) -> list[Position]:
+    """Positions of the checkpoints that count, oldest first.
+
+    What a former holder of the lease commits after it was replaced does not count.
+    """
+    return _counting(_listed(store, digest), lease.read(store, lease_key(digest)))
+
+
+def newest(store: Store, digest: str) -> Position | None:
     """Position of the complete checkpoint with the most images; None before the first."""
-    keys = store.list(f"train/{digest}/checkpoints/")
-    return int(keys[-1].rpartition("/")[2].removesuffix(".json")) if keys else None
+    return next(reversed(complete(store, digest)), None)
 
 
-def load(store: Store, digest: str, images_seen: int) -> TrainState:
+def _counting(listed: list[tuple[Position, str]], holder: lease.Lease | None) -> list[Position]:
+    commits = sorted(at for at, end in listed if end == "json")
+    if holder is None:
+        return commits
+    return [at for at in commits if at.token == holder.token or at.name in holder.accepted]
+
+
+def _listed(store: Store, digest: str, folder: str = "checkpoints") -> list[tuple[Position, str]]:
+    """Position and end of the name of every file of checkpoints, or of snapshots."""
+    keys = store.list(f"train/{digest}/{folder}/")
+    found = (re.fullmatch(r"(\d{12})(?:-(\d{6,}))?\.(.+)", key.rpartition("/")[2]) for key in keys)
+    return [(Position(int(m[1]), int(m[2] or 0)), m[3]) for m in found if m is not None]
+
+
+def _key(digest: str, at: Position, end: str, folder: str = "checkpoints") -> str:
+    return f"train/{digest}/{folder}/{at.name}.{end}"
+
+
+def load(store: Store, digest: str, at: Position) -> TrainState:
     """State of the checkpoint at a position.
 
     Raises IntegrityError, naming the commit to delete, if any file of it is damaged or lost.
     """
-    key = _key(digest, images_seen)
-    where = store.where(key)
+    where = store.where(_key(digest, at, "json"))
     try:
-        return _load(store, digest, key)
+        return _load(store, digest, at)
     except (IntegrityError, MissingError) as error:
         raise IntegrityError(
             f"checkpoint {where} cannot be used: {error}. To go on from the checkpoint before it, "
@@ -88,41 +341,106 @@ def load(store: Store, digest: str, images_seen: int) -> TrainState:
         ) from error
 
 
-def _load(store: Store, digest: str, key: str) -> TrainState:
-    where = store.where(key)
-    commit = note_from_bytes(Commit, store.read(key), where)
-    if commit.schema != SCHEMA:
-        raise IntegrityError(f"it is of schema {commit.schema!r}, this program reads {SCHEMA!r}")
-    if key != _key(digest, commit.images_seen):
-        raise IntegrityError(f"it holds the state at image {commit.images_seen}, not this one")
-    data = {name: store.get(blob) for name, blob in commit.files.items()}
-    history, pending = json.loads(data["curve"])
-    return TrainState(
-        images_seen=commit.images_seen,
-        parameters=tensors_from_bytes(data["parameters"]),
-        ema=tensors_from_bytes(data["ema"]),
-        optimiser=tensors_from_bytes(data["optimiser"]),
-        history=history,
-        pending=pending,
-        averages=_by_track(tensors_from_bytes(data["averages"])) if "averages" in data else {},
-    )
+def _load(store: Store, digest: str, at: Position) -> TrainState:
+    key = _key(digest, at, "json")
+    data, where = store.read(key), store.where(key)
+    schema = _schema(data, where)
+    if schema in MIGRATIONS:
+        return MIGRATIONS[schema](store, data, where, at)
+    if schema != SCHEMA:
+        known = ", ".join(map(repr, (SCHEMA, *MIGRATIONS)))
+        raise IntegrityError(f"it is of schema {schema!r}, this program reads {known}")
+    commit = note_from_bytes(Commit, data, where)
+    _check_position(at, Position(commit.images_seen, commit.token))
+    tensors: dict[str, Tensor] = {}
+    for end, blob in commit.files.items():
+        if end != CURVE:
+            tensors.update(tensors_from_bytes(_verified(store, _key(digest, at, end), blob)))
+    curve = json.loads(_verified(store, _key(digest, at, CURVE), commit.files[CURVE]))
+    return _from_flat(tensors, images_seen=at.images_seen, curve=curve)
 
 
-def _key(digest: str, images_seen: int) -> str:
-    return f"train/{digest}/checkpoints/{images_seen:012d}.json"
+def _schema(commit: bytes, where: str) -> str:
+    try:
+        return str(json.loads(commit)["schema"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise IntegrityError(f"{where} is damaged ({error}): restore it from a copy") from error
 
 
-def _flat(averages: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-    """ "<track>/<parameter>" -> tensor."""
-    return {f"{t}/{name}": a for t, tensors in averages.items() for name, a in tensors.items()}
+def _check_position(asked: Position, found: Position) -> None:
+    if found != asked:
+        raise IntegrityError(f"it holds the state of {found.name}, not this one")
 
 
-def _by_track(flat: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, average in flat.items():
-        track, _, name = key.partition("/")
-        found.setdefault(track, {})[name] = average
-    return found
+def _verified(store: Store, key: str, blob: Blob) -> bytes:
+    data = store.read(key)
+    found = Blob.of(data)
+    if found != blob:
+        raise IntegrityError(damaged(blob, store.where(key), found.size_bytes, found.sha256))
+    return data
+
+
+# -- older schemas ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Commit1:
+    """Commit of schema 1: four or five blobs, and no lease."""
+
+    schema: str
+    images_seen: int
+    files: dict[str, Blob]
+
+
+def _from_schema_1(store: Store, data: bytes, where: str, at: Position) -> TrainState:
+    commit = note_from_bytes(Commit1, data, where)
+    _check_position(at, Position(commit.images_seen, 0))
+    files = {name: store.get(blob) for name, blob in commit.files.items()}
+    history, pending = json.loads(files.pop("curve"))
+    flat = {
+        f"{part}/{name}": tensor
+        for part, held in files.items()
+        for name, tensor in tensors_from_bytes(held).items()
+    }
+    curve = {"history": history, "pending": pending}
+    return _from_flat(flat, images_seen=commit.images_seen, curve=curve)
+
+
+Migration = Callable[[Store, bytes, str, Position], TrainState]
+"""(store, bytes of a commit, its address, its position) -> state. Raises IntegrityError."""
+MIGRATIONS: dict[str, Migration] = {"eqm-checkpoint/1": _from_schema_1}
+"""How commits of older schemas are read."""
+
+
+# -- a state as one table of tensors ------------------------------------------------------------
+
+
+def _flat(state: TrainState) -> dict[str, Tensor]:
+    """ "<part>/<name>" -> tensor; "averages/<track>/<name>" for further tracks."""
+    parts = {
+        "parameters": state.parameters,
+        "ema": state.ema,
+        "optimiser": state.optimiser,
+        **{f"averages/{track}": tensors for track, tensors in state.averages.items()},
+    }
+    return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
+
+
+def _from_flat(
+    flat: Mapping[str, Tensor], *, images_seen: int, curve: Mapping[str, Any]
+) -> TrainState:
+    """What :func:`_flat` took apart, and the fields that are JSON."""
+    parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "ema": {}, "optimiser": {}}
+    averages: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in flat.items():
+        part, _, name = key.partition("/")
+        if part == "averages":
+            track, _, name = name.partition("/")
+            averages.setdefault(track, {})[name] = tensor
+        else:
+            parts[part][name] = tensor
+    given = {name: curve[name] for name in CURVE_FIELDS if name in curve}
+    return TrainState(images_seen=images_seen, averages=averages, **parts, **given)
 
 
 # -- snapshots of power-function averages -------------------------------------------------------
@@ -138,7 +456,7 @@ class Track:
 
 @dataclass(frozen=True, kw_only=True)
 class SnapshotCommit:
-    """What makes a snapshot complete: ``train/<digest>/snapshots/<images>.json``."""
+    """What makes a snapshot complete: ``train/<digest>/snapshots/<images>-<token>.json``."""
 
     schema: str
     images_seen: int
@@ -146,28 +464,38 @@ class SnapshotCommit:
 
 
 def save_snapshot(
-    store: Store, digest: str, images_seen: int, averages: Mapping[float, dict[str, Tensor]]
+    store: Store,
+    digest: str,
+    images_seen: int,
+    averages: Mapping[float, dict[str, Tensor]],
+    *,
+    token: int = 1,
+    check: Callable[[], None] = lambda: None,
 ) -> str:
     """Make sigma_rel -> averages durable at a position; returns the key of its commit. Idempotent.
 
-    Where one stands there already, of an attempt that was stopped, it stays.
+    Where one of the same token stands there already, it stays. ``check`` as in :func:`save`.
     """
     tracks = tuple(
         Track(sigma_rel=sigma, tensors=store.put(tensors_to_bytes(tensors)))
         for sigma, tensors in averages.items()
     )
     commit = SnapshotCommit(schema=SNAPSHOT_SCHEMA, images_seen=images_seen, tracks=tracks)
-    key = _snapshot_key(digest, images_seen)
+    key = _key(digest, Position(images_seen, token), "json", "snapshots")
+    check()
     store.write_once(key, note_to_bytes(commit))
     return key
 
 
 def read_snapshot(store: Store, digest: str, images_seen: int) -> SnapshotCommit:
-    """The snapshot at a position, with its averages there to be read.
+    """The snapshot at a position, of the greatest token, with its averages there to be read.
 
-    Raises IntegrityError, naming what to delete, if it or a file of it is damaged or lost.
+    Whoever goes on from before this position makes it again under a token of its own, so what a
+    replaced process writes late is never read. Raises IntegrityError, naming what to delete, if it
+    or a file of it is damaged or lost.
     """
-    key = _snapshot_key(digest, images_seen)
+    there = [at for at, _ in _listed(store, digest, "snapshots") if at.images_seen == images_seen]
+    key = _key(digest, max(there, default=Position(images_seen, 0)), "json", "snapshots")
     where = store.where(key)
     try:
         commit = note_from_bytes(SnapshotCommit, store.read(key), where)
@@ -184,10 +512,6 @@ def read_snapshot(store: Store, digest: str, images_seen: int) -> SnapshotCommit
             f"checkpoints from image {images_seen:,} on, and start the run again"
         ) from error
     return commit
-
-
-def _snapshot_key(digest: str, images_seen: int) -> str:
-    return f"train/{digest}/snapshots/{images_seen:012d}.json"
 
 
 # -- tensors <-> bytes --------------------------------------------------------------------------
@@ -210,9 +534,9 @@ def tensors_from_bytes(data: bytes) -> dict[str, Tensor]:
 def optimiser_to_tensors(
     optimiser: torch.optim.Optimizer, names: dict[Tensor, str]
 ) -> dict[str, Tensor]:
-    """Moments of an optimiser under the names of its parameters (cloned)."""
+    """Moments of an optimiser under the names of its parameters; the next update changes them."""
     return {
-        f"{moment}/{names[parameter]}": value.detach().clone()
+        f"{moment}/{names[parameter]}": value.detach()
         for parameter, moments in optimiser.state.items()
         for moment, value in moments.items()
     }

@@ -673,6 +673,11 @@ class Runtime:
     threads: int | None = None
     """CPU threads a process; null: all cores over the local processes."""
     checkpoint_every_images: int = 25_600
+    keep_checkpoints: int = 3
+    """The newest of a training that stay; older ones are deleted."""
+    lease_seconds: float = 30.0
+    """A training that is not heard of for so long is taken over by another process that was started
+    for it. Less than the default is for tests: a store that answers late would end a training."""
     grid_every_images: int = 51_200
     grid_sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How the grids that training shows are sampled."""
@@ -687,6 +692,9 @@ class Runtime:
     def __post_init__(self) -> None:
         count, span = self.workers, self.shards
         require(count is None or count >= 0, "runtime.workers", count, "0 or greater, or null")
+        for name in ("keep_checkpoints", "lease_seconds"):
+            value = getattr(self, name)
+            require(value >= 1, f"runtime.{name}", value, "1 or greater")
         ok = span is None or 0 <= span[0] < span[1]
         require(ok, "runtime.shards", span, "a first number and a greater end, or null")
 

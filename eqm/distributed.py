@@ -45,6 +45,16 @@ class World:
         told = torch.tensor(int(number) if self.is_first else 0, device=self.device)
         return int(self.sum_(told))
 
+    def first_tells(self, text: str) -> str:
+        """The text that the first rank has, for all ranks; "" for none."""
+        if self.size == 1:
+            return text
+        size = self.first_says(len(text.encode()))
+        told = torch.zeros(size, dtype=torch.int64, device=self.device)
+        if self.is_first:
+            told += torch.tensor(list(text.encode()), dtype=torch.int64, device=self.device)
+        return bytes(self.sum_(told).tolist()).decode() if size else ""
+
 
 @contextlib.contextmanager
 def connect(device: str = "auto", *, threads: int | None = None) -> Iterator[World]:

@@ -107,6 +107,34 @@ class Bucket:
             return False
         return True
 
+    def read_version(self, key: str) -> tuple[bytes, str]:
+        """Bytes of a small object and the version that they are of. Raises MissingError."""
+        with self._errors(key):
+            found = self.client.get_object(Bucket=self.name, Key=key)
+            return found["Body"].read(), found["ETag"]
+
+    def replace(self, key: str, data: bytes, version: str) -> str | None:
+        """Change an object with If-Match; its new version, or None if it is another one by now."""
+        try:
+            with self._errors(key):
+                done = self.client.put_object(Bucket=self.name, Key=key, Body=data, IfMatch=version)
+        except (KeyTakenError, MissingError):
+            return self._if_ours(key, data)
+        return done["ETag"]
+
+    def _if_ours(self, key: str, data: bytes) -> str | None:
+        """Version of an object that was written, but refused when boto3 sent it once more."""
+        try:
+            found, version = self.read_version(key)
+        except MissingError:
+            return None
+        return version if found == data else None
+
+    def delete(self, key: str) -> None:
+        """Delete an object, if it is there."""
+        with self._errors(key):
+            self.client.delete_object(Bucket=self.name, Key=key)
+
     def _put(self, key: str, data: bytes) -> None:
         self.client.put_object(Bucket=self.name, Key=key, Body=data, IfNoneMatch="*")
 

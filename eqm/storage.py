@@ -1,17 +1,28 @@
 """Bytes in and out of the store: S3 or a local directory behind one small interface.
 
 A store holds *blobs* (``blobs/sha256/<digest>``, named by what they are) and *keys* that are
-written once and never changed. Nothing read back is trusted until its digest matches. How S3 is
-spoken to is the business of eqm.s3, copies on this machine are that of eqm.cache.
+written once and never changed; what must change all the same (a lease) is changed by
+compare-and-set. Nothing read back is trusted until its digest matches. How S3 is spoken to is the
+business of eqm.s3, copies on this machine are that of eqm.cache.
 """
 
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urlsplit
 
 from eqm.cache import Cache, Download, Verified, damaged, is_blob
-from eqm.disk import ASIDE, disk_errors, hash_file, parts, sweep, sync_folder, written_aside
+from eqm.disk import (
+    ASIDE,
+    disk_errors,
+    hash_file,
+    locked,
+    parts,
+    sweep,
+    sync_folder,
+    written_aside,
+)
 from eqm.errors import ConfigError, IntegrityError, MissingError, StoreError
 from eqm.records import Blob, Record, record_from_bytes, record_to_bytes, sha256
 from eqm.s3 import Bucket
@@ -19,6 +30,8 @@ from eqm.s3 import Bucket
 WRITTEN_AT_ONCE_BYTES = 2**24
 VERIFIED = ".verified"
 """Folder of a local store that remembers which files were hashed."""
+LOCKS = ".locks"
+"""Folder of a local store with a lock for each key that is changed."""
 
 
 def open_store(uri: str, *, cache: Path | None = None, cache_bytes: int | None = None) -> "Store":
@@ -51,6 +64,21 @@ class Store(ABC):
     @abstractmethod
     def write_once(self, key: str, data: bytes | Path) -> bool:
         """Create a key; False, and nothing changed, if it exists. Durable on return."""
+
+    @abstractmethod
+    def read_version(self, key: str) -> tuple[bytes, str]:
+        """Bytes under a key and their version, for ``replace``. Raises MissingError, StoreError."""
+
+    @abstractmethod
+    def replace(self, key: str, data: bytes, version: str) -> str | None:
+        """Change a key if it is still of a version; the new version, or None: nothing was changed.
+
+        Bytes of one key must never repeat: a version is one of bytes. Durable on return.
+        """
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Delete a key, if it is there. For keys that nothing else can name: never for blobs."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:
@@ -171,18 +199,38 @@ class LocalStore(Store):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._sweep_once(path.parent)
             with written_aside(path.parent) as (file, aside):
-                for part in parts(data, WRITTEN_AT_ONCE_BYTES):
-                    file.write(part)
-                file.flush()
-                os.fsync(file.fileno())
-                # Temporary files are private; a store in a folder may be shared.
-                aside.chmod(0o644)
+                _fill(file, aside, data)
                 try:
                     os.link(aside, path)
                 except FileExistsError:
                     return False
             sync_folder(path.parent)
         return True
+
+    def read_version(self, key: str) -> tuple[bytes, str]:
+        """Bytes under a key, and their digest as their version. Raises MissingError."""
+        data = self.read(key)
+        return data, sha256(data)
+
+    def replace(self, key: str, data: bytes, version: str) -> str | None:
+        """Change a key under a lock that all processes of this folder see."""
+        path = self._path(key)
+        with disk_errors(str(self.root)), locked(self.root / LOCKS / sha256(key.encode())):
+            try:
+                if sha256(path.read_bytes()) != version:
+                    return None
+            except FileNotFoundError:
+                return None
+            with written_aside(path.parent) as (file, aside):
+                _fill(file, aside, data)
+                os.replace(aside, path)
+            sync_folder(path.parent)
+        return sha256(data)
+
+    def delete(self, key: str) -> None:
+        """Delete a file, if it is there."""
+        with disk_errors(str(self.root)):
+            self._path(key).unlink(missing_ok=True)
 
     def exists(self, key: str) -> bool:
         """Whether a key is there."""
@@ -228,9 +276,19 @@ class LocalStore(Store):
         """Nothing: the file is the original, and no copy."""
 
 
+def _fill(file: BinaryIO, path: Path, data: bytes | Path) -> None:
+    """Write a file aside and make its bytes durable, before it gets its name."""
+    for part in parts(data, WRITTEN_AT_ONCE_BYTES):
+        file.write(part)
+    file.flush()
+    os.fsync(file.fileno())
+    # Temporary files are private; a store in a folder may be shared.
+    path.chmod(0o644)
+
+
 def _is_ours(key: str) -> bool:
     """Whether a file is one that the store keeps for itself."""
-    return key.rpartition("/")[2].startswith(ASIDE) or key.startswith(f"{VERIFIED}/")
+    return key.rpartition("/")[2].startswith(ASIDE) or key.startswith((f"{VERIFIED}/", f"{LOCKS}/"))
 
 
 # -- S3 -----------------------------------------------------------------------------------------
@@ -273,6 +331,18 @@ class S3Store(Store):
     def write_once(self, key: str, data: bytes | Path) -> bool:
         """Create a key with If-None-Match; False if it exists."""
         return self.bucket.create(self.name(key), data)
+
+    def read_version(self, key: str) -> tuple[bytes, str]:
+        """Bytes under a key and their ETag. Raises MissingError, StoreError."""
+        return self.bucket.read_version(self.name(key))
+
+    def replace(self, key: str, data: bytes, version: str) -> str | None:
+        """Change a key with If-Match."""
+        return self.bucket.replace(self.name(key), data, version)
+
+    def delete(self, key: str) -> None:
+        """Delete a key, if it is there."""
+        self.bucket.delete(self.name(key))
 
     def fetch(self, blob: Blob, *, remembered: bool = False) -> Path:
         """Verified copy of a blob in the local cache."""

@@ -2,14 +2,18 @@
 
 The loop is setup / step / report / persist. Everything random about training image number n is a
 function of (seed, n), and the position is one integer, so a killed run that is started again ends
-in the same bits. Gradients are summed over ranks flat, in one call: nothing is bucketed.
+in the same bits. One trainer at a time holds the lease of the run (eqm.lease); checkpoints are
+written beside the loop, which only copies the state. Gradients are summed over ranks flat, in one
+call: nothing is bucketed.
 """
 
+import contextlib
 import json
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -20,10 +24,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eqm import checkpoint, model, sampling
+from eqm import checkpoint, lease, model, sampling
 from eqm.autoencoder import read_pretrained
 from eqm.batches import Batch, batches
-from eqm.checkpoint import TrainState
+from eqm.checkpoint import Position, TrainState
 from eqm.config import PretrainedFile, SamplerConfig, TrainConfig, TrainStage
 from eqm.distributed import World
 from eqm.errors import DataError, EqmError
@@ -68,7 +72,9 @@ class Run:
     since_report: list[Tensor] = field(default_factory=list)
     """(loss, gradient norm) of the updates since the last point of the curve, on the device."""
     persisted: int = -1
-    """Position of the newest durable checkpoint."""
+    """Position of the newest checkpoint that is durable or being written."""
+    mine: lease.Held | None = None
+    """The lease, on the first rank; None in a program that has the run for itself."""
 
     @property
     def world(self) -> World:
@@ -91,6 +97,12 @@ class Run:
         return self.learner.names
 
     @cached_property
+    def writer(self) -> checkpoint.Writer:
+        """What makes states durable, on the first rank."""
+        keep = self.context.job.runtime.keep_checkpoints
+        return checkpoint.Writer(self.context.store, self.context.digest, keep=keep, mine=self.mine)
+
+    @cached_property
     def snapshots(self) -> frozenset[int]:
         """Positions at which power-function averages are kept."""
         return frozenset(self.config.snapshots)
@@ -104,7 +116,7 @@ class Run:
 # -- setup --------------------------------------------------------------------------------------
 
 
-def setup(context: Context) -> Run:
+def setup(context: Context, mine: lease.Held | None = None) -> Run:
     """Open the data, build the network, and go on from the newest complete checkpoint."""
     stage: TrainStage = context.config
     data = open_manifest(context.input("latents"), context.store)
@@ -128,6 +140,7 @@ def setup(context: Context) -> Run:
             stage.train,
             device=context.world.device,
         ),
+        mine=mine,
     )
     resume(run)
     return run
@@ -195,10 +208,10 @@ def resume(run: Run) -> None:
     store, digest = run.context.store, run.context.digest
     # Ranks that looked for themselves might see different ones, while another process writes.
     found = checkpoint.newest(store, digest) if run.world.is_first else None
-    position = run.world.first_says(-1 if found is None else found)
-    if position < 0:
+    images, token = (run.world.first_says(number) for number in found or (-1, 0))
+    if images < 0:
         return
-    state = checkpoint.load(store, digest, position)
+    state = checkpoint.load(store, digest, Position(images, token))
     with torch.no_grad():
         for parameter, name in run.names.items():
             parameter.copy_(state.parameters[name])
@@ -304,15 +317,61 @@ def _autoencoder(run: Run) -> Any:
 # -- persist ------------------------------------------------------------------------------------
 
 
-def persist(run: Run) -> None:
-    """Make the state durable, once a position."""
-    if run.world.is_first and run.persisted != run.images_seen:
-        checkpoint.save(run.context.store, run.context.digest, state_of(run))
+def persist(run: Run, *, durable: bool = True) -> None:
+    """Begin to make the state durable, once a position, and wait for that where it is asked.
+
+    Where it fails, or something before it did, all ranks raise what the first one met.
+    """
+
+    def write() -> None:
+        if run.persisted != run.images_seen:
+            run.writer.write(state_of(run))
+        if durable:
+            run.writer.wait()
+
+    first_acts(run.world, write)
     run.persisted = run.images_seen
 
 
+def first_acts(world: World, act: Callable[[], None]) -> None:
+    """Let the first rank do what only one may; where it fails in words, all ranks raise them.
+
+    Otherwise the others would wait for it until their collectives time out.
+    """
+    failure: EqmError | None = None
+    if world.is_first:
+        try:
+            act()
+        except EqmError as error:
+            failure = error
+    told = world.first_tells("" if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    if told:
+        raise InterruptedTraining(told)
+
+
+@contextlib.contextmanager
+def only_trainer(context: Context) -> Iterator[lease.Held | None]:
+    """Hold the lease of the run, on the first rank; the others learn that it has it.
+
+    Raises HeldByAnotherError where another process trains the same run.
+    """
+    store, digest = context.store, context.digest
+    held = lease.held(
+        store,
+        checkpoint.lease_key(digest),
+        seconds=context.job.runtime.lease_seconds,
+        fix=checkpoint.terms(store, digest),
+    )
+    found: list[lease.Held] = []
+    with contextlib.ExitStack() as until_the_end:
+        first_acts(context.world, lambda: found.append(until_the_end.enter_context(held)))
+        yield found[0] if found else None
+
+
 def state_of(run: Run) -> TrainState:
-    """All that the rest of the run is a function of."""
+    """All that the rest of the run is a function of; its tensors are those that change."""
     return TrainState(
         images_seen=run.images_seen,
         parameters={name: p.detach() for p, name in run.names.items()},
@@ -325,10 +384,10 @@ def state_of(run: Run) -> TrainState:
 
 
 def keep_snapshot(run: Run) -> None:
-    """Keep the power-function averages, where the config wants them kept."""
+    """Begin to keep the power-function averages, where the config wants them kept."""
     if run.world.is_first and run.images_seen in run.snapshots:
         averages = {sigma: track.state_dict() for sigma, track in run.learner.power.items()}
-        checkpoint.save_snapshot(run.context.store, run.context.digest, run.images_seen, averages)
+        run.writer.snapshot(run.images_seen, averages)
 
 
 def further_outputs(run: Run, weights: dict[str, Tensor]) -> dict[str, bytes | Blob]:
@@ -370,7 +429,19 @@ def outcome_of(run: Run) -> Outcome:
 def program(context: Context) -> Outcome | None:
     """Train to the end of the config; the first rank returns the outcome."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    run = setup(context)
+    with only_trainer(context) as mine:
+        run = setup(context, mine)
+        with contextlib.closing(run.writer):
+            mirrored(run)
+        outcome = outcome_of(run) if context.world.is_first else None
+        if mine is not None:
+            # Whoever was replaced seals nothing.
+            mine.check()
+    return outcome
+
+
+def mirrored(run: Run) -> None:
+    """The loop, with its curve shown in MLflow where that is given."""
     mirror = open_mirror(run)
     try:
         loop(run, mirror)
@@ -380,23 +451,23 @@ def program(context: Context) -> Outcome | None:
         raise
     if mirror is not None:
         mirror.close("FINISHED")
-    return outcome_of(run) if context.world.is_first else None
 
 
 def loop(run: Run, mirror: RunMirror | None) -> None:
     """Step, report, persist until all images are seen."""
     runtime, total = run.context.job.runtime, total_images(run)
     bar = run.context.progress("training", total, done=run.images_seen)
+    began = time.monotonic()
     with StopSignals() as asked, bar:
         for batch in islice(feed(run), (total - run.images_seen) // run.config.batch_size):
             before = run.images_seen
-            stop = step(run, batch, bool(asked))
+            stop = step(run, batch, bool(asked) or run.writer.failed)
             report(run, mirror, bar)
             last = run.images_seen >= total
             # Before the checkpoint: whoever goes on from that finds all snapshots up to there.
             keep_snapshot(run)
             if stop or last or crossed(before, run.images_seen, runtime.checkpoint_every_images):
-                persist(run)
+                persist(run, durable=stop or last)
             if mirror and (last or crossed(before, run.images_seen, runtime.grid_every_images)):
                 show_grid(run, mirror)
             if stop and not last:
@@ -404,6 +475,17 @@ def loop(run: Run, mirror: RunMirror | None) -> None:
                     f"stopped at image {run.images_seen:,} of {total:,}, with a checkpoint there: "
                     "start it again to go on"
                 )
+    say_stall(run, time.monotonic() - began)
+
+
+def say_stall(run: Run, seconds: float) -> None:
+    """Say what checkpoints cost the loop."""
+    if run.writer.written:
+        stalled = run.writer.stalled_seconds
+        sys.stderr.write(
+            f"{run.writer.written} checkpoints; training stood still for them {stalled:.2f} s "
+            f"({stalled / seconds:.1%})\n"
+        )
 
 
 def feed(run: Run) -> Iterator[Batch]:
