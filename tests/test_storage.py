@@ -60,6 +60,36 @@ def test_of_many_writers_one_wins(store: Store) -> None:
     assert store.read("race") == str(won[0]).encode()
 
 
+def test_a_key_is_changed_only_by_who_knows_its_version(store: Store) -> None:
+    assert store.replace("pointer", b"0", "any") is None
+    store.write_once("pointer", b"1")
+    data, first = store.read_version("pointer")
+    assert data == b"1"
+    second = store.replace("pointer", b"2", first)
+    assert second is not None
+    assert store.replace("pointer", b"3", first) is None
+    assert store.read_version("pointer") == (b"2", second)
+    assert store.list("") == ["pointer"]
+
+
+def test_what_was_sent_twice_is_ours_all_the_same(store: Store) -> None:
+    store.write_once("pointer", b"1")
+    _, first = store.read_version("pointer")
+    second = store.replace("pointer", b"2", first)
+    if not isinstance(store, LocalStore):
+        # The first sending arrived, its answer did not, and boto3 sends it once more.
+        assert store.replace("pointer", b"2", first) == second
+
+
+def test_deleted_keys_are_gone(store: Store) -> None:
+    store.write_once("a/b", b"1")
+    for _ in range(2):
+        store.delete("a/b")
+        assert not store.exists("a/b")
+    with pytest.raises(MissingError):
+        store.read_version("a/b")
+
+
 def test_listing_is_sorted_and_by_prefix(store: Store) -> None:
     for key in ("x/2", "x/10", "x/1", "y/1"):
         store.write_once(key, b"")

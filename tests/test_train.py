@@ -132,11 +132,24 @@ def test_a_signal_ends_training_with_a_checkpoint(
     assert chain.run(job).content == tiny["train"].content
 
 
-def test_frequent_checkpoints_change_nothing(tiny: chain.Chain, tmp_path: Path) -> None:
-    job = fresh(tiny, tmp_path, checkpoint_every_images=100)
+@pytest.mark.parametrize(("keep", "kept"), [(1, [640]), (3, [512, 608, 640])])
+def test_frequent_checkpoints_change_nothing_and_the_newest_stay(
+    tiny: chain.Chain, tmp_path: Path, keep: int, kept: list[int]
+) -> None:
+    job = fresh(tiny, tmp_path, checkpoint_every_images=100, keep_checkpoints=keep)
     assert chain.run(job).content == tiny["train"].content
-    kept = store_of(job).list(f"train/{job_digest(job)}/checkpoints/")
-    assert [int(Path(key).stem) for key in kept] == [128, 224, 320, 416, 512, 608, 640]
+    found = checkpoint.complete(store_of(job), job_digest(job))
+    assert [at.images_seen for at in found] == kept
+    begins = {Path(key).name.partition(".")[0] for key in checkpoint_keys(job)}
+    assert begins == {at.name for at in found}
+
+
+def checkpoint_keys(job: Job) -> list[str]:
+    return store_of(job).list(f"train/{job_digest(job)}/checkpoints/")
+
+
+def commits(job: Job) -> list[str]:
+    return [key for key in checkpoint_keys(job) if key.endswith("-000001.json")]
 
 
 def test_points_of_the_curve_survive_a_stop_between_them(
@@ -179,11 +192,9 @@ def test_a_damaged_checkpoint_is_refused_by_name(tiny: chain.Chain, tmp_path: Pa
     train.step(run, next(train.feed(run)), stop=False)
     train.persist(run)
     store = store_of(job)
-    (key,) = store.list(f"train/{run.context.digest}/checkpoints/")
-    named = json.loads(store.read(key))["files"]["ema"]["sha256"]
-    (blob,) = (path for path in store.root.rglob(f"*{named}*") if path.is_file())
-    blob.chmod(0o600)
-    blob.write_bytes(b"\x00" + blob.read_bytes()[1:])
+    (key,) = commits(job)
+    file = store.root / key.replace(".json", ".0000.safetensors")
+    file.write_bytes(file.read_bytes()[:-1] + b"\x00")
     with pytest.raises(train.EqmError, match=f"{Path(key).name} cannot be used.*damaged"):
         chain.run(job)
 
@@ -201,16 +212,15 @@ def test_killed_and_started_again_it_ends_in_the_same_bits(
     tiny: chain.Chain, tmp_path: Path
 ) -> None:
     job = fresh(tiny, tmp_path, checkpoint_every_images=BATCH)
-    folder = f"train/{job_digest(job)}/checkpoints/"
     store = store_of(job)
     line = [*ALONE, written(job, tmp_path / "job.json")]
     with subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL) as child:
         deadline = time.monotonic() + 120
-        while not store.list(folder) and child.poll() is None and time.monotonic() < deadline:
+        while not commits(job) and child.poll() is None and time.monotonic() < deadline:
             time.sleep(0.002)
         child.kill()
     assert child.returncode == -signal.SIGKILL, "it ended before it could be killed"
-    assert store.list(folder)
+    assert commits(job)
     assert store.record("train", job_digest(job)) is None
     assert chain.run(job).content == tiny["train"].content
 
@@ -329,7 +339,7 @@ def test_further_averages_are_sealed_beside_the_main_ones_and_change_nothing(
     snapshots = {f"snapshots/{n:012d}/{sigma}" for n in moments for sigma in (0.05, 0.1)}
     assert record.outputs.keys() - usual.keys() == {f"{n}.safetensors" for n in ends | snapshots}
     keys = store_of(job).list(f"train/{record.digest}/snapshots/")
-    assert [int(Path(key).stem) for key in keys] == moments
+    assert [int(Path(key).stem.partition("-")[0]) for key in keys] == moments
     verify(store_of(job), record)
 
 
@@ -386,10 +396,10 @@ def test_killed_between_a_snapshot_and_its_checkpoint_it_ends_in_the_same_bits(
     job = asking(fresh(tiny, tmp_path, checkpoint_every_images=3 * BATCH), train=FURTHER)
     save = checkpoint.save
 
-    def killed(store: Any, digest: str, state: checkpoint.TrainState) -> str:
+    def killed(store: Any, digest: str, state: checkpoint.TrainState, **rest: Any) -> str:
         if state.images_seen == 6 * BATCH:
             raise KeyboardInterrupt
-        return save(store, digest, state)
+        return save(store, digest, state, **rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "save", killed)
@@ -397,7 +407,9 @@ def test_killed_between_a_snapshot_and_its_checkpoint_it_ends_in_the_same_bits(
             chain.run(job)
     folder = f"train/{job_digest(job)}"
     assert len(store_of(job).list(f"{folder}/snapshots/")) == 2
-    assert checkpoint.newest(store_of(job), job_digest(job)) == 3 * BATCH
+    newest = checkpoint.newest(store_of(job), job_digest(job))
+    assert newest is not None
+    assert newest.images_seen == 3 * BATCH
     assert chain.run(job).content == further[1].content
 
 
@@ -408,7 +420,7 @@ def test_a_snapshot_that_is_gone_is_told_before_anything_is_sealed(
     outcome = train.outcome_of
 
     def lost(run: train.Run) -> Any:
-        key = f"train/{run.context.digest}/snapshots/{96:012d}.json"
+        key = f"train/{run.context.digest}/snapshots/{96:012d}-000001.json"
         (store_of(job).root / key).unlink()
         return outcome(run)
 
@@ -427,6 +439,7 @@ def test_only_the_first_process_leaves_snapshots(tiny: chain.Chain, tmp_path: Pa
     assert first.store.list(folder) == []
     run.context = first
     train.keep_snapshot(run)
+    run.writer.wait()
     assert len(first.store.list(folder)) == 1
 
 
