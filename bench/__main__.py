@@ -3,7 +3,7 @@
 import sys
 from importlib import import_module
 
-ALL = ("imports", "data", "encoding", "sampling", "energies", "precision", "train")
+ALL = ("imports", "data", "encoding", "sampling", "energies", "precision", "train", "checkpointing")
 STUDIES = ("study_methods", "study_adaptive")
 """Longer, and not of speed: run by name."""
 

@@ -105,6 +105,11 @@ class Writer:
         return 1 if self.mine is None else self.mine.token
 
     @property
+    def busy(self) -> bool:
+        """Whether something is under way."""
+        return not all(flight.done() for flight in self._flying.values())
+
+    @property
     def failed(self) -> bool:
         """Whether something failed in the background, or the lease is lost: calls will raise."""
         ended = [flight for flight in self._flying.values() if flight.done()]

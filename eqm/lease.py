@@ -149,7 +149,7 @@ def _successor(found: Lease | None, terms: Terms, seconds: float) -> Lease:
         token=max(terms.above, 0 if found is None else found.token) + 1,
         holder=secrets.token_hex(16),
         process=this_process(),
-        seconds=seconds,
+        seconds=float(seconds),
         accepted=terms.accepted,
     )
 

@@ -36,7 +36,7 @@ def race(uri: str, notes: str, seconds: float) -> None:
     """Take the lease, leave a note of it, and die with it or give it back."""
     store = open_store(uri)
     held = acquire(store, KEY, seconds=seconds)
-    with open(notes, "a") as file:  # noqa: PTH123  one write, appended whole
+    with open(notes, "a") as file:
         file.write(f"{held.token} {os.getpid()} begins\n")
         file.flush()
         time.sleep(0.01)
@@ -58,7 +58,9 @@ def test_of_racing_processes_one_holds_each_token(uri: str, tmp_path: Path) -> N
         racer.join(120)
     told = [line.split() for line in notes.read_text().splitlines()]
     assert [int(token) for token, *_ in told] == [n for n in range(1, RACERS + 1) for _ in "be"]
-    assert all(one[1:] == [other[1], "begins"] for one, other in zip(told[::2], told[1::2]))
+    assert all(
+        one[1:] == [other[1], "begins"] for one, other in zip(told[::2], told[1::2], strict=True)
+    )
     assert set(Counter(pid for _, pid, _ in told).values()) == {2}
     found = lease.read(open_store(uri), KEY)
     assert found is not None

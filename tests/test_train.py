@@ -8,11 +8,13 @@ import hashlib
 import json
 import math
 import os
+import random
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from eqm import checkpoint, train
+from eqm import checkpoint, lease, train
 from eqm.batches import read_batch
 from eqm.config import Job, TrainConfig, TrainStage, replace, stage_config
 from eqm.distributed import World
@@ -223,6 +225,86 @@ def test_killed_and_started_again_it_ends_in_the_same_bits(
     assert commits(job)
     assert store.record("train", job_digest(job)) is None
     assert chain.run(job).content == tiny["train"].content
+
+
+def started(job: Job, path: Path, line: list[str] = ALONE) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [*line, written(job, path)],
+        cwd=ROOT,
+        env=environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def until(met: Callable[[], bool], child: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while not met() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.002)
+    assert met()
+
+
+def test_killed_at_random_moments_it_ends_in_the_same_bits(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also while a checkpoint is written beside the loop, which at this pace is nearly always."""
+    job = fresh(tiny, tmp_path, checkpoint_every_images=BATCH, lease_seconds=600.0)
+    moments = random.Random(0)
+    for token in (1, 2):
+        with started(job, tmp_path / "job.json") as child:
+            begun = f"-{token:06d}."
+            until(lambda begun=begun: any(begun in key for key in checkpoint_keys(job)), child)
+            time.sleep(moments.uniform(0, 0.1))
+            child.kill()
+        assert child.returncode == -signal.SIGKILL, "it ended before it could be killed"
+    # The lease lasts for ten minutes: that its holder is dead is seen, and not waited for.
+    assert chain.run(job).content == tiny["train"].content
+
+
+def test_a_trainer_that_was_replaced_while_it_slept_changes_nothing_and_says_who(
+    tiny: chain.Chain, tmp_path: Path
+) -> None:
+    job = fresh(tiny, tmp_path, checkpoint_every_images=BATCH, lease_seconds=1.0)
+    store, digest = store_of(job), job_digest(job)
+    with started(job, tmp_path / "job.json") as sleeper:
+        until(lambda: checkpoint.newest(store, digest) is not None, sleeper)
+        sleeper.send_signal(signal.SIGSTOP)
+        try:
+            again = chain.run(job)
+            found = lease.read(store, checkpoint.lease_key(digest))
+            before = readable(job)
+        finally:
+            sleeper.send_signal(signal.SIGCONT)
+        _, said = sleeper.communicate(timeout=120)
+    assert again.content == tiny["train"].content
+    assert found is not None
+    assert found.token == 2
+    assert sleeper.returncode == 2, said
+    assert f"process {os.getpid()} on {found.process.host} took it over (token 2)" in said
+    assert readable(job) == before
+
+
+def readable(job: Job) -> dict[str, bytes]:
+    """All that anybody reads of a run."""
+    store, digest = store_of(job), job_digest(job)
+    names = {at.name for at in checkpoint.complete(store, digest)}
+    kept = [key for key in checkpoint_keys(job) if Path(key).name.partition(".")[0] in names]
+    others = [checkpoint.lease_key(digest), f"train/{digest}/record.json"]
+    return {key: store.read(key) for key in [*kept, *others]}
+
+
+def test_where_the_first_process_may_not_train_all_end_and_say_why(
+    tiny: chain.Chain, tmp_path: Path
+) -> None:
+    job = fresh(tiny, tmp_path, error_file=str(tmp_path / "error"))
+    key = checkpoint.lease_key(job_digest(job))
+    with lease.held(store_of(job), key, seconds=1.5):
+        with started(job, tmp_path / "job.json", IN_PAIRS) as pair:
+            _, said = pair.communicate(timeout=120)
+        assert pair.returncode != 0
+        assert "Traceback" not in said.partition("ChildFailedError")[0].partition("elastic")[0]
+    assert f"process {os.getpid()} on " in (tmp_path / "error").read_text()
 
 
 # -- more than one process ----------------------------------------------------------------------
