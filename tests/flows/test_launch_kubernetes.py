@@ -56,7 +56,8 @@ class Place:
         self.threads.append(when(true, then))
 
     def has_checkpoint(self) -> bool:
-        return bool(list(self.store.list(f"train/{job_digest(self.job)}/")))
+        keys = self.store.list(f"train/{job_digest(self.job)}/checkpoints/")
+        return any(key.endswith(".json") for key in keys)
 
     def created(self) -> int:
         return self.cluster.requests.count(f"POST {TRAIN_JOBS}")

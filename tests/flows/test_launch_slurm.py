@@ -76,7 +76,8 @@ class Place:
         return when(true, then)
 
     def has_checkpoint(self) -> bool:
-        return bool(list(self.store.list(f"train/{job_digest(self.job)}/")))
+        keys = self.store.list(f"train/{job_digest(self.job)}/checkpoints/")
+        return any(key.endswith(".json") for key in keys)
 
     def is_running(self) -> bool:
         return self.submissions() == 1 and self.slurm()["state"] == "RUNNING"
