@@ -279,11 +279,11 @@ class Slow(LocalStore):
 
     def __init__(self, root: Path) -> None:
         super().__init__(root)
-        self.go, self.full = threading.Event(), False
+        self.go, self.full = threading.Event(), "nowhere"
 
     def write_once(self, key: str, data: bytes | Path) -> bool:
         assert self.go.wait(60)
-        if self.full:
+        if key.startswith(self.full):
             raise StoreError("the disk is full")
         return super().write_once(key, data)
 
@@ -326,11 +326,12 @@ def test_what_failed_in_the_background_is_raised_and_nothing_is_sealed_on_it(
     writer.snapshot(128, KEPT)
     writer.write(a_state(128))
     assert not writer.failed
-    store.full = True
+    # There is room for the checkpoint, but not for the snapshot before it.
+    store.full = "blobs/"
     store.go.set()
     writer.close()
     assert writer.failed
-    store.full = False
+    store.full = "nowhere"
     for again in (lambda: writer.write(a_state(256)), writer.wait):
         with pytest.raises(StoreError, match="disk is full"):
             again()
