@@ -51,6 +51,8 @@ class TrainState:
     """(loss, gradient norm) of the updates since the last point of the curve."""
     averages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Of further tracks, by their names."""
+    events: Mapping[str, bytes | Blob] = field(default_factory=dict)
+    """The log up to here in segments (eqm.events): bytes, or blobs that are stored already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ class Commit:
     """Fencing token of the lease under which it was written."""
     files: dict[str, Blob]
     """Ends of names -> digest and size."""
+    events: dict[str, Blob] = field(default_factory=dict)
+    """Segments of the log up to here -> where they are kept, among the store's blobs."""
 
 
 class Position(NamedTuple):
@@ -85,13 +89,21 @@ class Writer:
     """Makes states durable in a thread, one at a time, while the caller changes their tensors.
 
     ``keep`` checkpoints stay, under a lease; without one (a program that has the run for itself)
-    all do. Methods are for one thread. What fails in the background is raised by the next call.
+    all do. ``durable`` is told of each, in that thread. Methods are for one thread. What fails in
+    the background is raised by the next call.
     """
 
     def __init__(
-        self, store: Store, digest: str, *, keep: int, mine: lease.Held | None = None
+        self,
+        store: Store,
+        digest: str,
+        *,
+        keep: int,
+        mine: lease.Held | None = None,
+        durable: Callable[[TrainState], None] = lambda _: None,
     ) -> None:
         self.store, self.digest, self.keep, self.mine = store, digest, keep, mine
+        self._durable = durable
         self.stalled_seconds = 0.0
         """For so long callers were blocked: copies, and waiting for what was not yet durable."""
         self.written = 0
@@ -153,6 +165,7 @@ class Writer:
 
     def _checkpoint(self, state: TrainState) -> str:
         key = save(self.store, self.digest, state, token=self.token, check=self._check)
+        self._durable(state)
         if self.mine is not None:
             prune(self.store, self.digest, keep=self.keep, mine=self.mine)
         return key
@@ -200,7 +213,7 @@ class Copies:
         """A state that shares nothing with one that is changed."""
         curve = {name: json.loads(json.dumps(getattr(state, name))) for name in CURVE_FIELDS}
         copied = self.of(_flat(state), "state/")
-        return _from_flat(copied, images_seen=state.images_seen, curve=curve)
+        return _from_flat(copied, images_seen=state.images_seen, curve=curve, events=state.events)
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
         kept = self._kept.get(key)
@@ -232,7 +245,13 @@ def save(
         data = tensors_to_bytes({name: tensors[name] for name in names})
         end = f"{number:04d}.safetensors"
         files[end] = _write_file(store, digest, at, end, data)
-    commit = Commit(schema=SCHEMA, images_seen=at.images_seen, token=token, files=files)
+    commit = Commit(
+        schema=SCHEMA,
+        images_seen=at.images_seen,
+        token=token,
+        files=files,
+        events={n: e if isinstance(e, Blob) else store.put(e) for n, e in state.events.items()},
+    )
     check()
     key, data = _key(digest, at, "json"), note_to_bytes(commit)
     if not store.write_once(key, data) and store.read(key) != data:
@@ -362,7 +381,8 @@ def _load(store: Store, digest: str, at: Position) -> TrainState:
         if end != CURVE:
             tensors.update(tensors_from_bytes(_verified(store, _key(digest, at, end), blob)))
     curve = json.loads(_verified(store, _key(digest, at, CURVE), commit.files[CURVE]))
-    return _from_flat(tensors, images_seen=at.images_seen, curve=curve)
+    # A damaged log costs no training: whoever goes on with the log reads it, and tells.
+    return _from_flat(tensors, images_seen=at.images_seen, curve=curve, events=commit.events)
 
 
 def _schema(commit: bytes, where: str) -> str:
@@ -432,7 +452,11 @@ def _flat(state: TrainState) -> dict[str, Tensor]:
 
 
 def _from_flat(
-    flat: Mapping[str, Tensor], *, images_seen: int, curve: Mapping[str, Any]
+    flat: Mapping[str, Tensor],
+    *,
+    images_seen: int,
+    curve: Mapping[str, Any],
+    events: Mapping[str, bytes | Blob] | None = None,
 ) -> TrainState:
     """What :func:`_flat` took apart, and the fields that are JSON."""
     parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "ema": {}, "optimiser": {}}
@@ -445,7 +469,9 @@ def _from_flat(
         else:
             parts[part][name] = tensor
     given = {name: curve[name] for name in CURVE_FIELDS if name in curve}
-    return TrainState(images_seen=images_seen, averages=averages, **parts, **given)
+    return TrainState(
+        images_seen=images_seen, averages=averages, events=dict(events or {}), **parts, **given
+    )
 
 
 # -- snapshots of power-function averages -------------------------------------------------------
