@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from eqm.errors import IntegrityError, MissingError
+from eqm.events import PREFIX
 from eqm.records import Blob, note_from_bytes, note_to_bytes
 from eqm.storage import Store
 
@@ -38,6 +39,8 @@ class TrainState:
     """(loss, gradient norm) of the updates since the last point of the curve."""
     averages: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """Of further tracks, by their names."""
+    events: Mapping[str, bytes | Blob] = field(default_factory=dict)
+    """The log up to here in segments (eqm.events): bytes, or blobs that are stored already."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +63,8 @@ def save(store: Store, digest: str, state: TrainState) -> str:
     if state.averages:
         # A file that is there only where it is needed: checkpoints without it are as ever.
         files["averages"] = store.put(tensors_to_bytes(_flat(state.averages)))
+    for name, lines in state.events.items():
+        files[name] = lines if isinstance(lines, Blob) else store.put(lines)
     commit = Commit(schema=SCHEMA, images_seen=state.images_seen, files=files)
     key = _key(digest, state.images_seen)
     store.write_once(key, note_to_bytes(commit))
@@ -95,7 +100,9 @@ def _load(store: Store, digest: str, key: str) -> TrainState:
         raise IntegrityError(f"it is of schema {commit.schema!r}, this program reads {SCHEMA!r}")
     if key != _key(digest, commit.images_seen):
         raise IntegrityError(f"it holds the state at image {commit.images_seen}, not this one")
-    data = {name: store.get(blob) for name, blob in commit.files.items()}
+    # A damaged log costs no training: whoever goes on with the log reads it, and tells.
+    events = {name: b for name, b in commit.files.items() if name.startswith(PREFIX)}
+    data = {n: store.get(blob) for n, blob in commit.files.items() if n not in events}
     history, pending = json.loads(data["curve"])
     return TrainState(
         images_seen=commit.images_seen,
@@ -105,6 +112,7 @@ def _load(store: Store, digest: str, key: str) -> TrainState:
         history=history,
         pending=pending,
         averages=_by_track(tensors_from_bytes(data["averages"])) if "averages" in data else {},
+        events=events,
     )
 
 

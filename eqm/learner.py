@@ -96,13 +96,17 @@ class Learner:
         """What images of these numbers look like to the network, and what it should say."""
         seed, shape = self.config.seed, tuple(x.shape[1:])
         eps = normal(seed, Stream.EPS, numbers, shape, x.dtype)
-        gamma = uniform(seed, Stream.GAMMA, numbers, dtype=x.dtype).squeeze(1)
+        gamma = self.levels(numbers, x.dtype)
         if labels is not None:
             coins = uniform(seed, Stream.LABEL_DROP, numbers).squeeze(1)
             null = int(self.network.null_label)  # type: ignore[arg-type]
             labels = labels.masked_fill(coins < self.config.label_dropout, null)
         goal = objective.target(x, eps, gamma, self.c)
         return Corrupted(objective.mixed(x, eps, gamma), goal, gamma, labels)
+
+    def levels(self, numbers: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """gamma of images, (B,): a function of their numbers (B,)."""
+        return uniform(self.config.seed, Stream.GAMMA, numbers, dtype=dtype).squeeze(1)
 
     def backward(self, at: Corrupted) -> Tensor:
         """Add this share's part of the gradient of the mean loss over the global batch.

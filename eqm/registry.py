@@ -6,27 +6,36 @@ checked against digests in the store, and the champion is what the history in th
 """
 
 import contextlib
+import json
+import math
 import os
-import queue
 import sys
 import tempfile
 import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eqm.errors import TrackingError
+from eqm.events import Event, EventLog
+from eqm.records import canonical_bytes, from_json
 
 UNREACHABLE = (
     "MLflow at {uri} cannot be reached ({error}): start the embedded services with `eqm up`, "
     "or check MLFLOW_TRACKING_URI"
 )
 RETRY_SECONDS = 3.0
-CLOSE_SECONDS = 60.0
+POLL_SECONDS = 1.0
+POINTS_AT_ONCE = 40
+"""Events a call: MLflow takes a thousand figures in one."""
+MIRRORED = "eqm.mirrored"
+"""Tag of a run: how far it has the log of the training."""
+CLOSE_SECONDS = 20.0
 """How long the end of a run waits for what MLflow has not yet taken."""
 FOLDER = "eqm://"
 """Before the path of a record in a folder: MLflow takes bare paths for its own, and refuses."""
@@ -99,92 +108,198 @@ def _errors(uri: str) -> Iterator[None]:
 
 
 class RunMirror:
-    """Shows a stage in MLflow while it runs, from a thread of its own.
+    """Shows the log of a run in MLflow while it runs, from a thread of its own.
 
-    The same stage started again continues the same MLflow run: it is found by the digest in its
-    tags. What MLflow does not take now is sent again later; the training loop never waits for it.
+    It replays what durable checkpoints hold of the log, in order and with the log's own times, from
+    the mark that it keeps in MLflow (tag ``eqm.mirrored``). So an outage of any length, from the
+    first moment on, leaves neither gap nor double: the same run, found by the digest in its tags,
+    is gone on with wherever its mark stands. Training never waits for it, but at its end, and there
+    for CLOSE_SECONDS at most.
     """
 
     def __init__(
-        self, uri: str, *, experiment: str, run_name: str, digest: str, params: Mapping[str, Any]
+        self,
+        uri: str,
+        *,
+        experiment: str,
+        run_name: str,
+        digest: str,
+        params: Mapping[str, Any],
+        log: EventLog,
     ) -> None:
-        check(uri)
-        self._uri = uri
-        self._params = dict(params)
-        self._names = (experiment, run_name, digest)
-        self._events: queue.Queue[tuple[str, Any]] = queue.Queue()
-        self._failure = ""
         self.run_id: str | None = None
+        self._uri, self._log = uri, log
+        self._names, self._params = (experiment, run_name, digest), dict(params)
+        self._files: deque[tuple[str, bytes]] = deque()
+        self._wake = threading.Event()
+        self._status: str | None = None
+        self._deadline = math.inf
+        self._sent = -1
+        self._failure = ""
+        self._warned = self._done = False
         self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
         self._thread.start()
 
-    def metrics(self, images_seen: int, figures: Mapping[str, float]) -> None:
-        """Show figures at a position of the run (images seen)."""
-        self._events.put(("metrics", (images_seen, dict(figures))))
-
     def file(self, name: str, data: bytes) -> None:
         """Keep bytes as an artifact of the run, under a relative path."""
-        self._events.put(("file", (name, data)))
+        self._files.append((name, data))
 
     def close(self, status: str) -> None:
         """Send what is left and end the run as FINISHED, FAILED or KILLED."""
-        self._events.put(("close", status))
+        self._deadline = time.monotonic() + CLOSE_SECONDS
+        self._status = status
+        self._wake.set()
         self._thread.join(CLOSE_SECONDS)
-        if self._thread.is_alive() or self._failure:
-            left = self._failure or "it did not answer in time"
+        if not self._done:
+            points, files = len(self._points()), len(self._files)
             sys.stderr.write(
-                f"warning: MLflow at {_public(self._uri)} did not take all of this run ({left}); "
-                "results are unaffected\n"
+                f"warning: MLflow at {_public(self._uri)} did not take all of this run "
+                f"({points} points and {files} files are left: "
+                f"{self._failure or 'it did not answer in time'}); results are unaffected, and the "
+                "points are sent when the same training is started again\n"
             )
 
     def _work(self) -> None:
-        try:
-            client = _client(self._uri)
-            with _errors(self._uri):
-                run_id, seen = _open_run(client, *self._names, self._params)
-            self.run_id = run_id
-            kind = ""
-            while kind != "close":
-                kind, what = self._events.get()
-                self._send(client, run_id, seen, kind, what)
-        except Exception as error:
-            # The edge of a thread: what is not told here would be told to nobody.
-            self._failure = f"{type(error).__name__}: {error}"
-
-    def _send(self, client: Any, run_id: str, seen: int, kind: str, what: Any) -> None:
-        """Send one event; where MLflow is away, again until the run is closed and time is up."""
-        while True:
+        while time.monotonic() < self._deadline:
             try:
+                check(self._uri)
                 with _errors(self._uri):
-                    if kind == "close":
-                        client.set_terminated(run_id, status=what)
-                    if kind == "metrics" and what[0] > seen:
-                        _log_metrics(client, run_id, *what)
-                    if kind == "file":
-                        _log_file(client, run_id, *what)
-            except TrackingError as error:
-                self._failure = str(error)
-                time.sleep(RETRY_SECONDS)
+                    self._show(_client(self._uri))
+            except Exception as error:
+                # The edge of a thread: what is not told here would be told to nobody. All that is
+                # known of the other side is forgotten: what it has is read anew.
+                self._failure = str(error) or type(error).__name__
+                self._warn()
+                self._wake.wait(RETRY_SECONDS)
+                if self._status is not None:
+                    time.sleep(min(RETRY_SECONDS, max(0.0, self._deadline - time.monotonic())))
             else:
-                self._failure = ""
+                self._done = True
                 return
+
+    def _warn(self) -> None:
+        """Say once that MLflow is away; the end of the run says what it missed."""
+        if not self._warned and self._status is None:
+            sys.stderr.write(
+                f"warning: {self._failure}. Training goes on; MLflow is sent all that it misses "
+                "when it is back\n"
+            )
+        self._warned = True
+
+    def _show(self, client: Any) -> None:
+        """Go on with the run in MLflow until this one is closed and all is sent."""
+        run_id, mark = _open_run(client, *self._names, self._params)
+        self.run_id = run_id
+        kept = self._begin(mark)
+        self._failure = ""
+        while True:
+            status = self._status
+            self._send_points(client, run_id, beyond=kept)
+            while self._files:
+                _log_file(client, run_id, *self._files[0])
+                self._files.popleft()
+            if status is not None:
+                client.set_terminated(run_id, status=status)
+                return
+            self._wake.wait(POLL_SECONDS)
+
+    def _begin(self, mark: "_Mark") -> int:
+        """Find the place of the mark in the log; returns up to where MLflow keeps what it has.
+
+        The mark of an attempt that this log knows nothing of (its checkpoint was deleted, or it ran
+        in another store) leaves points in MLflow that cannot be taken away: they stand, and this
+        log is shown behind them.
+        """
+        known = {event.number: event.digest for event in self._log.committed()}
+        if mark.images_seen < 0 or known.get(mark.number) == mark.event:
+            self._sent = mark.number
+            return -1
+        self._sent = -1
+        return mark.images_seen
+
+    def _points(self) -> list[Event]:
+        return [event for event in self._log.committed(self._sent) if event.kind == "metrics"]
+
+    def _send_points(self, client: Any, run_id: str, *, beyond: int) -> None:
+        points = self._points()
+        for start in range(0, len(points), POINTS_AT_ONCE):
+            some = points[start : start + POINTS_AT_ONCE]
+            new = [event for event in some if event.images_seen > beyond]
+            if new:
+                # Sent again after an answer that got lost, equal points with equal times are one.
+                client.log_batch(run_id, metrics=_metrics(new))
+                client.set_tag(run_id, MIRRORED, _Mark.of(new[-1]).text)
+            self._sent = some[-1].number
+
+
+@dataclass(frozen=True)
+class _Mark:
+    """How far MLflow has the log: kept in MLflow itself."""
+
+    number: int = -1
+    images_seen: int = -1
+    event: str = ""
+    """Digest of the last event that it has."""
+
+    @staticmethod
+    def of(event: Event) -> "_Mark":
+        return _Mark(event.number, event.images_seen, event.digest)
+
+    @property
+    def text(self) -> str:
+        return canonical_bytes(self).decode()
+
+
+def _metrics(events: Sequence[Event]) -> list[Any]:
+    from mlflow.entities import Metric
+
+    return [
+        Metric(name, value, event.at_ms, event.images_seen)
+        for event in events
+        for name, value in event.figures.items()
+    ]
 
 
 def _open_run(
     client: Any, experiment: str, run_name: str, digest: str, params: Mapping[str, Any]
-) -> tuple[str, int]:
-    """Find or create the run of a digest: (run id, position of its newest metric)."""
+) -> tuple[str, _Mark]:
+    """Find or create the run of a digest: (run id, how far it has the log)."""
+    from mlflow.entities import Param
+
     experiment_id = _experiment(client, experiment)
-    found = client.search_runs([experiment_id], f"tags.`eqm.digest` = '{digest}'", max_results=1)
-    if found:
-        run_id = found[0].info.run_id
-        client.update_run(run_id, status="RUNNING")
-        seen = [metric.step for metric in client.get_metric_history(run_id, "loss")]
-        return run_id, max(seen, default=-1)
-    run = client.create_run(experiment_id, tags={"eqm.digest": digest}, run_name=run_name)
-    for name, value in params.items():
-        client.log_param(run.info.run_id, name, str(value)[:6000])
-    return run.info.run_id, -1
+    run = _first_run(client, [experiment_id], digest)
+    if run is None:
+        tags = {"eqm.digest": digest, MIRRORED: _Mark().text}
+        run = client.create_run(experiment_id, tags=tags, run_name=run_name)
+    else:
+        client.update_run(run.info.run_id, status="RUNNING")
+    given = [Param(name, str(value)[:6000]) for name, value in params.items()]
+    for start in range(0, len(given), 100):
+        # Each time: whoever made the run may have been stopped before this.
+        client.log_batch(run.info.run_id, params=given[start : start + 100])
+    return run.info.run_id, _mark_of(client, run)
+
+
+def _first_run(client: Any, experiments: list[str], digest: str) -> Any:
+    """The run of a digest; the older one, where an answer that got lost made two."""
+    query, order = f"tags.`eqm.digest` = '{digest}'", ["attributes.start_time ASC"]
+    found = client.search_runs(experiments, query, max_results=1, order_by=order)
+    return found[0] if found else None
+
+
+def _mark_of(client: Any, run: Any) -> _Mark:
+    kept = run.data.tags.get(MIRRORED)
+    if kept is None:
+        # Of a program that kept no mark: what it showed is known by its positions.
+        steps = [metric.step for metric in client.get_metric_history(run.info.run_id, "loss")]
+        return _Mark(images_seen=max(steps, default=-1))
+    try:
+        return from_json(_Mark, json.loads(kept), MIRRORED)
+    except ValueError as error:
+        raise TrackingError(
+            f"tag {MIRRORED} of MLflow run {run.info.run_id} is {kept[:80]!r}: it was edited; "
+            "delete the run, and it is shown anew"
+        ) from error
 
 
 def _experiment(client: Any, name: str) -> str:
@@ -200,14 +315,6 @@ def _experiment(client: Any, name: str) -> str:
     if found is None:
         raise TrackingError(f"MLflow experiment {name!r} can neither be found nor created")
     return found.experiment_id
-
-
-def _log_metrics(client: Any, run_id: str, images_seen: int, figures: dict[str, float]) -> None:
-    from mlflow.entities import Metric
-
-    now = int(time.time() * 1000)
-    metrics = [Metric(name, value, now, images_seen) for name, value in figures.items()]
-    client.log_batch(run_id, metrics=metrics)
 
 
 def _log_file(client: Any, run_id: str, name: str, data: bytes) -> None:
@@ -278,9 +385,8 @@ class Registry:
 
     def _run_of(self, digest: str) -> str | None:
         experiments = [e.experiment_id for e in self._client.search_experiments()]
-        query = f"tags.`eqm.digest` = '{digest}'"
-        found = self._client.search_runs(experiments, query, max_results=1)
-        return found[0].info.run_id if found else None
+        run = _first_run(self._client, experiments, digest)
+        return None if run is None else run.info.run_id
 
     def by_alias(self, model: str, alias: str) -> Version | None:
         """The version an alias points to; None if there is no such model or alias."""

@@ -82,6 +82,8 @@ class Unfinished:
 
 Program = Callable[[Context], Outcome | Unfinished | None]
 """The work of a stage; ranks other than the first may return None."""
+Afterwards = Callable[[Context, Record], None]
+"""What is left to do for a stage that is found sealed; changes nothing of it."""
 
 
 def listing_key(digest: str) -> str:
@@ -128,7 +130,13 @@ def verify(store: Store, record: Record) -> None:
         store.fetch(blob)
 
 
-def main(stages: tuple[str, ...], program: Program, argv: list[str]) -> int:
+def main(
+    stages: tuple[str, ...],
+    program: Program,
+    argv: list[str],
+    *,
+    sealed: Afterwards | None = None,
+) -> int:
     """Run a stage program from its command line; returns the exit status."""
     if len(argv) != 1 or argv[0].startswith("-"):
         names = " or ".join(stages)
@@ -137,7 +145,7 @@ def main(stages: tuple[str, ...], program: Program, argv: list[str]) -> int:
     job = None
     try:
         job = read_job(Path(argv[0]), stages)
-        run_part(job, program)
+        run_part(job, program, afterwards=sealed)
     except EqmError as error:
         return _refuse(str(error), job)
     except OSError as error:
@@ -178,20 +186,23 @@ def run(job: Job, program: Program) -> Record:
     return record if record is not None else open_sealed(open_store(job.runtime.store), job)
 
 
-def run_part(job: Job, program: Program) -> Record | None:
+def run_part(job: Job, program: Program, *, afterwards: Afterwards | None = None) -> Record | None:
     """Run a job unless it is sealed; the sealed record, or None while parts of it are missing."""
     runtime = job.runtime
     config = stage_config(job.stage, job.config)
     cache = Path(runtime.cache) if runtime.cache else None
     store = open_store(runtime.store, cache=cache, cache_bytes=runtime.cache_bytes)
     with distributed.connect(runtime.device, threads=runtime.threads) as world:
+        context = Context(job=job, config=config, store=store, world=world)
         sealed = store.record(job.stage, job_digest(job))
         # One rank may see a seal that another was too early for: the first one's word counts.
         if world.first_says(sealed is not None):
             _say(f"{job.stage} {job_digest(job)[:12]} is sealed already")
-            return open_sealed(store, job)
+            record = open_sealed(store, job)
+            if afterwards is not None:
+                afterwards(context, record)
+            return record
         began = _now()
-        context = Context(job=job, config=config, store=store, world=world)
         outcome = program(context)
         if world.is_first and outcome is None:
             raise AssertionError("the first rank must return what the stage made")

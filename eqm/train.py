@@ -20,13 +20,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eqm import checkpoint, model, sampling
+from eqm import checkpoint, gauges, model, sampling
 from eqm.autoencoder import read_pretrained
 from eqm.batches import Batch, batches
 from eqm.checkpoint import TrainState
 from eqm.config import PretrainedFile, SamplerConfig, TrainConfig, TrainStage
 from eqm.distributed import World
 from eqm.errors import DataError, EqmError
+from eqm.events import EventLog, log_of, restore
 from eqm.latent_set import LatentSet, open_manifest
 from eqm.latents import sample_latents
 from eqm.learner import Learner, check_slope, learning_rate
@@ -35,7 +36,7 @@ from eqm.objective import Corrupted
 from eqm.official import import_official, read_official
 from eqm.progress import Progress
 from eqm.randomness import Stream, normal
-from eqm.records import Blob, sha256, to_json
+from eqm.records import Blob, Record, sha256, to_json
 from eqm.registry import RunMirror
 from eqm.report import sample_grid
 from eqm.stage import Context, Outcome
@@ -44,6 +45,8 @@ from eqm.storage import Store
 
 HISTORY_POINTS = 200
 """The training curve has about so many points, whatever the length of the run."""
+EVENTS = "events.jsonl"
+"""The log of the run, among the logs of the sealed record."""
 GRID_SAMPLES_A_CLASS = 6
 GRID_CLASSES = 10
 
@@ -69,6 +72,14 @@ class Run:
     """(loss, gradient norm) of the updates since the last point of the curve, on the device."""
     persisted: int = -1
     """Position of the newest durable checkpoint."""
+    log: EventLog = field(default_factory=EventLog)
+    """Of the first rank; that of another stays empty."""
+    stopwatch: gauges.Stopwatch = field(default_factory=gauges.Stopwatch)
+
+    @cached_property
+    def tally(self) -> Tensor:
+        """Losses by band since the last report (gauges.by_band), float64, on the device."""
+        return torch.zeros(2 * gauges.BANDS, dtype=torch.float64, device=self.world.device)
 
     @property
     def world(self) -> World:
@@ -130,6 +141,7 @@ def setup(context: Context) -> Run:
         ),
     )
     resume(run)
+    begin_log(run)
     return run
 
 
@@ -209,7 +221,30 @@ def resume(run: Run) -> None:
     run.history = state.history
     run.since_report = [torch.tensor(pair, device=run.world.device) for pair in state.pending]
     if run.world.is_first:
+        run.log = restore(store, state.events)
+        restore_tally(run)
         sys.stderr.write(f"training goes on from image {state.images_seen:,}\n")
+
+
+def restore_tally(run: Run) -> None:
+    """Go on adding up losses by band: what the checkpoint had of them is in its event."""
+    last = run.log.events[-1] if run.log.events else None
+    if last is not None and last.images_seen == run.images_seen and last.facts.get("tally"):
+        run.tally.copy_(torch.tensor(last.facts["tally"], dtype=torch.float64))
+
+
+def begin_log(run: Run) -> None:
+    """Note that the run starts or goes on."""
+    if not run.world.is_first:
+        return
+    cache, log = run.context.job.runtime.cache, run.log
+    if cache is not None:
+        log.follow(Path(cache) / "events" / f"{run.context.digest}.jsonl")
+    for lost in log.lost:
+        sys.stderr.write(f"warning: the log of the run lacks {lost}; training is unaffected\n")
+    kind = "start" if run.persisted < 0 else "resume"
+    where = {"world_size": run.world.size, "device": str(run.world.device.type)}
+    log.append(kind, run.images_seen, **where, lost=list(log.lost))
 
 
 # -- step ---------------------------------------------------------------------------------------
@@ -218,14 +253,18 @@ def resume(run: Run) -> None:
 def step(run: Run, batch: Batch, stop: bool) -> bool:
     """One optimiser update; returns whether any rank wants to stop."""
     # A mean over the global batch, whatever the number of ranks.
-    loss = accumulate(run, batch).sum() / run.config.batch_size
-    flags = torch.stack([loss, loss.new_tensor(float(stop))])
+    losses = accumulate(run, batch)
+    loss = losses.sum() / run.config.batch_size
+    numbers = batch.image_numbers.to(run.world.device, non_blocking=True)
+    told = gauges.by_band(losses, run.learner.levels(numbers))
+    flags = torch.cat([torch.stack([loss, loss.new_tensor(float(stop))]), told])
     flat = torch.cat([run.learner.gradient(), flags])
     run.world.sum_(flat)
-    gradient, flags = flat[:-2], flat[-2:]
+    gradient, flags = flat[: -len(flags)], flat[-len(flags) :]
     norm = run.learner.apply(gradient, images_seen=run.images_seen)
     run.images_seen += run.config.batch_size
     run.since_report.append(torch.stack([flags[0], norm]))
+    run.tally.add_(flags[2:])
     return bool(flags[1] > 0) if run.world.size > 1 else stop
 
 
@@ -245,8 +284,8 @@ def corrupted(run: Run, batch: Batch) -> Corrupted:
 # -- report -------------------------------------------------------------------------------------
 
 
-def report(run: Run, mirror: RunMirror | None, bar: Progress) -> None:
-    """Add a point to the curve where one is due, and show it."""
+def report(run: Run, bar: Progress) -> None:
+    """Add a point to the curve where one is due, and log it with all that is measured beside it."""
     if run.images_seen % run.report_every and run.images_seen < total_images(run):
         bar.advance(run.config.batch_size)
         return
@@ -260,10 +299,21 @@ def report(run: Run, mirror: RunMirror | None, bar: Progress) -> None:
     for name, value in (("images", run.images_seen), ("loss", loss), ("gradient_norm", norm)):
         run.history[name].append(value)
     bar.advance(run.config.batch_size, loss=loss, gradient=norm)
-    if mirror is not None:
-        rate = learning_rate(run.config, run.images_seen - run.config.batch_size)
-        figures = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
-        mirror.metrics(run.images_seen, {**figures, "images_per_second": bar.per_second})
+    if run.world.is_first:
+        run.log.append("metrics", run.images_seen, gauges.finite(figures_of(run, loss, norm)))
+    run.tally.zero_()
+
+
+def figures_of(run: Run, loss: float, norm: float) -> dict[str, float]:
+    """What is logged at a point of the curve."""
+    figures = {
+        "loss": loss,
+        "gradient_norm": norm,
+        "learning_rate": learning_rate(run.config, run.images_seen - run.config.batch_size),
+        "parameter_norm": gauges.parameter_norm(run.names),
+    }
+    rates = run.stopwatch.figures(run.config.batch_size)
+    return figures | gauges.band_figures(run.tally) | rates | gauges.peak_memory(run.world.device)
 
 
 def show_grid(run: Run, mirror: RunMirror) -> None:
@@ -307,7 +357,11 @@ def _autoencoder(run: Run) -> Any:
 def persist(run: Run) -> None:
     """Make the state durable, once a position."""
     if run.world.is_first and run.persisted != run.images_seen:
-        checkpoint.save(run.context.store, run.context.digest, state_of(run))
+        tally = run.tally.tolist() if bool(run.tally.isfinite().all()) else None
+        run.log.append("checkpoint", run.images_seen, tally=tally)
+        state = state_of(run)
+        checkpoint.save(run.context.store, run.context.digest, state)
+        run.log.commit(state.events)
     run.persisted = run.images_seen
 
 
@@ -321,6 +375,7 @@ def state_of(run: Run) -> TrainState:
         history=run.history,
         pending=torch.stack(run.since_report).tolist() if run.since_report else [],
         averages=run.learner.averages(),
+        events=run.log.segments(),
     )
 
 
@@ -361,6 +416,7 @@ def outcome_of(run: Run) -> Outcome:
             "parameters": sum(p.numel() for p in run.names),
             "final_loss": run.history["loss"][-1],
         },
+        logs={EVENTS: run.log.to_bytes()},
     )
 
 
@@ -378,6 +434,8 @@ def program(context: Context) -> Outcome | None:
         if mirror is not None:
             mirror.close("KILLED")
         raise
+    if context.world.is_first:
+        run.log.append("finished", run.images_seen)
     if mirror is not None:
         mirror.close("FINISHED")
     return outcome_of(run) if context.world.is_first else None
@@ -388,11 +446,14 @@ def loop(run: Run, mirror: RunMirror | None) -> None:
     runtime, total = run.context.job.runtime, total_images(run)
     bar = run.context.progress("training", total, done=run.images_seen)
     with StopSignals() as asked, bar:
-        for batch in islice(feed(run), (total - run.images_seen) // run.config.batch_size):
+        coming = islice(feed(run), (total - run.images_seen) // run.config.batch_size)
+        for batch in run.stopwatch.waiting_for(coming):
             before = run.images_seen
             stop = step(run, batch, bool(asked))
-            report(run, mirror, bar)
+            report(run, bar)
             last = run.images_seen >= total
+            if stop and not last and run.world.is_first:
+                run.log.append("interrupted", run.images_seen)
             # Before the checkpoint: whoever goes on from that finds all snapshots up to there.
             keep_snapshot(run)
             if stop or last or crossed(before, run.images_seen, runtime.checkpoint_every_images):
@@ -431,17 +492,32 @@ def crossed(before: int, after: int, interval: int) -> bool:
 
 def open_mirror(run: Run) -> RunMirror | None:
     """The MLflow run of the first rank, where MLflow is given."""
-    runtime = run.context.job.runtime
-    if runtime.mlflow_uri is None or not run.world.is_first:
+    return mirror_of(run.context, run.log)
+
+
+def mirror_of(context: Context, log: EventLog) -> RunMirror | None:
+    """What shows a log in MLflow, where MLflow is given: by the first rank."""
+    runtime, settings = context.job.runtime, to_json(context.config)
+    if runtime.mlflow_uri is None or not context.world.is_first:
         return None
-    settings = to_json(run.stage)
     return RunMirror(
         runtime.mlflow_uri,
         experiment=runtime.mlflow_experiment,
-        run_name=f"{runtime.run_name or 'train'}-{run.context.digest[:8]}",
-        digest=run.context.digest,
+        run_name=f"{runtime.run_name or 'train'}-{context.digest[:8]}",
+        digest=context.digest,
         params={f"{s}.{k}": v for s, table in settings.items() for k, v in table.items()},
+        log=log,
     )
+
+
+def catch_up(context: Context, record: Record) -> None:
+    """Send MLflow what it has missed of a run that is sealed."""
+    if context.job.runtime.mlflow_uri is None or EVENTS not in record.logs:
+        return
+    data = context.store.get(record.logs[EVENTS])
+    mirror = mirror_of(context, log_of(data, f"{EVENTS} of {record.digest[:12]}"))
+    if mirror is not None:
+        mirror.close("FINISHED")
 
 
 class StopSignals:
@@ -463,7 +539,7 @@ class StopSignals:
 
 def main(argv: list[str]) -> int:
     """Run the stage program."""
-    return stage_main(("train",), program, argv)
+    return stage_main(("train",), program, argv, sealed=catch_up)
 
 
 if __name__ == "__main__":

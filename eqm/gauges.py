@@ -1,0 +1,88 @@
+"""What is measured of a training beside its curve: losses by level, norms, memory, rates.
+
+Nothing here waits for the device but :func:`band_figures` and :func:`parameter_norm`, which are for
+reports. Pure but for the clock and the counters of this process. Called by train.
+"""
+
+import math
+import resource
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+BANDS = 5
+"""Equal intervals of gamma, from noise (0) to data (1)."""
+
+
+def by_band(losses: Tensor, gamma: Tensor) -> Tensor:
+    """Sum of the losses of images (B,) in each band of their levels gamma (B,), and their number.
+
+    (2 BANDS,) in the dtype of the losses: sums, then numbers. They add up over ranks and updates.
+    """
+    band = (gamma * BANDS).long().clamp(0, BANDS - 1)
+    inside = band == torch.arange(BANDS, device=band.device).unsqueeze(1)
+    # Not a product: one loss that is infinite would be NaN in all bands.
+    sums = torch.where(inside, losses, losses.new_zeros(())).sum(dim=1)
+    return torch.cat([sums, inside.sum(dim=1).to(losses.dtype)])
+
+
+def band_figures(tally: Tensor) -> dict[str, float]:
+    """Mean loss of each band, and how many images it is a mean of; no mean of none."""
+    sums, counts = tally.double().reshape(2, BANDS).tolist()
+    names = [f"gamma_{k / BANDS:.1f}_{(k + 1) / BANDS:.1f}" for k in range(BANDS)]
+    means = {f"loss/{n}": s / c for n, s, c in zip(names, sums, counts, strict=True) if c}
+    return means | {f"images/{n}": c for n, c in zip(names, counts, strict=True)}
+
+
+def parameter_norm(parameters: Iterable[Tensor]) -> float:
+    """Length of all weights as one vector."""
+    norms = [parameter.detach().norm().double() for parameter in parameters]
+    return float(torch.stack(norms).norm())
+
+
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """The most memory that this process has held, in bytes: of the machine, and of its GPU."""
+    # Linux counts in KiB.
+    found = {"memory_peak_bytes": 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss}
+    if device.type == "cuda":
+        found["gpu_memory_peak_bytes"] = float(torch.cuda.max_memory_allocated(device))
+    return found
+
+
+def finite(figures: dict[str, float]) -> dict[str, float]:
+    """Those that have a JSON form, and MLflow a place for."""
+    return {name: value for name, value in figures.items() if math.isfinite(value)}
+
+
+class Stopwatch:
+    """How fast images go by, and how long they are waited for, between two reports."""
+
+    def __init__(self) -> None:
+        self._began, self._waited, self._count = time.monotonic(), 0.0, 0
+
+    def waiting_for(self, things: Iterable[T]) -> Iterator[T]:
+        """The same things; time until each of them is there counts as waiting."""
+        coming = iter(things)
+        self._began = time.monotonic()
+        while True:
+            asked = time.monotonic()
+            try:
+                thing = next(coming)
+            except StopIteration:
+                return
+            self._waited += time.monotonic() - asked
+            self._count += 1
+            yield thing
+
+    def figures(self, images_each: int) -> dict[str, float]:
+        """Images a second, and the share of the time spent waiting; begins anew."""
+        now = time.monotonic()
+        seconds, waited, images = now - self._began, self._waited, self._count * images_each
+        self._began, self._waited, self._count = now, 0.0, 0
+        seconds = max(seconds, 1e-9)
+        return {"images_per_second": images / seconds, "data_wait_share": waited / seconds}
