@@ -28,6 +28,7 @@ from eqm.config import Job, TrainConfig, TrainStage, replace, stage_config
 from eqm.distributed import World
 from eqm.ema import EMA, sigma_rel_to_gamma
 from eqm.errors import ConfigError, DataError, IntegrityError
+from eqm.events import events_of
 from eqm.latents import sample_latents
 from eqm.learner import learning_rate
 from eqm.network import Transformer
@@ -255,6 +256,21 @@ def test_two_processes_train_as_one(
     alone, together = curve(tiny.store, tiny["train"]), curve(store, record)
     assert together["images"] == alone["images"]
     assert together["loss"] == pytest.approx(alone["loss"], rel=1e-4)
+
+
+def test_two_processes_log_the_losses_of_all_images(
+    tiny: chain.Chain, pairs: list[tuple[LocalStore, Record]]
+) -> None:
+    logs = [
+        events_of(store.get(record.logs["events.jsonl"]), "log")
+        for store, record in ((tiny.store, tiny["train"]), pairs[0])
+    ]
+    alone, together = ([e.figures for e in log if e.kind == "metrics"] for log in logs)
+    for one, other in zip(alone, together, strict=True):
+        bands = {name for name in one if "/gamma_" in name}
+        assert bands == {name for name in other if "/gamma_" in name}
+        for name in bands:
+            assert other[name] == pytest.approx(one[name], rel=1e-4), name
 
 
 def test_two_processes_end_in_the_same_bits_twice(pairs: list[tuple[LocalStore, Record]]) -> None:

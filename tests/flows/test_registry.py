@@ -15,6 +15,7 @@ import pytest
 from mlflow import MlflowClient
 
 from eqm.errors import TrackingError
+from eqm.events import EventLog, log_of
 from eqm.registry import Registry, RunMirror, Version, check
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
@@ -146,56 +147,130 @@ def test_evidence_joins_the_run_of_the_training(registry: Registry, uri: str, mo
 # -- the mirror of a run ------------------------------------------------------------------------
 
 
-def test_metrics_and_files_arrive(uri: str, model: str, capfd) -> None:
-    mirror = opened(uri, model, "d", params={"train.images": 1280, "train.betas": [0.9, 0.99]})
-    for images in (64, 128):
-        mirror.metrics(images, {"loss": 1.0 / images, "images_per_second": 10.0})
+def test_points_and_files_arrive_with_the_times_of_the_log(uri: str, model: str, capfd) -> None:
+    log = a_log(64, 128)
+    params = {"train.images": 1280, "train.betas": [0.9, 0.99]}
+    mirror = opened(uri, model, "d", log, params=params | {f"p{k}": k for k in range(150)})
     mirror.file("grids/128.png", b"picture")
     mirror.close("FINISHED")
     run = MlflowClient(uri).get_run(str(mirror.run_id))
     assert run.info.status == "FINISHED"
     assert run.data.tags["eqm.digest"] == f"{model}-d"
-    assert run.data.params == {"train.images": "1280", "train.betas": "[0.9, 0.99]"}
-    assert steps(uri, mirror) == [64, 128]
+    assert run.data.params.items() >= {"train.images": "1280", "train.betas": "[0.9, 0.99]"}.items()
+    assert len(run.data.params) == 152
+    assert shown(uri, mirror) == told(log)
     assert set(run.data.metrics) == {"loss", "images_per_second"}
     assert artifacts(uri, mirror.run_id, "grids") == ["grids/128.png"]
     assert "".join(capfd.readouterr()) == ""
 
 
+def test_what_no_checkpoint_holds_is_not_shown_yet(uri: str, model: str) -> None:
+    log = a_log(64)
+    mirror = opened(uri, model, "d", log)
+    log.append("metrics", 128, {"loss": 1.0})
+    wait_for(lambda: mirror.run_id is not None and steps(uri, mirror) == [64])
+    commit(log)
+    wait_for(lambda: steps(uri, mirror) == [64, 128])
+    log.append("metrics", 192, {"loss": 1.0})
+    mirror.close("KILLED")
+    assert steps(uri, mirror) == [64, 128]
+
+
 def test_the_same_digest_goes_on_in_the_same_run(uri: str, model: str) -> None:
-    first = opened(uri, model, "d")
-    for images in (64, 128):
-        first.metrics(images, {"loss": 1.0})
+    log = a_log(64, 128)
+    first = opened(uri, model, "d", log)
     first.close("KILLED")
-    # Training goes back to its checkpoint, and shows again what was shown before it ended.
-    again = opened(uri, model, "d")
-    for images in (128, 192):
-        again.metrics(images, {"loss": 2.0})
+    again = opened(uri, model, "d", more(log, 192))
     again.close("FINISHED")
     assert again.run_id == first.run_id
-    assert steps(uri, again) == [64, 128, 192]
-    other = opened(uri, model, "e")
+    assert shown(uri, again) == told(log)
+    other = opened(uri, model, "e", a_log(64))
     other.close("FINISHED")
     assert other.run_id != first.run_id
 
 
-def test_mlflow_that_goes_away_stops_no_training(
+def test_behind_an_attempt_that_is_gone_points_go_on(uri: str, model: str) -> None:
+    """Its checkpoints were deleted, or it ran in another store: what it showed stands."""
+    first = opened(uri, model, "d", a_log(64, 128))
+    first.close("KILLED")
+    stood = shown(uri, first)
+    log = a_log(64, 128, 192)
+    again = opened(uri, model, "d", log)
+    again.close("KILLED")
+    assert steps(uri, again) == [64, 128, 192]
+    assert stood < shown(uri, again)
+    third = opened(uri, model, "d", more(log, 256))
+    third.close("FINISHED")
+    assert steps(uri, third) == [64, 128, 192, 256]
+
+
+def test_runs_of_before_there_was_a_mark_are_gone_on_with(uri: str, model: str) -> None:
+    client = MlflowClient(uri)
+    tags = {"eqm.digest": f"{model}-d"}
+    run = client.create_run(client.create_experiment(model), tags=tags)
+    client.log_metric(run.info.run_id, "loss", 1.0, step=64)
+    mirror = opened(uri, model, "d", a_log(64, 128))
+    mirror.close("FINISHED")
+    assert mirror.run_id == run.info.run_id
+    assert steps(uri, mirror) == [64, 128]
+
+
+def test_points_whose_mark_got_lost_are_sent_again_and_stand_once(uri: str, model: str) -> None:
+    log = a_log(*range(64, 64 * 101, 64))
+    first = opened(uri, model, "d", log)
+    first.close("KILLED")
+    assert steps(uri, first) == list(range(64, 64 * 101, 64))
+    never = '{"event":"","images_seen":-1,"number":-1}'
+    MlflowClient(uri).set_tag(str(first.run_id), "eqm.mirrored", never)
+    again = opened(uri, model, "d", more(log, 6464))
+    again.close("FINISHED")
+    assert len(history(uri, again, "loss")) == 101
+    assert shown(uri, again) == told(log)
+
+
+def test_mlflow_that_goes_away_is_caught_up_with(
     uri: str, model: str, capfd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
+    monkeypatch.setattr("eqm.registry.RETRY_SECONDS", 0.2)
+    log = a_log(64)
     with relay(uri) as way:
-        mirror = opened(way.uri, model, "d")
-        mirror.metrics(64, {"loss": 1.0})
+        way.open = False
+        mirror = opened(way.uri, model, "d", log)
+        wait_for(lambda: mirror._warned)
+        way.open = True
         wait_for(lambda: mirror.run_id is not None and steps(uri, mirror) == [64])
         way.open = False
-        mirror.metrics(128, {"loss": 0.5})
+        more(log, 128)
         mirror.file("grids/128.png", b"picture")
+        time.sleep(2)
+        way.open = True
         mirror.close("FINISHED")
+    assert shown(uri, mirror) == told(log)
+    assert artifacts(uri, mirror.run_id, "grids") == ["grids/128.png"]
     warned = capfd.readouterr().err
-    assert "did not take all of this run" in warned
+    assert warned.count("warning") == 1
+    assert "Training goes on" in warned
+
+
+def test_what_is_left_at_the_end_is_told_and_sent_by_the_next_start(
+    uri: str, model: str, capfd, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eqm.registry.CLOSE_SECONDS", 2.0)
+    log = a_log(64, 128)
+    mirror = opened(CLOSED, model, "d", log)
+    wait_for(lambda: mirror._warned)
+    mirror.file("grids/128.png", b"picture")
+    mirror.close("FINISHED")
+    warned = capfd.readouterr().err
+    assert warned.count("Training goes on") == 1
+    assert "did not take all of this run (2 points and 1 files are left" in warned
     assert "results are unaffected" in warned
     assert "Traceback" not in warned
-    assert steps(uri, mirror) == [64]
+    monkeypatch.undo()
+    again = opened(uri, model, "d", log_of(log.to_bytes(), "log"))
+    again.close("FINISHED")
+    assert shown(uri, again) == told(log)
 
 
 @pytest.mark.parametrize("make", [Registry, check])
@@ -208,11 +283,6 @@ def test_no_mlflow_is_one_message(make) -> None:
         make("nonsense")
 
 
-def test_no_mlflow_at_the_start_of_a_run_is_one_message() -> None:
-    with pytest.raises(TrackingError, match="cannot be reached"):
-        RunMirror(CLOSED, experiment="e", run_name="r", digest="d", params={})
-
-
 def test_passwords_are_not_told() -> None:
     with pytest.raises(TrackingError) as told:
         check("http://user:hidden@127.0.0.1:9")
@@ -222,14 +292,65 @@ def test_passwords_are_not_told() -> None:
 # -- helpers ------------------------------------------------------------------------------------
 
 
-def opened(uri: str, model: str, digest: str, params: dict | None = None) -> RunMirror:
+def opened(
+    uri: str, model: str, digest: str, log: EventLog | None = None, params: dict | None = None
+) -> RunMirror:
     full = digest if digest.startswith(model) else f"{model}-{digest}"
-    return RunMirror(uri, experiment=model, run_name="run", digest=full, params=params or {})
+    return RunMirror(
+        uri,
+        experiment=model,
+        run_name="run",
+        digest=full,
+        params=params or {},
+        log=log or EventLog(),
+    )
+
+
+_clock = itertools.count(1_790_000_000_000, 7)
+
+
+def a_log(*positions: int) -> EventLog:
+    """A log with points, which a checkpoint holds; no two logs have the same times."""
+    log = EventLog(_clock.__next__)
+    log.append("start", 0)
+    return more(log, *positions)
+
+
+def more(log: EventLog, *positions: int) -> EventLog:
+    for images in positions:
+        log.append("metrics", images, {"loss": 1.0 / images, "images_per_second": 10.0})
+    return commit(log)
+
+
+def commit(log: EventLog) -> EventLog:
+    log.append("checkpoint", log.events[-1].images_seen)
+    log.commit(log.segments())
+    return log
+
+
+Points = set[tuple[str, int, float, int]]
+"""(name, step, value, time)."""
+
+
+def told(log: EventLog) -> Points:
+    return {
+        (name, event.images_seen, value, event.at_ms)
+        for event in log.events
+        for name, value in event.figures.items()
+    }
+
+
+def shown(uri: str, mirror: RunMirror) -> Points:
+    names = MlflowClient(uri).get_run(str(mirror.run_id)).data.metrics
+    return {(m.key, m.step, m.value, m.timestamp) for n in names for m in history(uri, mirror, n)}
+
+
+def history(uri: str, mirror: RunMirror, name: str) -> list:
+    return list(MlflowClient(uri).get_metric_history(str(mirror.run_id), name))
 
 
 def steps(uri: str, mirror: RunMirror) -> list[int]:
-    history = MlflowClient(uri).get_metric_history(str(mirror.run_id), "loss")
-    return sorted(metric.step for metric in history)
+    return sorted(metric.step for metric in history(uri, mirror, "loss"))
 
 
 def artifacts(uri: str, run_id: str | None, folder: str) -> list[str]:

@@ -1,0 +1,179 @@
+"""A training and the MLflow that shows it, both killed: in the end MLflow has what the log has."""
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import chain
+import pytest
+from mlflow import MlflowClient
+from waiting import wait_for
+
+from eqm.errors import TrackingError
+from eqm.events import Event, events_of
+from eqm.records import to_json
+from eqm.registry import check
+from eqm.stage import job_digest
+from eqm.storage import LocalStore
+
+pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
+
+BATCH = 32
+ROOT = Path(__file__).parent.parent.parent
+
+
+class Server:
+    """An MLflow server of this test alone, that can be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port = free.getsockname()[1]
+        self.uri, self.folder = f"http://127.0.0.1:{self.port}", folder
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        self.process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "mlflow", "server", "--workers=1"),
+                f"--backend-store-uri=sqlite:///{self.folder}/mlflow.db",
+                f"--artifacts-destination={self.folder}/artifacts",
+                *("--host=127.0.0.1", f"--port={self.port}"),
+            ],
+            env=environment() | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        wait_for(self.answers)
+
+    def answers(self) -> bool:
+        try:
+            check(self.uri)
+        except TrackingError:
+            return False
+        return True
+
+    def kill(self) -> None:
+        if self.process is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self.process = None
+
+
+def environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")}
+    return {**kept, "OMP_NUM_THREADS": "1", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1"}
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    found = Server(tmp_path)
+    found.start()
+    try:
+        yield found
+    finally:
+        found.kill()
+
+
+@contextlib.contextmanager
+def training(path: Path) -> Iterator[subprocess.Popen[str]]:
+    line = [sys.executable, "-m", "eqm.train", str(path)]
+    child = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
+    try:
+        yield child
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def marked(client: MlflowClient, digest: str) -> int:
+    """How far MLflow has the log: images seen."""
+    experiment = client.get_experiment_by_name("eqm")
+    if experiment is None:
+        return -1
+    runs = client.search_runs([experiment.experiment_id], f"tags.`eqm.digest` = '{digest}'")
+    return json.loads(runs[0].data.tags["eqm.mirrored"])["images_seen"] if runs else -1
+
+
+def test_killed_both_and_started_again_mlflow_has_what_the_log_has(
+    latents: chain.Chain, tmp_path: Path, server: Server
+) -> None:
+    store = chain.copied(latents, tmp_path / "store", without=())
+    runtime: dict[str, Any] = {"checkpoint_every_images": 4 * BATCH, "mlflow_uri": server.uri}
+    job = chain.job(latents.config, store, "train", latents.records, **runtime)
+    path, digest, client = tmp_path / "job.json", job_digest(job), MlflowClient(server.uri)
+    path.write_text(json.dumps(to_json(job)))
+
+    # Both die in the middle: first MLflow, and training goes on; then training.
+    with training(path) as child:
+        wait_for(lambda: child.poll() is not None or marked(client, digest) > 0)
+        server.kill()
+        assert child.poll() is None, "it ended before MLflow could be killed"
+        newest = checkpoints(store, digest)
+        wait_for(lambda: child.poll() is not None or checkpoints(store, digest) > newest + 1)
+        assert child.poll() is None, "it ended before it could be killed"
+    assert store.record("train", digest) is None
+
+    # It starts, and comes to its end, without MLflow.
+    with training(path) as child:
+        _, said = child.communicate(timeout=120)
+    assert child.returncode == 0, said
+    assert said.count("Training goes on") == 1
+    assert "did not take all of this run" in said
+    record = store.record("train", digest)
+    assert record is not None
+
+    # The same command once more, with MLflow there: it only catches up.
+    server.start()
+    before = time.monotonic()
+    with training(path) as child:
+        _, said = child.communicate(timeout=120)
+    assert child.returncode == 0, said
+    assert "is sealed already" in said
+    assert "warning" not in said, (said, time.monotonic() - before)
+
+    events = events_of(store.get(record.logs["events.jsonl"]), "log")
+    assert [event.kind for event in events].count("resume") >= 1
+    assert [e.images_seen for e in events if e.kind == "metrics"] == [
+        BATCH * n for n in range(1, 61)
+    ]
+    assert shown(client, digest) == told(events)
+
+
+def checkpoints(store: LocalStore, digest: str) -> int:
+    return len(store.list(f"train/{digest}/checkpoints/"))
+
+
+Point = tuple[str, int, float, int]
+
+
+def told(events: list[Event]) -> list[Point]:
+    """(name, step, value, time) of all that the log tells."""
+    return sorted(
+        (name, event.images_seen, value, event.at_ms)
+        for event in events
+        for name, value in event.figures.items()
+    )
+
+
+def shown(client: MlflowClient, digest: str) -> list[Point]:
+    """The same of all that MLflow shows; a list, so that nothing may be there twice."""
+    experiment = client.get_experiment_by_name("eqm")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`eqm.digest` = '{digest}'")
+    assert run.info.status == "FINISHED"
+    return sorted(
+        (point.key, point.step, point.value, point.timestamp)
+        for name in run.data.metrics
+        for point in client.get_metric_history(run.info.run_id, name)
+    )
