@@ -35,7 +35,8 @@ POINTS_AT_ONCE = 40
 """Events a call: MLflow takes a thousand figures in one."""
 MIRRORED = "eqm.mirrored"
 """Tag of a run: how far it has the log of the training."""
-CLOSE_SECONDS = 20.0
+AWAY_SECONDS = 10.0
+CLOSE_SECONDS = 60.0
 """How long the end of a run waits for what MLflow has not yet taken."""
 FOLDER = "eqm://"
 """Before the path of a record in a folder: MLflow takes bare paths for its own, and refuses."""
@@ -114,7 +115,7 @@ class RunMirror:
     the mark that it keeps in MLflow (tag ``eqm.mirrored``). So an outage of any length, from the
     first moment on, leaves neither gap nor double: the same run, found by the digest in its tags,
     is gone on with wherever its mark stands. Training never waits for it, but at its end, and there
-    for CLOSE_SECONDS at most.
+    for CLOSE_SECONDS at most, or AWAY_SECONDS while MLflow does not answer.
     """
 
     def __init__(
@@ -144,12 +145,19 @@ class RunMirror:
         """Keep bytes as an artifact of the run, under a relative path."""
         self._files.append((name, data))
 
-    def close(self, status: str) -> None:
-        """Send what is left and end the run as FINISHED, FAILED or KILLED."""
-        self._deadline = time.monotonic() + CLOSE_SECONDS
+    def close(self, status: str, *, seconds: float | None = None) -> None:
+        """Send what is left and end the run as FINISHED, FAILED or KILLED.
+
+        Waits for so many seconds at most; None: CLOSE_SECONDS.
+        """
+        began = time.monotonic()
+        self._deadline = began + (CLOSE_SECONDS if seconds is None else seconds)
         self._status = status
         self._wake.set()
-        self._thread.join(CLOSE_SECONDS)
+        while self._thread.is_alive() and time.monotonic() < self._deadline:
+            self._thread.join(0.1)
+            if self._failure and time.monotonic() > began + AWAY_SECONDS:
+                self._deadline = time.monotonic()
         if not self._done:
             points, files = len(self._points()), len(self._files)
             sys.stderr.write(

@@ -47,6 +47,8 @@ HISTORY_POINTS = 200
 """The training curve has about so many points, whatever the length of the run."""
 EVENTS = "events.jsonl"
 """The log of the run, among the logs of the sealed record."""
+CATCH_UP_SECONDS = 600.0
+"""How long MLflow may take for what it has missed of a sealed run, while it answers."""
 GRID_SAMPLES_A_CLASS = 6
 GRID_CLASSES = 10
 
@@ -517,7 +519,7 @@ def catch_up(context: Context, record: Record) -> None:
     data = context.store.get(record.logs[EVENTS])
     mirror = mirror_of(context, log_of(data, f"{EVENTS} of {record.digest[:12]}"))
     if mirror is not None:
-        mirror.close("FINISHED")
+        mirror.close("FINISHED", seconds=CATCH_UP_SECONDS)
 
 
 class StopSignals:

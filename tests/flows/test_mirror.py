@@ -7,7 +7,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,29 @@ from eqm.registry import check
 from eqm.stage import job_digest
 from eqm.storage import LocalStore
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
+pytestmark = pytest.mark.services
 
 BATCH = 32
 ROOT = Path(__file__).parent.parent.parent
+
+
+PACED = """
+import sys, time
+from pathlib import Path
+from eqm import train
+
+step, gates = train.step, Path(sys.argv[2])
+
+def paced(run, batch, stop):
+    gate = gates / str(run.images_seen // 32)
+    while gate.exists():
+        time.sleep(0.02)
+    return step(run, batch, stop)
+
+train.step = paced
+sys.exit(train.main(sys.argv[1:2]))
+"""
+"""Training that stops before the update of a number for as long as a file of that name exists."""
 
 
 class Server:
@@ -86,8 +104,8 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def training(path: Path) -> Iterator[subprocess.Popen[str]]:
-    line = [sys.executable, "-m", "eqm.train", str(path)]
+def training(path: Path, gates: Path) -> Iterator[subprocess.Popen[str]]:
+    line = [sys.executable, "-c", PACED, str(path), str(gates)]
     child = subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.PIPE, text=True)
     try:
         yield child
@@ -114,18 +132,25 @@ def test_killed_both_and_started_again_mlflow_has_what_the_log_has(
     path, digest, client = tmp_path / "job.json", job_digest(job), MlflowClient(server.uri)
     path.write_text(json.dumps(to_json(job)))
 
-    # Both die in the middle: first MLflow, and training goes on; then training.
-    with training(path) as child:
-        wait_for(lambda: child.poll() is not None or marked(client, digest) > 0)
+    gates = tmp_path / "gates"
+    gates.mkdir()
+    for update in (22, 43):
+        (gates / str(update)).touch()
+
+    # Both die in the middle: first MLflow, and training goes on; then training, where the log is
+    # ahead of the checkpoint.
+    with training(path, gates) as child:
+        wait_for(lambda: child.poll() is not None or marked(client, digest) == 20 * BATCH)
+        assert child.poll() is None, child.communicate()
         server.kill()
-        assert child.poll() is None, "it ended before MLflow could be killed"
-        newest = checkpoints(store, digest)
-        wait_for(lambda: child.poll() is not None or checkpoints(store, digest) > newest + 1)
-        assert child.poll() is None, "it ended before it could be killed"
+        (gates / "22").unlink()
+        wait_for(lambda: child.poll() is not None or checkpoints(store, digest) == 10)
+        assert child.poll() is None, child.communicate()
     assert store.record("train", digest) is None
+    (gates / "43").unlink()
 
     # It starts, and comes to its end, without MLflow.
-    with training(path) as child:
+    with training(path, gates) as child:
         _, said = child.communicate(timeout=120)
     assert child.returncode == 0, said
     assert said.count("Training goes on") == 1
@@ -135,12 +160,11 @@ def test_killed_both_and_started_again_mlflow_has_what_the_log_has(
 
     # The same command once more, with MLflow there: it only catches up.
     server.start()
-    before = time.monotonic()
-    with training(path) as child:
+    with training(path, gates) as child:
         _, said = child.communicate(timeout=120)
     assert child.returncode == 0, said
     assert "is sealed already" in said
-    assert "warning" not in said, (said, time.monotonic() - before)
+    assert "warning" not in said, said
 
     events = events_of(store.get(record.logs["events.jsonl"]), "log")
     assert [event.kind for event in events].count("resume") >= 1
