@@ -672,6 +672,8 @@ class Runtime:
     device: str = "auto"
     threads: int | None = None
     """CPU threads a process; null: all cores over the local processes."""
+    collective_timeout_seconds: float = 600.0
+    """How long ranks wait for one that stalls. It must be longer than saving a checkpoint takes."""
     checkpoint_every_images: int = 25_600
     grid_every_images: int = 51_200
     grid_sampler: SamplerConfig = field(default_factory=SamplerConfig)
@@ -685,6 +687,7 @@ class Runtime:
     """Encode only the shards from the first number to before the second; null: all."""
 
     def __post_init__(self) -> None:
+        _positive(self, "runtime", "collective_timeout_seconds")
         count, span = self.workers, self.shards
         require(count is None or count >= 0, "runtime.workers", count, "0 or greater, or null")
         ok = span is None or 0 <= span[0] < span[1]
