@@ -15,9 +15,12 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
+from torch.distributed.rendezvous import rendezvous
 
 from eqm.errors import ConfigError, PeerError
 
@@ -35,9 +38,9 @@ class World:
     rank: int
     size: int
     device: torch.device
-    group: dist.ProcessGroup | None = None
+    group: ProcessGroup | None = None
     """Of all ranks, with the time-out of collectives; None for a world of one."""
-    store: dist.Store | None = None
+    store: Store | None = None
     """What the ranks met at; it is on the first one's machine, or where torchrun has put it."""
 
     @property
@@ -67,9 +70,9 @@ class World:
         silent = roll_call(self.store, self.rank, self.size)
         if silent is None:
             who = (
-                "and cannot reach the place where the ranks met: this machine is cut off, or rank "
+                "and cannot reach the place where the ranks met: this machine is cut off, or the "
+                "first one is gone"
             )
-            who += "0 is gone"
         elif silent:
             who = f"and rank {', '.join(map(str, silent))} does not answer"
         else:
@@ -87,7 +90,7 @@ class World:
         return int(self.sum_(told))
 
 
-def roll_call(store: dist.Store | None, rank: int, size: int) -> list[int] | None:
+def roll_call(store: Store | None, rank: int, size: int) -> list[int] | None:
     """Ranks that do not say that they are there, within ROLL_CALL_SECONDS; None without the store.
 
     A store that is cut off does not answer and does not fail: it is asked by a thread of its own.
@@ -143,9 +146,9 @@ def connect(
 def _joined(
     rank: int, size: int, device: torch.device, timeout: datetime.timedelta
 ) -> Iterator[World]:
-    store, _, _ = next(dist.rendezvous("env://", rank, size, timeout=JOIN))
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=JOIN))
     backend = "nccl" if device.type == "cuda" else "gloo"
-    ranks = dist.PrefixStore("ranks", store)
+    ranks = PrefixStore("ranks", store)
     try:
         dist.init_process_group(backend, store=ranks, rank=rank, world_size=size, timeout=JOIN)
         # One of its own: the other's time-out also bounds how far apart ranks may start.
@@ -157,9 +160,9 @@ def _joined(
             "run the command, and reach each other (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names "
             "the network to use)"
         ) from error
-    calls = dist.PrefixStore("roll-call", store)
+    calls = PrefixStore("roll-call", store)
     try:
-        yield World(rank, size, device, group, calls)
+        yield World(rank, size, device, cast("ProcessGroup", group), calls)
     finally:
         dist.destroy_process_group()
 
