@@ -77,17 +77,22 @@ class World:
             who = f"and rank {', '.join(map(str, silent))} does not answer"
         else:
             who = "and all ranks answer: one was too slow, or the network broke off for a moment"
-        reason = str(error).strip().splitlines()[0][:200]
         return (
             f"rank {self.rank} of {self.size} waited {seconds:.0f} s for the others {who} "
-            f"({reason}). Look at that machine and the network, then start the same command again: "
-            "it goes on from the newest checkpoint"
+            f"({_reason(error)}). Look at that machine and the network, then start the same "
+            "command again: it goes on from the newest checkpoint"
         )
 
     def first_says(self, number: int) -> int:
         """The number that the first rank has, for all ranks: what it saw is what all go by."""
         told = torch.tensor(int(number) if self.is_first else 0, device=self.device)
         return int(self.sum_(told))
+
+
+def _reason(error: RuntimeError) -> str:
+    """What torch says, without the place in its sources."""
+    first, _, rest = str(error).strip().partition("] ")
+    return (rest if first.startswith("[") and rest else str(error)).splitlines()[0][:200]
 
 
 def roll_call(store: Store | None, rank: int, size: int) -> list[int] | None:
@@ -154,11 +159,10 @@ def _joined(
         # One of its own: the other's time-out also bounds how far apart ranks may start.
         group = dist.new_group(timeout=timeout)
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0][:200]
         raise PeerError(
-            f"rank {rank} of {size} could not join the others ({reason}): see that all machines "
-            "run the command, and reach each other (GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME names "
-            "the network to use)"
+            f"rank {rank} of {size} could not join the others ({_reason(error)}): see that all "
+            "machines run the command, and reach each other (GLOO_SOCKET_IFNAME or "
+            "NCCL_SOCKET_IFNAME names the network to use)"
         ) from error
     calls = PrefixStore("roll-call", store)
     try:

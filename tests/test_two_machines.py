@@ -168,7 +168,7 @@ def test_a_cut_network_ends_in_words_and_the_run_goes_on_after_it(
         assert "rank 1 does not answer" in first, first
         assert "error: rank 1 of 2 waited" in second, second
         assert "cannot reach the place where the ranks met" in second, second
-        assert "start the same command again" in first
+        assert "then start the same command again" in first
     assert finish(two, job, tmp_path).content == expected.content
 
 
