@@ -4,8 +4,8 @@ import sys
 from importlib import import_module
 
 ALL = ("imports", "data", "encoding", "sampling", "energies", "precision", "train", "checkpointing")
-STUDIES = ("study_methods", "study_adaptive")
-"""Longer, and not of speed: run by name."""
+STUDIES = ("study_methods", "study_adaptive", "recipes")
+"""Not of speed, and some are long: run by name."""
 
 for name in sys.argv[1:] or ALL:
     if name not in (*ALL, *STUDIES):

@@ -672,6 +672,8 @@ class Runtime:
     device: str = "auto"
     threads: int | None = None
     """CPU threads a process; null: all cores over the local processes."""
+    collective_timeout_seconds: float = 600.0
+    """How long ranks wait for one that stalls. It must be longer than saving a checkpoint takes."""
     checkpoint_every_images: int = 25_600
     keep_checkpoints: int = 3
     """The newest of a training that stay; older ones are deleted."""
@@ -690,6 +692,7 @@ class Runtime:
     """Encode only the shards from the first number to before the second; null: all."""
 
     def __post_init__(self) -> None:
+        _positive(self, "runtime", "collective_timeout_seconds")
         count, span = self.workers, self.shards
         require(count is None or count >= 0, "runtime.workers", count, "0 or greater, or null")
         for name in ("keep_checkpoints", "lease_seconds"):
@@ -812,7 +815,12 @@ def tiny() -> PipelineConfig:
 
 OPEN_TABLES = {"minimum_auroc"}
 
-PRESETS: dict[str, Callable[[], PipelineConfig]] = {"demo": demo, "tiny": tiny}
+PRESETS: dict[str, Callable[[], PipelineConfig]] = {
+    "demo": demo,
+    "tiny": tiny,
+    # What recipes change: every default as it stands.
+    "defaults": PipelineConfig,
+}
 
 
 def pipeline_config(data: Mapping[str, Any]) -> PipelineConfig:

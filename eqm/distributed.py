@@ -1,19 +1,34 @@
 """Rank, world size, device and collectives: the only reader of RANK and friends.
 
 A program asks :func:`connect` once. Alone it is a world of one; under ``torchrun`` it joins the
-others (NCCL on CUDA, gloo on CPU). Collectives here carry tensors only: nothing is pickled.
+others (NCCL on CUDA, gloo on CPU). Collectives here carry tensors only: nothing is pickled. One
+that breaks off, or does not end in time, is told with the ranks that do not answer.
 """
 
 import contextlib
+import ctypes
 import datetime
 import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
+from torch.distributed.rendezvous import rendezvous
 
-from eqm.errors import ConfigError
+from eqm.errors import ConfigError, PeerError
+
+JOIN = datetime.timedelta(minutes=10)
+"""For all ranks to start: machines do not come up at once."""
+ROLL_CALL_SECONDS = 6.0
+"""After a collective broke off, for the others to notice it as well and say that they are there."""
+PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -23,6 +38,10 @@ class World:
     rank: int
     size: int
     device: torch.device
+    group: ProcessGroup | None = None
+    """Of all ranks, with the time-out of collectives; None for a world of one."""
+    store: Store | None = None
+    """What the ranks met at; it is on the first one's machine, or where torchrun has put it."""
 
     @property
     def is_first(self) -> bool:
@@ -30,15 +49,39 @@ class World:
         return self.rank == 0
 
     def barrier(self) -> None:
-        """Wait for everybody."""
-        if self.size > 1:
-            dist.barrier()
+        """Wait for everybody. Raises PeerError."""
+        # Read on the host: on a GPU the sum itself returns before anybody has come.
+        self.sum_(torch.zeros(1, device=self.device)).item()
 
     def sum_(self, flat: torch.Tensor) -> torch.Tensor:
-        """Add a tensor up over all ranks, in place, in one call: the order of addition is fixed."""
+        """Add a tensor up over all ranks, in place, in one call: the order of addition is fixed.
+
+        Raises PeerError where another rank does not come, or is gone.
+        """
         if self.size > 1:
-            dist.all_reduce(flat)
+            began = time.monotonic()
+            try:
+                dist.all_reduce(flat, group=self.group)
+            except RuntimeError as error:
+                raise PeerError(self._told(time.monotonic() - began, error)) from error
         return flat
+
+    def _told(self, seconds: float, error: RuntimeError) -> str:
+        silent = roll_call(self.store, self.rank, self.size)
+        if silent is None:
+            who = (
+                "and cannot reach the place where the ranks met: this machine is cut off, or the "
+                "first one is gone"
+            )
+        elif silent:
+            who = f"and rank {', '.join(map(str, silent))} does not answer"
+        else:
+            who = "and all ranks answer: one was too slow, or the network broke off for a moment"
+        return (
+            f"rank {self.rank} of {self.size} waited {seconds:.0f} s for the others {who} "
+            f"({_reason(error)}). Look at that machine and the network, then start the same "
+            "command again: it goes on from the newest checkpoint"
+        )
 
     def first_says(self, number: int) -> int:
         """The number that the first rank has, for all ranks: what it saw is what all go by."""
@@ -56,12 +99,48 @@ class World:
         return bytes(self.sum_(told).tolist()).decode() if size else ""
 
 
+def _reason(error: RuntimeError) -> str:
+    """What torch says, without the place in its sources."""
+    first, _, rest = str(error).strip().partition("] ")
+    return (rest if first.startswith("[") and rest else str(error)).splitlines()[0][:200]
+
+
+def roll_call(store: Store | None, rank: int, size: int) -> list[int] | None:
+    """Ranks that do not say that they are there, within ROLL_CALL_SECONDS; None without the store.
+
+    A store that is cut off does not answer and does not fail: it is asked by a thread of its own.
+    """
+    here: set[int] | None = None
+
+    def call() -> None:
+        nonlocal here
+        if store is None:
+            return
+        store.set(f"here/{rank}", "yes")
+        until = time.monotonic() + ROLL_CALL_SECONDS
+        while time.monotonic() < until and (here is None or len(here) < size):
+            here = {r for r in range(size) if store.check([f"here/{r}"])}
+            time.sleep(0.1)
+
+    def quietly() -> None:
+        with contextlib.suppress(RuntimeError):
+            call()
+
+    asking = threading.Thread(target=quietly, daemon=True)
+    asking.start()
+    asking.join(ROLL_CALL_SECONDS + 2)
+    return None if here is None else [r for r in range(size) if r not in here]
+
+
 @contextlib.contextmanager
-def connect(device: str = "auto", *, threads: int | None = None) -> Iterator[World]:
+def connect(
+    device: str = "auto", *, threads: int | None = None, timeout_seconds: float = 600.0
+) -> Iterator[World]:
     """Join the world this process was started in, and leave it in order.
 
     ``device`` is "auto", "cpu" or "cuda". ``threads`` bounds the CPU threads of this process; None
-    shares the cores among the processes of this machine. Raises ConfigError.
+    shares the cores among the processes of this machine. ``timeout_seconds`` is how long a
+    collective waits for the other ranks. Raises ConfigError.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -70,14 +149,45 @@ def connect(device: str = "auto", *, threads: int | None = None) -> Iterator[Wor
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // here))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-    if size > 1:
-        backend = "nccl" if chosen.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
-    try:
+    if size == 1:
         yield World(rank, size, chosen)
+        return
+    end_with_parent()
+    with _joined(rank, size, chosen, datetime.timedelta(seconds=timeout_seconds)) as world:
+        yield world
+
+
+@contextlib.contextmanager
+def _joined(
+    rank: int, size: int, device: torch.device, timeout: datetime.timedelta
+) -> Iterator[World]:
+    store, _, _ = next(rendezvous("env://", rank, size, timeout=JOIN))
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    ranks = PrefixStore("ranks", store)
+    try:
+        dist.init_process_group(backend, store=ranks, rank=rank, world_size=size, timeout=JOIN)
+        # One of its own: the other's time-out also bounds how far apart ranks may start.
+        group = dist.new_group(timeout=timeout)
+    except RuntimeError as error:
+        raise PeerError(
+            f"rank {rank} of {size} could not join the others ({_reason(error)}): see that all "
+            "machines run the command, and reach each other (GLOO_SOCKET_IFNAME or "
+            "NCCL_SOCKET_IFNAME names the network to use)"
+        ) from error
+    calls = PrefixStore("roll-call", store)
+    try:
+        yield World(rank, size, device, cast("ProcessGroup", group), calls)
     finally:
-        if size > 1:
-            dist.destroy_process_group()
+        dist.destroy_process_group()
+
+
+def end_with_parent() -> None:
+    """Be told to end (SIGTERM) when the torchrun that started this process is killed outright.
+
+    A worker without it would train on, beside those of the next attempt.
+    """
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, int(signal.SIGTERM), 0, 0, 0)
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:

@@ -34,6 +34,10 @@ class TrackingError(EqmError):
     """MLflow cannot be reached or refuses a call."""
 
 
+class PeerError(EqmError):
+    """Another rank does not come, or is gone."""
+
+
 class StageError(EqmError):
     """A stage program failed; the message is the stage's own."""
 

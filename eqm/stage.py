@@ -192,7 +192,11 @@ def run_part(job: Job, program: Program, *, afterwards: Afterwards | None = None
     config = stage_config(job.stage, job.config)
     cache = Path(runtime.cache) if runtime.cache else None
     store = open_store(runtime.store, cache=cache, cache_bytes=runtime.cache_bytes)
-    with distributed.connect(runtime.device, threads=runtime.threads) as world:
+    with distributed.connect(
+        runtime.device,
+        threads=runtime.threads,
+        timeout_seconds=runtime.collective_timeout_seconds,
+    ) as world:
         context = Context(job=job, config=config, store=store, world=world)
         sealed = store.record(job.stage, job_digest(job))
         # One rank may see a seal that another was too early for: the first one's word counts.

@@ -331,6 +331,29 @@ def ema(
     )
 
 
+# -- recipes ------------------------------------------------------------------------------------
+
+
+@app.command("recipes")
+def show_recipes(
+    name: Annotated[
+        str | None, typer.Argument(help="Print this one as a config file: NAME > config.toml.")
+    ] = None,
+) -> None:
+    """List whole configs, the paper's among them, with what to expect of each."""
+    from eqm import recipes
+
+    if name is not None:
+        sys.stdout.write(recipes.to_toml(recipes.recipe(name)))
+        return
+    table = Table("recipe", "model", "parameters", "images", "what to expect", box=None)
+    for one in recipes.recipes().values():
+        count, images = f"{one.parameters:,}", f"{one.config.train.images:,}"
+        table.add_row(one.name, one.title, count, images, one.expected)
+    out.print(table)
+    out.print("What each costs: docs/recipes.md")
+
+
 # -- checkpoints of the official code -----------------------------------------------------------
 
 

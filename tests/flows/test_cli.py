@@ -28,7 +28,7 @@ PROJECT = Path(__file__).resolve().parent.parent.parent
 COMMANDS = [
     *("up", "down", "status", "env", "doctor"),
     *("pipeline", "encode", "train", "evaluate", "promote", "rollback"),
-    *("report", "sample", "ema", "import-official", "export-official"),
+    *("report", "sample", "ema", "recipes", "import-official", "export-official"),
 ]
 
 
