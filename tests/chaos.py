@@ -206,7 +206,9 @@ class Scenario:
                     return False
                 rows.append(Row(strike, self.position()))
             if delay:
-                self._beside(lambda: (time.sleep(delay), self._kill(strike.victim, rank), done.set()))
+                self._beside(
+                    lambda: (time.sleep(delay), self._kill(strike.victim, rank), done.set())
+                )
                 return False
             self._kill(strike.victim, rank)
             done.set()
@@ -428,7 +430,9 @@ def table(rows: list[Row]) -> str:
     """Who was killed, when, where the run was, and what happened next."""
     lines = [f"{'killed':7} {'moment':20} {'image':>7}  next"]
     for row in rows:
-        lines.append(f"{row.strike.victim:7} {row.strike.moment:20} {row.position:7,}  {story(row)}")
+        lines.append(
+            f"{row.strike.victim:7} {row.strike.moment:20} {row.position:7,}  {story(row)}"
+        )
     return "\n".join(lines)
 
 

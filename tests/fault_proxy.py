@@ -310,7 +310,9 @@ class _Handler(BaseHTTPRequestHandler):
         half = answer.body[: len(answer.body) // 2]
         if kind == "short, framed":
             headers = [(n, v) for n, v in answer.headers if n.lower() != "content-length"]
-            self._reply(replace(answer, headers=[*headers, ("Content-Length", str(len(half)))]), half)
+            self._reply(
+                replace(answer, headers=[*headers, ("Content-Length", str(len(half)))]), half
+            )
         else:
             self._reply(answer, half, framed=kind == "short")
             self._cut()
