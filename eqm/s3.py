@@ -115,7 +115,7 @@ class Bucket:
         """All objects whose keys begin with a prefix, in the order of S3 (by bytes of the key)."""
         asked = {"Bucket": self.name, "Prefix": prefix}
         while True:
-            page = self._asked(prefix, lambda: self.client.list_objects_v2(**asked))  # noqa: B023
+            page = self._asked(prefix, lambda: self.client.list_objects_v2(**asked))
             for item in page.get("Contents", ()):
                 yield Object(item["Key"], item["Size"], item["ETag"].strip('"'))
             if not page.get("IsTruncated"):

@@ -197,6 +197,11 @@ class Scenario:
         done = threading.Event()
         rows: list[Row] = []
 
+        def kill(after_seconds: float) -> None:
+            time.sleep(after_seconds)
+            self._kill(strike.victim, rank)
+            done.set()
+
         def act(request: Seen) -> bool:
             with self._lock:
                 if rows or self.position() <= before:
@@ -206,12 +211,9 @@ class Scenario:
                     return False
                 rows.append(Row(strike, self.position()))
             if delay:
-                self._beside(
-                    lambda: (time.sleep(delay), self._kill(strike.victim, rank), done.set())
-                )
+                self._beside(lambda: kill(delay))
                 return False
-            self._kill(strike.victim, rank)
-            done.set()
+            kill(0.0)
             # The dead ask no further; what was on its way from them is lost.
             return strike.victim == "rank" or strike.moment == "sealed, answer lost"
 
