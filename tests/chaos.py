@@ -74,7 +74,10 @@ class Row:
     strike: Strike
     position: int
     """Images of the newest commit when it came."""
+    said: int
+    """Bytes of the log by then."""
     next: list[str] = field(default_factory=list)
+    """What the log says from then until the next strike."""
 
 
 # -- processes ----------------------------------------------------------------------------------
@@ -128,7 +131,6 @@ class Scenario:
         self.rows: list[Row] = []
         self.status: int | None = None
         self._ended = threading.Event()
-        self._read = 0
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
 
@@ -156,13 +158,9 @@ class Scenario:
                     log.flush()
                     self._ended.wait(0.3)
 
-    def new_lines(self) -> list[str]:
-        """What was said since this was last asked."""
-        with self.log.open("rb") as log:
-            log.seek(self._read)
-            data = log.read()
-        self._read += len(data)
-        return data.decode(errors="replace").splitlines()
+    def lines(self, start: int, end: int | None = None) -> list[str]:
+        """What was said between two places of the log."""
+        return self.log.read_bytes()[start:end].decode(errors="replace").splitlines()
 
     # -- what is known of it
 
@@ -209,7 +207,7 @@ class Scenario:
                 pids = self.victims(strike.victim, rank)
                 if not pids:
                     return False
-                rows.append(Row(strike, self.position()))
+                rows.append(Row(strike, self.position(), self.log.stat().st_size))
             if delay:
                 self._beside(lambda: kill(delay))
                 return False
@@ -251,7 +249,7 @@ class Scenario:
                     self._wait_for_progress()
                 self.strike(strike)
             assert self._ended.wait(WAIT_SECONDS), self.log.read_text()[-3000:]
-            self.rows[-1].next = self.new_lines()
+            self._tell_what_followed()
         finally:
             self._ended.set()
             if sys.exc_info()[0] is not None:
@@ -263,12 +261,24 @@ class Scenario:
         return self.rows
 
     def _wait_for_progress(self) -> None:
+        """Until more is sealed than at the last strike, by a run that began after it."""
         deadline = time.monotonic() + WAIT_SECONDS
-        while self.position() <= self.rows[-1].position:
+        while not self._has_gone_on(self.rows[-1]):
             assert not self._ended.is_set(), "it ended before all strikes: make the run longer"
             assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.02)
-        self.rows[-1].next = self.new_lines()
+
+    def _has_gone_on(self, row: Row) -> bool:
+        begun = resumed(self.lines(row.said))
+        # Without a rank or the agent no run lasts; it may do without the flow, or S3 for a while.
+        if row.strike.victim in ("rank", "agent") and not begun:
+            return False
+        return self.position() > max([row.position, *begun])
+
+    def _tell_what_followed(self) -> None:
+        ends = [row.said for row in self.rows[1:]]
+        for row, end in zip(self.rows, [*ends, None], strict=True):
+            row.next = self.lines(row.said, end)
 
     # -- what must hold
 
