@@ -5,9 +5,10 @@ The only module that imports boto3.
 """
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from eqm.disk import parts
 from eqm.errors import MissingError, StoreError, TransferError
@@ -16,7 +17,12 @@ PART_BYTES = 64 * 2**20
 """Objects larger than this travel in parts of this size."""
 
 TRIES = 3
-"""A body that breaks off is asked for again; boto3 itself retries no further than the headers."""
+"""A body that breaks off is asked for again, boto3 itself retries no further than the headers; and
+so is a write that is refused although nothing is there."""
+REFUSED_SECONDS = 0.2
+"""Wait after such a refusal, twice as long after the next."""
+READ_SECONDS = 60
+"""Silence after which a connection counts as dead."""
 
 UNREACHABLE = (
     "S3 at {endpoint} cannot be reached ({error}): start the embedded services with `eqm up`, "
@@ -26,6 +32,19 @@ REFUSED = (
     "S3 at {endpoint} refuses these credentials ({error}): check AWS_ACCESS_KEY_ID and "
     "AWS_SECRET_ACCESS_KEY, or unset them to use those of `eqm up`"
 )
+FAILED = (
+    "S3 at {endpoint} failed on {where} ({error}), also when it was asked again: look at the "
+    "server, then run again to go on"
+)
+NEITHER = (
+    "S3 at {endpoint} refuses to create {where} as if it existed, but nothing is there: run again "
+    "to go on; if this stays, the server does not do conditional writes (If-None-Match)"
+)
+
+TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409", "NoSuchUpload")
+"""What a conditional write is refused with. The last: an upload whose end was told before."""
+
+T = TypeVar("T")
 
 
 class Object(NamedTuple):
@@ -38,7 +57,12 @@ class Object(NamedTuple):
 
 
 class KeyTakenError(StoreError):
-    """A conditional write found the key taken."""
+    """A conditional write was refused: the key is taken, or another write of it is under way."""
+
+    def __init__(self, message: str, *, retried: bool) -> None:
+        super().__init__(message)
+        self.retried = retried
+        """Whether the answer to an earlier request was lost, which may have taken the key."""
 
 
 class Bucket:
@@ -57,22 +81,27 @@ class Bucket:
         if length == 0:
             return b""
         ranged = {} if start == 0 and length is None else {"Range": _range(start, length)}
-        for tries_left in reversed(range(TRIES)):
-            try:
-                with self._errors(key):
-                    found = self.client.get_object(Bucket=self.name, Key=key, **ranged)
-                    return found["Body"].read()
-            except TransferError:
-                if not tries_left:
-                    raise
-        raise AssertionError("unreachable")
+
+        def ask() -> bytes:
+            found = self.client.get_object(Bucket=self.name, Key=key, **ranged)
+            with _body_errors(self.where(key)):
+                data = found["Body"].read()
+            promised = _promised(found)
+            if promised is not None and len(data) != promised:
+                raise TransferError(
+                    f"{self.where(key)} broke off after {len(data)} of {promised} bytes: run again"
+                )
+            return data
+
+        return self._asked(key, ask)
 
     def download(self, key: str, file: BinaryIO) -> None:
         """Write an object's bytes to a file. Raises MissingError, TransferError."""
         with self._errors(key):
             body = self.client.get_object(Bucket=self.name, Key=key)["Body"]
-            for chunk in body.iter_chunks(2**20):
-                file.write(chunk)
+            with _body_errors(self.where(key)):
+                for chunk in body.iter_chunks(2**20):
+                    file.write(chunk)
 
     def size(self, key: str) -> int | None:
         """Bytes of an object; None if there is none."""
@@ -84,56 +113,96 @@ class Bucket:
 
     def list(self, prefix: str) -> Iterator[Object]:
         """All objects whose keys begin with a prefix, in the order of S3 (by bytes of the key)."""
-        with self._errors(prefix):
-            pages = self.client.get_paginator("list_objects_v2").paginate(
-                Bucket=self.name, Prefix=prefix
-            )
-            for page in pages:
-                for item in page.get("Contents", ()):
-                    yield Object(item["Key"], item["Size"], item["ETag"].strip('"'))
+        asked = {"Bucket": self.name, "Prefix": prefix}
+        while True:
+            page = self._asked(prefix, lambda: self.client.list_objects_v2(**asked))
+            for item in page.get("Contents", ()):
+                yield Object(item["Key"], item["Size"], item["ETag"].strip('"'))
+            if not page.get("IsTruncated"):
+                return
+            asked["ContinuationToken"] = page["NextContinuationToken"]
 
     def create(self, key: str, data: bytes | Path) -> bool:
-        """Create an object with If-None-Match; False, and nothing changed, if it exists."""
+        """Create an object with If-None-Match; False, and nothing changed, if it exists.
+
+        An answer may be lost on the way, and the request that is sent again then meets the object
+        that the first one made: that is told by its bytes, and is True. A refusal where nothing is
+        (409: another write was under way, and failed) is followed by another try.
+        """
         size_bytes = data.stat().st_size if isinstance(data, Path) else len(data)
-        try:
-            if size_bytes > PART_BYTES and self.size(key) is not None:
-                return False
-            with self._errors(key):
-                if size_bytes > PART_BYTES:
-                    self._upload(key, data)
-                else:
-                    self._put(key, data.read_bytes() if isinstance(data, Path) else data)
-        except KeyTakenError:
+        if size_bytes > PART_BYTES and self.size(key) is not None:
             return False
+        refused = False
+        for number in range(TRIES):
+            try:
+                with self._errors(key):
+                    self._send(key, data, size_bytes)
+                return True
+            except KeyTakenError as error:
+                found = self.size(key)
+                if found is not None:
+                    may_be_ours = (refused or error.retried) and found == size_bytes
+                    return may_be_ours and self._holds(key, data)
+            refused = True
+            time.sleep(REFUSED_SECONDS * 2**number)
+        raise StoreError(
+            NEITHER.format(endpoint=self.client.meta.endpoint_url, where=self.where(key))
+        )
+
+    def _holds(self, key: str, data: bytes | Path) -> bool:
+        """Whether the object is these bytes."""
+        start = 0
+        for part in parts(data, PART_BYTES):
+            if self.read(key, start, len(part)) != part:
+                return False
+            start += len(part)
         return True
 
     def read_version(self, key: str) -> tuple[bytes, str]:
         """Bytes of a small object and the version that they are of. Raises MissingError."""
-        with self._errors(key):
+
+        def ask() -> tuple[bytes, str]:
             found = self.client.get_object(Bucket=self.name, Key=key)
-            return found["Body"].read(), found["ETag"]
+            with _body_errors(self.where(key)):
+                return found["Body"].read(), found["ETag"]
+
+        return self._asked(key, ask)
 
     def replace(self, key: str, data: bytes, version: str) -> str | None:
-        """Change an object with If-Match; its new version, or None if it is another one by now."""
-        try:
-            with self._errors(key):
-                done = self.client.put_object(Bucket=self.name, Key=key, Body=data, IfMatch=version)
-        except (KeyTakenError, MissingError):
-            return self._if_ours(key, data)
-        return done["ETag"]
+        """Change an object with If-Match; its new version, or None if it is another one by now.
 
-    def _if_ours(self, key: str, data: bytes) -> str | None:
-        """Version of an object that was written, but refused when boto3 sent it once more."""
-        try:
-            found, version = self.read_version(key)
-        except MissingError:
-            return None
-        return version if found == data else None
+        Like :meth:`create`, it knows its own write again when an answer was lost, and tries again
+        where it was refused although nothing has changed.
+        """
+        for number in range(TRIES):
+            try:
+                with self._errors(key):
+                    sent = {"Bucket": self.name, "Key": key, "Body": data}
+                    return self.client.put_object(**sent, IfMatch=version)["ETag"]
+            except (KeyTakenError, MissingError):
+                try:
+                    found, there = self.read_version(key)
+                except MissingError:
+                    return None
+                if found == data:
+                    return there
+                if there != version:
+                    return None
+            time.sleep(REFUSED_SECONDS * 2**number)
+        raise StoreError(
+            NEITHER.format(endpoint=self.client.meta.endpoint_url, where=self.where(key))
+        )
 
     def delete(self, key: str) -> None:
         """Delete an object, if it is there."""
         with self._errors(key):
             self.client.delete_object(Bucket=self.name, Key=key)
+
+    def _send(self, key: str, data: bytes | Path, size_bytes: int) -> None:
+        if size_bytes > PART_BYTES:
+            self._upload(key, data)
+        else:
+            self._put(key, data.read_bytes() if isinstance(data, Path) else data)
 
     def _put(self, key: str, data: bytes) -> None:
         self.client.put_object(Bucket=self.name, Key=key, Body=data, IfNoneMatch="*")
@@ -154,8 +223,22 @@ class Bucket:
             )
         except BaseException:
             # Interrupts too: parts of an abandoned upload cost storage and are seen by nobody.
-            self.client.abort_multipart_upload(**target, UploadId=upload)
+            # What went wrong before is what is told, not that this fails as well: the server may
+            # be away, or the upload complete and only the answer lost.
+            with contextlib.suppress(Exception):
+                self.client.abort_multipart_upload(**target, UploadId=upload)
             raise
+
+    def _asked(self, key: str, ask: Callable[[], T]) -> T:
+        """What a question is answered; asked again where the answer broke off."""
+        for tries_left in reversed(range(TRIES)):
+            try:
+                with self._errors(key):
+                    return ask()
+            except TransferError:
+                if not tries_left:
+                    raise
+        raise AssertionError("unreachable")
 
     def _errors(self, key: str) -> contextlib.AbstractContextManager[None]:
         return _in_words(self.client.meta.endpoint_url, self.name, self.where(key))
@@ -163,6 +246,24 @@ class Bucket:
 
 def _range(start: int, length: int | None) -> str:
     return f"bytes={start}-" if length is None else f"bytes={start}-{start + length - 1}"
+
+
+def _promised(answer: dict[str, Any]) -> int | None:
+    """Bytes that a ranged answer says it holds ("bytes 0-9/5000"); None for a whole object."""
+    span, _, _ = answer.get("ContentRange", "").removeprefix("bytes ").partition("/")
+    first, _, last = span.partition("-")
+    return int(last) - int(first) + 1 if first.isdigit() and last.isdigit() else None
+
+
+@contextlib.contextmanager
+def _body_errors(where: str) -> Iterator[None]:
+    """A body that stops in the middle is worth another try; boto3 sees it as a dead server."""
+    from botocore.exceptions import ReadTimeoutError
+
+    try:
+        yield
+    except ReadTimeoutError as error:
+        raise TransferError(f"{where} broke off while it was read ({error}): run again") from error
 
 
 def _client() -> Any:
@@ -173,7 +274,7 @@ def _client() -> Any:
     settings = Config(
         retries={"mode": "standard", "max_attempts": 4},
         connect_timeout=5,
-        read_timeout=60,
+        read_timeout=READ_SECONDS,
         max_pool_connections=64,
         s3={"addressing_style": "path"},
     )
@@ -187,14 +288,22 @@ def _client() -> Any:
 @contextlib.contextmanager
 def _in_words(endpoint: str, bucket: str, where: str) -> Iterator[None]:
     from botocore import exceptions
+    from botocore.parsers import ResponseParserError
 
+    broken_off = (
+        exceptions.IncompleteReadError,
+        exceptions.ResponseStreamingError,
+        # A body that was cut and looks whole: its CRC, or the end of its XML, is what tells.
+        exceptions.FlexibleChecksumError,
+        ResponseParserError,
+    )
     try:
         yield
     except exceptions.ClientError as error:
         raise _from_client_error(error, endpoint, bucket, where) from error
     except (exceptions.NoCredentialsError, exceptions.PartialCredentialsError) as error:
         raise StoreError(REFUSED.format(endpoint=endpoint, error=error)) from error
-    except (exceptions.IncompleteReadError, exceptions.ResponseStreamingError) as error:
+    except broken_off as error:
         raise TransferError(f"{where} broke off while it was read ({error}): run again") from error
     except (exceptions.ConnectionError, exceptions.HTTPClientError) as error:
         reason = type(error).__name__
@@ -207,8 +316,11 @@ def _from_client_error(error: Any, endpoint: str, bucket: str, where: str) -> St
         return MissingError(f"{where} does not exist")
     if code == "NoSuchBucket":
         return StoreError(f"S3 at {endpoint} has no bucket {bucket!r}: create it")
-    if code in ("PreconditionFailed", "ConditionalRequestConflict", "412", "409"):
-        return KeyTakenError(f"{where} exists already")
+    if code in TAKEN:
+        told = error.response.get("ResponseMetadata", {})
+        return KeyTakenError(f"{where} exists already", retried=told.get("RetryAttempts", 0) > 0)
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "Forbidden"):
         return StoreError(REFUSED.format(endpoint=endpoint, error=code))
+    if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500:
+        return StoreError(FAILED.format(endpoint=endpoint, where=where, error=error))
     return StoreError(f"S3 at {endpoint} failed on {where}: {error}")

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit
 
-from eqm.cache import Cache, Download, Verified, damaged, is_blob
+from eqm.cache import TRIES, Cache, Download, Verified, damaged, is_blob
 from eqm.disk import (
     ASIDE,
     disk_errors,
@@ -127,10 +127,13 @@ class Store(ABC):
 
     def get(self, blob: Blob) -> bytes:
         """Bytes of a blob, verified before they are returned. Raises IntegrityError."""
-        data = self.read(blob.key)
-        if len(data) != blob.size_bytes or sha256(data) != blob.sha256:
-            raise IntegrityError(damaged(blob, self.where(blob.key), len(data), sha256(data)))
-        return data
+        found = b""
+        # What was damaged on the way may be well where it lies.
+        for _ in range(TRIES):
+            found = self.read(blob.key)
+            if len(found) == blob.size_bytes and sha256(found) == blob.sha256:
+                return found
+        raise IntegrityError(damaged(blob, self.where(blob.key), len(found), sha256(found)))
 
     def record(self, stage: str, digest: str) -> Record | None:
         """The sealed record of a stage, verified; None if it is not sealed yet."""

@@ -72,8 +72,12 @@ class LocalLauncher:
 
     @contextlib.contextmanager
     def _alone(self, name: str) -> Iterator[int]:
-        """Hold a job's lock; the program inherits it, and keeps it when the flow is killed."""
-        with (self.folder / f"{name}.lock").open("w") as file:
+        """Hold a job's lock; the program inherits it, and keeps it when the flow is killed.
+
+        The lock file holds the mark of the last program. Workers of a torchrun that was killed
+        after its flow was have no lock and nobody who ends them: whoever comes next does.
+        """
+        with (self.folder / f"{name}.lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -81,6 +85,9 @@ class LocalLauncher:
                     f"{name} is running already on this machine, started by another flow: wait "
                     "for it to end, or stop it"
                 ) from None
+            file.seek(0)
+            if left := file.read():
+                _kill_marked(left)
             yield file.fileno()
 
     def _launch(self, job: Job, name: str, processes: int, lock: int) -> None:
@@ -89,12 +96,16 @@ class LocalLauncher:
         file = self.folder / f"{name}.json"
         told = replace(job, runtime=replace(job.runtime, error_file=str(reason)))
         file.write_text(json.dumps(to_json(told), indent=1))
+        mark = secrets.token_hex(16)
+        # Through the locked file itself, and before there is anything to be found by it.
+        os.truncate(lock, 0)
+        os.write(lock, mark.encode())
         # Said here, or torchrun says at length that it chooses 1.
         threads = job.runtime.threads or max(1, len(os.sched_getaffinity(0)) // processes)
         environment = {
             **self.environment,
             "OMP_NUM_THREADS": str(threads),
-            MARK: secrets.token_hex(16),
+            MARK: mark,
         }
         status = self._run(command(PROGRAMS[job.stage], file, processes), environment, lock)
         if status != 0:

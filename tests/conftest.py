@@ -64,6 +64,12 @@ def s3_environment(services_home: Path, monkeypatch: pytest.MonkeyPatch) -> dict
     return _point(monkeypatch, start(services_home, "s3"))
 
 
+@pytest.fixture(scope="module")
+def s3_environment_once(services_home: Path) -> dict[str, str]:
+    """A real S3 server, looked after once for all tests of a file, which point at it themselves."""
+    return start(services_home, "s3").environment()
+
+
 @pytest.fixture
 def mlflow_environment(services_home: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """Real S3 and MLflow servers, and this process pointed at them."""

@@ -78,14 +78,18 @@ class Place:
 
 
 def marked(mark: bytes) -> list[str]:
-    found = []
+    return list(pids_marked(mark).values())
+
+
+def pids_marked(mark: bytes) -> dict[int, str]:
+    found = {}
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit() or int(entry.name) == os.getpid():
             continue
         try:
             dead = entry.joinpath("stat").read_text().rpartition(")")[2].split()[0] == "Z"
             if not dead and mark in entry.joinpath("environ").read_bytes():
-                found.append(entry.joinpath("cmdline").read_bytes().decode())
+                found[int(entry.name)] = entry.joinpath("cmdline").read_bytes().decode()
         except OSError:
             continue
     return found
@@ -189,10 +193,11 @@ def test_workers_do_not_outlive_a_torchrun_that_is_killed(place: Place) -> None:
     assert place.survivors() == []
 
 
-def kill_torchrun(place: Place) -> None:
+def kill_torchrun(place: Place) -> int:
     worker = place.pids(2)[0]
     parent = Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1]
     os.kill(int(parent), signal.SIGKILL)
+    return int(parent)
 
 
 # -- cancelled ----------------------------------------------------------------------------------
@@ -267,6 +272,49 @@ def test_a_flow_that_is_killed_leaves_its_program(place: Place) -> None:
             os.kill(pid, signal.SIGKILL)
     assert place.survivors() == []
     assert program != child
+
+
+def test_ranks_whose_flow_and_torchrun_were_killed_end_before_the_next_attempt(
+    place: Place,
+) -> None:
+    place.program(SLEEPS_WITH_A_CHILD)
+    script = (
+        "import os; from pathlib import Path; from flows import launch; "
+        "from eqm.config import Job, Runtime; launch.PROGRAMS['latents'] = 'a_program'; "
+        "launch.LocalLauncher(folder=Path('jobs'), environment=os.environ).run("
+        "Job(stage='latents', config={'source': {}, 'encode': {}}, inputs={}, "
+        "runtime=Runtime(store='/nowhere')), processes=2)"
+    )
+    # The launcher that is tested here, wherever it lies, and the program.
+    path = os.pathsep.join([str(place.folder), *filter(None, sys.path)])
+    environment = {**place.launcher.environment, "PYTHONPATH": path}
+    flow = subprocess.Popen([sys.executable, "-c", script], env=environment)
+    ranks = place.pids(2)
+    flow.kill()
+    flow.wait()
+    torchrun = kill_torchrun(place)
+    while torchrun in pids_marked(str(place.folder).encode()):
+        time.sleep(0.02)
+    # Each in a session of its own, and without the lock: nothing ended them, nothing keeps others
+    # from starting.
+    assert set(ranks) <= set(pids_marked(str(place.folder).encode()))
+    place.program("")
+    deadline = time.monotonic() + 30
+    while not begins(place):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert place.survivors() == []
+
+
+def begins(place: Place) -> bool:
+    """Run the program, unless of one that was killed a last thread is still dying with the lock."""
+    try:
+        place.launcher.run(a_job(), processes=1)
+    except StageError as error:
+        if "is running already" not in str(error):
+            raise
+        return False
+    return True
 
 
 class interrupted:

@@ -1,0 +1,492 @@
+"""Kill everything that a training consists of, with -9, in turn, and see the same bits at the end.
+
+``make chaos`` (or ``python tests/chaos.py --seed 3 --processes 2``) runs a training under torchrun
+through the product's own launcher against a real S3 server. All that it asks of S3 passes a proxy,
+and the proxy is how moments are known: a rank, the torchrun agent, the flow that started it or the
+S3 server itself is killed when a certain object is on its way. In the end: outputs bit-equal to an
+undisturbed run of as many processes, nothing gone on from but sealed commits, no blob read before
+what names it was sealed, no process left. The short form is a test (test_chaos).
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import chain
+from fault_proxy import FaultProxy, Seen
+
+from eqm.config import Job, replace
+from eqm.errors import EqmError
+from eqm.records import Record, from_json, to_json
+from eqm.stage import job_digest
+from eqm.storage import Store, open_store
+from flows.launch import LocalLauncher
+from infra import local
+from infra.processes import members
+from infra.stack import S3, External, Stack
+from infra.state import mark_of, read_state
+
+TOKEN = "_EQM_CHAOS"
+"""Environment variable by which every process of a scenario is known, whoever starts it."""
+COMMIT = r"/checkpoints/\d+\.json\?"
+BLOB = "blobs/sha256/"
+LEASE = r"/lease\.json"
+WENT_ON = re.compile(r"goes on from image ([\d,]+)")
+S3_AWAY_SECONDS = 3.0
+WAIT_SECONDS = 240.0
+"""For the next chance to strike, and for the end."""
+
+MOMENTS = {
+    "in a step": (COMMIT, "after"),
+    "blob on its way": (BLOB, "before"),
+    "blob there, no seal": (COMMIT, "before"),
+    "sealed, answer lost": (COMMIT, "after"),
+    "lease renewed": (LEASE, "before"),
+}
+"""What passes the proxy when it happens, and whether the server has it by then."""
+VICTIMS = ("rank", "agent", "flow", "s3")
+
+
+@dataclass(frozen=True)
+class Strike:
+    """Who is killed, and when."""
+
+    victim: str
+    moment: str
+
+
+@dataclass
+class Row:
+    """What is told of a strike."""
+
+    strike: Strike
+    position: int
+    """Images of the newest commit when it came."""
+    said: int
+    """Bytes of the log by then."""
+    next: list[str] = field(default_factory=list)
+    """What the log says from then until the next strike."""
+
+
+# -- processes ----------------------------------------------------------------------------------
+
+
+def carrying(token: str) -> dict[int, list[str]]:
+    """Command lines of the living processes that carry a token, by id."""
+    found = {}
+    for entry in Path("/proc").iterdir():
+        if not entry.name.isdigit() or int(entry.name) == os.getpid():
+            continue
+        try:
+            dead = entry.joinpath("stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+            told = entry.joinpath("environ").read_bytes().split(b"\0")
+            if f"{TOKEN}={token}".encode() in told and not dead:
+                line = entry.joinpath("cmdline").read_bytes().decode().split("\0")
+                found[int(entry.name)] = line
+        except OSError:
+            continue
+    return found
+
+
+def rank_of(pid: int) -> int | None:
+    """Rank of a training process; None for others."""
+    try:
+        told = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    ranks = [int(one.removeprefix(b"RANK=")) for one in told if one.startswith(b"RANK=")]
+    return ranks[0] if ranks else None
+
+
+def parent_of(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+
+
+# -- a run under attack -------------------------------------------------------------------------
+
+
+class Scenario:
+    """One training, the flow that is started again whenever it ends, and the strikes at it."""
+
+    def __init__(
+        self, job: Job, processes: int, *, home: Path, proxy: FaultProxy, services: Path, seed: int
+    ) -> None:
+        self.job, self.processes, self.home, self.proxy = job, processes, home, proxy
+        self.services = services
+        self.random = random.Random(seed)
+        self.token = f"{seed}-{processes}-{os.getpid()}"
+        self.log = home / "run.log"
+        self.rows: list[Row] = []
+        self.status: int | None = None
+        self._ended = threading.Event()
+        self._lock = threading.Lock()
+        self._threads: list[threading.Thread] = []
+
+    # -- the flow, again and again
+
+    def keep_running(self) -> None:
+        """Start the flow, and start it again whenever it ends otherwise than well."""
+        file = self.home / "job.json"
+        file.write_text(json.dumps(to_json(self.job)))
+        line = [sys.executable, __file__, "--flow", str(file), str(self.processes), str(self.home)]
+        environment = {
+            **os.environ,
+            "AWS_ENDPOINT_URL_S3": self.proxy.endpoint,
+            "PYTHONPATH": os.pathsep.join(sys.path),
+            TOKEN: self.token,
+        }
+        with self.log.open("ab") as log:
+            while not self._ended.is_set():
+                flow = subprocess.Popen(line, env=environment, stdout=log, stderr=log)
+                self.status = flow.wait()
+                if self.status == 0:
+                    self._ended.set()
+                else:
+                    log.write(f"flow ended with {self.status}\n".encode())
+                    log.flush()
+                    self._ended.wait(0.3)
+
+    def lines(self, start: int, end: int | None = None) -> list[str]:
+        """What was said between two places of the log."""
+        return self.log.read_bytes()[start:end].decode(errors="replace").splitlines()
+
+    # -- what is known of it
+
+    def position(self) -> int:
+        """Images of the newest commit that the server has taken."""
+        taken = [one for one in self.proxy.requests("PUT", COMMIT) if one.status == 200]
+        return max((int(Path(one.key).stem) for one in taken), default=0)
+
+    def victims(self, victim: str, rank: int) -> list[int]:
+        """Ids of what is to be killed; none where it does not run now."""
+        if victim == "s3":
+            leader = read_state(self.services).running[S3].leader
+            return [process.pid for process in members(mark_of(S3, self.services), leader)]
+        found = carrying(self.token)
+        agents = [pid for pid, line in found.items() if "torch.distributed.run" in line]
+        if victim == "agent":
+            return agents
+        if victim == "flow":
+            # Not one that was just refused because the program of another still runs.
+            parents = [parent_of(pid) for pid in agents]
+            return [pid for pid, line in found.items() if "--flow" in line and pid in parents]
+        return [pid for pid in found if pid not in agents and rank_of(pid) == rank]
+
+    # -- strikes
+
+    def strike(self, strike: Strike) -> Row:
+        """Wait for progress and for the moment, and kill."""
+        pattern, moment = MOMENTS[strike.moment]
+        before = self.rows[-1].position if self.rows else 0
+        rank = self.random.randrange(self.processes)
+        delay = self.random.uniform(0.0, 0.1) if strike.moment == "in a step" else 0.0
+        done = threading.Event()
+        rows: list[Row] = []
+
+        def kill(after_seconds: float) -> None:
+            time.sleep(after_seconds)
+            self._kill(strike.victim, rank)
+            done.set()
+
+        def act(request: Seen) -> bool:
+            with self._lock:
+                if rows or self.position() <= before:
+                    return False
+                pids = self.victims(strike.victim, rank)
+                if not pids:
+                    return False
+                rows.append(Row(strike, self.position(), self.log.stat().st_size))
+            if delay:
+                self._beside(lambda: kill(delay))
+                return False
+            kill(0.0)
+            # The dead ask no further; what was on its way from them is lost.
+            return strike.victim == "rank" or strike.moment == "sealed, answer lost"
+
+        with self.proxy.watch("PUT", pattern, moment, act):
+            struck = done.wait(WAIT_SECONDS)
+        assert struck, f"{strike} never came; the run says:\n{self.log.read_text()[-3000:]}"
+        self.rows.append(rows[0])
+        return rows[0]
+
+    def _kill(self, victim: str, rank: int) -> None:
+        for pid in self.victims(victim, rank):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        if victim == "s3":
+            self._beside(self._revive)
+
+    def _revive(self) -> None:
+        time.sleep(S3_AWAY_SECONDS)
+        serve(self.services)
+
+    def _beside(self, work: Any) -> None:
+        thread = threading.Thread(target=work)
+        self._threads.append(thread)
+        thread.start()
+
+    def attack(self, strikes: list[Strike]) -> list[Row]:
+        """Carry out all strikes, let the run end, and tell what followed each."""
+        runner = threading.Thread(target=self.keep_running)
+        runner.start()
+        try:
+            for strike in strikes:
+                if self.rows:
+                    self._wait_for_progress()
+                self.strike(strike)
+            assert self._ended.wait(WAIT_SECONDS), self.log.read_text()[-3000:]
+            self._tell_what_followed()
+        finally:
+            self._ended.set()
+            if sys.exc_info()[0] is not None:
+                for pid in carrying(self.token):
+                    os.kill(pid, signal.SIGKILL)
+            runner.join()
+            for thread in self._threads:
+                thread.join()
+        return self.rows
+
+    def _wait_for_progress(self) -> None:
+        """Until more is sealed than at the last strike, by a run that began after it."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not self._has_gone_on(self.rows[-1]):
+            assert not self._ended.is_set(), "it ended before all strikes: make the run longer"
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
+            time.sleep(0.02)
+
+    def _has_gone_on(self, row: Row) -> bool:
+        begun = resumed(self.lines(row.said))
+        # Without a rank or the agent no run lasts; it may do without the flow, or S3 for a while.
+        if row.strike.victim in ("rank", "agent") and not begun:
+            return False
+        return self.position() > max([row.position, *begun])
+
+    def _tell_what_followed(self) -> None:
+        ends = [row.said for row in self.rows[1:]]
+        for row, end in zip(self.rows, [*ends, None], strict=True):
+            row.next = self.lines(row.said, end)
+
+    # -- what must hold
+
+    def check(self, undisturbed: Record, store: Store) -> None:
+        """Raise AssertionError unless all is as if nothing had happened."""
+        record = store.record("train", job_digest(self.job))
+        assert record is not None, "no record was sealed"
+        assert record.outputs == undisturbed.outputs, "other bits than those of an undisturbed run"
+        self._check_positions()
+        self._check_reads(store)
+        deadline = time.monotonic() + 10
+        while (left := carrying(self.token)) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert not left, f"processes are left: {left}"
+
+    def _check_positions(self) -> None:
+        """What was gone on from had been sealed, and nothing that was sealed is lost."""
+        sealed = {
+            int(Path(one.key).stem)
+            for one in self.proxy.requests("PUT", COMMIT)
+            if one.status == 200
+        }
+        for row in self.rows:
+            for position in resumed(row.next):
+                assert position in sealed, f"image {position} was gone on from, never sealed"
+                assert position >= row.position, f"{row.position} was sealed, {position} used"
+
+    def _check_reads(self, store: Store) -> None:
+        """No blob is read before something sealed names it."""
+        begun = store.list("train/")
+        sealed = {key.rpartition("/")[2] for key in store.list(BLOB)}
+        own = {key: set(digests(json.loads(store.read(key)))) for key in begun if is_seal(key)}
+        sealed -= set().union(*own.values())
+        cut = len(store.uri.partition("://")[2].partition("/")[2]) + 1
+        for one in list(self.proxy.seen):
+            if one.method == "PUT" and one.status in (200, 412):
+                sealed |= own.get(one.key[cut:], set())
+            if one.method == "GET" and BLOB in one.key:
+                digest = one.key.rpartition("/")[2]
+                assert digest in sealed, f"blob {digest} was read before it was sealed"
+
+
+def is_seal(key: str) -> bool:
+    return key.endswith("/record.json") or "/checkpoints/" in key
+
+
+def resumed(lines: list[str]) -> list[int]:
+    return [int(found[1].replace(",", "")) for line in lines if (found := WENT_ON.search(line))]
+
+
+def digests(value: Any) -> Iterator[str]:
+    """All digests of blobs that a piece of JSON names."""
+    if isinstance(value, dict) and "sha256" in value:
+        yield value["sha256"]
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from digests(inner)
+
+
+# -- setting it up ------------------------------------------------------------------------------
+
+
+def serve(home: Path) -> Stack:
+    """Start S3 in a folder of its own, or again where it died."""
+    taken = ("EQM_", "AWS_", "MLFLOW_", "PREFECT_")
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(taken)}
+    return local.up(
+        home,
+        external=External(worker=False),
+        environ=environ,
+        report=lambda _: None,
+        services=(S3,),
+    )
+
+
+def make_chain(folder: Path, updates: int) -> chain.Chain:
+    """Latents, and a config for a training of so many updates."""
+    return chain.build(folder, {"train.images": updates * 32}, until="latents")
+
+
+def job_in(made: chain.Chain, prefix: str, cache: Path) -> tuple[Job, Store]:
+    """The training job in S3, where it was never begun; and its store."""
+    store = open_store(f"s3://eqm/{prefix}", cache=cache)
+    for key in made.store.list(""):
+        store.write_once(key, made.store.read(key))
+    asked = made.job("train", cache=str(cache), checkpoint_every_images=64)
+    return replace(asked, runtime=replace(asked.runtime, store=store.uri)), store
+
+
+def undisturbed(made: chain.Chain, processes: int, folder: Path) -> Record:
+    """The same training on this machine, by as many processes, left alone."""
+    store = chain.copied(made, folder / "undisturbed", without=())
+    job = chain.elsewhere(made.job("train", checkpoint_every_images=64), store.root)
+    LocalLauncher(folder=folder / "jobs", environment=dict(os.environ)).run(
+        job, processes=processes
+    )
+    record = store.record("train", job_digest(job))
+    assert record is not None
+    return record
+
+
+def run(
+    made: chain.Chain, processes: int, strikes: list[Strike], *, folder: Path, seed: int
+) -> list[Row]:
+    """Attack one training and check how it ended; returns what was done. Raises AssertionError."""
+    home = folder / f"chaos-{processes}"
+    home.mkdir(parents=True)
+    expected = undisturbed(made, processes, home)
+    services = folder / "s3"
+    stack = serve(services)
+    with pointed_at(stack.environment()), FaultProxy(str(stack.s3_endpoint)) as proxy:
+        try:
+            job, store = job_in(made, f"chaos-{seed}-{processes}", home / "cache")
+            scenario = Scenario(
+                job, processes, home=home, proxy=proxy, services=services, seed=seed
+            )
+            rows = scenario.attack(strikes)
+            scenario.check(expected, store)
+        finally:
+            local.down(services, report=lambda _: None)
+    return rows
+
+
+class pointed_at:
+    """This process' environment, with other values for a while."""
+
+    def __init__(self, values: Mapping[str, str]) -> None:
+        self.values = values
+
+    def __enter__(self) -> None:
+        self.before = dict(os.environ)
+        os.environ.update(self.values)
+
+    def __exit__(self, *_: object) -> None:
+        os.environ.clear()
+        os.environ.update(self.before)
+
+
+def all_strikes(seed: int) -> list[Strike]:
+    """Every victim at every moment, in an order that the seed gives."""
+    moments = [moment for moment in MOMENTS if moment != "lease renewed"]
+    strikes = [Strike(victim, moment) for victim in VICTIMS for moment in moments]
+    random.Random(seed).shuffle(strikes)
+    return strikes
+
+
+def flow(argv: list[str]) -> int:
+    """What stands for the flow: the product's launcher, and what it says."""
+    file, processes, home = argv
+    job = from_json(Job, json.loads(Path(file).read_text()), "job")
+    launcher = LocalLauncher(folder=Path(home) / "flow", environment=dict(os.environ))
+    try:
+        launcher.run(job, processes=int(processes))
+    except EqmError as error:
+        sys.stderr.write(f"flow: {error}\n")
+        return 2
+    return 0
+
+
+def table(rows: list[Row]) -> str:
+    """Who was killed, when, where the run was, and what happened next."""
+    lines = [f"{'killed':7} {'moment':20} {'image':>7}  next"]
+    for row in rows:
+        lines.append(
+            f"{row.strike.victim:7} {row.strike.moment:20} {row.position:7,}  {story(row)}"
+        )
+    return "\n".join(lines)
+
+
+def story(row: Row) -> str:
+    """The lines that tell what became of the run, in short."""
+    kept = []
+    for line in row.next:
+        if WENT_ON.search(line):
+            kept.append(f"went on from {resumed([line])[0]:,}")
+        elif line.startswith("flow:") and "running already" not in line:
+            kept.append(line.partition(": ")[2].partition(": ")[2][:60] or line[:60])
+        elif "running already" in line and "waited for the program" not in kept:
+            kept.append("waited for the program")
+        elif line.startswith("flow ended with -9"):
+            kept.append("flow gone")
+        elif "sealed, content" in line:
+            kept.append("sealed")
+    return "; ".join(kept) or "went on, undisturbed"
+
+
+def main(argv: list[str]) -> int:
+    """Run the scenarios and print what was done."""
+    if argv[:1] == ["--flow"]:
+        return flow(argv[1:])
+    # So that a harness that is told to end cleans up as after an error.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--updates", type=int, default=200)
+    parser.add_argument("--strikes", type=int, help="only so many")
+    asked = parser.parse_args(argv)
+    with tempfile.TemporaryDirectory(prefix="eqm-chaos-") as folder:
+        made = make_chain(Path(folder) / "chain", asked.updates)
+        for processes in asked.processes:
+            strikes = all_strikes(asked.seed)[: asked.strikes]
+            rows = run(made, processes, strikes, folder=Path(folder), seed=asked.seed)
+            sys.stdout.write(f"\n{processes} processes, seed {asked.seed}: same bits\n")
+            sys.stdout.write(f"{table(rows)}\n")
+            sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
