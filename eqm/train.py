@@ -7,6 +7,7 @@ in the same bits. Gradients are summed over ranks flat, in one call: nothing is 
 
 import json
 import signal
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -20,19 +21,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eqm import checkpoint, model, sampling
+from eqm import checkpoint, flops, model, sampling
 from eqm.autoencoder import read_pretrained
 from eqm.batches import Batch, batches
 from eqm.checkpoint import TrainState
+from eqm.compute import check_micro_batch, prepare, slow_bfloat16
 from eqm.config import PretrainedFile, SamplerConfig, TrainConfig, TrainStage
 from eqm.distributed import World
 from eqm.errors import DataError, EqmError
 from eqm.latent_set import LatentSet, open_manifest
 from eqm.latents import sample_latents
-from eqm.learner import Learner, check_slope, learning_rate
+from eqm.learner import Learner, check_slope, diverged, learning_rate
 from eqm.model import Model, ModelSpec
 from eqm.objective import Corrupted
 from eqm.official import import_official, read_official
+from eqm.precision import choose_products
 from eqm.progress import Progress
 from eqm.randomness import Stream, normal
 from eqm.records import Blob, sha256, to_json
@@ -46,6 +49,8 @@ HISTORY_POINTS = 200
 """The training curve has about so many points, whatever the length of the run."""
 GRID_SAMPLES_A_CLASS = 6
 GRID_CLASSES = 10
+SPIKE, SPIKE_POINTS = 5.0, 10
+"""A loss so many times the median of so many points of the curve is told."""
 
 
 class InterruptedTraining(EqmError):
@@ -108,7 +113,12 @@ def setup(context: Context) -> Run:
     """Open the data, build the network, and go on from the newest complete checkpoint."""
     stage: TrainStage = context.config
     data = open_manifest(context.input("latents"), context.store)
+    compute, device = context.job.runtime.compute, context.world.device
     world_divides(stage.train, context.world)
+    check_micro_batch(compute, stage.objective, stage.train.batch_size // context.world.size)
+    choose_products(stage.train.precision, device)
+    if context.world.is_first and (told := slow_bfloat16(stage.train, device)) is not None:
+        sys.stderr.write(told + "\n")
     spec = ModelSpec(
         schema=model.SCHEMA,
         network=stage.network,
@@ -117,16 +127,19 @@ def setup(context: Context) -> Run:
         classes=data.manifest.classes,
         null_label=stage.train.label_dropout > 0,
     )
+    network = first_network(stage, spec, device, context.store)
+    prepare(network, compute, stage.objective, device)
     run = Run(
         context=context,
         stage=stage,
         spec=spec,
         data=data,
         learner=Learner(
-            first_network(stage, spec, context.world.device, context.store),
+            network,
             stage.objective,
             stage.train,
-            device=context.world.device,
+            device=device,
+            micro_batch=compute.micro_batch,
         ),
     )
     resume(run)
@@ -219,14 +232,15 @@ def step(run: Run, batch: Batch, stop: bool) -> bool:
     """One optimiser update; returns whether any rank wants to stop."""
     # A mean over the global batch, whatever the number of ranks.
     loss = accumulate(run, batch).sum() / run.config.batch_size
-    flags = torch.stack([loss, loss.new_tensor(float(stop))])
-    flat = torch.cat([run.learner.gradient(), flags])
-    run.world.sum_(flat)
-    gradient, flags = flat[:-2], flat[-2:]
-    norm = run.learner.apply(gradient, images_seen=run.images_seen)
+    gradient, gradients = run.learner.gradient(), run.learner.gradients
+    gradients.beside[0].copy_(loss)
+    gradients.beside[1].fill_(float(stop))
+    run.world.sum_(gradients.buffer)
+    loss, stops = gradients.beside.clone()
+    norm = run.learner.apply(gradient, images_seen=run.images_seen, loss=loss)
     run.images_seen += run.config.batch_size
-    run.since_report.append(torch.stack([flags[0], norm]))
-    return bool(flags[1] > 0) if run.world.size > 1 else stop
+    run.since_report.append(torch.stack([loss, norm]))
+    return bool(stops > 0) if run.world.size > 1 else stop
 
 
 def accumulate(run: Run, batch: Batch) -> Tensor:
@@ -250,20 +264,78 @@ def report(run: Run, mirror: RunMirror | None, bar: Progress) -> None:
     if run.images_seen % run.report_every and run.images_seen < total_images(run):
         bar.advance(run.config.batch_size)
         return
-    loss, norm = torch.stack(run.since_report).double().mean(dim=0).tolist()
+    found = guarded(run)
+    loss, norm = found.mean(dim=0).tolist()
+    tell_spikes(run, found)
     run.since_report.clear()
-    if not (loss == loss and norm < float("inf")):
-        raise DataError(
-            f"loss {loss} and gradient norm {norm} at image {run.images_seen:,}: training has "
-            "diverged; lower train.learning_rate or set train.gradient_clip"
-        )
     for name, value in (("images", run.images_seen), ("loss", loss), ("gradient_norm", norm)):
         run.history[name].append(value)
     bar.advance(run.config.batch_size, loss=loss, gradient=norm)
     if mirror is not None:
         rate = learning_rate(run.config, run.images_seen - run.config.batch_size)
-        figures = {"loss": loss, "gradient_norm": norm, "learning_rate": rate}
+        figures = {"loss": loss, "gradient_norm": norm, "learning_rate": rate, **speed(run, bar)}
         mirror.metrics(run.images_seen, {**figures, "images_per_second": bar.per_second})
+
+
+def guarded(run: Run) -> Tensor:
+    """(loss, gradient norm) of the updates since the last point that were finite, (U, 2) float64.
+
+    Raises DataError, naming the update, for one that was not where training is to stop, and where
+    no other is left. Those that were skipped are told, and counted in the history.
+    """
+    found = torch.stack(run.since_report).double().cpu()
+    finite = found.isfinite().all(dim=1)
+    begun = updates_begun(run)
+    odd = [n for n, fine in enumerate(finite.tolist()) if not fine]
+    skipping = run.config.on_nonfinite == "skip"
+    if odd and not (skipping and bool(finite.any())):
+        loss, norm = found[odd[0]].tolist()
+        raise DataError(diverged(loss, norm, begun[odd[0]]))
+    if skipping:
+        run.history.setdefault("skipped", []).append(float(len(odd)))
+    if odd and run.world.is_first:
+        ends = ", ".join(f"{begun[n]:,} to {begun[n] + run.config.batch_size - 1:,}" for n in odd)
+        sys.stderr.write(
+            f"{len(odd)} updates were skipped, whose loss or gradient was not finite: images "
+            f"{ends} of the run\n"
+        )
+    return found[finite]
+
+
+def updates_begun(run: Run) -> list[int]:
+    """First image of each update since the last point of the curve."""
+    count, size = len(run.since_report), run.config.batch_size
+    return list(range(run.images_seen - count * size, run.images_seen, size))
+
+
+def refuse_divergence(run: Run) -> None:
+    """What a checkpoint must not come after, where training is to stop: raises DataError."""
+    if run.since_report and run.config.on_nonfinite == "stop":
+        guarded(run)
+
+
+def tell_spikes(run: Run, found: Tensor) -> None:
+    """Say where the loss of an update was far above the usual; nothing is done about it."""
+    usual = run.history["loss"][-SPIKE_POINTS:]
+    if len(usual) < SPIKE_POINTS or not run.world.is_first:
+        return
+    middle, highest = statistics.median(usual), float(found[:, 0].max())
+    if highest > SPIKE * middle:
+        sys.stderr.write(
+            f"a loss of {highest:.4g} among the updates before image {run.images_seen:,}, "
+            f"{highest / middle:.1f} times the usual {middle:.4g}\n"
+        )
+
+
+def speed(run: Run, bar: Progress) -> dict[str, float]:
+    """TFLOP/s and MFU of all devices since this process began, as far as they are known."""
+    latent, network = run.spec.latent, run.stage.network
+    tokens = latent.shape[1] * latent.shape[2] // network.patch**2
+    asked = run.stage.objective
+    work = flops.training_flops(network, asked, tokens=tokens, channels=latent.shape[0])
+    device = run.world.device
+    peak = flops.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return flops.figures(bar.per_second, work, devices=run.world.size, peak=peak)
 
 
 def show_grid(run: Run, mirror: RunMirror) -> None:
@@ -305,7 +377,8 @@ def _autoencoder(run: Run) -> Any:
 
 
 def persist(run: Run) -> None:
-    """Make the state durable, once a position."""
+    """Make the state durable, once a position. Raises DataError for a run that has diverged."""
+    refuse_divergence(run)
     if run.world.is_first and run.persisted != run.images_seen:
         checkpoint.save(run.context.store, run.context.digest, state_of(run))
     run.persisted = run.images_seen
