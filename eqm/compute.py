@@ -24,10 +24,20 @@ def prepare(
     """Make the blocks of a network run as asked, in place.
 
     Raises ConfigError for a network without blocks, for compiled blocks where there is no compiler,
-    and for those whose energy would be differentiated twice.
+    and for what cannot be done with an energy that is differentiated twice.
     """
+    double = objective.energy != "implicit" and objective.backward == "double"
+    for name, cannot in (
+        ("compile", "compiled code has no double backward"),
+        ("checkpointing", "what a double backward computes again is not what it had kept"),
+    ):
+        if double and getattr(compute, name):
+            raise ConfigError(
+                f"compute.{name} is true, but {cannot}: train this energy with "
+                f"objective.backward = 'directional', or leave compute.{name} false"
+            )
     if compute.compile:
-        check_compilable(objective, device)
+        check_compiler(device)
     for block in blocks_of(network, compute):
         if compute.compile:
             block.forward = compiled(type(block)).__get__(block)
@@ -60,13 +70,8 @@ def _recomputed(forward: Forward, *args: Tensor) -> Tensor:
     return cast(Tensor, found)
 
 
-def check_compilable(objective: ObjectiveConfig, device: torch.device) -> None:
-    """Refuse what compiled code cannot do, or cannot be made for. Raises ConfigError."""
-    if objective.energy != "implicit" and objective.backward == "double":
-        raise ConfigError(
-            "compute.compile is true, but compiled code has no double backward: train this energy "
-            "with objective.backward = 'directional', or leave compute.compile false"
-        )
+def check_compiler(device: torch.device) -> None:
+    """Refuse to compile where nothing can. Raises ConfigError."""
     if device.type != "cpu":
         return
     from torch._inductor.cpp_builder import get_cpp_compiler

@@ -111,7 +111,7 @@ def peak_flops(device_name: str) -> float | None:
 def figures(
     images_per_second: float, flops_per_image: float | None, *, devices: int, peak: float | None
 ) -> dict[str, float]:
-    """"tflops_per_second", over all devices, and "mfu", their share of the peaks; what is known.
+    """TFLOP/s of all devices and their share of the peaks, "mfu": as far as they are known.
 
     ``images_per_second`` is of all devices together. The share is of the bfloat16 peak whatever was
     computed in, so that runs compare.

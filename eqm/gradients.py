@@ -26,7 +26,9 @@ class FlatGradient:
             )
         self.weights = tuple(weights)
         self.size = sum(w.numel() for w in weights)
-        self.buffer = torch.zeros(self.size + room, dtype=weights[0].dtype, device=weights[0].device)
+        self.buffer = torch.zeros(
+            self.size + room, dtype=weights[0].dtype, device=weights[0].device
+        )
         pieces = self.buffer[: self.size].split([w.numel() for w in weights])
         self.views = tuple(p.view_as(w) for p, w in zip(pieces, weights, strict=True))
         self.attach()

@@ -24,6 +24,7 @@ from eqm.gradients import FlatGradient
 from eqm.network import check_labels, uncompiled
 from eqm.objective import Corrupted, Decay
 from eqm.randomness import Stream, normal, order, uniform
+from eqm.sharding import Shards
 
 FLAGS = 2
 """Numbers of an update that processes add up beside its gradient: the loss, and whether to stop."""
@@ -33,7 +34,8 @@ class Learner:
     """A network, what it is to become, and the state of its optimisation.
 
     ``c`` takes the place of the objective's c. ``micro_batch`` is how many images go backward at
-    once; None: all that are given. Raises ConfigError for a c that cannot be
+    once; None: all that are given. ``shards`` are of a network that processes share: weights,
+    moments and averages are then this process's rows. Raises ConfigError for a c that cannot be
     (:func:`eqm.objective.check_decay`), and for weights in half precision whose energy would be
     trained by differences.
     """
@@ -47,17 +49,19 @@ class Learner:
         device: torch.device,
         c: Decay | None = None,
         micro_batch: int | None = None,
+        shards: Shards | None = None,
     ) -> None:
         if c is not None:
             objective.check_decay(c)
         self.network, self.objective, self.config = network, objective_config, config
-        self.device, self.micro_batch = device, micro_batch
+        self.device, self.micro_batch, self.shards = device, micro_batch, shards
         self.c = c or objective.decay(objective_config)
         self.field = Field(network, energy=objective_config.energy)  # type: ignore[arg-type]
         self.way = objective_config.backward
         if self.field.kind != "implicit" and self.way == "directional":
             objective.difference_for(next(network.parameters()).dtype)
-        trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        trained = _trained(network) if shards is None else shards.pieces
+        self.trained: dict[str, nn.Parameter] = trained
         self.optimiser = torch.optim.AdamW(
             trained.values(),
             lr=config.learning_rate,
@@ -66,6 +70,8 @@ class Learner:
             fused=True,
         )
         self.gradients = FlatGradient(tuple(trained.values()), room=FLAGS)
+        if shards is not None:
+            shards.attach(self.gradients.views)
         self.ema = EMA(trained, half_life_images=config.ema_half_life_images)
         self.tracks = {h: EMA(trained, half_life_images=h) for h in config.ema_tracks}
         """Half-life in images -> further averages."""
@@ -75,7 +81,24 @@ class Learner:
     @cached_property
     def names(self) -> dict[Tensor, str]:
         """Trained parameters and their names."""
-        return {p: n for n, p in self.network.named_parameters() if p.requires_grad}
+        return {p: n for n, p in self.trained.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """All that the network's state_dict has; see :meth:`whole`."""
+        if self.shards is None:
+            return self.network.state_dict()
+        return {**dict(self.network.named_buffers()), **self.shards.whole(self.trained)}
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by names of weights, or by "<anything>/<name>", as one process has them.
+
+        Of a network that is shared, all processes ask at once, and the first one is told.
+        """
+        return dict(tensors) if self.shards is None else self.shards.whole(tensors)
+
+    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this process holds of whole tensors."""
+        return dict(tensors) if self.shards is None else self.shards.cut(tensors)
 
     def averages(self) -> dict[str, dict[str, Tensor]]:
         """All averages but the main ones, under their names: "ema-20000", "power-0.05"."""
@@ -169,7 +192,7 @@ class Learner:
         if gradient.data_ptr() != self.gradients.flat.data_ptr():
             self.gradients.flat.copy_(gradient)
             gradient = self.gradients.flat
-        norm = gradient.norm()
+        norm = gradient.norm() if self.shards is None else self.shards.norm(gradient)
         finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
         if self.config.gradient_clip is not None:
             gradient.mul_((self.config.gradient_clip / (norm + 1e-12)).clamp(max=1.0))
@@ -183,11 +206,15 @@ class Learner:
         return norm
 
     def _average(self, images_seen: int, happened: Tensor | None) -> None:
-        weights, images = {n: p for p, n in self.names.items()}, self.config.batch_size
+        weights, images = self.trained, self.config.batch_size
         for track in (self.ema, *self.tracks.values()):
             track.update(weights, images=images, happened=happened)
         for power in self.power.values():
             power.update(weights, images=images, images_seen=images_seen, happened=happened)
+
+
+def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
 
 
 def parts(at: Corrupted, size: int | None) -> Iterator[Corrupted]:

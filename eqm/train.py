@@ -25,7 +25,7 @@ from eqm import checkpoint, flops, model, sampling
 from eqm.autoencoder import read_pretrained
 from eqm.batches import Batch, batches
 from eqm.checkpoint import TrainState
-from eqm.compute import check_micro_batch, prepare, slow_bfloat16
+from eqm.compute import blocks_of, check_micro_batch, prepare, slow_bfloat16
 from eqm.config import PretrainedFile, SamplerConfig, TrainConfig, TrainStage
 from eqm.distributed import World
 from eqm.errors import DataError, EqmError
@@ -41,6 +41,7 @@ from eqm.randomness import Stream, normal
 from eqm.records import Blob, sha256, to_json
 from eqm.registry import RunMirror
 from eqm.report import sample_grid
+from eqm.sharding import Shards, check_shardable
 from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
 from eqm.storage import Store
@@ -129,6 +130,7 @@ def setup(context: Context) -> Run:
     )
     network = first_network(stage, spec, device, context.store)
     prepare(network, compute, stage.objective, device)
+    shards = sharded(network, stage, context) if compute.parallel == "fsdp2" else None
     run = Run(
         context=context,
         stage=stage,
@@ -140,10 +142,20 @@ def setup(context: Context) -> Run:
             stage.train,
             device=device,
             micro_batch=compute.micro_batch,
+            shards=shards,
         ),
     )
     resume(run)
     return run
+
+
+def sharded(network: torch.nn.Module, stage: TrainStage, context: Context) -> Shards:
+    """Share a network among the processes. Raises ConfigError for what cannot be trained so."""
+    check_shardable(stage.objective, context.world)
+    blocks = blocks_of(network, context.job.runtime.compute)
+    # Differences of an energy would be noise in bfloat16: autocast leaves those alone.
+    half = stage.train.precision == "bfloat16" and stage.objective.energy == "implicit"
+    return Shards(network, blocks, context.world, half=half)
 
 
 def first_network(
@@ -211,13 +223,13 @@ def resume(run: Run) -> None:
     position = run.world.first_says(-1 if found is None else found)
     if position < 0:
         return
-    state = checkpoint.load(store, digest, position)
+    state, own = checkpoint.load(store, digest, position), run.learner.own
     with torch.no_grad():
-        for parameter, name in run.names.items():
-            parameter.copy_(state.parameters[name])
-    run.learner.ema.load_state_dict(state.ema)
-    run.learner.load_averages(state.averages)
-    checkpoint.tensors_to_optimiser(state.optimiser, run.learner.optimiser, run.names)
+        for name, tensor in own(state.parameters).items():
+            run.learner.trained[name].copy_(tensor)
+    run.learner.ema.load_state_dict(own(state.ema))
+    run.learner.load_averages({name: own(track) for name, track in state.averages.items()})
+    checkpoint.tensors_to_optimiser(own(state.optimiser), run.learner.optimiser, run.names)
     run.images_seen = run.persisted = state.images_seen
     run.history = state.history
     run.since_report = [torch.tensor(pair, device=run.world.device) for pair in state.pending]
@@ -235,7 +247,8 @@ def step(run: Run, batch: Batch, stop: bool) -> bool:
     gradient, gradients = run.learner.gradient(), run.learner.gradients
     gradients.beside[0].copy_(loss)
     gradients.beside[1].fill_(float(stop))
-    run.world.sum_(gradients.buffer)
+    # Gradients of shared weights are summed already.
+    run.world.sum_(gradients.buffer if run.learner.shards is None else gradients.beside)
     loss, stops = gradients.beside.clone()
     norm = run.learner.apply(gradient, images_seen=run.images_seen, loss=loss)
     run.images_seen += run.config.batch_size
@@ -338,13 +351,16 @@ def speed(run: Run, bar: Progress) -> dict[str, float]:
     return flops.figures(bar.per_second, work, devices=run.world.size, peak=peak)
 
 
-def show_grid(run: Run, mirror: RunMirror) -> None:
-    """Send a grid of samples of the EMA weights to MLflow."""
+def show_grid(run: Run, mirror: RunMirror | None) -> None:
+    """Send a grid of samples of the EMA weights to MLflow, where this process is the one to."""
+    tensors = {**run.learner.weights(), **run.learner.whole(run.learner.ema.state_dict())}
+    if mirror is None:
+        return
     classes = run.spec.classes[:GRID_CLASSES]
     labels = [k for k in range(len(classes)) for _ in range(GRID_SAMPLES_A_CLASS)]
     settings: SamplerConfig = run.context.job.runtime.grid_sampler
     found = sampling.sample(
-        ema_model(run),
+        model_of(run, tensors),
         labels=labels,
         seeds=range(len(labels)),
         rule=sampling.rule_of(settings),
@@ -356,9 +372,8 @@ def show_grid(run: Run, mirror: RunMirror) -> None:
     mirror.file(f"samples/{run.images_seen:012d}.png", png)
 
 
-def ema_model(run: Run) -> Model:
-    """The model as it stands, with averaged weights."""
-    tensors = {**run.network.state_dict(), **run.learner.ema.state_dict()}
+def model_of(run: Run, tensors: dict[str, Tensor]) -> Model:
+    """The model with averaged weights."""
     net = model.filled(run.spec.build().to(run.world.device), tensors, "EMA weights")
     return Model(run.spec, net, autoencoder=lambda: _autoencoder(run))
 
@@ -379,34 +394,46 @@ def _autoencoder(run: Run) -> Any:
 def persist(run: Run) -> None:
     """Make the state durable, once a position. Raises DataError for a run that has diverged."""
     refuse_divergence(run)
-    if run.world.is_first and run.persisted != run.images_seen:
-        checkpoint.save(run.context.store, run.context.digest, state_of(run))
+    if gathers(run) and run.persisted != run.images_seen:
+        state = state_of(run)
+        if run.world.is_first:
+            checkpoint.save(run.context.store, run.context.digest, state)
     run.persisted = run.images_seen
 
 
+def gathers(run: Run) -> bool:
+    """Whether this process takes part in putting state together."""
+    return run.world.is_first or run.learner.shards is not None
+
+
 def state_of(run: Run) -> TrainState:
-    """All that the rest of the run is a function of."""
+    """All that the rest of the run is a function of; tensors are the first process's."""
+    whole, optimiser = run.learner.whole, run.learner.optimiser
     return TrainState(
         images_seen=run.images_seen,
-        parameters={name: p.detach() for p, name in run.names.items()},
-        ema=run.learner.ema.state_dict(),
-        optimiser=checkpoint.optimiser_to_tensors(run.learner.optimiser, run.names),
+        parameters=whole({name: p.detach() for p, name in run.names.items()}),
+        ema=whole(run.learner.ema.state_dict()),
+        optimiser=whole(checkpoint.optimiser_to_tensors(optimiser, run.names)),
         history=run.history,
         pending=torch.stack(run.since_report).tolist() if run.since_report else [],
-        averages=run.learner.averages(),
+        averages={name: whole(track) for name, track in run.learner.averages().items()},
     )
 
 
 def keep_snapshot(run: Run) -> None:
     """Keep the power-function averages, where the config wants them kept."""
-    if run.world.is_first and run.images_seen in run.snapshots:
-        averages = {sigma: track.state_dict() for sigma, track in run.learner.power.items()}
+    if not gathers(run) or run.images_seen not in run.snapshots:
+        return
+    power, whole = run.learner.power, run.learner.whole
+    averages = {sigma: whole(track.state_dict()) for sigma, track in power.items()}
+    if run.world.is_first:
         checkpoint.save_snapshot(run.context.store, run.context.digest, run.images_seen, averages)
 
 
-def further_outputs(run: Run, weights: dict[str, Tensor]) -> dict[str, bytes | Blob]:
+def further_outputs(
+    run: Run, weights: dict[str, Tensor], further: dict[str, dict[str, Tensor]]
+) -> dict[str, bytes | Blob]:
     """Averages beside the main ones: those at the end, and the snapshots on the way there."""
-    further = run.learner.averages()
     found: dict[str, bytes | Blob] = {
         f"{name}.safetensors": checkpoint.tensors_to_bytes({**weights, **averages})
         for name, averages in further.items()
@@ -418,20 +445,24 @@ def further_outputs(run: Run, weights: dict[str, Tensor]) -> dict[str, bytes | B
     return found
 
 
-def outcome_of(run: Run) -> Outcome:
-    """What the stage leaves behind."""
-    weights, averages = run.network.state_dict(), run.learner.ema.state_dict()
+def outcome_of(run: Run) -> Outcome | None:
+    """What the stage leaves behind; None but for the first process."""
+    whole = run.learner.whole
+    weights, averages = run.learner.weights(), whole(run.learner.ema.state_dict())
+    further = {name: whole(track) for name, track in run.learner.averages().items()}
+    if not run.world.is_first:
+        return None
     return Outcome(
         outputs={
             "model.json": model.spec_to_bytes(run.spec),
             "ema.safetensors": checkpoint.tensors_to_bytes({**weights, **averages}),
             "raw.safetensors": checkpoint.tensors_to_bytes(weights),
-            **further_outputs(run, weights),
+            **further_outputs(run, weights, further),
             "history.json": json.dumps(run.history).encode(),
         },
         values={
             "images_seen": run.images_seen,
-            "parameters": sum(p.numel() for p in run.names),
+            "parameters": sum(weights[name].numel() for name in run.names.values()),
             "final_loss": run.history["loss"][-1],
         },
     )
@@ -453,7 +484,7 @@ def program(context: Context) -> Outcome | None:
         raise
     if mirror is not None:
         mirror.close("FINISHED")
-    return outcome_of(run) if context.world.is_first else None
+    return outcome_of(run)
 
 
 def loop(run: Run, mirror: RunMirror | None) -> None:
@@ -470,7 +501,8 @@ def loop(run: Run, mirror: RunMirror | None) -> None:
             keep_snapshot(run)
             if stop or last or crossed(before, run.images_seen, runtime.checkpoint_every_images):
                 persist(run)
-            if mirror and (last or crossed(before, run.images_seen, runtime.grid_every_images)):
+            grids = runtime.mlflow_uri is not None and gathers(run)
+            if grids and (last or crossed(before, run.images_seen, runtime.grid_every_images)):
                 show_grid(run, mirror)
             if stop and not last:
                 raise InterruptedTraining(
