@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,9 @@ from eqm.gradients import FlatGradient
 from eqm.network import check_labels, uncompiled
 from eqm.objective import Corrupted, Decay
 from eqm.randomness import Stream, normal, order, uniform
-from eqm.sharding import Shards
+
+if TYPE_CHECKING:
+    from eqm.sharding import Shards
 
 FLAGS = 2
 """Numbers of an update that processes add up beside its gradient: the loss, and whether to stop."""
@@ -49,7 +52,7 @@ class Learner:
         device: torch.device,
         c: Decay | None = None,
         micro_batch: int | None = None,
-        shards: Shards | None = None,
+        shards: "Shards | None" = None,
     ) -> None:
         if c is not None:
             objective.check_decay(c)
@@ -87,7 +90,8 @@ class Learner:
         """All that the network's state_dict has; see :meth:`whole`."""
         if self.shards is None:
             return self.network.state_dict()
-        return {**dict(self.network.named_buffers()), **self.shards.whole(self.trained)}
+        kept = {n: t for n, t in self.network.state_dict().items() if n not in self.trained}
+        return {**kept, **self.shards.whole(self.trained)}
 
     def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors by names of weights, or by "<anything>/<name>", as one process has them.

@@ -2,7 +2,7 @@
 
 Torch's fully_shard is put around each block and the whole, from outside. What the optimiser, the
 averages and checkpoints see are plain tensors: ``pieces``, this process's rows of each weight.
-Checkpoints hold whole tensors, so they are the same whoever wrote them. Called by train and learner.
+Checkpoints hold whole tensors, so they are the same whoever wrote them. Built by train for learner.
 """
 
 import warnings

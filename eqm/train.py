@@ -16,7 +16,7 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -41,10 +41,12 @@ from eqm.randomness import Stream, normal
 from eqm.records import Blob, sha256, to_json
 from eqm.registry import RunMirror
 from eqm.report import sample_grid
-from eqm.sharding import Shards, check_shardable
 from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
 from eqm.storage import Store
+
+if TYPE_CHECKING:
+    from eqm.sharding import Shards
 
 HISTORY_POINTS = 200
 """The training curve has about so many points, whatever the length of the run."""
@@ -149,8 +151,11 @@ def setup(context: Context) -> Run:
     return run
 
 
-def sharded(network: torch.nn.Module, stage: TrainStage, context: Context) -> Shards:
+def sharded(network: torch.nn.Module, stage: TrainStage, context: Context) -> "Shards":
     """Share a network among the processes. Raises ConfigError for what cannot be trained so."""
+    # Half a second that nobody else should wait for.
+    from eqm.sharding import Shards, check_shardable
+
     check_shardable(stage.objective, context.world)
     blocks = blocks_of(network, context.job.runtime.compute)
     # Differences of an energy would be noise in bfloat16: autocast leaves those alone.

@@ -1,4 +1,4 @@
-"""How a step is computed changes what it costs, and nothing else: parts, blocks, and bad updates."""
+"""How a step is computed changes what it costs and nothing else; bad updates change nothing."""
 
 import subprocess
 import sys
