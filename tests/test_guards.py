@@ -1,4 +1,4 @@
-"""An update that is not finite never reaches weights: training stops in words, or goes on past it."""
+"""An update that is not finite never reaches weights: training stops, or goes on past it."""
 
 import json
 import math
