@@ -412,8 +412,12 @@ class TrainConfig:
     """Images between two snapshots of them; null: 32 snapshots a run. The last is at its end."""
     label_dropout: float = 0.1
     """Probability of the null label; 0 gives a model without guidance."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """What the network computes in; weights, averages and losses are float32."""
+    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    """What the network computes in; weights, averages and losses are float32. "tf32" is float32
+    whose products a GPU takes in TF32, as the released code does; "float32" never does."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """What to do about an update whose loss or gradient is not finite. It never reaches the
+    weights; "skip" goes on without it, and counts it."""
     init_from: PretrainedFile | None = None
     """Weights to begin from: of a sealed training (``ema.safetensors``), or an official or SiT
     checkpoint (``.pt``). The autoencoder and the shapes must be the same."""
@@ -604,6 +608,31 @@ class PolicyConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ComputeConfig:
+    """How a training step is computed: in no digest, for it changes no result beyond rounding.
+
+    Its place is that of the number of processes and threads, which change bits in the same way: a
+    run goes on from its checkpoint on a machine with other memory. Provenance keeps what it was.
+    """
+
+    parallel: Literal["ddp", "fsdp2"] = "ddp"
+    """"ddp": every process holds all weights. "fsdp2": each holds its share of weights, moments and
+    averages, for networks that would not fit. Checkpoints are the same."""
+    micro_batch: int | None = None
+    """Images of a process in one backward, of which an update then has several; null: its whole
+    share of the batch."""
+    checkpointing: bool = False
+    """Whether the backward computes each block's activations again in place of keeping them."""
+    compile: bool = False
+    """Whether torch.compile makes kernels of the blocks; on a CPU it needs a C++ compiler."""
+
+    def __post_init__(self) -> None:
+        _known(self, "compute")
+        size = self.micro_batch
+        require(size is None or size > 0, "compute.micro_batch", size, "greater than 0, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
 class PipelineConfig:
     """A whole run."""
 
@@ -625,6 +654,8 @@ class PipelineConfig:
     """Training and sampling processes on this machine (torchrun when more than 1)."""
     threads: int | None = None
     """CPU threads of each process; null: all cores, shared among the processes."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    """How training computes its steps; in no digest."""
 
     def __post_init__(self) -> None:
         ok = self.name.replace("-", "").isalnum() and self.name.isascii() and len(self.name) <= 60
@@ -674,6 +705,8 @@ class Runtime:
     """CPU threads a process; null: all cores over the local processes."""
     collective_timeout_seconds: float = 600.0
     """How long ranks wait for one that stalls. It must be longer than saving a checkpoint takes."""
+    compute: ComputeConfig = field(default_factory=ComputeConfig)
+    """How a training step is computed."""
     checkpoint_every_images: int = 25_600
     keep_checkpoints: int = 3
     """The newest of a training that stay; older ones are deleted."""

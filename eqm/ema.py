@@ -43,11 +43,13 @@ class _Averages:
         self._averages = {name: _wide(w.detach()).clone() for name, w in weights.items()}
 
     @torch.no_grad()
-    def _move(self, weights: Mapping[str, Tensor], share: float) -> None:
+    def _move(self, weights: Mapping[str, Tensor], share: float, happened: Tensor | None) -> None:
         self._check_names(weights)
         news = [_wide(weights[name]) for name in self._averages]
         averages = list(self._averages.values())
-        torch._foreach_lerp_(averages, news, share)  # pyright: ignore[reportPrivateImportUsage]
+        # One share on the device for each, where only the device knows whether there was an update.
+        shares = share if happened is None else [(share * happened).to(a.dtype) for a in averages]
+        torch._foreach_lerp_(averages, news, shares)  # pyright: ignore[reportPrivateImportUsage]
 
     def state_dict(self) -> dict[str, Tensor]:
         """Name -> average: the tensors themselves, which the next update changes."""
@@ -82,12 +84,16 @@ class EMA(_Averages):
         super().__init__(weights)
         self.half_life_images = half_life_images
 
-    def update(self, weights: Mapping[str, Tensor], *, images: int) -> None:
+    def update(
+        self, weights: Mapping[str, Tensor], *, images: int, happened: Tensor | None = None
+    ) -> None:
         """Move the averages toward the weights, after an update on so many images.
 
-        Raises ValueError for names that are not those of the averages.
+        ``happened`` () is 1, or 0 where the update was left out: nothing moves then. Raises
+        ValueError for names that are not those of the averages.
         """
-        self._move(weights, -math.expm1(-math.log(2) * images / self.half_life_images))
+        share = -math.expm1(-math.log(2) * images / self.half_life_images)
+        self._move(weights, share, happened)
 
 
 class PowerEMA(_Averages):
@@ -98,13 +104,21 @@ class PowerEMA(_Averages):
         super().__init__(weights)
         self.sigma_rel = sigma_rel
 
-    def update(self, weights: Mapping[str, Tensor], *, images: int, images_seen: int) -> None:
+    def update(
+        self,
+        weights: Mapping[str, Tensor],
+        *,
+        images: int,
+        images_seen: int,
+        happened: Tensor | None = None,
+    ) -> None:
         """Move the averages toward the weights, after an update on so many images.
 
-        ``images_seen`` is the position before it. Raises ValueError for names that are not those
-        of the averages.
+        ``images_seen`` is the position before it, ``happened`` as of :class:`EMA`. Raises
+        ValueError for names that are not those of the averages.
         """
-        self._move(weights, power_share(self.gamma, images=images, images_seen=images_seen))
+        share = power_share(self.gamma, images=images, images_seen=images_seen)
+        self._move(weights, share, happened)
 
 
 def power_share(gamma: float, *, images: int, images_seen: int) -> float:

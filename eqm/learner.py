@@ -8,9 +8,10 @@ dropped) is a function of (seed, n). Pure: knows no files and no ranks.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +21,25 @@ from eqm.config import ObjectiveConfig, TrainConfig
 from eqm.ema import EMA, PowerEMA
 from eqm.errors import ConfigError, DataError
 from eqm.field import Field
+from eqm.gradients import FlatGradient
 from eqm.network import check_labels, uncompiled
 from eqm.objective import Corrupted, Decay
 from eqm.randomness import Stream, normal, order, uniform
+
+if TYPE_CHECKING:
+    from eqm.sharding import Shards
+
+FLAGS = 2
+"""Numbers of an update that processes add up beside its gradient: the loss, and whether to stop."""
 
 
 class Learner:
     """A network, what it is to become, and the state of its optimisation.
 
-    ``c`` takes the place of the objective's c. Raises ConfigError for one that cannot be
+    ``c`` takes the place of the objective's c. ``micro_batch`` is how many images go backward at
+    once; None: all that are given. ``shards`` are of a network that processes share: weights,
+    moments and averages are then this process's rows. ``room`` is how many numbers are summed over
+    processes beside the gradient. Raises ConfigError for a c that cannot be
     (:func:`eqm.objective.check_decay`), and for weights in half precision whose energy would be
     trained by differences.
     """
@@ -41,17 +52,21 @@ class Learner:
         *,
         device: torch.device,
         c: Decay | None = None,
+        micro_batch: int | None = None,
+        shards: "Shards | None" = None,
+        room: int = FLAGS,
     ) -> None:
         if c is not None:
             objective.check_decay(c)
         self.network, self.objective, self.config = network, objective_config, config
-        self.device = device
+        self.device, self.micro_batch, self.shards = device, micro_batch, shards
         self.c = c or objective.decay(objective_config)
         self.field = Field(network, energy=objective_config.energy)  # type: ignore[arg-type]
         self.way = objective_config.backward
         if self.field.kind != "implicit" and self.way == "directional":
             objective.difference_for(next(network.parameters()).dtype)
-        trained = {name: p for name, p in network.named_parameters() if p.requires_grad}
+        trained = _trained(network) if shards is None else shards.pieces
+        self.trained: dict[str, nn.Parameter] = trained
         self.optimiser = torch.optim.AdamW(
             trained.values(),
             lr=config.learning_rate,
@@ -59,6 +74,9 @@ class Learner:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        self.gradients = FlatGradient(tuple(trained.values()), room=room)
+        if shards is not None:
+            shards.attach(self.gradients.views)
         self.ema = EMA(trained, half_life_images=config.ema_half_life_images)
         self.tracks = {h: EMA(trained, half_life_images=h) for h in config.ema_tracks}
         """Half-life in images -> further averages."""
@@ -68,7 +86,25 @@ class Learner:
     @cached_property
     def names(self) -> dict[Tensor, str]:
         """Trained parameters and their names."""
-        return {p: n for n, p in self.network.named_parameters() if p.requires_grad}
+        return {p: n for n, p in self.trained.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """All that the network's state_dict has; see :meth:`whole`."""
+        if self.shards is None:
+            return self.network.state_dict()
+        kept = {n: t for n, t in self.network.state_dict().items() if n not in self.trained}
+        return {**kept, **self.shards.whole(self.trained)}
+
+    def whole(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Tensors by names of weights, or by "<anything>/<name>", as one process has them.
+
+        Of a network that is shared, all processes ask at once, and the first one is told.
+        """
+        return dict(tensors) if self.shards is None else self.shards.whole(tensors)
+
+    def own(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What this process holds of whole tensors."""
+        return dict(tensors) if self.shards is None else self.shards.cut(tensors)
 
     def averages(self) -> dict[str, dict[str, Tensor]]:
         """All averages but the main ones, under their names: "ema-20000", "power-0.05"."""
@@ -111,8 +147,12 @@ class Learner:
     def backward(self, at: Corrupted) -> Tensor:
         """Add this share's part of the gradient of the mean loss over the global batch.
 
-        Returns the loss of each image, (B,), detached.
+        Returns the loss of each image, (B,), detached. Parts of the share go back one after the
+        other, each with its part of the sum, so that they add up to what the whole would give.
         """
+        return torch.cat([self._backward(part) for part in parts(at, self.micro_batch)])
+
+    def _backward(self, at: Corrupted) -> Tensor:
         scale = 1 / self.config.batch_size
         half = self.config.precision == "bfloat16"
         with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
@@ -145,32 +185,55 @@ class Learner:
         return matched + self.objective.dispersive_weight * spread
 
     def gradient(self) -> Tensor:
-        """Gradient of all weights, flat; zeros where the loss does not depend on one."""
-        return torch.cat([_flat_gradient(p) for p in self.names])
+        """Gradient of all weights, flat, (P,); zeros where the loss does not depend on one.
 
-    def apply(self, gradient: Tensor, *, images_seen: int) -> Tensor:
-        """One update of weights and averages by a flat gradient; returns its norm before clipping.
-
-        ``images_seen`` is the position before the update.
+        The tensor itself that the next :meth:`backward` adds to, until :meth:`apply` clears it.
         """
-        norm = gradient.norm()
+        return self.gradients.collect()
+
+    def apply(self, gradient: Tensor, *, images_seen: int, loss: Tensor | None = None) -> Tensor:
+        """One update of weights and averages by :meth:`gradient`; returns its norm before clipping.
+
+        ``images_seen`` is the position before the update, ``loss`` () its loss. Where that or the
+        norm is not finite nothing reaches the weights; this is decided on the device, and the host
+        is not made to wait for it. Averages stand still then if train.on_nonfinite is "skip";
+        "stop" is the caller's, who sees the norm.
+        """
+        if gradient.data_ptr() != self.gradients.flat.data_ptr():
+            self.gradients.flat.copy_(gradient)
+            gradient = self.gradients.flat
+        norm = gradient.norm() if self.shards is None else self.shards.norm(gradient)
+        finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
         if self.config.gradient_clip is not None:
             gradient.mul_((self.config.gradient_clip / (norm + 1e-12)).clamp(max=1.0))
-        start = 0
-        for parameter in self.names:
-            count = parameter.numel()
-            parameter.grad = gradient[start : start + count].view_as(parameter)
-            start += count
         for group in self.optimiser.param_groups:
             group["lr"] = learning_rate(self.config, images_seen)
+        # The fused kernel's own way of leaving weights, moments and its count alone.
+        self.optimiser.found_inf = (~finite).float()  # type: ignore[attr-defined]
         self.optimiser.step()
-        weights, images = {n: p for p, n in self.names.items()}, self.config.batch_size
-        for track in (self.ema, *self.tracks.values()):
-            track.update(weights, images=images)
-        for power in self.power.values():
-            power.update(weights, images=images, images_seen=images_seen)
-        self.optimiser.zero_grad(set_to_none=True)
+        self._average(images_seen, finite.float() if self.config.on_nonfinite == "skip" else None)
+        self.gradients.clear()
         return norm
+
+    def _average(self, images_seen: int, happened: Tensor | None) -> None:
+        weights, images = self.trained, self.config.batch_size
+        for track in (self.ema, *self.tracks.values()):
+            track.update(weights, images=images, happened=happened)
+        for power in self.power.values():
+            power.update(weights, images=images, images_seen=images_seen, happened=happened)
+
+
+def _trained(network: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in network.named_parameters() if p.requires_grad}
+
+
+def parts(at: Corrupted, size: int | None) -> Iterator[Corrupted]:
+    """Consecutive parts of so many images; None: all in one."""
+    size = len(at.x) if size is None else size
+    for start in range(0, len(at.x), size):
+        here = slice(start, start + size)
+        labels = None if at.labels is None else at.labels[here]
+        yield Corrupted(at.x[here], at.goal[here], at.gamma[here], labels)
 
 
 def number_name(value: float) -> str:
@@ -185,11 +248,6 @@ def learning_rate(config: TrainConfig, images_seen: int) -> float:
     falling = config.decay_fraction * config.images
     decay = min(1.0, left / falling) if falling else 1.0
     return config.learning_rate * warm * decay
-
-
-def _flat_gradient(parameter: Tensor) -> Tensor:
-    gradient = parameter.grad
-    return torch.zeros_like(parameter).flatten() if gradient is None else gradient.flatten()
 
 
 def check_slope(network: nn.Module, config: ObjectiveConfig) -> None:
@@ -255,25 +313,36 @@ def learn(
     _check_data(network, x, given)
     device = next(network.parameters()).device
     learner = Learner(network, asked, config, device=device, c=c)
-    losses = []
+    losses, norms = [], []
     for seen in range(0, config.updates * config.batch_size, config.batch_size):
         numbers = torch.arange(seen, seen + config.batch_size)
         rows = order(config.seed, len(x), numbers)
         chosen = None if given is None else given[rows].to(device)
         at = learner.corrupted(x[rows].to(device), chosen, numbers.to(device))
         losses.append(learner.backward(at).mean())
-        learner.apply(learner.gradient(), images_seen=seen)
+        norms.append(learner.apply(learner.gradient(), images_seen=seen, loss=losses[-1]))
         if on_update is not None:
             on_update(seen + config.batch_size, float(losses[-1]))
     curve = torch.stack(losses)
-    odd = (~curve.isfinite()).nonzero()
-    if len(odd):
-        raise DataError(
-            f"the loss is {float(curve[odd[0]])} at image {int(odd[0]) * config.batch_size:,}: "
-            "training has diverged; lower train.learning_rate or set train.gradient_clip"
-        )
+    if config.on_nonfinite == "stop":
+        _refuse_divergence(curve, torch.stack(norms), config.batch_size)
     _keep_averages(learner)
     return Learnt(learner.field, curve, learner.averages())
+
+
+def _refuse_divergence(losses: Tensor, norms: Tensor, batch_size: int) -> None:
+    odd = (~(losses.isfinite() & norms.isfinite())).nonzero()
+    if len(odd):
+        update = int(odd[0])
+        raise DataError(diverged(float(losses[update]), float(norms[update]), update * batch_size))
+
+
+def diverged(loss: float, norm: float, first_image: int) -> str:
+    """What to say of the update that began at an image and was not finite."""
+    return (
+        f"loss {loss} and gradient norm {norm} of the update from image {first_image:,} on: "
+        "training has diverged; lower train.learning_rate or set train.gradient_clip"
+    )
 
 
 @torch.no_grad()
@@ -281,6 +350,7 @@ def _keep_averages(learner: Learner) -> None:
     averages = learner.ema.state_dict()
     for parameter, name in learner.names.items():
         parameter.copy_(averages[name])
+    learner.gradients.release()
     learner.network.eval().requires_grad_(False)
 
 

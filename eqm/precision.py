@@ -1,10 +1,31 @@
-"""Numerics that must not depend on what others have chosen. Called by autoencoder and features."""
+"""Numerics that must not depend on what others have chosen.
+
+Called by autoencoder, features and train.
+"""
 
 import contextlib
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from eqm.errors import ConfigError
+
+
+def choose_products(precision: str, device: torch.device) -> None:
+    """Set what CUDA takes products of float32 in, for this process: TF32 for "tf32", else IEEE.
+
+    Torch's own choices differ between products and convolutions, and between versions. Raises
+    ConfigError for TF32 on another device.
+    """
+    if precision == "tf32" and device.type != "cuda":
+        raise ConfigError(
+            f"train.precision is 'tf32', which only GPUs of NVIDIA have, and the device is "
+            f"{device.type}: use 'float32'"
+        )
+    chosen = "tf32" if precision == "tf32" else "ieee"
+    backends: Any = torch.backends
+    backends.cuda.matmul.fp32_precision = backends.cudnn.conv.fp32_precision = chosen
 
 
 @contextlib.contextmanager

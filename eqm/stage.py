@@ -240,7 +240,10 @@ def _record(context: Context, outcome: Outcome, began: str) -> Record:
         outputs={name: _blob(store, data) for name, data in outcome.outputs.items()},
         values=to_json(dict(outcome.values)),
         logs={name: _blob(store, data) for name, data in outcome.logs.items()},
-        provenance=provenance(context.world, began),
+        provenance={
+            **provenance(context.world, began),
+            **({"compute": to_json(job.runtime.compute)} if job.stage == "train" else {}),
+        },
     )
 
 

@@ -10,6 +10,7 @@ call: nothing is bucketed.
 import contextlib
 import json
 import signal
+import statistics
 import sys
 import tempfile
 import time
@@ -19,25 +20,27 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from eqm import checkpoint, gauges, lease, model, sampling
+from eqm import checkpoint, flops, gauges, lease, model, sampling
 from eqm.autoencoder import read_pretrained
 from eqm.batches import Batch, batches
 from eqm.checkpoint import Position, TrainState
+from eqm.compute import blocks_of, check_micro_batch, prepare, slow_bfloat16
 from eqm.config import PretrainedFile, SamplerConfig, TrainConfig, TrainStage
 from eqm.distributed import World
 from eqm.errors import DataError, EqmError
 from eqm.events import EventLog, log_of, restore
 from eqm.latent_set import LatentSet, open_manifest
 from eqm.latents import sample_latents
-from eqm.learner import Learner, check_slope, learning_rate
+from eqm.learner import FLAGS, Learner, check_slope, diverged, learning_rate
 from eqm.model import Model, ModelSpec
 from eqm.objective import Corrupted
 from eqm.official import import_official, read_official
+from eqm.precision import choose_products
 from eqm.progress import Progress
 from eqm.randomness import Stream, normal
 from eqm.records import Blob, Record, sha256, to_json
@@ -47,6 +50,9 @@ from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
 from eqm.storage import Store
 
+if TYPE_CHECKING:
+    from eqm.sharding import Shards
+
 HISTORY_POINTS = 200
 """The training curve has about so many points, whatever the length of the run."""
 EVENTS = "events.jsonl"
@@ -55,6 +61,8 @@ CATCH_UP_SECONDS = 600.0
 """How long MLflow may take for what it has missed of a sealed run, while it answers."""
 GRID_SAMPLES_A_CLASS = 6
 GRID_CLASSES = 10
+SPIKE, SPIKE_POINTS = 5.0, 10
+"""A loss so many times the median of so many points of the curve is told."""
 
 
 class InterruptedTraining(EqmError):
@@ -138,7 +146,12 @@ def setup(context: Context, mine: lease.Held | None = None) -> Run:
     """Open the data, build the network, and go on from the newest complete checkpoint."""
     stage: TrainStage = context.config
     data = open_manifest(context.input("latents"), context.store)
+    compute, device = context.job.runtime.compute, context.world.device
     world_divides(stage.train, context.world)
+    check_micro_batch(compute, stage.objective, stage.train.batch_size // context.world.size)
+    choose_products(stage.train.precision, device)
+    if context.world.is_first and (told := slow_bfloat16(stage.train, device)) is not None:
+        sys.stderr.write(told + "\n")
     spec = ModelSpec(
         schema=model.SCHEMA,
         network=stage.network,
@@ -147,22 +160,40 @@ def setup(context: Context, mine: lease.Held | None = None) -> Run:
         classes=data.manifest.classes,
         null_label=stage.train.label_dropout > 0,
     )
+    network = first_network(stage, spec, device, context.store)
+    prepare(network, compute, stage.objective, device)
+    shards = sharded(network, stage, context) if compute.parallel == "fsdp2" else None
     run = Run(
         context=context,
         stage=stage,
         spec=spec,
         data=data,
         learner=Learner(
-            first_network(stage, spec, context.world.device, context.store),
+            network,
             stage.objective,
             stage.train,
-            device=context.world.device,
+            device=device,
+            micro_batch=compute.micro_batch,
+            shards=shards,
+            room=FLAGS + 2 * gauges.BANDS,
         ),
         mine=mine,
     )
     resume(run)
     begin_log(run)
     return run
+
+
+def sharded(network: torch.nn.Module, stage: TrainStage, context: Context) -> "Shards":
+    """Share a network among the processes. Raises ConfigError for what cannot be trained so."""
+    # Half a second that nobody else should wait for.
+    from eqm.sharding import Shards, check_shardable
+
+    check_shardable(stage.objective, context.world)
+    blocks = blocks_of(network, context.job.runtime.compute)
+    # Differences of an energy would be noise in bfloat16: autocast leaves those alone.
+    half = stage.train.precision == "bfloat16" and stage.objective.energy == "implicit"
+    return Shards(network, blocks, context.world, half=half)
 
 
 def first_network(
@@ -230,13 +261,13 @@ def resume(run: Run) -> None:
     images, token = (run.world.first_says(number) for number in found or (-1, 0))
     if images < 0:
         return
-    state = checkpoint.load(store, digest, Position(images, token))
+    state, own = checkpoint.load(store, digest, Position(images, token)), run.learner.own
     with torch.no_grad():
-        for parameter, name in run.names.items():
-            parameter.copy_(state.parameters[name])
-    run.learner.ema.load_state_dict(state.ema)
-    run.learner.load_averages(state.averages)
-    checkpoint.tensors_to_optimiser(state.optimiser, run.learner.optimiser, run.names)
+        for name, tensor in own(state.parameters).items():
+            run.learner.trained[name].copy_(tensor)
+    run.learner.ema.load_state_dict(own(state.ema))
+    run.learner.load_averages({name: own(track) for name, track in state.averages.items()})
+    checkpoint.tensors_to_optimiser(own(state.optimiser), run.learner.optimiser, run.names)
     run.images_seen = run.persisted = state.images_seen
     run.history = state.history
     run.since_report = [torch.tensor(pair, device=run.world.device) for pair in state.pending]
@@ -276,16 +307,20 @@ def step(run: Run, batch: Batch, stop: bool) -> bool:
     losses = accumulate(run, batch)
     loss = losses.sum() / run.config.batch_size
     numbers = batch.image_numbers.to(run.world.device, non_blocking=True)
-    told = gauges.by_band(losses, run.learner.levels(numbers))
-    flags = torch.cat([torch.stack([loss, loss.new_tensor(float(stop))]), told])
-    flat = torch.cat([run.learner.gradient(), flags])
-    run.world.sum_(flat)
-    gradient, flags = flat[: -len(flags)], flat[-len(flags) :]
-    norm = run.learner.apply(gradient, images_seen=run.images_seen)
+    gradient, gradients = run.learner.gradient(), run.learner.gradients
+    gradients.beside[0].copy_(loss)
+    gradients.beside[1].fill_(float(stop))
+    gradients.beside[FLAGS:].copy_(gauges.by_band(losses, run.learner.levels(numbers)))
+    # Gradients of shared weights are summed already.
+    run.world.sum_(gradients.buffer if run.learner.shards is None else gradients.beside)
+    beside = gradients.beside.clone()
+    loss, stops, told = beside[0], beside[1], beside[FLAGS:]
+    norm = run.learner.apply(gradient, images_seen=run.images_seen, loss=loss)
     run.images_seen += run.config.batch_size
-    run.since_report.append(torch.stack([flags[0], norm]))
-    run.tally.add_(flags[2:])
-    return bool(flags[1] > 0) if run.world.size > 1 else stop
+    run.since_report.append(torch.stack([loss, norm]))
+    # What was skipped, or is about to be refused, is in no mean.
+    run.tally.add_(torch.where((loss + norm).isfinite(), told, torch.zeros_like(told)))
+    return bool(stops > 0) if run.world.size > 1 else stop
 
 
 def accumulate(run: Run, batch: Batch) -> Tensor:
@@ -309,19 +344,27 @@ def report(run: Run, bar: Progress) -> None:
     if run.images_seen % run.report_every and run.images_seen < total_images(run):
         bar.advance(run.config.batch_size)
         return
-    loss, norm = torch.stack(run.since_report).double().mean(dim=0).tolist()
+    found = guarded(run)
+    loss, norm = found.mean(dim=0).tolist()
+    tell_spikes(run, found)
     run.since_report.clear()
-    if not (loss == loss and norm < float("inf")):
-        raise DataError(
-            f"loss {loss} and gradient norm {norm} at image {run.images_seen:,}: training has "
-            "diverged; lower train.learning_rate or set train.gradient_clip"
-        )
     for name, value in (("images", run.images_seen), ("loss", loss), ("gradient_norm", norm)):
         run.history[name].append(value)
     bar.advance(run.config.batch_size, loss=loss, gradient=norm)
+    # All processes take part: of shared weights each has its rows.
+    weights = parameter_norm(run)
     if run.world.is_first:
-        run.log.append("metrics", run.images_seen, gauges.finite(figures_of(run, loss, norm)))
+        figures = {**figures_of(run, loss, norm), "parameter_norm": weights}
+        run.log.append("metrics", run.images_seen, gauges.finite(figures))
     run.tally.zero_()
+
+
+def parameter_norm(run: Run) -> float:
+    """Length of all weights as one vector."""
+    here = gauges.parameter_norm(run.names)
+    if run.learner.shards is None:
+        return here
+    return float(run.world.sum_(torch.tensor(here**2, device=run.world.device)).sqrt())
 
 
 def figures_of(run: Run, loss: float, norm: float) -> dict[str, float]:
@@ -330,19 +373,84 @@ def figures_of(run: Run, loss: float, norm: float) -> dict[str, float]:
         "loss": loss,
         "gradient_norm": norm,
         "learning_rate": learning_rate(run.config, run.images_seen - run.config.batch_size),
-        "parameter_norm": gauges.parameter_norm(run.names),
     }
     rates = run.stopwatch.figures(run.config.batch_size)
-    return figures | gauges.band_figures(run.tally) | rates | gauges.peak_memory(run.world.device)
+    work = speed(run, rates["images_per_second"])
+    memory = gauges.peak_memory(run.world.device)
+    return figures | gauges.band_figures(run.tally) | rates | work | memory
 
 
-def show_grid(run: Run, mirror: RunMirror) -> None:
-    """Send a grid of samples of the EMA weights to MLflow."""
+def guarded(run: Run) -> Tensor:
+    """(loss, gradient norm) of the updates since the last point that were finite, (U, 2) float64.
+
+    Raises DataError, naming the update, for one that was not where training is to stop, and where
+    no other is left. Those that were skipped are told, and counted in the history.
+    """
+    found = torch.stack(run.since_report).double().cpu()
+    finite = found.isfinite().all(dim=1)
+    begun = updates_begun(run)
+    odd = [n for n, fine in enumerate(finite.tolist()) if not fine]
+    skipping = run.config.on_nonfinite == "skip"
+    if odd and not (skipping and bool(finite.any())):
+        loss, norm = found[odd[0]].tolist()
+        raise DataError(diverged(loss, norm, begun[odd[0]]))
+    if skipping:
+        run.history.setdefault("skipped", []).append(float(len(odd)))
+    if odd and run.world.is_first:
+        ends = ", ".join(f"{begun[n]:,} to {begun[n] + run.config.batch_size - 1:,}" for n in odd)
+        sys.stderr.write(
+            f"{len(odd)} updates were skipped, whose loss or gradient was not finite: images "
+            f"{ends} of the run\n"
+        )
+    return found[finite]
+
+
+def updates_begun(run: Run) -> list[int]:
+    """First image of each update since the last point of the curve."""
+    count, size = len(run.since_report), run.config.batch_size
+    return list(range(run.images_seen - count * size, run.images_seen, size))
+
+
+def refuse_divergence(run: Run) -> None:
+    """What a checkpoint must not come after, where training is to stop: raises DataError."""
+    if run.since_report and run.config.on_nonfinite == "stop":
+        guarded(run)
+
+
+def tell_spikes(run: Run, found: Tensor) -> None:
+    """Say where the loss of an update was far above the usual; nothing is done about it."""
+    usual = run.history["loss"][-SPIKE_POINTS:]
+    if len(usual) < SPIKE_POINTS or not run.world.is_first:
+        return
+    middle, highest = statistics.median(usual), float(found[:, 0].max())
+    if highest > SPIKE * middle:
+        sys.stderr.write(
+            f"a loss of {highest:.4g} among the updates before image {run.images_seen:,}, "
+            f"{highest / middle:.1f} times the usual {middle:.4g}\n"
+        )
+
+
+def speed(run: Run, images_per_second: float) -> dict[str, float]:
+    """TFLOP/s and MFU of all devices since the last report, as far as they are known."""
+    latent, network = run.spec.latent, run.stage.network
+    tokens = latent.shape[1] * latent.shape[2] // network.patch**2
+    asked = run.stage.objective
+    work = flops.training_flops(network, asked, tokens=tokens, channels=latent.shape[0])
+    device = run.world.device
+    peak = flops.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return flops.figures(images_per_second, work, devices=run.world.size, peak=peak)
+
+
+def show_grid(run: Run, mirror: RunMirror | None) -> None:
+    """Send a grid of samples of the EMA weights to MLflow, where this process is the one to."""
+    tensors = {**run.learner.weights(), **run.learner.whole(run.learner.ema.state_dict())}
+    if mirror is None:
+        return
     classes = run.spec.classes[:GRID_CLASSES]
     labels = [k for k in range(len(classes)) for _ in range(GRID_SAMPLES_A_CLASS)]
     settings: SamplerConfig = run.context.job.runtime.grid_sampler
     found = sampling.sample(
-        ema_model(run),
+        model_of(run, tensors),
         labels=labels,
         seeds=range(len(labels)),
         rule=sampling.rule_of(settings),
@@ -354,9 +462,8 @@ def show_grid(run: Run, mirror: RunMirror) -> None:
     mirror.file(f"samples/{run.images_seen:012d}.png", png)
 
 
-def ema_model(run: Run) -> Model:
-    """The model as it stands, with averaged weights."""
-    tensors = {**run.network.state_dict(), **run.learner.ema.state_dict()}
+def model_of(run: Run, tensors: dict[str, Tensor]) -> Model:
+    """The model with averaged weights."""
     net = model.filled(run.spec.build().to(run.world.device), tensors, "EMA weights")
     return Model(run.spec, net, autoencoder=lambda: _autoencoder(run))
 
@@ -377,14 +484,19 @@ def _autoencoder(run: Run) -> Any:
 def persist(run: Run, *, durable: bool = True) -> None:
     """Begin to make the state durable, once a position, and wait for that where it is asked.
 
-    Where it fails, or something before it did, all ranks raise what the first one met.
+    Where it fails, or something before it did, all ranks raise what the first one met. Raises
+    DataError for a run that has diverged.
     """
+    refuse_divergence(run)
+    state = None
+    if gathers(run) and run.persisted != run.images_seen:
+        if run.world.is_first:
+            run.log.append("checkpoint", run.images_seen, tally=run.tally.tolist())
+        state = state_of(run)
 
     def write() -> None:
-        if run.persisted != run.images_seen:
-            tally = run.tally.tolist() if bool(run.tally.isfinite().all()) else None
-            run.log.append("checkpoint", run.images_seen, tally=tally)
-            run.writer.write(state_of(run))
+        if state is not None:
+            run.writer.write(state)
         if durable:
             run.writer.wait()
 
@@ -429,30 +541,43 @@ def only_trainer(context: Context) -> Iterator[lease.Held | None]:
         yield found[0] if found else None
 
 
+def gathers(run: Run) -> bool:
+    """Whether this process takes part in putting state together."""
+    return run.world.is_first or run.learner.shards is not None
+
+
 def state_of(run: Run) -> TrainState:
-    """All that the rest of the run is a function of; its tensors are those that change."""
+    """All that the rest of the run is a function of, tensors that change among it.
+
+    Tensors are the first process's.
+    """
+    whole, optimiser = run.learner.whole, run.learner.optimiser
     return TrainState(
         images_seen=run.images_seen,
-        parameters={name: p.detach() for p, name in run.names.items()},
-        ema=run.learner.ema.state_dict(),
-        optimiser=checkpoint.optimiser_to_tensors(run.learner.optimiser, run.names),
+        parameters=whole({name: p.detach() for p, name in run.names.items()}),
+        ema=whole(run.learner.ema.state_dict()),
+        optimiser=whole(checkpoint.optimiser_to_tensors(optimiser, run.names)),
         history=run.history,
         pending=torch.stack(run.since_report).tolist() if run.since_report else [],
-        averages=run.learner.averages(),
-        events=run.log.segments(),
+        averages={name: whole(track) for name, track in run.learner.averages().items()},
+        events=run.log.segments() if run.world.is_first else {},
     )
 
 
 def keep_snapshot(run: Run) -> None:
     """Begin to keep the power-function averages, where the config wants them kept."""
-    if run.world.is_first and run.images_seen in run.snapshots:
-        averages = {sigma: track.state_dict() for sigma, track in run.learner.power.items()}
+    if not gathers(run) or run.images_seen not in run.snapshots:
+        return
+    power, whole = run.learner.power, run.learner.whole
+    averages = {sigma: whole(track.state_dict()) for sigma, track in power.items()}
+    if run.world.is_first:
         run.writer.snapshot(run.images_seen, averages)
 
 
-def further_outputs(run: Run, weights: dict[str, Tensor]) -> dict[str, bytes | Blob]:
+def further_outputs(
+    run: Run, weights: dict[str, Tensor], further: dict[str, dict[str, Tensor]]
+) -> dict[str, bytes | Blob]:
     """Averages beside the main ones: those at the end, and the snapshots on the way there."""
-    further = run.learner.averages()
     found: dict[str, bytes | Blob] = {
         f"{name}.safetensors": checkpoint.tensors_to_bytes({**weights, **averages})
         for name, averages in further.items()
@@ -464,20 +589,24 @@ def further_outputs(run: Run, weights: dict[str, Tensor]) -> dict[str, bytes | B
     return found
 
 
-def outcome_of(run: Run) -> Outcome:
-    """What the stage leaves behind."""
-    weights, averages = run.network.state_dict(), run.learner.ema.state_dict()
+def outcome_of(run: Run) -> Outcome | None:
+    """What the stage leaves behind; None but for the first process."""
+    whole = run.learner.whole
+    weights, averages = run.learner.weights(), whole(run.learner.ema.state_dict())
+    further = {name: whole(track) for name, track in run.learner.averages().items()}
+    if not run.world.is_first:
+        return None
     return Outcome(
         outputs={
             "model.json": model.spec_to_bytes(run.spec),
             "ema.safetensors": checkpoint.tensors_to_bytes({**weights, **averages}),
             "raw.safetensors": checkpoint.tensors_to_bytes(weights),
-            **further_outputs(run, weights),
+            **further_outputs(run, weights, further),
             "history.json": json.dumps(run.history).encode(),
         },
         values={
             "images_seen": run.images_seen,
-            "parameters": sum(p.numel() for p in run.names),
+            "parameters": sum(weights[name].numel() for name in run.names.values()),
             "final_loss": run.history["loss"][-1],
         },
         logs={EVENTS: run.log.to_bytes()},
@@ -494,7 +623,7 @@ def program(context: Context) -> Outcome | None:
         run = setup(context, mine)
         with contextlib.closing(run.writer):
             mirrored(run)
-        outcome = outcome_of(run) if context.world.is_first else None
+        outcome = outcome_of(run)
         if mine is not None:
             # Whoever was replaced seals nothing.
             mine.check()
@@ -534,7 +663,8 @@ def loop(run: Run, mirror: RunMirror | None) -> None:
             keep_snapshot(run)
             if stop or last or crossed(before, run.images_seen, runtime.checkpoint_every_images):
                 persist(run, durable=stop or last)
-            if mirror and (last or crossed(before, run.images_seen, runtime.grid_every_images)):
+            grids = runtime.mlflow_uri is not None and gathers(run)
+            if grids and (last or crossed(before, run.images_seen, runtime.grid_every_images)):
                 show_grid(run, mirror)
             if stop and not last:
                 raise InterruptedTraining(

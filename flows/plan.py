@@ -85,6 +85,7 @@ class Plan:
             run_name=self.config.name,
             grid_sampler=self.config.generate.sampler,
             threads=self.config.threads,
+            compute=self.config.compute,
         )
 
 

@@ -1,0 +1,114 @@
+"""How a network's blocks are run in training: kept or computed again, as they are or compiled.
+
+Applied from outside: a network's module says what it computes, not how. Weights keep their names.
+Called by train, before it builds what is trained.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from eqm.config import ComputeConfig, ObjectiveConfig, TrainConfig, require
+from eqm.errors import ConfigError
+
+Forward = Callable[..., Tensor]
+
+
+def prepare(
+    network: nn.Module, compute: ComputeConfig, objective: ObjectiveConfig, device: torch.device
+) -> None:
+    """Make the blocks of a network run as asked, in place.
+
+    Raises ConfigError for a network without blocks, for compiled blocks where there is no compiler,
+    and for what cannot be done with an energy that is differentiated twice.
+    """
+    double = objective.energy != "implicit" and objective.backward == "double"
+    for name, cannot in (
+        ("compile", "compiled code has no double backward"),
+        ("checkpointing", "what a double backward computes again is not what it had kept"),
+    ):
+        if double and getattr(compute, name):
+            raise ConfigError(
+                f"compute.{name} is true, but {cannot}: train this energy with "
+                f"objective.backward = 'directional', or leave compute.{name} false"
+            )
+    if compute.compile:
+        check_compiler(device)
+    for block in blocks_of(network, compute):
+        if compute.compile:
+            block.forward = compiled(type(block)).__get__(block)
+        if compute.checkpointing:
+            # Not around __call__: hooks on a block see its tokens once, and not again going back.
+            block.forward = functools.partial(_recomputed, block.forward)
+
+
+def blocks_of(network: nn.Module, compute: ComputeConfig) -> list[nn.Module]:
+    """The blocks that settings of ``compute`` are about. Raises ConfigError without any."""
+    found = getattr(network, "blocks", None)
+    if found is not None:
+        return list(cast(nn.ModuleList, found))
+    for name, default in (("checkpointing", False), ("compile", False), ("parallel", "ddp")):
+        value = getattr(compute, name)
+        rule = f"{default!r} for a U-Net: only transformers have the blocks it is about"
+        require(value == default, f"compute.{name}", value, rule)
+    return []
+
+
+@functools.cache
+def compiled(kind: type[nn.Module]) -> Any:
+    """The compiled forward of a kind of block: one for all, for they differ in weights alone."""
+    return torch.compile(kind.forward, dynamic=False)
+
+
+def _recomputed(forward: Forward, *args: Tensor) -> Tensor:
+    # Nothing in a block is drawn at random.
+    found = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
+    return cast(Tensor, found)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Refuse to compile where nothing can. Raises ConfigError."""
+    if device.type != "cpu":
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ConfigError(
+            "compute.compile is true, but there is no C++ compiler here, which torch.compile needs "
+            "on a CPU: install g++, or set compute.compile to false"
+        ) from error
+
+
+def check_micro_batch(compute: ComputeConfig, objective: ObjectiveConfig, share: int) -> None:
+    """Refuse parts that do not make up a process's ``share`` of the batch. Raises ConfigError."""
+    size = compute.micro_batch
+    if size is None:
+        return
+    rule = f"a divisor of the {share} images of a process (train.batch_size over processes)"
+    require(share % size == 0, "compute.micro_batch", size, rule)
+    group = objective.dispersive_group
+    rule = f"a multiple of objective.dispersive_group ({group})"
+    whole = not objective.dispersive_weight or size % group == 0
+    require(whole, "compute.micro_batch", size, rule)
+
+
+def slow_bfloat16(config: TrainConfig, device: torch.device) -> str | None:
+    """What to tell a user whose processor computes bfloat16 by way of float32; None elsewhere."""
+    if config.precision != "bfloat16" or device.type != "cpu" or _computes_bfloat16():
+        return None
+    return (
+        "train.precision is 'bfloat16', but this processor has no instructions for it (avx512_bf16 "
+        "or amx): it is emulated, and slower than 'float32'"
+    )
+
+
+def _computes_bfloat16() -> bool:
+    # Asked of torch, whose kernels it is about, by names that are its own.
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()

@@ -1,0 +1,269 @@
+"""How a step is computed changes what it costs and nothing else; bad updates change nothing."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eqm.compute import check_micro_batch, prepare, slow_bfloat16
+from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig
+from eqm.errors import ConfigError
+from eqm.gradients import FlatGradient
+from eqm.learner import Learner, parts
+from eqm.network import Transformer
+from eqm.precision import choose_products
+
+CPU = torch.device("cpu")
+CONFIG = NetworkConfig(width=32, depth=3, heads=2)
+IMPLICIT = ObjectiveConfig()
+DOT = {
+    way: ObjectiveConfig(energy="dot", backward=way)  # type: ignore[arg-type]
+    for way in ("double", "directional")
+}
+BATCH = 8
+TRAIN = TrainConfig(batch_size=BATCH, learning_rate=1e-3, ema_half_life_images=20.0)
+
+
+def learner(objective=IMPLICIT, train=TRAIN, compute=None, **more):
+    net = Transformer(CONFIG, size=8, channels=1, classes=10)
+    net.initialise(1, zero_head=False)
+    if compute is not None:
+        prepare(net, compute, objective, CPU)
+    return Learner(net, objective, train, device=CPU, **more)
+
+
+def given(found, first=0):
+    x = torch.randn(BATCH, 1, 8, 8, generator=torch.Generator().manual_seed(5))
+    return found.corrupted(x, torch.arange(BATCH), torch.arange(first, first + BATCH))
+
+
+def gradient_of(found):
+    losses = found.backward(given(found))
+    return losses, found.gradient().clone()
+
+
+def state(found):
+    """Everything that an update may change."""
+    tensors = [*found.names, *found.ema.state_dict().values()]
+    for track in (*found.tracks.values(), *found.power.values()):
+        tensors += track.state_dict().values()
+    for moments in found.optimiser.state.values():
+        tensors += moments.values()
+    return [t.detach().clone() for t in tensors]
+
+
+def same(ones, others):
+    return all(torch.equal(a, b) for a, b in zip(ones, others, strict=True))
+
+
+# -- one buffer ---------------------------------------------------------------------------------
+
+
+def test_gradients_are_views_of_one_buffer_through_every_update():
+    found = learner()
+    for seen in (0, BATCH):
+        found.backward(given(found))
+        flat = found.gradient()
+        assert flat.data_ptr() == found.gradients.buffer.data_ptr()
+        assert bool(flat.any())
+        start = flat.data_ptr()
+        for weight in found.names:
+            assert weight.grad.data_ptr() == start
+            start += 4 * weight.numel()
+        found.apply(flat, images_seen=seen)
+        assert not bool(found.gradients.buffer.any())
+
+
+def test_a_gradient_that_was_put_elsewhere_is_not_lost():
+    found, usual = learner(), learner()
+    found.network.zero_grad(set_to_none=True)
+    for each in (found, usual):
+        each.backward(given(each))
+    assert torch.equal(found.gradient(), usual.gradient())
+    assert all(w.grad is v for w, v in zip(found.names, found.gradients.views, strict=True))
+
+
+def test_weights_of_two_dtypes_are_refused():
+    weights = [torch.nn.Parameter(torch.ones(2, dtype=d)) for d in (torch.float32, torch.float64)]
+    with pytest.raises(ValueError, match="weights are of 2 kinds"):
+        FlatGradient(weights, room=0)
+
+
+# -- parts of a share ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", [IMPLICIT, *DOT.values()])
+@pytest.mark.parametrize("size", [1, 4])
+def test_parts_add_up_to_the_whole(objective, size):
+    losses, whole = gradient_of(learner(objective))
+    found, split = gradient_of(learner(objective, micro_batch=size))
+    assert torch.allclose(found, losses, rtol=1e-5)
+    assert float((split - whole).norm() / whole.norm()) < 1e-5 * (
+        1 if objective is IMPLICIT else 10
+    )
+
+
+def test_parts_have_their_own_labels_and_levels():
+    at = given(learner())
+    split = list(parts(at, 3))
+    assert [len(p.x) for p in split] == [3, 3, 2]
+    for name in ("x", "goal", "gamma", "labels"):
+        assert torch.equal(torch.cat([getattr(p, name) for p in split]), getattr(at, name))
+
+
+def test_parts_that_do_not_make_up_the_share_are_refused():
+    with pytest.raises(ConfigError, match=r"micro_batch is 3; .*divisor of the 8 images"):
+        check_micro_batch(ComputeConfig(micro_batch=3), IMPLICIT, 8)
+    with pytest.raises(ConfigError, match=r"micro_batch is 0; it must be greater than 0"):
+        ComputeConfig(micro_batch=0)
+    grouped = ObjectiveConfig(dispersive_weight=0.5, dispersive_group=4)
+    check_micro_batch(ComputeConfig(micro_batch=4), grouped, 8)
+    with pytest.raises(ConfigError, match=r"multiple of objective\.dispersive_group \(4\)"):
+        check_micro_batch(ComputeConfig(micro_batch=2), grouped, 8)
+
+
+# -- blocks -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("objective", [IMPLICIT, DOT["directional"]])
+def test_blocks_computed_again_give_the_same_gradient(objective):
+    calls = []
+    found = learner(objective, compute=ComputeConfig(checkpointing=True))
+    for block in found.network.blocks:
+        block.mlp.register_forward_hook(lambda *_: calls.append(1))
+    losses, whole = gradient_of(learner(objective))
+    again, recomputed = gradient_of(found)
+    assert torch.equal(again, losses)
+    assert torch.allclose(recomputed, whole, rtol=1e-5, atol=1e-7)
+    assert found.network.state_dict().keys() == learner().network.state_dict().keys()
+    once = 1 if objective is IMPLICIT else 5
+    assert len(calls) > once * CONFIG.depth
+
+
+def test_blocks_computed_again_keep_less():
+    def kept(compute):
+        found, sizes = learner(compute=compute), []
+
+        def note(tensor):
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            found.network(given(found).x, None)
+        return sum(sizes)
+
+    assert kept(ComputeConfig(checkpointing=True)) < kept(None) / 3
+
+
+def test_hidden_tokens_are_seen_once_in_blocks_computed_again():
+    objective = ObjectiveConfig(dispersive_weight=0.5, dispersive_group=4)
+    _, whole = gradient_of(learner(objective))
+    _, found = gradient_of(learner(objective, compute=ComputeConfig(checkpointing=True)))
+    assert torch.allclose(found, whole, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_compiled_blocks_give_the_same_gradient(checkpointing):
+    compute = ComputeConfig(compile=True, checkpointing=checkpointing)
+    losses, whole = gradient_of(learner())
+    found, compiled = gradient_of(learner(compute=compute))
+    assert torch.allclose(found, losses, rtol=1e-4)
+    assert float((compiled - whole).norm() / whole.norm()) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["compile", "checkpointing"])
+def test_blocks_that_a_double_backward_goes_through_stay_as_they_are(name):
+    with pytest.raises(ConfigError, match=rf"compute\.{name} is true, .*'directional'"):
+        learner(DOT["double"], compute=ComputeConfig(**{name: True}))
+
+
+def test_compiled_blocks_without_a_compiler_are_refused():
+    code = (
+        "import torch\n"
+        "from eqm.compute import check_compiler\n"
+        "check_compiler(torch.device('cpu'))\n"
+    )
+    root = str(Path(__file__).parent.parent)
+    nothing = {"PATH": "/nowhere", "PYTHONPATH": root}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=nothing, capture_output=True, text=True, check=False
+    )
+    assert "there is no C++ compiler here" in done.stderr
+
+
+@pytest.mark.parametrize("asked", [{"compile": True}, {"checkpointing": True}])
+def test_a_network_without_blocks_is_refused(asked):
+    unet = torch.nn.Linear(2, 2)
+    with pytest.raises(ConfigError, match="for a U-Net: only transformers have the blocks"):
+        prepare(unet, ComputeConfig(**asked), IMPLICIT, CPU)
+    prepare(unet, ComputeConfig(), IMPLICIT, CPU)
+
+
+# -- numbers ------------------------------------------------------------------------------------
+
+
+def test_products_of_float32_are_chosen_and_tf32_is_of_gpus():
+    backends = torch.backends
+    choose_products("float32", CPU)
+    for knob in (backends.cuda.matmul, backends.cudnn.conv):
+        assert knob.fp32_precision == "ieee"
+    with pytest.raises(ConfigError, match=r"'tf32', which only GPUs .* use 'float32'"):
+        choose_products("tf32", CPU)
+
+
+def test_emulated_bfloat16_is_told(monkeypatch):
+    half = TrainConfig(precision="bfloat16")
+    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    told = slow_bfloat16(half, CPU)
+    assert told is not None
+    assert "emulated, and slower than 'float32'" in told
+    assert slow_bfloat16(TrainConfig(), CPU) is None
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert slow_bfloat16(half, CPU) is None
+
+
+# -- updates that are not finite ----------------------------------------------------------------
+
+EVERY_AVERAGE = TrainConfig(
+    batch_size=BATCH,
+    gradient_clip=1.0,
+    weight_decay=0.1,
+    ema_tracks=(5.0,),
+    ema_power=(0.1,),
+    on_nonfinite="skip",
+)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["gradient", "loss"])
+def test_an_update_that_is_not_finite_changes_nothing(bad, where):
+    found = learner(train=EVERY_AVERAGE)
+    found.backward(given(found))
+    found.apply(found.gradient(), images_seen=0)
+    before, loss = state(found), torch.tensor(1.0)
+    found.backward(given(found, first=BATCH))
+    if where == "gradient":
+        found.gradient()[7] = bad
+    else:
+        loss = torch.tensor(bad)
+    found.apply(found.gradient(), images_seen=BATCH, loss=loss)
+    assert same(state(found), before)
+    assert not bool(found.gradients.buffer.any())
+    found.backward(given(found, first=BATCH))
+    found.apply(found.gradient(), images_seen=BATCH, loss=torch.tensor(1.0))
+    assert not any(torch.equal(a, b) for a, b in zip(state(found), before, strict=True))
+
+
+def test_training_to_stop_or_to_skip_is_the_same_where_all_is_finite():
+    ends = []
+    for asked in ("stop", "skip"):
+        found = learner(train=TrainConfig(batch_size=BATCH, on_nonfinite=asked, ema_power=(0.1,)))
+        for seen in range(0, 3 * BATCH, BATCH):
+            found.backward(given(found, first=seen))
+            found.apply(found.gradient(), images_seen=seen)
+        ends.append(state(found))
+    for a, b in zip(*ends, strict=True):
+        assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)

@@ -1,0 +1,170 @@
+"""An update that is not finite never reaches weights: training stops, or goes on past it."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import chain
+import pytest
+import torch
+
+from eqm import checkpoint, train
+from eqm.config import ComputeConfig, Job, replace
+from eqm.errors import ConfigError, DataError
+from eqm.stage import job_digest
+from eqm.storage import LocalStore
+from eqm.train import InterruptedTraining
+
+BATCH = 32
+BAD = 4 * BATCH
+"""Where the update begins that goes wrong."""
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> chain.Chain:
+    return chain.build(tmp_path_factory.getbasetemp() / "chain", until="train")
+
+
+def asked(tiny: chain.Chain, folder: Path, kind: str, **runtime: Any) -> Job:
+    store = chain.copied(tiny, folder / "store", without=("train", "samples", "evaluation"))
+    job = chain.elsewhere(tiny.job("train", **runtime), store.root)
+    config = {**job.config, "train": {**job.config["train"], "on_nonfinite": kind}}
+    return replace(job, config=config)
+
+
+def store_of(job: Job) -> LocalStore:
+    return LocalStore(Path(job.runtime.store))
+
+
+def positions(job: Job) -> list[int]:
+    keys = store_of(job).list(f"train/{job_digest(job)}/checkpoints/")
+    return [int(Path(key).stem) for key in keys]
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of one update is infinite in one entry; its loss is as ever."""
+    accumulate = train.accumulate
+
+    def worse(run: train.Run, batch: train.Batch) -> torch.Tensor:
+        losses = accumulate(run, batch)
+        if run.images_seen == BAD:
+            run.learner.gradient()[5] = float("inf")
+        return losses
+
+    monkeypatch.setattr(train, "accumulate", worse)
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_training_stops_and_names_the_update_before_a_checkpoint_follows_it(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "HISTORY_POINTS", 2)
+    job = asked(tiny, tmp_path, "stop", checkpoint_every_images=BATCH)
+    words = r"gradient norm inf of the update from image 128 on: training has diverged; lower"
+    with pytest.raises(DataError, match=words):
+        chain.run(job)
+    assert positions(job)[-1] == BAD
+
+
+@pytest.mark.usefixtures("poisoned")
+@pytest.mark.parametrize("points", [200, 5])
+def test_training_goes_on_past_it_counts_it_and_tells_its_images(
+    tiny: chain.Chain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    points: int,
+) -> None:
+    monkeypatch.setattr(train, "HISTORY_POINTS", points)
+    job = asked(tiny, tmp_path, "skip")
+    if points == 200:
+        # The update is alone in its point of the curve: there is nothing to go on with.
+        with pytest.raises(DataError, match="from image 128 on: training has diverged"):
+            chain.run(job)
+        return
+    record = chain.run(job)
+    assert "1 updates were skipped" in (said := capsys.readouterr().err)
+    assert "images 128 to 159 of the run" in said
+    curve = json.loads(store_of(job).get(record.outputs["history.json"]))
+    assert curve["skipped"] == [0, 1, 0, 0, 0]
+    assert all(math.isfinite(v) for name in ("loss", "gradient_norm") for v in curve[name])
+    for name in ("ema.safetensors", "raw.safetensors"):
+        tensors = checkpoint.tensors_from_bytes(store_of(job).get(record.outputs[name]))
+        assert all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+@pytest.mark.usefixtures("poisoned")
+def test_stopped_beside_a_skipped_update_it_ends_in_the_same_bits(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "HISTORY_POINTS", 5)
+    whole = chain.run(asked(tiny, tmp_path / "whole", "skip"))
+    job = asked(tiny, tmp_path / "stopped", "skip")
+    step = train.step
+    with monkeypatch.context() as patch:
+
+        def stops(run: train.Run, batch: train.Batch, stop: bool) -> bool:
+            return step(run, batch, stop) or run.images_seen == BAD + BATCH
+
+        patch.setattr(train, "step", stops)
+        with pytest.raises(InterruptedTraining):
+            chain.run(job)
+    assert positions(job) == [BAD + BATCH]
+    assert chain.run(job).content == whole.content
+
+
+def test_a_loss_far_above_the_usual_is_told_and_changes_nothing(
+    tiny: chain.Chain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    accumulate = train.accumulate
+
+    def high(run: train.Run, batch: train.Batch) -> torch.Tensor:
+        return accumulate(run, batch) * (7 if run.images_seen == 15 * BATCH else 1)
+
+    monkeypatch.setattr(train, "accumulate", high)
+    job = asked(tiny, tmp_path, "stop")
+    record = chain.run(job)
+    assert "among the updates before image 512" in (said := capsys.readouterr().err)
+    assert said.count("times the usual") == 1
+    for name in ("ema.safetensors", "raw.safetensors"):
+        assert record.outputs[name] == tiny["train"].outputs[name]
+
+
+def test_parts_of_a_share_train_as_the_whole_and_go_on_from_its_checkpoint(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = asked(tiny, tmp_path, "stop")
+    step = train.step
+    with monkeypatch.context() as patch:
+
+        def stops(run: train.Run, batch: train.Batch, stop: bool) -> bool:
+            return step(run, batch, stop) or run.images_seen == 10 * BATCH
+
+        patch.setattr(train, "step", stops)
+        with pytest.raises(InterruptedTraining):
+            chain.run(job)
+    split = ComputeConfig(micro_batch=8, checkpointing=True)
+    other = replace(job, runtime=replace(job.runtime, compute=split))
+    assert job_digest(other) == job_digest(job)
+    record = chain.run(other)
+    curve, usual = (
+        json.loads(store.get(r.outputs["history.json"]))
+        for store, r in ((store_of(job), record), (tiny.store, tiny["train"]))
+    )
+    assert curve["loss"][:10] == usual["loss"][:10]
+    assert curve["loss"] == pytest.approx(usual["loss"], rel=1e-4)
+    assert record.provenance["compute"]["micro_batch"] == 8
+
+
+def test_parts_that_do_not_divide_a_share_are_refused_before_training(
+    tiny: chain.Chain, tmp_path: Path
+) -> None:
+    job = asked(tiny, tmp_path, "stop", compute=ComputeConfig(micro_batch=5))
+    with pytest.raises(ConfigError, match=r"micro_batch is 5; .*divisor of the 32 images"):
+        chain.run(job)
+    assert positions(job) == []
