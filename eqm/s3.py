@@ -37,8 +37,8 @@ FAILED = (
     "server, then run again to go on"
 )
 NEITHER = (
-    "S3 at {endpoint} refuses to create {where} as if it existed, but nothing is there: run again "
-    "to go on; if this stays, the server does not do conditional writes (If-None-Match)"
+    "S3 at {endpoint} refuses to write {where} as if another had been faster, but none was: run "
+    "again to go on; if this stays, the server does not do conditional writes (If-None-Match, If-Match)"
 )
 
 TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409", "NoSuchUpload")

@@ -402,6 +402,7 @@ def guarded(run: Run) -> Tensor:
             f"{len(odd)} updates were skipped, whose loss or gradient was not finite: images "
             f"{ends} of the run\n"
         )
+        run.log.append("skip", run.images_seen, updates_from=[begun[n] for n in odd])
     return found[finite]
 
 

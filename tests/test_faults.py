@@ -161,7 +161,7 @@ def test_an_upload_in_parts_survives(
 
 def test_a_server_that_refuses_for_nothing_is_told(wire: Wire) -> None:
     wire.proxy.now(Fault("412 before", "PUT", most=None))
-    with pytest.raises(StoreError, match="as if it existed, but nothing is there: run again"):
+    with pytest.raises(StoreError, match="as if another had been faster, but none was: run again"):
         wire.bucket.create(wire.key, b"ours")
     assert wire.proxy.most_asked() <= MOST_TRIES
 
