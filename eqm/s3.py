@@ -38,7 +38,8 @@ FAILED = (
 )
 NEITHER = (
     "S3 at {endpoint} refuses to write {where} as if another had been faster, but none was: run "
-    "again to go on; if this stays, the server does not do conditional writes (If-None-Match, If-Match)"
+    "again to go on; if this stays, the server does not do conditional writes (If-None-Match, "
+    "If-Match)"
 )
 
 TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409", "NoSuchUpload")
