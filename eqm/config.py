@@ -625,11 +625,28 @@ class ComputeConfig:
     """Whether the backward computes each block's activations again in place of keeping them."""
     compile: bool = False
     """Whether torch.compile makes kernels of the blocks; on a CPU it needs a C++ compiler."""
+    timeout_seconds: float = 600.0
+    """How long ranks wait for one that stalls before they end, and name it."""
 
     def __post_init__(self) -> None:
         _known(self, "compute")
+        _positive(self, "compute", "timeout_seconds")
         size = self.micro_batch
         require(size is None or size > 0, "compute.micro_batch", size, "greater than 0, or null")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointConfig:
+    """When a training makes its state durable: in no digest."""
+
+    every_images: int = 25_600
+    keep: int = 3
+    """The newest so many stay."""
+    grid_every_images: int = 51_200
+    """Images between two grids of samples that MLflow is sent."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "checkpoints", "every_images", "keep", "grid_every_images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -656,6 +673,8 @@ class PipelineConfig:
     """CPU threads of each process; null: all cores, shared among the processes."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     """How training computes its steps; in no digest."""
+    checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
+    """When training makes its state durable; in no digest."""
 
     def __post_init__(self) -> None:
         ok = self.name.replace("-", "").isalnum() and self.name.isascii() and len(self.name) <= 60

@@ -15,6 +15,7 @@ from typing import Any, cast
 
 from eqm.config import (
     AutoencoderConfig,
+    CheckpointConfig,
     ExtractorConfig,
     GenerateConfig,
     NetworkConfig,
@@ -36,6 +37,7 @@ UPDATES_AN_EPOCH = IMAGENET_IMAGES // 256
 """The released code drops the last, incomplete batch of an epoch."""
 HALF_LIFE = math.log(0.5) / math.log(0.9999) * 256
 """In images, of an average that keeps 0.9999 of itself at every update of 256 images."""
+EVERY_EPOCH = CheckpointConfig(every_images=1_280_000, grid_every_images=12_800_000)
 UNKNOWN_DIGEST = "0" * 64
 """In place of the digest of a file that only its owner has: refused when the file is read."""
 INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
@@ -187,6 +189,7 @@ def _imagenet_config(
             samples=50_000, sampler=SamplerConfig(rule="gd", step_size=step_size, updates=249)
         ),
         policy=PolicyConfig(name=name),
+        checkpoints=EVERY_EPOCH,
         processes=8,
     )
 
@@ -254,6 +257,7 @@ def _cifar10() -> Recipe:
         ),
         generate=GenerateConfig(samples=50_000, sampler=SamplerConfig(rule="gd")),
         policy=PolicyConfig(name="cifar10"),
+        checkpoints=EVERY_EPOCH,
         processes=8,
     )
     return Recipe(

@@ -86,6 +86,10 @@ class Plan:
             grid_sampler=self.config.generate.sampler,
             threads=self.config.threads,
             compute=self.config.compute,
+            collective_timeout_seconds=self.config.compute.timeout_seconds,
+            checkpoint_every_images=self.config.checkpoints.every_images,
+            keep_checkpoints=self.config.checkpoints.keep,
+            grid_every_images=self.config.checkpoints.grid_every_images,
         )
 
 

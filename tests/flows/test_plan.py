@@ -1,0 +1,35 @@
+"""A plan: what a config asks for reaches the programs that do it."""
+
+from pathlib import Path
+
+import pytest
+
+from eqm.errors import ConfigError
+from flows.plan import make_plan, read_config
+
+
+def test_how_training_runs_is_told_to_it_and_is_in_no_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
+    changes = {
+        "compute.timeout_seconds": 7.0,
+        "compute.micro_batch": 16,
+        "checkpoints.every_images": 512,
+        "checkpoints.keep": 5,
+        "checkpoints.grid_every_images": 1024,
+    }
+    told = make_plan("demo", changes, tracked=False).runtime("train")
+    assert told.collective_timeout_seconds == 7.0
+    assert told.compute.micro_batch == 16
+    assert told.checkpoint_every_images == 512
+    assert told.keep_checkpoints == 5
+    assert told.grid_every_images == 1024
+    assert read_config("demo", changes).train == read_config("demo").train
+
+
+@pytest.mark.parametrize("name", ["checkpoints.every_images", "checkpoints.keep"])
+def test_a_checkpoint_at_no_time_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"{name} is 0; it must be greater than 0"):
+        read_config("demo", {name: 0})
