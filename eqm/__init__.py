@@ -2,17 +2,18 @@
 
 Modules in the order in which a datum meets them:
 
-    records config                         what crosses boundaries
+    records config recipes                 what crosses boundaries
     disk s3 cache storage distributed      the edges
     pictures files layouts images          where images lie -> pixels
     latents autoencoder fit                pixels <-> latents
     tars shards encode                     latents -> sealed WebDataset shards
     latent_set damage inspection batches   shards -> batches, and what is wrong with them
     network unet field objective ema       the gradient field and its loss
-    learner lease checkpoint train         how it is trained
+    learner gradients compute sharding     one update after another
+    lease checkpoint events gauges train   how it is trained, for weeks
     model official registry                the trained model, ours and others'
     rules sampler sampling generate        descent, and what it is good for
-    features frechet ood evaluate          numbers
+    features frechet intervals ood evaluate   numbers
     gate report                            decision and page
 
 Names are loaded when first used: ``import eqm`` itself costs nothing.
