@@ -40,7 +40,8 @@ from infra.state import mark_of, read_state
 
 TOKEN = "_EQM_CHAOS"
 """Environment variable by which every process of a scenario is known, whoever starts it."""
-COMMIT = r"/checkpoints/\d+\.json\?"
+COMMIT = r"/checkpoints/[\d-]+\.json\?"
+FILE = r"/checkpoints/[\d-]+\.(?:curve\.json|\d{4}\.safetensors)\?"
 BLOB = "blobs/sha256/"
 LEASE = r"/lease\.json"
 WENT_ON = re.compile(r"goes on from image ([\d,]+)")
@@ -50,8 +51,8 @@ WAIT_SECONDS = 240.0
 
 MOMENTS = {
     "in a step": (COMMIT, "after"),
-    "blob on its way": (BLOB, "before"),
-    "blob there, no seal": (COMMIT, "before"),
+    "file on its way": (FILE, "before"),
+    "files there, no seal": (COMMIT, "before"),
     "sealed, answer lost": (COMMIT, "after"),
     "lease renewed": (LEASE, "before"),
 }
@@ -167,7 +168,7 @@ class Scenario:
     def position(self) -> int:
         """Images of the newest commit that the server has taken."""
         taken = [one for one in self.proxy.requests("PUT", COMMIT) if one.status == 200]
-        return max((int(Path(one.key).stem) for one in taken), default=0)
+        return max((int(Path(one.key).name[:12]) for one in taken), default=0)
 
     def victims(self, victim: str, rank: int) -> list[int]:
         """Ids of what is to be killed; none where it does not run now."""
@@ -297,7 +298,7 @@ class Scenario:
     def _check_positions(self) -> None:
         """What was gone on from had been sealed, and nothing that was sealed is lost."""
         sealed = {
-            int(Path(one.key).stem)
+            int(Path(one.key).name[:12])
             for one in self.proxy.requests("PUT", COMMIT)
             if one.status == 200
         }
@@ -312,17 +313,27 @@ class Scenario:
         sealed = {key.rpartition("/")[2] for key in store.list(BLOB)}
         own = {key: set(digests(json.loads(store.read(key)))) for key in begun if is_seal(key)}
         sealed -= set().union(*own.values())
+        commits: set[str] = set()
         cut = len(store.uri.partition("://")[2].partition("/")[2]) + 1
         for one in list(self.proxy.seen):
             if one.method == "PUT" and one.status in (200, 412):
                 sealed |= own.get(one.key[cut:], set())
+            if one.method == "PUT" and one.status == 200 and re.search(COMMIT, one.key):
+                commits.add(checkpoint_of(one.key))
+            if one.method == "GET" and re.search(FILE, one.key):
+                assert checkpoint_of(one.key) in commits, f"{one.key} was read before its commit"
             if one.method == "GET" and BLOB in one.key:
                 digest = one.key.rpartition("/")[2]
                 assert digest in sealed, f"blob {digest} was read before it was sealed"
 
 
 def is_seal(key: str) -> bool:
-    return key.endswith("/record.json") or "/checkpoints/" in key
+    return key.endswith("/record.json") or re.search(COMMIT, f"{key}?") is not None
+
+
+def checkpoint_of(key: str) -> str:
+    """Position and token that the names of all its files begin with."""
+    return key.rpartition("/")[2].partition(".")[0]
 
 
 def resumed(lines: list[str]) -> list[int]:
@@ -364,14 +375,16 @@ def job_in(made: chain.Chain, prefix: str, cache: Path) -> tuple[Job, Store]:
     store = open_store(f"s3://eqm/{prefix}", cache=cache)
     for key in made.store.list(""):
         store.write_once(key, made.store.read(key))
-    asked = made.job("train", cache=str(cache), checkpoint_every_images=64)
+    asked = made.job("train", cache=str(cache), checkpoint_every_images=64, keep_checkpoints=1000)
     return replace(asked, runtime=replace(asked.runtime, store=store.uri)), store
 
 
 def undisturbed(made: chain.Chain, processes: int, folder: Path) -> Record:
     """The same training on this machine, by as many processes, left alone."""
     store = chain.copied(made, folder / "undisturbed", without=())
-    job = chain.elsewhere(made.job("train", checkpoint_every_images=64), store.root)
+    job = chain.elsewhere(
+        made.job("train", checkpoint_every_images=64, keep_checkpoints=1000), store.root
+    )
     LocalLauncher(folder=folder / "jobs", environment=dict(os.environ)).run(
         job, processes=processes
     )

@@ -13,7 +13,7 @@ pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
 def test_killed_twice_it_ends_in_the_same_bits(tmp_path: Path) -> None:
     made = chaos.make_chain(tmp_path / "chain", updates=60)
     # It starts S3 by chaos.serve, with local.up: in the process of those who need services.
-    strikes = [Strike("rank", "blob there, no seal"), Strike("agent", "sealed, answer lost")]
+    strikes = [Strike("rank", "files there, no seal"), Strike("agent", "sealed, answer lost")]
     rows = chaos.run(made, 2, strikes, folder=tmp_path, seed=0)
     assert [row.strike for row in rows] == strikes
     assert 0 < rows[0].position < rows[1].position

@@ -74,7 +74,8 @@ class Runs:
                 chain.run(job)
         else:
             self.together(job, processes, stop)
-        return checkpoint.newest(store, job_digest(job))
+        found = checkpoint.newest(store, job_digest(job))
+        return None if found is None else found.images_seen
 
     def together(self, job: Job, processes: int, stop: int) -> None:
         """Train on under torchrun, which is told to stop."""

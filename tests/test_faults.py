@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import chain
 import pytest
@@ -32,7 +31,7 @@ pytestmark = [pytest.mark.services, pytest.mark.timeout(600)]
 ROOT = Path(__file__).parent.parent
 BATCH = 32
 WRITES = "PUT|POST"
-COMMITS = r"/checkpoints/\d+\.json"
+COMMITS = r"/checkpoints/[\d-]+\.json"
 MOST_TRIES = 5 * s3.TRIES
 """Of one request: boto3 sends it five times, and we ask boto3 so often."""
 
@@ -195,23 +194,15 @@ def commits(store: Store, job: Job) -> list[str]:
 
 
 def check_commits(store: Store, job: Job) -> None:
-    """Every commit names blobs that are there, undamaged."""
-    found = commits(store, job)
+    """Every commit names files that are there, undamaged."""
+    found = checkpoint.complete(store, job_digest(job))
     assert found
-    for key in found:
-        blobs = list(named(json.loads(store.read(key))))
-        assert blobs
-        for blob in blobs:
+    for at in found:
+        state = checkpoint.load(store, job_digest(job), at)
+        assert state.events
+        for blob in state.events.values():
+            assert isinstance(blob, Blob)
             store.get(blob)
-
-
-def named(value: Any) -> Iterator[Blob]:
-    """All blobs that a piece of JSON names."""
-    if isinstance(value, dict) and {"sha256", "size_bytes"} <= set(value):
-        yield Blob(sha256=value["sha256"], size_bytes=value["size_bytes"])
-    elif isinstance(value, (dict, list)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from named(inner)
 
 
 ENDURED = {
@@ -266,7 +257,8 @@ def test_a_checkpoint_that_is_not_read_whole_or_not_listed_costs_work_and_nothin
     proxy.now(Fault("503 before", "PUT", "record.json", most=None))
     with pytest.raises(StoreError, match="run again"):
         chain.run(job)
-    held = commits(store_of(job, tmp_path / "cache"), job)
+    held = checkpoint.newest(store_of(job, tmp_path / "cache"), job_digest(job))
+    assert held is not None
     for kind in BODY:
         proxy.now(Fault(kind, "GET", COMMITS, most=None))
         with pytest.raises(EqmError, match=r"broke off.*run again"):
@@ -275,7 +267,9 @@ def test_a_checkpoint_that_is_not_read_whole_or_not_listed_costs_work_and_nothin
     assert chain.run(job).content == tiny["train"].content
     assert proxy.count("stale") >= 1
     proxy.now()
-    assert commits(store_of(job, tmp_path / "other"), job) == held
+    found = checkpoint.newest(store_of(job, tmp_path / "other"), job_digest(job))
+    assert found is not None
+    assert found.images_seen == held.images_seen
     check_commits(store_of(job, tmp_path / "other"), job)
 
 
@@ -345,7 +339,9 @@ def test_a_process_that_is_stopped_among_faults_of_all_kinds(
     position = int(told[1].replace(",", ""))
     proxy.now()
     store = store_of(job, tmp_path / "other")
-    assert checkpoint.newest(store, job_digest(job)) == position
+    found = checkpoint.newest(store, job_digest(job))
+    assert found is not None
+    assert found.images_seen == position
     check_commits(store, job)
     proxy.now(*(fault for fault in MIX if fault.kind != "stale"))
     child = start()

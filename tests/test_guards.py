@@ -38,8 +38,8 @@ def store_of(job: Job) -> LocalStore:
 
 
 def positions(job: Job) -> list[int]:
-    keys = store_of(job).list(f"train/{job_digest(job)}/checkpoints/")
-    return [int(Path(key).stem) for key in keys]
+    found = checkpoint.complete(store_of(job), job_digest(job))
+    return [at.images_seen for at in found]
 
 
 @pytest.fixture

@@ -18,6 +18,7 @@ import chain
 import machines
 import pytest
 
+from eqm import checkpoint
 from eqm.config import Job
 from eqm.records import Record, to_json
 from eqm.stage import job_digest
@@ -88,7 +89,8 @@ def sealed(job: Job) -> Record:
 
 def checkpoints(job: Job) -> int:
     store = LocalStore(Path(job.runtime.store))
-    return len(store.list(f"train/{job_digest(job)}/checkpoints/"))
+    found = checkpoint.newest(store, job_digest(job))
+    return 0 if found is None else found.images_seen
 
 
 class Attempt:
