@@ -6,7 +6,9 @@ compare-and-set. Nothing read back is trusted until its digest matches. How S3 i
 business of eqm.s3, copies on this machine are that of eqm.cache.
 """
 
+import contextlib
 import os
+import shutil
 from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import BinaryIO
@@ -17,7 +19,6 @@ from eqm.disk import (
     ASIDE,
     disk_errors,
     hash_file,
-    locked,
     parts,
     sweep,
     sync_folder,
@@ -30,8 +31,8 @@ from eqm.s3 import Bucket
 WRITTEN_AT_ONCE_BYTES = 2**24
 VERIFIED = ".verified"
 """Folder of a local store that remembers which files were hashed."""
-LOCKS = ".locks"
-"""Folder of a local store with a lock for each key that is changed."""
+CHANGES = ".changes"
+"""Folder of a local store with what came after the first bytes under keys that are changed."""
 
 
 def open_store(uri: str, *, cache: Path | None = None, cache_bytes: int | None = None) -> "Store":
@@ -188,10 +189,29 @@ class LocalStore(Store):
 
     def read(self, key: str) -> bytes:
         """Bytes under a key. Raises MissingError."""
-        try:
-            return self._path(key).read_bytes()
-        except FileNotFoundError as error:
-            raise MissingError(f"{self.where(key)} does not exist") from error
+        return self._read(key)[0]
+
+    def _read(self, key: str) -> tuple[bytes, int]:
+        """Bytes under a key, and how often they were replaced."""
+        while True:
+            try:
+                first = self._path(key).read_bytes()
+            except FileNotFoundError as error:
+                raise MissingError(f"{self.where(key)} does not exist") from error
+            number = _newest(self._successors(key, first)) if self._changes(key).is_dir() else 0
+            if not number:
+                return first, 0
+            # One that is gone by now has a successor.
+            with contextlib.suppress(FileNotFoundError):
+                return (self._successors(key, first) / _numbered(number)).read_bytes(), number
+
+    def _changes(self, key: str) -> Path:
+        return self.root / CHANGES / sha256(key.encode())
+
+    def _successors(self, key: str, first: bytes) -> Path:
+        """Folder of what came after the first bytes under a key."""
+        # A key that is deleted by hand and made again begins anew.
+        return self._changes(key) / sha256(first)
 
     def write_once(self, key: str, data: bytes | Path) -> bool:
         """Create a key; False if it exists. Written aside, synced, then linked into place."""
@@ -211,29 +231,48 @@ class LocalStore(Store):
         return True
 
     def read_version(self, key: str) -> tuple[bytes, str]:
-        """Bytes under a key, and their digest as their version. Raises MissingError."""
-        data = self.read(key)
-        return data, sha256(data)
+        """Bytes under a key, and their number and digest as version. Raises MissingError."""
+        data, number = self._read(key)
+        return data, _version(number, data)
 
     def replace(self, key: str, data: bytes, version: str) -> str | None:
-        """Change a key under a lock that all processes of this folder see."""
-        path = self._path(key)
-        with disk_errors(str(self.root)), locked(self.root / LOCKS / sha256(key.encode())):
+        """Change a key by making the next of its successors, create-once: no lock is held.
+
+        A process that is stopped in the middle therefore stops nobody else; one that comes too late
+        finds its number taken or, where that has been deleted meanwhile, a greater one.
+        """
+        with disk_errors(str(self.root)):
             try:
-                if sha256(path.read_bytes()) != version:
-                    return None
-            except FileNotFoundError:
+                _, there = self.read_version(key)
+            except MissingError:
                 return None
-            with written_aside(path.parent) as (file, aside):
+            if there != version:
+                return None
+            number = int(version.partition("-")[0]) + 1
+            folder = self._successors(key, self._path(key).read_bytes())
+            folder.mkdir(parents=True, exist_ok=True)
+            self._sweep_once(folder)
+            with written_aside(folder) as (file, aside):
                 _fill(file, aside, data)
-                os.replace(aside, path)
-            sync_folder(path.parent)
-        return sha256(data)
+                try:
+                    os.link(aside, folder / _numbered(number))
+                except FileExistsError:
+                    return None
+            if _newest(folder) != number:
+                return None
+            sync_folder(folder)
+            for path in folder.iterdir():
+                # The last one stays, for whoever reads it just now.
+                if path.name.isdigit() and int(path.name) < number - 1:
+                    path.unlink(missing_ok=True)
+        return _version(number, data)
 
     def delete(self, key: str) -> None:
         """Delete a file, if it is there."""
         with disk_errors(str(self.root)):
             self._path(key).unlink(missing_ok=True)
+            if self._changes(key).is_dir():
+                shutil.rmtree(self._changes(key), ignore_errors=True)
 
     def exists(self, key: str) -> bool:
         """Whether a key is there."""
@@ -289,9 +328,26 @@ def _fill(file: BinaryIO, path: Path, data: bytes | Path) -> None:
     path.chmod(0o644)
 
 
+def _numbered(number: int) -> str:
+    return f"{number:012d}"
+
+
+def _newest(folder: Path) -> int:
+    """Number of the last successor; 0 for none."""
+    if not folder.is_dir():
+        return 0
+    return max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
+
+
+def _version(number: int, data: bytes) -> str:
+    return f"{number}-{sha256(data)}"
+
+
 def _is_ours(key: str) -> bool:
     """Whether a file is one that the store keeps for itself."""
-    return key.rpartition("/")[2].startswith(ASIDE) or key.startswith((f"{VERIFIED}/", f"{LOCKS}/"))
+    return key.rpartition("/")[2].startswith(ASIDE) or key.startswith(
+        (f"{VERIFIED}/", f"{CHANGES}/")
+    )
 
 
 # -- S3 -----------------------------------------------------------------------------------------

@@ -199,7 +199,7 @@ def points(events: list[Event]) -> list[Event]:
 
 def reproducible(event: Event) -> dict[str, float]:
     """Figures that are a function of the config."""
-    timed = ("images_per_second", "data_wait_share", "memory_peak_bytes")
+    timed = ("images_per_second", "data_wait_share", "memory_peak_bytes", "tflops_per_second")
     return {name: value for name, value in event.figures.items() if name not in timed}
 
 

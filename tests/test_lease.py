@@ -32,8 +32,10 @@ def uri(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return f"s3://eqm/test-{tmp_path.name}"
 
 
-def race(uri: str, notes: str, seconds: float) -> None:
+def race(uri: str, notes: str, seconds: float, environment: dict[str, str]) -> None:
     """Take the lease, leave a note of it, and die with it or give it back."""
+    # The server that forks racers may be older than the S3 that they are to use.
+    os.environ.update(environment)
     store = open_store(uri)
     held = acquire(store, KEY, seconds=seconds)
     with open(notes, "a") as file:
@@ -51,7 +53,8 @@ def test_of_racing_processes_one_holds_each_token(uri: str, tmp_path: Path) -> N
     context.set_forkserver_preload(["eqm.lease"])
     notes = tmp_path / "notes"
     # So long that only the end of its holder, in order or not, frees it.
-    racers = [context.Process(target=race, args=(uri, str(notes), 300)) for _ in range(RACERS)]
+    given = (uri, str(notes), 300, dict(os.environ))
+    racers = [context.Process(target=race, args=given) for _ in range(RACERS)]
     for racer in racers:
         racer.start()
     for racer in racers:
