@@ -6,7 +6,7 @@ UV_VERSION := 0.13.9
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test chaos check bench gallery lock down clean
+.PHONY: help setup demo test slow chaos check bench gallery lock down clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ demo: .venv/installed ## run the whole pipeline on the digits, and show where to
 
 test: .venv/installed ## run all tests but those marked slow or gpu
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
+
+slow: .venv/installed ## run the tests marked slow
+	$(BIN)/python -m pytest -m slow
 
 chaos: .venv/installed ## kill ranks, torchrun, the flow and S3 in a training, and compare bits
 	PYTHONPATH=tests:. $(BIN)/python tests/chaos.py

@@ -7,7 +7,7 @@ import chaos
 import pytest
 from chaos import Strike
 
-pytestmark = [pytest.mark.services, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.services, pytest.mark.timeout(900)]
 
 
 def test_killed_twice_it_ends_in_the_same_bits(tmp_path: Path) -> None:
