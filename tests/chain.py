@@ -153,15 +153,31 @@ def listing(source: SourceConfig, uri: str | None) -> Ref:
 def run(asked: Job) -> Record:
     """Run a job in this process, and leave torch as it was."""
     before = torch.are_deterministic_algorithms_enabled()
+    backends: Any = torch.backends
+    knobs = (backends.cuda.matmul, backends.cudnn.conv)
+    products = [knob.fp32_precision for knob in knobs]
     try:
         return stage.run(asked, PROGRAMS[asked.stage])
     finally:
         torch.use_deterministic_algorithms(before)
+        for knob, value in zip(knobs, products, strict=True):
+            knob.fp32_precision = value
 
 
 def elsewhere(asked: Job, folder: Path) -> Job:
     """The same job in another store."""
     return dataclasses.replace(asked, runtime=replace(asked.runtime, store=str(folder)))
+
+
+def untrained(chain: Chain, folder: Path, **runtime: Any) -> Job:
+    """The training job of a chain, in a store where it was never begun."""
+    store = copied(chain, folder / "store", without=("train", "samples", "evaluation"))
+    return elsewhere(chain.job("train", **runtime), store.root)
+
+
+def store_of(asked: Job) -> LocalStore:
+    """The store of a job."""
+    return LocalStore(Path(asked.runtime.store))
 
 
 def copied(chain: Chain, folder: Path, *, without: tuple[str, ...]) -> LocalStore:

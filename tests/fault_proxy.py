@@ -166,17 +166,18 @@ class FaultProxy:
         fits = Fault("slow", method=method or Fault.method, key=key).fits
         return [one for one in list(self.seen) if fits(one)]
 
-    def most_asked(self) -> int:
+    def most_asked(self, *, again: bool = False) -> int:
         """How often the request was made that was made most often.
 
-        Of those that a program has one reason for: a lease is renewed, and a folder listed, often.
+        Of those that a program has one reason for, or, ``again``, of those that every checkpoint is
+        a reason for: its lease is renewed, and the folder listed.
         """
         asked = (
             (one.method, one.name, one.span)
             for one in list(self.seen)
-            if not re.search(r"lease\.json|list-type", one.name)
+            if again == bool(re.search(r"lease\.json|list-type", one.name))
         )
-        return max(Counter(asked).values())
+        return max(Counter(asked).values(), default=0)
 
     # -- what is done with a request ------------------------------------------------------------
 

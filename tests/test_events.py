@@ -15,12 +15,13 @@ from typing import Any
 import chain
 import pytest
 import torch
+from chain import store_of, untrained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eqm import checkpoint, gauges, train
 from eqm.checkpoint import Position
-from eqm.config import Job, replace
+from eqm.config import replace
 from eqm.errors import IntegrityError
 from eqm.events import PREFIX, Event, EventLog, events_of, log_of, restore
 from eqm.records import Record, to_json
@@ -180,15 +181,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> chain.Chain:
     return chain.build(tmp_path_factory.getbasetemp() / "chain", until="train")
 
 
-def fresh(tiny: chain.Chain, folder: Path, **runtime: Any) -> Job:
-    store = chain.copied(tiny, folder / "store", without=("train", "samples", "evaluation"))
-    return chain.elsewhere(tiny.job("train", **runtime), store.root)
-
-
-def store_of(job: Job) -> LocalStore:
-    return LocalStore(Path(job.runtime.store))
-
-
 def sealed_log(store: LocalStore, record: Record) -> list[Event]:
     return events_of(store.get(record.logs["events.jsonl"]), "log")
 
@@ -240,9 +232,9 @@ def test_stopped_between_two_points_all_that_is_reproducible_is_the_same(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "HISTORY_POINTS", 5)
-    whole = fresh(tiny, tmp_path / "whole")
+    whole = untrained(tiny, tmp_path / "whole")
     undisturbed = points(sealed_log(store_of(whole), chain.run(whole)))
-    job = fresh(tiny, tmp_path / "stopped")
+    job = untrained(tiny, tmp_path / "stopped")
     step = train.step
     for position in (2, 10, 11):
         with monkeypatch.context() as patch:
@@ -267,7 +259,7 @@ def test_killed_and_started_again_the_log_has_no_gap_and_no_double(
     tiny: chain.Chain, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
-    job = fresh(tiny, tmp_path, checkpoint_every_images=3 * BATCH, cache=str(cache))
+    job = untrained(tiny, tmp_path, checkpoint_every_images=3 * BATCH, cache=str(cache))
     path = tmp_path / "job.json"
     path.write_text(json.dumps(to_json(job)))
     copy = cache / "events" / f"{job_digest(job)}.jsonl"
@@ -300,7 +292,7 @@ def test_killed_and_started_again_the_log_has_no_gap_and_no_double(
 def test_a_log_that_is_damaged_costs_no_training_and_is_told(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any
 ) -> None:
-    job = fresh(tiny, tmp_path, checkpoint_every_images=5 * BATCH)
+    job = untrained(tiny, tmp_path, checkpoint_every_images=5 * BATCH)
     with monkeypatch.context() as patch:
         patch.setattr(train, "outcome_of", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -327,7 +319,7 @@ def test_a_log_that_is_damaged_costs_no_training_and_is_told(
 def test_a_checkpoint_of_before_there_was_a_log_is_gone_on_from(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = fresh(tiny, tmp_path)
+    job = untrained(tiny, tmp_path)
     step, save = train.step, checkpoint.save
     with monkeypatch.context() as patch:
         patch.setattr(train, "step", lambda run, batch, _: step(run, batch, True) or True)

@@ -34,6 +34,8 @@ WRITES = "PUT|POST"
 COMMITS = r"/checkpoints/[\d-]+\.json"
 MOST_TRIES = 5 * s3.TRIES
 """Of one request: boto3 sends it five times, and we ask boto3 so often."""
+CHECKPOINTS = 7
+"""Of a training here."""
 
 Proxied = Callable[..., FaultProxy]
 
@@ -239,6 +241,7 @@ def test_training_endures(
     assert chain.run(job).content == tiny["train"].content
     assert all(proxy.count(fault.kind) >= 1 for fault in ENDURED[name]), proxy.seen
     assert proxy.most_asked() <= MOST_TRIES
+    assert proxy.most_asked(again=True) <= CHECKPOINTS * MOST_TRIES
     proxy.now()
     check_commits(store_of(job, tmp_path / "other"), job)
 
@@ -297,6 +300,7 @@ def test_what_is_not_endured_is_told_and_a_second_start_ends_well(
         assert len(commits(store, job)) == (1 if kind == "mute" else 0), kind
     # Of each of the four starts.
     assert proxy.most_asked() <= len(FATAL) * MOST_TRIES
+    assert proxy.most_asked(again=True) <= len(FATAL) * CHECKPOINTS * MOST_TRIES
     assert chain.run(job).content == tiny["train"].content
     check_commits(store, job)
 
@@ -355,6 +359,7 @@ def test_a_process_that_is_stopped_among_faults_of_all_kinds(
     check_commits(store, job)
     assert sum(proxy.count(kind) > 0 for kind in KINDS) >= 5
     assert proxy.most_asked() <= MOST_TRIES
+    assert proxy.most_asked(again=True) <= CHECKPOINTS * MOST_TRIES
 
 
 def environment() -> dict[str, str]:

@@ -159,11 +159,6 @@ def test_digest_of_written_weights_is_the_same_in_another_process():
 def test_precision_chosen_for_training_does_not_reach_features():
     extractor = CNNExtractor(network(SmallCNNConfig(channels=1, classes=10)), "toy")
     before = extractor(images(8))
-    # Another test may have trained here, which chooses it.
-    convolutions, torch.backends.cudnn.conv.fp32_precision = (
-        torch.backends.cudnn.conv.fp32_precision,
-        "tf32",
-    )
     torch.set_float32_matmul_precision("medium")
     try:
         assert torch.equal(extractor(images(8)), before)
@@ -172,7 +167,6 @@ def test_precision_chosen_for_training_does_not_reach_features():
         assert torch.backends.cudnn.conv.fp32_precision == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
-        torch.backends.cudnn.conv.fp32_precision = convolutions
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from typing import Any
 import chain
 import pytest
 import torch
+from chain import store_of
 
 import eqm
 from eqm import generate
@@ -16,7 +17,7 @@ from eqm.errors import DataError, IntegrityError
 from eqm.generate import Part, labels_of, parts_of
 from eqm.records import Blob, Record, note_from_bytes, to_json
 from eqm.stage import Context, job_digest, stage_config
-from eqm.storage import LocalStore, Store, record_key
+from eqm.storage import Store, record_key
 
 
 @pytest.fixture(scope="module")
@@ -29,10 +30,6 @@ def fresh(tiny: chain.Chain, folder: Path, **changes: Any) -> Job:
     store = chain.copied(tiny, folder / "store", without=("samples", "evaluation"))
     config = chain.tiniest({f"generate.{k.replace('__', '.')}": v for k, v in changes.items()})
     return chain.job(config, store, "samples", tiny.records)
-
-
-def store_of(job: Job) -> LocalStore:
-    return LocalStore(Path(job.runtime.store))
 
 
 def tensors(store: Store, record: Record, name: str) -> dict[str, torch.Tensor]:

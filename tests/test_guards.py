@@ -8,12 +8,12 @@ from typing import Any
 import chain
 import pytest
 import torch
+from chain import store_of, untrained
 
 from eqm import checkpoint, train
 from eqm.config import ComputeConfig, Job, replace
 from eqm.errors import ConfigError, DataError
 from eqm.stage import job_digest
-from eqm.storage import LocalStore
 from eqm.train import InterruptedTraining
 
 BATCH = 32
@@ -27,14 +27,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> chain.Chain:
 
 
 def asked(tiny: chain.Chain, folder: Path, kind: str, **runtime: Any) -> Job:
-    store = chain.copied(tiny, folder / "store", without=("train", "samples", "evaluation"))
-    job = chain.elsewhere(tiny.job("train", **runtime), store.root)
+    job = untrained(tiny, folder, **runtime)
     config = {**job.config, "train": {**job.config["train"], "on_nonfinite": kind}}
     return replace(job, config=config)
-
-
-def store_of(job: Job) -> LocalStore:
-    return LocalStore(Path(job.runtime.store))
 
 
 def positions(job: Job) -> list[int]:

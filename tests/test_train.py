@@ -22,6 +22,7 @@ from typing import Any
 import chain
 import pytest
 import torch
+from chain import store_of, untrained
 from safetensors.torch import load_file, save_file
 
 from eqm import checkpoint, lease, train
@@ -57,20 +58,10 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> chain.Chain:
     return chain.build(tmp_path_factory.getbasetemp() / "chain", until="train")
 
 
-def fresh(tiny: chain.Chain, folder: Path, **runtime: Any) -> Job:
-    """The training job of the chain, in a store where it was never begun."""
-    store = chain.copied(tiny, folder / "store", without=("train", "samples", "evaluation"))
-    return chain.elsewhere(tiny.job("train", **runtime), store.root)
-
-
 def asking(job: Job, **changes: Any) -> Job:
     """The same job with other settings, as ``train={"batch_size": 3}``."""
     config = {name: {**table, **changes.get(name, {})} for name, table in job.config.items()}
     return replace(job, config=config)
-
-
-def store_of(job: Job) -> LocalStore:
-    return LocalStore(Path(job.runtime.store))
 
 
 def curve(store: LocalStore, record: Record) -> dict[str, list[float]]:
@@ -95,7 +86,7 @@ def test_the_loss_curve_is_the_golden_one(tiny: chain.Chain) -> None:
 
 
 def test_a_rerun_ends_in_the_same_bits(tiny: chain.Chain, tmp_path: Path) -> None:
-    again = chain.run(fresh(tiny, tmp_path))
+    again = chain.run(untrained(tiny, tmp_path))
     assert again.outputs == tiny["train"].outputs
     assert again.content == tiny["train"].content
 
@@ -112,7 +103,7 @@ def test_the_loss_falls(tiny: chain.Chain) -> None:
 def test_a_signal_ends_training_with_a_checkpoint(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: signal.Signals
 ) -> None:
-    job = fresh(tiny, tmp_path)
+    job = untrained(tiny, tmp_path)
     before = signal.getsignal(kind)
     losses = train.accumulate
 
@@ -139,7 +130,7 @@ def test_a_signal_ends_training_with_a_checkpoint(
 def test_frequent_checkpoints_change_nothing_and_the_newest_stay(
     tiny: chain.Chain, tmp_path: Path, keep: int, kept: list[int]
 ) -> None:
-    job = fresh(tiny, tmp_path, checkpoint_every_images=100, keep_checkpoints=keep)
+    job = untrained(tiny, tmp_path, checkpoint_every_images=100, keep_checkpoints=keep)
     assert chain.run(job).content == tiny["train"].content
     found = checkpoint.complete(store_of(job), job_digest(job))
     assert [at.images_seen for at in found] == kept
@@ -159,8 +150,8 @@ def test_points_of_the_curve_survive_a_stop_between_them(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "HISTORY_POINTS", 5)
-    whole = chain.run(fresh(tiny, tmp_path / "whole"))
-    job = fresh(tiny, tmp_path / "stopped")
+    whole = chain.run(untrained(tiny, tmp_path / "whole"))
+    job = untrained(tiny, tmp_path / "stopped")
     with monkeypatch.context() as patch:
         # As if SIGTERM came within the second update of the third point.
         patch.setattr(train, "crossed", lambda before, after, _: False)
@@ -180,7 +171,7 @@ def stops(run: train.Run) -> bool:
 def test_killed_after_the_last_update_it_only_seals(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = fresh(tiny, tmp_path)
+    job = untrained(tiny, tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(train, "outcome_of", lambda _: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
@@ -190,7 +181,7 @@ def test_killed_after_the_last_update_it_only_seals(
 
 
 def test_a_damaged_checkpoint_is_refused_by_name(tiny: chain.Chain, tmp_path: Path) -> None:
-    job = fresh(tiny, tmp_path)
+    job = untrained(tiny, tmp_path)
     run = set_up(job)
     train.step(run, next(train.feed(run)), stop=False)
     train.persist(run)
@@ -214,7 +205,7 @@ def environment() -> dict[str, str]:
 def test_killed_and_started_again_it_ends_in_the_same_bits(
     tiny: chain.Chain, tmp_path: Path
 ) -> None:
-    job = fresh(tiny, tmp_path, checkpoint_every_images=BATCH)
+    job = untrained(tiny, tmp_path, checkpoint_every_images=BATCH)
     store = store_of(job)
     line = [*ALONE, written(job, tmp_path / "job.json")]
     with subprocess.Popen(line, cwd=ROOT, env=environment(), stderr=subprocess.DEVNULL) as child:
@@ -250,7 +241,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bits(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also while a checkpoint is written beside the loop, which at this pace is nearly always."""
-    job = fresh(tiny, tmp_path, checkpoint_every_images=BATCH, lease_seconds=600.0)
+    job = untrained(tiny, tmp_path, checkpoint_every_images=BATCH, lease_seconds=600.0)
     moments = random.Random(0)
     for token in (1, 2):
         with started(job, tmp_path / "job.json") as child:
@@ -266,7 +257,7 @@ def test_killed_at_random_moments_it_ends_in_the_same_bits(
 def test_a_trainer_that_was_replaced_while_it_slept_changes_nothing_and_says_who(
     tiny: chain.Chain, tmp_path: Path
 ) -> None:
-    job = fresh(tiny, tmp_path, checkpoint_every_images=BATCH, lease_seconds=1.0)
+    job = untrained(tiny, tmp_path, checkpoint_every_images=BATCH, lease_seconds=1.0)
     store, digest = store_of(job), job_digest(job)
     with started(job, tmp_path / "job.json") as sleeper:
         until(lambda: checkpoint.newest(store, digest) is not None, sleeper)
@@ -298,7 +289,7 @@ def readable(job: Job) -> dict[str, bytes]:
 def test_where_the_first_process_may_not_train_all_end_and_say_why(
     tiny: chain.Chain, tmp_path: Path
 ) -> None:
-    job = fresh(tiny, tmp_path, error_file=str(tmp_path / "error"))
+    job = untrained(tiny, tmp_path, error_file=str(tmp_path / "error"))
     key = checkpoint.lease_key(job_digest(job))
     with lease.held(store_of(job), key, seconds=1.5):
         with started(job, tmp_path / "job.json", IN_PAIRS) as pair:
@@ -317,7 +308,7 @@ def pairs(
 ) -> list[tuple[LocalStore, Record]]:
     """The same job twice, by two processes each, at the same time."""
     folders = [tmp_path_factory.mktemp("pair") for _ in range(2)]
-    jobs = [fresh(tiny, folder) for folder in folders]
+    jobs = [untrained(tiny, folder) for folder in folders]
     children = [
         subprocess.Popen(
             [*IN_PAIRS, written(job, folder / "job.json")],
@@ -372,7 +363,7 @@ def test_two_processes_end_in_the_same_bits_twice(pairs: list[tuple[LocalStore, 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_gradients_of_the_ranks_add_up(tiny: chain.Chain, tmp_path: Path, size: int) -> None:
-    job = fresh(tiny, tmp_path)
+    job = untrained(tiny, tmp_path)
     run = set_up(job)
     run.network.initialise(1, zero_head=False)
     batch = read_batch(run.data, run.config.seed, 0, BATCH)
@@ -391,19 +382,19 @@ def test_a_batch_that_the_processes_cannot_share_is_refused(
     tiny: chain.Chain, tmp_path: Path
 ) -> None:
     with pytest.raises(DataError, match=r"batch_size is 32, which 3 processes cannot share"):
-        set_up(fresh(tiny, tmp_path), World(1, 3, torch.device("cpu")))
+        set_up(untrained(tiny, tmp_path), World(1, 3, torch.device("cpu")))
 
 
 def test_a_patch_that_does_not_divide_the_latents_is_refused(
     tiny: chain.Chain, tmp_path: Path
 ) -> None:
-    job = asking(fresh(tiny, tmp_path), network={"patch": 3})
+    job = asking(untrained(tiny, tmp_path), network={"patch": 3})
     with pytest.raises(ConfigError, match=r"8 x 8 cannot be cut into patches of 3: choose"):
         chain.run(job)
 
 
 def test_divergence_is_told_and_nothing_is_sealed(tiny: chain.Chain, tmp_path: Path) -> None:
-    job = asking(fresh(tiny, tmp_path), train={"learning_rate": 1e18})
+    job = asking(untrained(tiny, tmp_path), train={"learning_rate": 1e18})
     with pytest.raises(DataError, match=r"diverged; lower train\.learning_rate"):
         chain.run(job)
     assert store_of(job).record("train", job_digest(job)) is None
@@ -417,7 +408,7 @@ FURTHER = {"ema_tracks": [40, 320.5], "ema_power": [0.05, 0.1], "ema_snapshot_im
 @pytest.fixture(scope="module")
 def further(tiny: chain.Chain, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Record]:
     """The training of the chain with averages of other lengths beside the main ones."""
-    job = asking(fresh(tiny, tmp_path_factory.mktemp("further")), train=FURTHER)
+    job = asking(untrained(tiny, tmp_path_factory.mktemp("further")), train=FURTHER)
     return job, chain.run(job)
 
 
@@ -445,7 +436,7 @@ def test_further_averages_are_those_of_the_weights_of_every_update(
     tiny: chain.Chain, tmp_path: Path, further: tuple[Job, Record]
 ) -> None:
     job, record = further
-    run = set_up(asking(fresh(tiny, tmp_path), train=FURTHER))
+    run = set_up(asking(untrained(tiny, tmp_path), train=FURTHER))
     start = {name: p.detach().clone() for p, name in run.names.items()}
     path = []
     for batch in islice(train.feed(run), chain.UPDATES):
@@ -476,7 +467,7 @@ def test_further_averages_are_those_of_the_weights_of_every_update(
 def test_stopped_after_every_update_further_averages_end_in_the_same_bits(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, further: tuple[Job, Record]
 ) -> None:
-    job = asking(fresh(tiny, tmp_path), train=FURTHER)
+    job = asking(untrained(tiny, tmp_path), train=FURTHER)
     step = train.step
     with monkeypatch.context() as patch:
         patch.setattr(train, "step", lambda run, batch, _: step(run, batch, True) or True)
@@ -491,7 +482,7 @@ def test_stopped_after_every_update_further_averages_end_in_the_same_bits(
 def test_killed_between_a_snapshot_and_its_checkpoint_it_ends_in_the_same_bits(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, further: tuple[Job, Record]
 ) -> None:
-    job = asking(fresh(tiny, tmp_path, checkpoint_every_images=3 * BATCH), train=FURTHER)
+    job = asking(untrained(tiny, tmp_path, checkpoint_every_images=3 * BATCH), train=FURTHER)
     save = checkpoint.save
 
     def killed(store: Any, digest: str, state: checkpoint.TrainState, **rest: Any) -> str:
@@ -514,7 +505,7 @@ def test_killed_between_a_snapshot_and_its_checkpoint_it_ends_in_the_same_bits(
 def test_a_snapshot_that_is_gone_is_told_before_anything_is_sealed(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = asking(fresh(tiny, tmp_path), train=FURTHER)
+    job = asking(untrained(tiny, tmp_path), train=FURTHER)
     outcome = train.outcome_of
 
     def lost(run: train.Run) -> Any:
@@ -529,7 +520,7 @@ def test_a_snapshot_that_is_gone_is_told_before_anything_is_sealed(
 
 
 def test_only_the_first_process_leaves_snapshots(tiny: chain.Chain, tmp_path: Path) -> None:
-    run = set_up(asking(fresh(tiny, tmp_path), train=FURTHER))
+    run = set_up(asking(untrained(tiny, tmp_path), train=FURTHER))
     run.images_seen, first = 3 * BATCH, run.context
     folder = f"train/{first.digest}/snapshots/"
     run.context = replace(first, world=World(1, 2, torch.device("cpu")))
@@ -568,7 +559,7 @@ def test_training_begins_from_the_weights_of_another(
 ) -> None:
     path = tmp_path / "ema.safetensors"
     path.write_bytes(weights_file(tiny).read_bytes())
-    job = begun_from(fresh(tiny, tmp_path), path, objective={"energy": energy})
+    job = begun_from(untrained(tiny, tmp_path), path, objective={"energy": energy})
     run, sealed = set_up(job), load_file(path)
     for name, value in run.network.state_dict().items():
         assert torch.equal(value, sealed[name]), name
@@ -586,11 +577,11 @@ def test_training_begins_from_an_official_checkpoint(tiny: chain.Chain, tmp_path
     path = tmp_path / "sit.pt"
     write_official(path, to_official(official))
     network = {"time": "constant", "second_head": True}
-    run = set_up(begun_from(fresh(tiny, tmp_path), path, network=network))
+    run = set_up(begun_from(untrained(tiny, tmp_path), path, network=network))
     for name, value in run.network.state_dict().items():
         assert torch.equal(value, official.state_dict()[name]), name
     with pytest.raises(IntegrityError, match=r"sit\.pt: weight .* this network has"):
-        set_up(begun_from(fresh(tiny, tmp_path / "other"), path))
+        set_up(begun_from(untrained(tiny, tmp_path / "other"), path))
 
 
 def test_weights_of_another_digest_or_of_zeros_for_l2_are_refused(
@@ -600,8 +591,8 @@ def test_weights_of_another_digest_or_of_zeros_for_l2_are_refused(
     zeros = Transformer(chain.tiniest().network, size=8, channels=1, classes=10).state_dict()
     save_file(zeros, path)
     with pytest.raises(ConfigError, match="would never train"):
-        set_up(begun_from(fresh(tiny, tmp_path / "l2"), path, objective={"energy": "l2"}))
-    job = begun_from(fresh(tiny, tmp_path / "wrong"), path)
+        set_up(begun_from(untrained(tiny, tmp_path / "l2"), path, objective={"energy": "l2"}))
+    job = begun_from(untrained(tiny, tmp_path / "wrong"), path)
     path.write_bytes(path.read_bytes() + b" ")
     with pytest.raises(IntegrityError, match="SHA-256"):
         set_up(job)
@@ -637,7 +628,7 @@ def test_a_dot_energy_is_trained_by_both_ways_and_stops_early(
     ends = {}
     for way in ("double", "directional"):
         changes = {"energy": "dot", "backward": way}
-        job = asking(fresh(tiny, tmp_path / way), objective=changes)
+        job = asking(untrained(tiny, tmp_path / way), objective=changes)
         ends[way] = curve(store_of(job), chain.run(job))["loss"]
     assert ends["double"] == pytest.approx(ends["directional"], rel=1e-3)
     assert ends["double"] != ends["directional"]
@@ -673,7 +664,7 @@ def test_the_learning_rate_is_constant_unless_asked() -> None:
 
 
 def test_labels_are_dropped_at_their_rate(tiny: chain.Chain, tmp_path: Path) -> None:
-    run = set_up(asking(fresh(tiny, tmp_path), train={"label_dropout": 0.3}))
+    run = set_up(asking(untrained(tiny, tmp_path), train={"label_dropout": 0.3}))
     batch = read_batch(run.data, 0, 0, 4000)
     labels = train.corrupted(run, batch).labels
     dropped = labels == 10
@@ -684,7 +675,7 @@ def test_labels_are_dropped_at_their_rate(tiny: chain.Chain, tmp_path: Path) -> 
 def test_without_dropout_no_label_is_dropped_and_there_is_no_null_label(
     tiny: chain.Chain, tmp_path: Path
 ) -> None:
-    run = set_up(asking(fresh(tiny, tmp_path), train={"label_dropout": 0.0}))
+    run = set_up(asking(untrained(tiny, tmp_path), train={"label_dropout": 0.0}))
     batch = read_batch(run.data, 0, 0, 500)
     assert torch.equal(train.corrupted(run, batch).labels, batch.labels)
     assert not run.spec.null_label
@@ -692,7 +683,7 @@ def test_without_dropout_no_label_is_dropped_and_there_is_no_null_label(
 
 def test_the_loss_is_equation_3(tiny: chain.Chain, tmp_path: Path) -> None:
     """||f(x_gamma) - (eps - x) c(gamma)||^2 for each image, written out once more."""
-    run = set_up(fresh(tiny, tmp_path))
+    run = set_up(untrained(tiny, tmp_path))
     run.network.initialise(3, zero_head=False)
     batch = read_batch(run.data, run.config.seed, 96, BATCH)
     expected, wrong_sign = [], []
@@ -717,7 +708,7 @@ def test_the_loss_is_equation_3(tiny: chain.Chain, tmp_path: Path) -> None:
 def test_one_step_is_adam_on_the_mean_loss_and_the_average_follows(
     tiny: chain.Chain, tmp_path: Path
 ) -> None:
-    job = fresh(tiny, tmp_path)
+    job = untrained(tiny, tmp_path)
     run, other = set_up(job), set_up(job)
     batch = next(train.feed(run))
     assert train.step(run, batch, stop=False) is False
@@ -734,7 +725,7 @@ def test_one_step_is_adam_on_the_mean_loss_and_the_average_follows(
 
 
 def test_a_clipped_gradient_has_the_norm_asked_for(tiny: chain.Chain, tmp_path: Path) -> None:
-    run = set_up(asking(fresh(tiny, tmp_path), train={"gradient_clip": 0.01}))
+    run = set_up(asking(untrained(tiny, tmp_path), train={"gradient_clip": 0.01}))
     given: list[float] = []
     step = run.learner.optimiser.step
 
