@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from bench.energies import DEVICE, _held, _peak
 from bench.timing import alternate, show
+from eqm import flops
 from eqm.config import NetworkConfig, ObjectiveConfig, TrainConfig
 from eqm.learner import Learner
 from eqm.network import Transformer
@@ -31,7 +32,6 @@ CASES = {"B": 64, "XL": 32} if ON_GPU else {"S": 16, "B": 8}
 """Size -> batch."""
 ROUNDS = 3
 TOKENS, CLASSES, DECAY = 256, 1000, 0.9999
-PEAK_BF16 = {"H100": 989e12, "H200": 989e12}
 HAS_BF16 = ON_GPU or "avx512_bf16" in Path("/proc/cpuinfo").read_text()
 
 
@@ -109,19 +109,18 @@ if shutil.which("c++") or shutil.which("g++"):
         )
 
 
-def flops(size: str) -> float:
-    """Of one image and step; forward, 12 d^2 L N + 2 N^2 d L + 6 d^2 L multiply-adds."""
+def work(size: str) -> float:
+    """FLOPs of one image and step."""
     config = NetworkConfig.size(size, patch=2)
-    d, depth, n = config.width, config.depth, TOKENS
-    forward = 12 * d**2 * depth * n + 2 * n**2 * d * depth + 6 * d**2 * depth
-    return 3 * 2 * forward
+    found = flops.training_flops(config, ObjectiveConfig(), tokens=TOKENS, channels=4)
+    assert found is not None, "only a U-Net's is not counted"
+    return found
 
 
-def peak_flops() -> float:
+def machine_flops() -> float:
     """FLOP/s that this machine is said, or on a CPU seen, to do at most."""
     if ON_GPU:
-        name = torch.cuda.get_device_name()
-        return next((peak for known, peak in PEAK_BF16.items() if known in name), float("nan"))
+        return flops.peak_flops(torch.cuda.get_device_name()) or float("nan")
     a = torch.randn(2048, 2048)
     best = float("inf")
     for _ in range(5):
@@ -151,7 +150,7 @@ def memory(side: str, size: str, batch: int) -> float:
 
 def main() -> None:
     """Measure and print."""
-    peak = peak_flops()
+    peak = machine_flops()
     print(f"bfloat16 in this processor: {HAS_BF16}; peak {peak / 1e9:,.0f} GFLOP/s")
     for size, batch in CASES.items():
         print(f"-- {size}/2, batch {batch}")
@@ -160,7 +159,7 @@ def main() -> None:
         show(seconds, base="plain")
         for name, values in seconds.items():
             rate = batch / sorted(values)[len(values) // 2]
-            share = rate * flops(size) / peak
+            share = rate * work(size) / peak
             used = memory(name, size, batch)
             print(f"{name:32} {rate:9.3g} images/s  MFU {share:.1%}  {used:,.0f} MiB")
 

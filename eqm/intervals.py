@@ -18,11 +18,11 @@ from numpy.typing import ArrayLike, NDArray
 from eqm.config import require
 from eqm.errors import DataError
 from eqm.frechet import SAMPLES_A_DIMENSION, Array, Gaussian, Moments, kernel_distance, merge
+from eqm.ood import NORMAL_975
 
 GROUPS = 16
 T_975 = 2.131449545559323
 """97.5 % point of Student's t with GROUPS - 1 degrees of freedom."""
-NORMAL_975 = 1.959963984540054
 LEAST_SAMPLES = 8 * GROUPS
 """With fewer, groups are too small for their variance to mean anything."""
 
