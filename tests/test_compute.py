@@ -205,12 +205,17 @@ def test_a_network_without_blocks_is_refused(asked):
 
 
 def test_products_of_float32_are_chosen_and_tf32_is_of_gpus():
-    backends = torch.backends
-    choose_products("float32", CPU)
-    for knob in (backends.cuda.matmul, backends.cudnn.conv):
-        assert knob.fp32_precision == "ieee"
-    with pytest.raises(ConfigError, match=r"'tf32', which only GPUs .* use 'float32'"):
-        choose_products("tf32", CPU)
+    knobs = (torch.backends.cuda.matmul, torch.backends.cudnn.conv)
+    before = [knob.fp32_precision for knob in knobs]
+    try:
+        choose_products("float32", CPU)
+        assert [knob.fp32_precision for knob in knobs] == ["ieee", "ieee"]
+        with pytest.raises(ConfigError, match=r"'tf32', which only GPUs .* use 'float32'"):
+            choose_products("tf32", CPU)
+    finally:
+        # It holds for the whole process.
+        for knob, value in zip(knobs, before, strict=True):
+            knob.fp32_precision = value
 
 
 def test_emulated_bfloat16_is_told(monkeypatch):
