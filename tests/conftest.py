@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -35,6 +36,24 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _as_torch_was() -> Iterator[None]:
+    """What a test chose for the whole process, by running a stage in it, ends with the test."""
+    backends: Any = torch.backends
+    knobs = (
+        backends.cuda.matmul,
+        backends.cudnn.conv,
+        backends.mkldnn.matmul,
+        backends.mkldnn.conv,
+    )
+    products = [knob.fp32_precision for knob in knobs]
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    yield
+    torch.use_deterministic_algorithms(deterministic)
+    for knob, value in zip(knobs, products, strict=True):
+        knob.fp32_precision = value
 
 
 @pytest.fixture(scope="session")

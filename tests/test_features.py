@@ -159,12 +159,14 @@ def test_digest_of_written_weights_is_the_same_in_another_process():
 def test_precision_chosen_for_training_does_not_reach_features():
     extractor = CNNExtractor(network(SmallCNNConfig(channels=1, classes=10)), "toy")
     before = extractor(images(8))
+    convolutions = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     torch.set_float32_matmul_precision("medium")
+    convolutions.fp32_precision = "tf32"
     try:
         assert torch.equal(extractor(images(8)), before)
         assert torch.get_float32_matmul_precision() == "medium"
         assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"
-        assert torch.backends.cudnn.conv.fp32_precision == "tf32"
+        assert convolutions.fp32_precision == "tf32"
     finally:
         torch.set_float32_matmul_precision("highest")
 
