@@ -1,8 +1,8 @@
 """Stage "evaluation": samples + real images -> numbers. ``python -m eqm.evaluate CONFIG.json``
 
 Distances are to the training images, as in the field, with the distance between held-out and
-training images beside them: the floor that a perfect model would reach. Out-of-distribution scores
-are gradient norms at the mean latents, unlabelled, held-out images against others.
+training images beside them: the floor that a perfect model would reach. What lies out of
+distribution is told by eqm.outliers.
 """
 
 import sys
@@ -15,9 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eqm import frechet, images, intervals, model, ood
+from eqm import frechet, images, intervals, model, outliers
 from eqm.agreement import Reader
-from eqm.autoencoder import Autoencoder
 from eqm.checkpoint import tensors_from_bytes, tensors_to_bytes
 from eqm.config import EvaluateConfig, EvaluationStage
 from eqm.errors import DataError
@@ -25,14 +24,11 @@ from eqm.features import FeatureExtractor, extract, load_extractor
 from eqm.frechet import Gaussian
 from eqm.images import ImageSource
 from eqm.intervals import Interval
-from eqm.latents import mean_latents
-from eqm.model import Model
-from eqm.records import Evaluation, Metric, OODRow, Record, to_json
+from eqm.records import Evaluation, Metric, Record, to_json
 from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
 
 BATCH = 256
-SHUFFLE_SEED = 0
 GRID_CLASSES = 10
 
 
@@ -72,7 +68,7 @@ def program(context: Context) -> Outcome | None:
         listing=context.listing(),
     )
     material = gather(context, stage.evaluate, source, extractor, samples)
-    rows, scores = out_of_distribution(
+    rows, scores = outliers.out_of_distribution(
         stage.evaluate,
         model.from_record(context.store, trained).to(context.world.device),
         material.held_out.images,
@@ -289,59 +285,6 @@ def read_images(material: Material) -> dict[str, Metric]:
 def _nearest(train: Split, queries: NDArray[np.uint8]) -> NDArray[np.float64]:
     flat = [x.reshape(len(x), -1).astype(np.float64) for x in (queries, train.images)]
     return frechet.nearest_distances(*flat) / np.sqrt(flat[0].shape[1])
-
-
-# -- out of distribution ------------------------------------------------------------------------
-
-
-def out_of_distribution(
-    config: EvaluateConfig, trained: Model, held_out: NDArray[np.uint8]
-) -> tuple[tuple[OODRow, ...], dict[str, Tensor]]:
-    """Rows and scores of each set against held-out images; empty without a null label."""
-    if not trained.spec.null_label:
-        return (), {}
-    real = torch.from_numpy(held_out[: config.ood_images])
-    size, channels = trained.spec.latent.image_size_px, trained.spec.latent.image_channels
-    sets = {
-        "photographs": (images.sample_photographs(size, channels, config.ood_images), True),
-        "constant": (images.constant_images(size, channels, config.ood_images), True),
-        "flipped": (images.flipped(real), False),
-        "shuffled": (images.shuffled(real, SHUFFLE_SEED), False),
-    }
-    score = partial(gradient_norms, trained, trained.autoencoder)
-    scores = {"held-out": score(real), **{name: score(x) for name, (x, _) in sets.items()}}
-    inside = scores["held-out"].numpy()
-    rows = (_row(n, inside, scores[n].numpy(), gated) for n, (_, gated) in sets.items())
-    return tuple(rows), scores
-
-
-def gradient_norms(trained: Model, autoencoder: Autoencoder, pixels: Tensor) -> Tensor:
-    """Norm of the gradient at each image's mean latent, (N,): low on data, higher off it."""
-    found = []
-    for batch in pixels.split(BATCH):
-        moments = autoencoder.encode(batch.to(trained.device))
-        x = mean_latents(moments, trained.spec.latent).to(trained.dtype)
-        # A baseline that is conditioned on the noise level is asked where data are.
-        gamma = x.new_ones(len(x)) if trained.field.conditioned else None
-        found.append(trained.gradient(x, gamma=gamma).flatten(1).norm(dim=1).double().cpu())
-    return torch.cat(found)
-
-
-def _row(
-    name: str, inside: NDArray[np.float64], outside: NDArray[np.float64], gated: bool
-) -> OODRow:
-    result = ood.compare(inside, outside)
-    low, high = result.auroc_interval
-    return OODRow(
-        name=name,
-        count=len(outside),
-        auroc=result.auroc,
-        auroc_low=low,
-        auroc_high=high,
-        aupr=result.aupr_out,
-        fpr95_in=result.fpr95_in,
-        gated=gated,
-    )
 
 
 # -- pictures -----------------------------------------------------------------------------------

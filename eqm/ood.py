@@ -1,7 +1,7 @@
 """How well a score tells out-of-distribution images from in-distribution ones.
 
 By convention the out-of-distribution (OOD) image has the HIGHER score: energy, gradient norm. Ties
-count one half. This module computes no scores (eqm.evaluate does, and calls this) and decides
+count one half. This module computes no scores (eqm.outliers does, and calls this) and decides
 nothing. Legend: K in-distribution scores, L out-of-distribution scores.
 
 The false-positive rate at 95 % true positives goes under two definitions in the literature, which

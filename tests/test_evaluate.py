@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import eqm
-from eqm import dossier, evaluate, images
+from eqm import dossier, evaluate, images, outliers
 from eqm.agreement import Reader
 from eqm.checkpoint import tensors_from_bytes
 from eqm.config import EvaluateConfig, EvaluationStage, SourceConfig, replace, stage_config
@@ -113,7 +113,7 @@ def test_a_class_without_images_is_black() -> None:
 def test_scores_are_gradient_norms_at_mean_latents(tiny: chain.Chain) -> None:
     trained = eqm.load(tiny.uri("train"), device="cpu")
     pixels = torch.from_numpy(np.arange(64 * 3, dtype=np.uint8).reshape(3, 1, 8, 8))
-    found = evaluate.gradient_norms(trained, trained.autoencoder, pixels)
+    found = outliers.gradient_norms(trained, trained.autoencoder, pixels)
     spec = trained.spec.latent
     x = ((pixels.float() - 127.5) / 127.5 - spec.shift[0]) * spec.scale[0]
     expected = trained.gradient(x).flatten(1).norm(dim=1)
@@ -126,7 +126,7 @@ def test_without_a_null_label_there_are_no_scores(tiny: chain.Chain) -> None:
     spec = dataclasses.replace(trained.spec, null_label=False)
     plain = Model(spec, trained.network, autoencoder=lambda: trained.autoencoder)
     held = np.zeros((4, 1, 8, 8), dtype=np.uint8)
-    assert evaluate.out_of_distribution(tiny.config.evaluate, plain, held) == ((), {})
+    assert outliers.out_of_distribution(tiny.config.evaluate, plain, held) == ((), {})
 
 
 # -- the protocol -------------------------------------------------------------------------------
