@@ -8,7 +8,8 @@ import base64
 import html
 from collections.abc import Iterable, Sequence
 
-MINUS = "\N{MINUS SIGN}"
+MINUS, DASH = "\N{MINUS SIGN}", "\N{EN DASH}"
+PERCENT_95 = "95\N{NO-BREAK SPACE}%"
 
 
 class Html(str):

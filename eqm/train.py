@@ -34,6 +34,7 @@ from eqm.config import PretrainedFile, SamplerConfig, TrainConfig, TrainStage
 from eqm.distributed import World
 from eqm.errors import DataError, EqmError
 from eqm.events import EventLog, log_of, restore
+from eqm.figures import sample_grid
 from eqm.latent_set import LatentSet, open_manifest
 from eqm.latents import sample_latents
 from eqm.learner import FLAGS, Learner, check_slope, diverged, learning_rate
@@ -45,7 +46,6 @@ from eqm.progress import Progress
 from eqm.randomness import Stream, normal
 from eqm.records import Blob, Record, sha256, to_json
 from eqm.registry import RunMirror
-from eqm.report import sample_grid
 from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
 from eqm.storage import Store

@@ -252,7 +252,7 @@ def sample(
     _prepare()
     import eqm
     from eqm.errors import ConfigError
-    from eqm.report import sample_grid
+    from eqm.figures import sample_grid
     from flows.settings import current_settings
 
     columns = _numbers("seeds", seeds)

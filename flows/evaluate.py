@@ -16,7 +16,8 @@ from eqm.errors import DataError
 from eqm.records import Decision, Evaluation, Reason, Record, Ref, from_json, to_json
 from eqm.records import digest as digest_of
 from eqm.registry import Registry
-from eqm.report import render_html, render_json
+from eqm.report import render_json
+from eqm.report_page import render_html
 from eqm.stage import open_ref
 from flows.encode import encode_images, fit_autoencoder, list_images
 from flows.plan import (

@@ -20,7 +20,8 @@ from eqm.evaluate import Material, Split, grid_of
 from eqm.images import open_source
 from eqm.model import Model
 from eqm.records import Evaluation, Ref, from_json
-from eqm.report import render_html, render_json
+from eqm.report import render_json
+from eqm.report_page import render_html
 from eqm.stage import job_digest
 from eqm.storage import LocalStore
 

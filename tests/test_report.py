@@ -18,7 +18,14 @@ from PIL import Image
 
 from eqm.config import PolicyConfig
 from eqm.errors import ConfigError, DataError
-from eqm.figures import GRID_GAP_PX, common_edges, curve_svg, histogram_svg, strip_png
+from eqm.figures import (
+    GRID_GAP_PX,
+    common_edges,
+    curve_svg,
+    histogram_svg,
+    sample_grid,
+    strip_png,
+)
 from eqm.gate import decide
 from eqm.records import (
     Blob,
@@ -32,7 +39,8 @@ from eqm.records import (
     sha256,
     to_json,
 )
-from eqm.report import ReportInput, render_html, render_json, sample_grid
+from eqm.report import ReportInput, render_json
+from eqm.report_page import render_html
 
 HOSTILE = "\"><script>alert(1)</script><img src=http://x.example/y onerror=z>&'$x^{"
 VOID = {"meta", "img", "line", "circle"}
