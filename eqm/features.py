@@ -37,6 +37,29 @@ CHANNELS_A_GROUP = 8
 """Of GroupNorm: never BatchNorm, whose output depends on the rest of the batch."""
 
 
+SPATIAL_CHANNELS = 7
+"""Of the layer whose positions are all kept, as the field's sFID has it."""
+LARGEST_GRID = 16
+"""Positions a side of a SmallCNN's spatial features; those of larger images are averaged."""
+
+
+@dataclass(frozen=True)
+class Activations:
+    """What an extractor makes of images, float32, where its weights lie."""
+
+    features: Tensor
+    """(B, D): what distances are taken of."""
+    logits: Tensor | None = None
+    """(B, K): what its classifier says, before the softmax; None where it has none."""
+    spatial: Tensor | None = None
+    """(B, S): a layer before positions are averaged, row by row, channels last; None where it has
+    none."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Those that are there, by name."""
+        return {name: value for name, value in vars(self).items() if value is not None}
+
+
 class FeatureExtractor(Protocol):
     """What every extractor offers."""
 
@@ -49,6 +72,10 @@ class FeatureExtractor(Protocol):
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features float32 (B, D), where the weights lie, of uint8 images (B, C, H, W)."""
+        ...
+
+    def activations(self, images: Tensor) -> Activations:
+        """All that it makes of uint8 images (B, C, H, W) in one pass."""
         ...
 
 
@@ -116,8 +143,19 @@ class SmallCNN(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         """Features (B, D) of float images (B, C, H, W) in [-1, 1]; DataError for other shapes."""
+        return self.project(self._hidden(x).mean(dim=(2, 3)))
+
+    def activations(self, x: Tensor) -> Activations:
+        """Features, logits and spatial features of float images (B, C, H, W) in [-1, 1]."""
+        hidden = self._hidden(x)
+        features = self.project(hidden.mean(dim=(2, 3)))
+        sides = [min(side, LARGEST_GRID) for side in hidden.shape[2:]]
+        grid = F.adaptive_avg_pool2d(hidden[:, :SPATIAL_CHANNELS], sides)
+        return Activations(features, self.head(F.silu(features)), _channels_last(grid))
+
+    def _hidden(self, x: Tensor) -> Tensor:
         _check_shape(x, (self.config.channels,), smallest_px=SMALLEST_IMAGE_PX)
-        return self.project(self.body(x).mean(dim=(2, 3)))
+        return self.body(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (B, classes) of float images (B, C, H, W) in [-1, 1]."""
@@ -130,6 +168,11 @@ def _block(inside: int, outside: int, *, stride: int = 1) -> tuple[nn.Module, ..
         nn.GroupNorm(outside // CHANNELS_A_GROUP, outside),
         nn.SiLU(),
     )
+
+
+def _channels_last(grid: Tensor) -> Tensor:
+    """(B, C, H, W) as rows (B, H W C)."""
+    return grid.permute(0, 2, 3, 1).flatten(1)
 
 
 def signed(images: Tensor) -> Tensor:
@@ -152,6 +195,10 @@ class CNNExtractor:
     def __call__(self, images: Tensor) -> Tensor:
         """Features float32 (B, D) of uint8 images (B, C, H, W)."""
         return self._run(self._network.features, images)
+
+    def activations(self, images: Tensor) -> Activations:
+        """Spatial features are the first channels of the last layer that has positions."""
+        return self._run(self._network.activations, images)
 
     def logits(self, images: Tensor) -> Tensor:
         """What the classifier says, float32 (B, classes), of uint8 images (B, C, H, W)."""
@@ -254,18 +301,36 @@ class _InceptionExtractor:
         file.seek(0)
         with torch.random.fork_rng(devices=[]), _in_words(place):
             network = torch_fidelity.FeatureExtractorInceptionV3(
-                self.name, [str(self.dimension)], feature_extractor_weights_path=file
+                self.name,
+                [str(self.dimension), "logits_unbiased"],
+                feature_extractor_weights_path=file,
             )
         self._network = network.to(device)
         self._device = device
 
     def __call__(self, images: Tensor) -> Tensor:
         """Features float32 (B, 2048) of uint8 images (B, 1 or 3, H, W), resized to 299 x 299."""
+        return self.activations(images).features
+
+    def activations(self, images: Tensor) -> Activations:
+        """With logits (B, 1008) that leave the bias out, as in Inception Scores of the field.
+
+        Spatial features (B, 2023) are the first 7 channels of what TensorFlow's graph calls
+        "mixed_6/conv", on 17 x 17 positions, as in ADM's sFID.
+        """
         _check_uint8(images)
         _check_shape(images, (1, 3), smallest_px=1)
         colour = images.to(self._device).expand(-1, 3, -1, -1)
-        with torch.no_grad(), full_precision():
-            return self._network(colour)[0]
+        seen: list[Tensor] = []
+        hook = self._network.Mixed_6d.branch1x1.register_forward_hook(
+            lambda *call: seen.append(call[-1][:, :SPATIAL_CHANNELS])
+        )
+        try:
+            with torch.no_grad(), full_precision():
+                features, logits = self._network(colour)
+        finally:
+            hook.remove()
+        return Activations(features, logits, _channels_last(seen[0]))
 
 
 # -- weights ------------------------------------------------------------------------------------

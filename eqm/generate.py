@@ -72,7 +72,7 @@ def program(context: Context) -> Outcome | None:
 def make(
     config: GenerateConfig, trained: Model, extractor: FeatureExtractor, part: Part
 ) -> dict[str, Tensor]:
-    """Samples of one part: features, images, labels and what their descent cost."""
+    """Samples of one part: activations, images, labels and what their descent cost."""
     first = config.first_seed + part.first
     labels = labels_of(config, part, len(trained.spec.classes))
     found = descend(config, trained, labels, range(first, first + part.count))
@@ -85,7 +85,7 @@ def make(
         )
     images = found.images()
     return {
-        "features": extractor(images),
+        **extractor.activations(images).tensors(),
         "images": images[: max(0, config.keep_images - part.first)],
         "labels": labels,
         "evaluations": found.evaluations,

@@ -63,6 +63,27 @@ def test_features_and_logits_have_their_shapes_at_any_size(channels, height, wid
     assert torch.equal(extractor.logits(x), made(signed(x)))
 
 
+def test_activations_are_those_of_one_pass():
+    made = network()
+    extractor = CNNExtractor(made, "toy")
+    for height, width in ((8, 8), (9, 13)):
+        x = images(5, 1, height, width)
+        found = extractor.activations(x)
+        assert torch.equal(found.features, extractor(x))
+        assert torch.equal(found.logits, extractor.logits(x))
+        hidden = made.body(signed(x))[:, :7]
+        assert torch.equal(found.spatial, hidden.permute(0, 2, 3, 1).reshape(5, -1))
+
+
+def test_positions_of_large_images_are_averaged():
+    made = network()
+    x = images(2, 1, 128, 64)
+    hidden = made.body(signed(x))[:, :7]
+    assert hidden.shape == (2, 7, 32, 16)
+    rows = hidden.unflatten(2, (16, 2)).mean(dim=3).permute(0, 2, 3, 1).reshape(2, -1)
+    assert torch.allclose(CNNExtractor(made, "toy").activations(x).spatial, rows, atol=1e-6)
+
+
 def test_signed_maps_black_and_white_to_the_ends():
     assert signed(torch.tensor([0, 255], dtype=torch.uint8)).tolist() == [-1, 1]
 
@@ -327,8 +348,34 @@ def test_inception_equals_the_library_bit_for_bit(weights_file, inception):
         assert found.dtype == torch.float32
         assert found.std() > 0.01
         assert torch.equal(found, library(x)[0])
+    both = FeatureExtractorInceptionV3(
+        "library", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights_file)
+    )
+    found = inception.activations(x)
+    assert torch.equal(found.features, both(x)[0])
+    assert torch.equal(found.logits, both(x)[1])
     assert inception.name == "inception-v3-compat"
     assert inception.dimension == 2048
+
+
+def test_spatial_features_of_inception_are_those_of_adm(weights_file, inception):
+    """The 1 x 1 branch of the third 17 x 17 block, layer by layer."""
+    library = FeatureExtractorInceptionV3(
+        "library", ["2048"], feature_extractor_weights_path=str(weights_file)
+    )
+    x = images(2, 3, 299, 299, seed=3)
+    h = (x.float() - 128) / 128
+    for name in ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "MaxPool_1", "Conv2d_3b_1x1"):
+        h = getattr(library, name)(h)
+    for name in ("Conv2d_4a_3x3", "MaxPool_2", "Mixed_5b", "Mixed_5c", "Mixed_5d", "Mixed_6a"):
+        h = getattr(library, name)(h)
+    mixed_6 = library.Mixed_6d.branch1x1(library.Mixed_6c(library.Mixed_6b(h)))
+    found = inception.activations(x).spatial
+    assert found.shape == (2, 2023)
+    assert found.dtype == torch.float32
+    assert found.std() > 0.01
+    # Row by row with channels last, as in files of ADM.
+    assert torch.equal(found.reshape(2, 17, 17, 7), mixed_6[:, :7].permute(0, 2, 3, 1))
 
 
 def test_inception_repeats_grayscale(inception):
