@@ -11,10 +11,10 @@ import io
 import json
 import pickle
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import safetensors
@@ -29,6 +29,8 @@ from eqm.errors import DataError, IntegrityError
 from eqm.precision import full_precision
 from eqm.records import Record, canonical_bytes, digest, from_json, sha256
 from eqm.storage import Store
+
+T = TypeVar("T")
 
 SMALLEST_IMAGE_PX = 8
 """Two halvings leave a SmallCNN 2 x 2 positions to average."""
@@ -149,8 +151,8 @@ class SmallCNN(nn.Module):
         """Features, logits and spatial features of float images (B, C, H, W) in [-1, 1]."""
         hidden = self._hidden(x)
         features = self.project(hidden.mean(dim=(2, 3)))
-        sides = [min(side, LARGEST_GRID) for side in hidden.shape[2:]]
-        grid = F.adaptive_avg_pool2d(hidden[:, :SPATIAL_CHANNELS], sides)
+        height, width = (min(side, LARGEST_GRID) for side in hidden.shape[2:])
+        grid = F.adaptive_avg_pool2d(hidden[:, :SPATIAL_CHANNELS], (height, width))
         return Activations(features, self.head(F.silu(features)), _channels_last(grid))
 
     def _hidden(self, x: Tensor) -> Tensor:
@@ -204,7 +206,7 @@ class CNNExtractor:
         """What the classifier says, float32 (B, classes), of uint8 images (B, C, H, W)."""
         return self._run(self._network, images)
 
-    def _run(self, function: Any, images: Tensor) -> Tensor:
+    def _run(self, function: Callable[[Tensor], T], images: Tensor) -> T:
         _check_uint8(images)
         with torch.no_grad(), full_precision():
             return function(signed(images.to(self._network.head.weight.device)))

@@ -138,7 +138,10 @@ def test_a_sample_is_a_function_of_its_seed(tiny: chain.Chain, tmp_path: Path) -
     assert record.digest != tiny["samples"].digest
     mine = tensors(store_of(job), record, "samples")
     whole = tensors(tiny.store, tiny["samples"], "samples")
-    assert mine.keys() == {"features", "labels", "evaluations", "gradient_norms"}
+    assert mine.keys() == {
+        *("features", "logits", "spatial"),
+        *("labels", "evaluations", "gradient_norms"),
+    }
     for name, value in mine.items():
         assert torch.allclose(value, whole[name][13:43], atol=1e-4), name
     images = tensors(store_of(job), record, "images")["images"].int()
