@@ -541,15 +541,17 @@ class GenerateConfig:
 
     samples: int = 1797
     first_seed: int = 0
-    labels: Literal["balanced"] = "balanced"
-    """Sample s has label s modulo the number of classes."""
+    labels: Literal["balanced", "random"] = "balanced"
+    """"balanced": sample s has label s modulo the number of classes. "random": a label drawn for s,
+    as of images of classes that are equally frequent."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     keep_images: int = 10_000
-    """The first so many images are sealed beside the features of all."""
+    """The first so many images are sealed beside the features of all, part by part."""
     trajectory_points: int = 8
     """Moments of the descent that are shown, from noise to sample."""
 
     def __post_init__(self) -> None:
+        _known(self, "generate")
         _positive(self, "generate", "samples", "trajectory_points")
         require(self.keep_images >= 0, "generate.keep_images", self.keep_images, "0 or greater")
         _seed(self, "generate", "first_seed")

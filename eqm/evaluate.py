@@ -17,7 +17,7 @@ from torch import Tensor
 
 from eqm import frechet, images, intervals, model, outliers
 from eqm.agreement import Reader
-from eqm.checkpoint import tensors_from_bytes, tensors_to_bytes
+from eqm.checkpoint import tensors_to_bytes
 from eqm.config import EvaluateConfig, EvaluationStage
 from eqm.errors import DataError
 from eqm.features import FeatureExtractor, extract, load_extractor
@@ -25,6 +25,7 @@ from eqm.frechet import Gaussian
 from eqm.images import ImageSource
 from eqm.intervals import Interval
 from eqm.records import Evaluation, Metric, Record, to_json
+from eqm.samples import columns, kept_images
 from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
 
@@ -110,13 +111,13 @@ def gather(
     samples: Record,
 ) -> Material:
     """Real images of both splits with their features, and the sealed samples."""
-    sealed = tensors_from_bytes(context.store.get(samples.outputs["samples.safetensors"]))
-    kept = tensors_from_bytes(context.store.get(samples.outputs["images.safetensors"]))
+    sealed = columns(context.store, samples)
+    kept = torch.cat(list(kept_images(context.store, samples)))
     return Material(
         config=config,
         training=real_split(context, source, extractor, held_out=False),
         held_out=real_split(context, source, extractor, held_out=True),
-        samples=Split(kept["images"].numpy(), sealed["labels"].numpy(), sealed["features"].numpy()),
+        samples=Split(kept.numpy(), sealed["labels"].numpy(), sealed["features"].numpy()),
         sample_count=int(samples.values["samples"]),
         mean_field_evaluations=float(samples.values["mean_field_evaluations"]),
     )

@@ -6,11 +6,11 @@
 The released code's "250 steps" are 249 updates. Every field evaluation of every sample is
 counted. A sample that has stopped or blown up stays where it is; since no sample sees another,
 what becomes of one does not depend on its neighbours. :func:`descend` carries all samples to the
-end together; :func:`descend_in_slots` gives the place of one that has stopped to the next, which
-is how adaptive compute saves time. Pure: knows no network, no labels, no files.
+end together; :func:`found_in_slots` gives the place of one that has stopped to the next, which is
+how adaptive compute saves time. Pure: knows no network, no labels, no files.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import islice
 from typing import TypeAlias
@@ -419,34 +419,65 @@ def descend_in_slots(
 ) -> Descent:
     """Find ``count`` samples, ``slots`` at a time: one that has stopped makes room for the next.
 
-    The batch keeps its shape to the end, so a sample's bits depend on the number of slots (through
-    the kernels that this shape is computed with) and on nothing else: not on its slot, its
-    neighbours or its turn. Every ``check_every`` updates the device is asked who has stopped;
-    between, those wait where they are. ``on_finished(samples)`` is called with how many have been
-    found so far. Raises ValueError as :func:`descend` does, and for fewer than 1 sample or slot.
+    ``on_finished(samples)`` is called with how many have been found so far. Raises ValueError as
+    :func:`found_in_slots` does, and for fewer than 1 sample.
     """
-    for name, value in (("count", count), ("slots", slots)):
-        if value < 1:
-            raise ValueError(f"{name} is {value}; it must be at least 1")
+    if count < 1:
+        raise ValueError(f"count is {count}; it must be at least 1")
+    settings = {"rule": rule, "updates": updates, "stop": stop, "check_every": check_every}
+    whole, done = None, 0
+    for indices, some in found_in_slots(problem, range(count), slots=slots, **settings):
+        whole = _empty(some, count) if whole is None else whole
+        _put(whole, indices, some)
+        done += len(indices)
+        if on_finished is not None:
+            on_finished(done)
+    assert whole is not None
+    return whole
+
+
+@torch.no_grad()
+def found_in_slots(
+    problem: Problem,
+    indices: Sequence[int],
+    *,
+    slots: int,
+    rule: Rule,
+    updates: int,
+    stop: StopRule | None = None,
+    check_every: int = 1,
+) -> Iterator[tuple[list[int], Descent]]:
+    """Samples of a problem as they are found, with their indices; they begin in the order given.
+
+    The batch has ``slots`` rows from the first update to the last, be there samples for them or
+    not. So a sample's bits depend on the number of slots (through the kernels that this shape is
+    computed with) and on nothing else: not on its slot, its neighbours, its turn, or how many are
+    asked for. Every ``check_every`` updates the device is asked who has stopped; between, those
+    wait where they are. Raises ValueError as :func:`descend` does, and for fewer than 1 slot.
+    """
+    if slots < 1:
+        raise ValueError(f"slots is {slots}; it must be at least 1")
+    if not indices:
+        return
     plan = _Plan(rule=rule, updates=updates, stop=stop)
-    waiting = iter(range(count))
+    waiting = iter(indices)
     holds: list[int | None] = list(islice(waiting, slots))
-    with torch.no_grad():
-        held = torch.tensor(holds)
-        start = problem.start(held)
-        _check(start, updates, check_every, 1)
-        table = _Table(problem, plan, held, start)
-        found, done = _empty(_descent(table.state), count), 0
-        while done < count:
-            for _ in range(check_every):
-                table.advance()
-            over = table.finished(holds)
-            _put(found, table, over, [n for n in (holds[s] for s in over) if n is not None])
-            done += len(over)
-            _refill(table, holds, over, waiting)
-            if over and on_finished is not None:
-                on_finished(done)
-    return found
+    holds += [None] * (slots - len(holds))
+    # Slots without a sample of their own follow the first one, and nobody looks at them.
+    held = torch.tensor([indices[0] if holder is None else holder for holder in holds])
+    start = problem.start(held)
+    _check(start, updates, check_every, 1)
+    table = _Table(problem, plan, held, start)
+    while any(holder is not None for holder in holds):
+        for _ in range(check_every):
+            table.advance()
+        over = table.finished(holds)
+        if not over:
+            continue
+        there = [holder for holder in (holds[slot] for slot in over) if holder is not None]
+        some = table.found(over)
+        _refill(table, holds, over, waiting)
+        yield there, some
 
 
 class _Table:
@@ -480,6 +511,13 @@ class _Table:
         """Slots with a sample that moves no more."""
         active = self.state.active.tolist()
         return [s for s, holder in enumerate(holds) if holder is not None and not active[s]]
+
+    def found(self, slots: list[int]) -> Descent:
+        """What is in some slots."""
+        here = _descent(self.state)
+        at = torch.tensor(slots, device=here.latents.device)
+        rows = {f.name: getattr(here, f.name)[at] for f in fields(Descent) if f.name != "trace"}
+        return Descent(**rows)
 
     def replace(self, slots: list[int], samples: list[int]) -> None:
         """Seat new samples."""
@@ -520,15 +558,12 @@ def _empty(like: Descent, count: int) -> Descent:
     return Descent(**room)
 
 
-def _put(found: Descent, table: _Table, slots: list[int], samples: list[int]) -> None:
-    """Write what is in the slots to the places of their samples."""
-    if not slots:
-        return
-    here = _descent(table.state)
-    at, where = (torch.tensor(v, device=here.latents.device) for v in (slots, samples))
+def _put(whole: Descent, indices: list[int], some: Descent) -> None:
+    """Write samples to the places of their indices."""
+    where = torch.tensor(indices, device=some.latents.device)
     for f in fields(Descent):
         if f.name != "trace":
-            getattr(found, f.name)[where] = getattr(here, f.name)[at]
+            getattr(whole, f.name)[where] = getattr(some, f.name)
 
 
 # -- helpers ------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ eqm.train, eqm.evaluate and people.
 """
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -203,6 +203,85 @@ def sample(
     Samples that blow up are marked in ``diverged``. Raises DataError and ConfigError for what does
     not fit.
     """
+    asked = _asked(model, labels, seeds, start, rule, updates, guidance, guidance_channels, project)
+    common = {"rule": asked.rule, "updates": updates, "stop": stop, "check_every": check_every}
+    if slots is not None:
+        if on_update is not None or trace_every is not None:
+            raise DataError(
+                "with slots, samples have no common update: leave on_update and "
+                "trace_every out, or slots"
+            )
+        found = sampler.descend_in_slots(
+            asked.problem,
+            asked.count,
+            slots=min(slots, asked.count),
+            on_finished=on_finished,
+            **common,
+        )
+    else:
+        energy = (
+            None
+            if trace_every is None
+            else _energy_of(model, asked.labels, guidance, guidance_channels)
+        )
+        found = _together(asked.problem, asked.count, on_update, trace_every, energy, common)
+    return Samples(**vars(found), model=model)
+
+
+def samples_as_found(
+    model: Model | Composition,
+    *,
+    labels: Tensor | Sequence[int] | None = None,
+    seeds: Sequence[int],
+    slots: int,
+    rule: rules.Rule | None = None,
+    updates: int = 249,
+    guidance: float = 1.0,
+    guidance_channels: int | None = None,
+    stop: StopRule | None = None,
+    check_every: int = 1,
+) -> Iterator[tuple[list[int], Samples]]:
+    """Samples as soon as each is found, with their places among the seeds; any number of them.
+
+    As :func:`sample` with ``slots``, but nothing waits for the last one, and the batch has so many
+    slots even where fewer samples are asked for: the bits of one do not depend on the others.
+    """
+    asked = _asked(model, labels, seeds, None, rule, updates, guidance, guidance_channels, None)
+    found = sampler.found_in_slots(
+        asked.problem,
+        range(asked.count),
+        slots=slots,
+        rule=asked.rule,
+        updates=updates,
+        stop=stop,
+        check_every=check_every,
+    )
+    for places, some in found:
+        yield places, Samples(**vars(some), model=model)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What samples are asked for, checked."""
+
+    problem: Problem
+    count: int
+    labels: Tensor | None
+    rule: rules.Rule
+
+
+def _asked(
+    model: Model | Composition,
+    labels: Tensor | Sequence[int] | None,
+    seeds: Sequence[int] | None,
+    start: Tensor | None,
+    rule: rules.Rule | None,
+    updates: int,
+    guidance: float,
+    channels: int | None,
+    project: Known | Projection | None,
+) -> _Asked:
+    """Check what is asked. Raises DataError, ConfigError."""
     names = _names(seeds)
     first, count = _starts(model, names, start)
     given = None if labels is None else torch.as_tensor(labels)
@@ -218,32 +297,12 @@ def sample(
         gradient=lambda at: model.gradient_of(
             None if checked is None else checked[at.to(checked.device)],
             guidance=guidance,
-            channels=guidance_channels,
+            channels=channels,
         ),
         project=_projections(model, project, count),
         numbers=lambda at: at if names is None else names[at],
     )
-    common = {
-        "rule": chosen,
-        "updates": updates,
-        "stop": stop,
-        "check_every": check_every,
-    }
-    if slots is not None:
-        if on_update is not None or trace_every is not None:
-            raise DataError(
-                "with slots, samples have no common update: leave on_update and "
-                "trace_every out, or slots"
-            )
-        found = sampler.descend_in_slots(
-            problem, count, slots=min(slots, count), on_finished=on_finished, **common
-        )
-    else:
-        energy = (
-            None if trace_every is None else _energy_of(model, checked, guidance, guidance_channels)
-        )
-        found = _together(problem, count, on_update, trace_every, energy, common)
-    return Samples(**vars(found), model=model)
+    return _Asked(problem, count, checked, chosen)
 
 
 def _together(

@@ -71,6 +71,8 @@ class Outcome:
     outputs: Mapping[str, bytes | Path | Blob]
     values: Mapping[str, Any] = field(default_factory=dict)
     logs: Mapping[str, bytes | Path | Blob] = field(default_factory=dict)
+    provenance: Mapping[str, Any] = field(default_factory=dict)
+    """How it was made, beside what is known of every stage: in no digest."""
 
 
 @dataclass(frozen=True)
@@ -242,6 +244,7 @@ def _record(context: Context, outcome: Outcome, began: str) -> Record:
         logs={name: _blob(store, data) for name, data in outcome.logs.items()},
         provenance={
             **provenance(context.world, began),
+            **to_json(dict(outcome.provenance)),
             **({"compute": to_json(job.runtime.compute)} if job.stage == "train" else {}),
         },
     )

@@ -11,13 +11,17 @@ from chain import store_of
 import eqm
 from eqm import generate
 from eqm.checkpoint import tensors_from_bytes
-from eqm.config import GenerateConfig, Job, SamplerConfig
+from eqm.config import GenerateConfig, Job, SamplerConfig, replace
 from eqm.distributed import World
 from eqm.errors import DataError, IntegrityError
-from eqm.generate import Part, labels_of, parts_of
-from eqm.records import Blob, Record, note_from_bytes, to_json
+from eqm.generate import Committed
+from eqm.records import Record, note_from_bytes, to_json
+from eqm.samples import columns, config_of, kept, kept_images, labels_of, parts_of
 from eqm.stage import Context, job_digest, stage_config
 from eqm.storage import Store, record_key
+
+PINNED = [8, 5, 2, 7, 0, 4, 5, 5, 7, 3, 7, 7]
+"""Labels of the first seeds with ten classes: what is drawn for a seed never changes."""
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +36,17 @@ def fresh(tiny: chain.Chain, folder: Path, **changes: Any) -> Job:
     return chain.job(config, store, "samples", tiny.records)
 
 
-def tensors(store: Store, record: Record, name: str) -> dict[str, torch.Tensor]:
-    return tensors_from_bytes(store.get(record.outputs[f"{name}.safetensors"]))
+def images_of(store: Store, record: Record) -> torch.Tensor:
+    return torch.cat(list(kept_images(store, record)))
+
+
+def path_of(store: Store, record: Record) -> dict[str, torch.Tensor]:
+    return tensors_from_bytes(store.get(record.outputs["trajectory.safetensors"]))
+
+
+def near(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether images are equal but for rounding."""
+    return bool((a.int() - b.int()).abs().max() <= 1)
 
 
 # -- parts --------------------------------------------------------------------------------------
@@ -56,10 +69,11 @@ def test_a_killed_run_goes_on_at_the_part_where_it_was(
     make, made = generate.make, []
 
     def killed_at_the_last(*args: Any) -> dict[str, torch.Tensor]:
-        if args[-1].number == 2 and len(made) == 2:
+        first = args[3][0]
+        if first == 40 and len(made) == 2:
             made.append("killed")
             raise KeyboardInterrupt
-        made.append(args[-1].number)
+        made.append(first)
         return make(*args)
 
     monkeypatch.setattr(generate, "make", killed_at_the_last)
@@ -69,7 +83,7 @@ def test_a_killed_run_goes_on_at_the_part_where_it_was(
     assert [Path(key).stem for key in first] == ["000000", "000001"]
     assert store.record("samples", job_digest(job)) is None
     record = chain.run(job)
-    assert made == [0, 1, "killed", 2]
+    assert made == [0, 20, "killed", 40]
     assert {key: (store.root / key).stat().st_ino for key in first} == first
     assert record.content == tiny["samples"].content
 
@@ -101,7 +115,7 @@ def test_a_damaged_part_is_refused_and_a_lost_one_made_again(
     job = chain.elsewhere(tiny.job("samples"), store.root)
     (store.root / record_key("samples", job_digest(job))).unlink()
     key = f"samples/{job_digest(job)}/parts/000001.json"
-    file = store.root / note_from_bytes(Blob, store.read(key), "part").key
+    file = store.root / note_from_bytes(Committed, store.read(key), "part").table.key
     file.chmod(0o600)
     file.write_bytes(file.read_bytes()[:-1] + b"\x01")
     with pytest.raises(IntegrityError, match=r"damaged.*or delete it"):
@@ -114,15 +128,39 @@ def test_a_damaged_part_is_refused_and_a_lost_one_made_again(
 
 
 def test_labels_are_balanced(tiny: chain.Chain) -> None:
-    labels = tensors(tiny.store, tiny["samples"], "samples")["labels"]
+    labels = columns(tiny.store, tiny["samples"])["labels"]
     assert labels.tolist() == [s % 10 for s in range(50)]
     assert labels.bincount().tolist() == [5] * 10
 
 
-def test_the_label_of_a_seed_does_not_depend_on_where_the_run_begins() -> None:
-    config = GenerateConfig(samples=30, first_seed=7)
-    labels = labels_of(config, Part(number=1, first=4, count=5), classes=10)
-    assert labels.tolist() == [1, 2, 3, 4, 5]
+@pytest.mark.parametrize("rule", ["balanced", "random"])
+def test_the_label_of_a_seed_does_not_depend_on_where_the_run_begins(rule: Any) -> None:
+    config = GenerateConfig(labels=rule)
+    whole = labels_of(config, range(60), 7)
+    assert torch.equal(labels_of(config, [59, 3, 17], 7), whole[[59, 3, 17]])
+    assert torch.equal(labels_of(replace(config, first_seed=9), range(9, 20), 7), whole[9:20])
+
+
+def test_random_labels_are_drawn_evenly_and_independently() -> None:
+    labels = labels_of(GenerateConfig(labels="random"), range(50_000), 10)
+    counts = labels.bincount(minlength=10).double()
+    # Chi-squared with 9 degrees of freedom: beyond 27.9 once in a thousand.
+    assert float(((counts - 5000) ** 2 / 5000).sum()) < 27.9
+    pairs = (10 * labels[:-1] + labels[1:]).bincount(minlength=100).double()
+    assert float(((pairs - 500) ** 2 / 500).sum()) < 149
+    assert labels[:12].tolist() == PINNED
+    assert labels_of(GenerateConfig(labels="random"), range(5), 0).tolist() == [0] * 5
+
+
+def test_random_labels_are_what_the_samples_have(tiny: chain.Chain, tmp_path: Path) -> None:
+    job = fresh(tiny, tmp_path, labels="random")
+    record = chain.run(job)
+    labels = columns(store_of(job), record)["labels"]
+    assert torch.equal(labels, labels_of(config_of(record), range(50), 10))
+    trained = eqm.load(tiny.uri("train"), device="cpu")
+    rule = eqm.NAG(step_size=0.1, momentum=0.3)
+    found = eqm.sample(trained, labels=labels[:40], seeds=range(40), rule=rule, updates=5)
+    assert near(found.images(), images_of(store_of(job), record))
 
 
 def test_two_stores_hold_the_same(tiny: chain.Chain, tmp_path: Path) -> None:
@@ -136,53 +174,54 @@ def test_a_sample_is_a_function_of_its_seed(tiny: chain.Chain, tmp_path: Path) -
     job = fresh(tiny, tmp_path, first_seed=13, samples=30, sampler__batch_size=7)
     record = chain.run(job)
     assert record.digest != tiny["samples"].digest
-    mine = tensors(store_of(job), record, "samples")
-    whole = tensors(tiny.store, tiny["samples"], "samples")
+    mine = columns(store_of(job), record)
+    whole = columns(tiny.store, tiny["samples"])
     assert mine.keys() == {
         *("features", "logits", "spatial"),
         *("labels", "evaluations", "gradient_norms"),
     }
     for name, value in mine.items():
         assert torch.allclose(value, whole[name][13:43], atol=1e-4), name
-    images = tensors(store_of(job), record, "images")["images"].int()
-    others = tensors(tiny.store, tiny["samples"], "images")["images"].int()
-    assert (images[:27] - others[13:]).abs().max() <= 1
+    assert near(images_of(store_of(job), record)[:27], images_of(tiny.store, tiny["samples"])[13:])
 
 
 def test_samples_are_those_of_the_public_model(tiny: chain.Chain) -> None:
     trained = eqm.load(tiny.uri("train"), device="cpu")
     labels, rule = [s % 10 for s in range(40)], eqm.NAG(step_size=0.1, momentum=0.3)
     found = eqm.sample(trained, labels=labels, seeds=range(40), rule=rule, updates=5)
-    kept = tensors(tiny.store, tiny["samples"], "images")["images"]
-    assert (found.images().int() - kept.int()).abs().max() <= 1
+    assert near(found.images(), images_of(tiny.store, tiny["samples"]))
 
 
 def test_the_first_images_are_kept(tiny: chain.Chain) -> None:
     record = tiny["samples"]
-    images = tensors(tiny.store, record, "images")["images"]
+    images = images_of(tiny.store, record)
     assert (images.dtype, tuple(images.shape)) == (torch.uint8, (40, 1, 8, 8))
     assert record.values["images_kept"] == 40
     assert record.values["samples"] == 50
     assert record.values["mean_field_evaluations"] == 5.0
-    assert len(tensors(tiny.store, record, "samples")["features"]) == 50
+    assert len(columns(tiny.store, record)["features"]) == 50
+    assert {name for name in record.outputs if name.startswith("images")} == {
+        "images-000000.safetensors",
+        "images-000001.safetensors",
+    }
 
 
 @pytest.mark.parametrize("keep", [0, 20, 30, 99])
 def test_so_many_images_are_kept(tiny: chain.Chain, tmp_path: Path, keep: int) -> None:
     job = fresh(tiny, tmp_path, keep_images=keep)
-    images = tensors(store_of(job), chain.run(job), "images")["images"]
-    assert len(images) == min(keep, 50)
-    all_kept = tensors(tiny.store, tiny["samples"], "images")["images"]
+    images = images_of(store_of(job), chain.run(job))
+    assert tuple(images.shape) == (min(keep, 50), 1, 8, 8)
+    all_kept = images_of(tiny.store, tiny["samples"])
     assert torch.equal(images[:40], all_kept[: len(images)])
 
 
 def test_the_trajectory_leads_from_noise_to_the_samples(tiny: chain.Chain) -> None:
-    path = tensors(tiny.store, tiny["samples"], "trajectory")
+    path = path_of(tiny.store, tiny["samples"])
     assert path["updates"].tolist() == [0, 2, 5]
     assert tuple(path["images"].shape) == (3, 10, 1, 8, 8)
-    kept = tensors(tiny.store, tiny["samples"], "images")["images"]
-    assert (path["images"][-1].int() - kept[:10].int()).abs().max() <= 1
-    assert (path["images"][0].int() - kept[:10].int()).abs().max() > 20
+    samples = images_of(tiny.store, tiny["samples"])[:10]
+    assert near(path["images"][-1], samples)
+    assert (path["images"][0].int() - samples.int()).abs().max() > 20
 
 
 def test_more_moments_than_updates_are_shown_once_each(tiny: chain.Chain) -> None:
@@ -204,5 +243,37 @@ def test_settings_of_the_sampler_are_in_the_digest(tiny: chain.Chain, tmp_path: 
     record = chain.run(job)
     assert record.digest != tiny["samples"].digest
     assert record.config == to_json(job.config)
-    mine = tensors(store_of(job), record, "samples")["features"]
-    assert not torch.equal(mine, tensors(tiny.store, tiny["samples"], "samples")["features"])
+    mine = columns(store_of(job), record)["features"]
+    assert not torch.equal(mine, columns(tiny.store, tiny["samples"])["features"])
+
+
+# -- once more ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_samples_are_made_again_from_their_record(tiny: chain.Chain, exact: bool) -> None:
+    seeds = [31, 2, 39]
+    sealed = kept(tiny.store, tiny["samples"], seeds)
+    again = generate.remake(tiny.store, tiny["samples"], seeds, exact=exact)
+    assert again.keys() == sealed.keys()
+    assert near(again["images"], sealed["images"])
+    for name, value in sealed.items():
+        assert torch.allclose(again[name].double(), value.double(), atol=1.0), name
+        assert not exact or torch.equal(again[name], value), name
+
+
+def test_a_seed_beyond_the_record_is_made_and_only_exactly_refused(tiny: chain.Chain) -> None:
+    made = generate.remake(tiny.store, tiny["samples"], [77])
+    assert made["labels"].tolist() == [7]
+    with pytest.raises(DataError, match="seed 77 is not among the samples: 0 to 49 are"):
+        generate.remake(tiny.store, tiny["samples"], [77], exact=True)
+    with pytest.raises(DataError, match="no seeds"):
+        generate.remake(tiny.store, tiny["samples"], [])
+    with pytest.raises(DataError, match="is no set of samples"):
+        generate.remake(tiny.store, tiny["train"], [0])
+
+
+def test_images_of_samples_without_one_are_not_made_up(tiny: chain.Chain) -> None:
+    """40 of the 50 images are kept."""
+    assert "images" in kept(tiny.store, tiny["samples"], [39])
+    assert "images" not in kept(tiny.store, tiny["samples"], [39, 40])
