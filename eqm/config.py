@@ -20,7 +20,7 @@ ALGORITHMS = {
     "extractor": 1,
     "latents": 2,
     "train": 1,
-    "samples": 2,
+    "samples": 3,
     "evaluation": 1,
 }
 """Stage -> number that is raised when the stage's output for the same input would change."""
