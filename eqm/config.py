@@ -21,7 +21,7 @@ ALGORITHMS = {
     "latents": 2,
     "train": 1,
     "samples": 3,
-    "evaluation": 1,
+    "evaluation": 2,
 }
 """Stage -> number that is raised when the stage's output for the same input would change."""
 

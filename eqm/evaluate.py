@@ -267,6 +267,7 @@ def read_images(material: Material) -> dict[str, Metric]:
                 name="read as their own class",
                 value=agreement,
                 beside=reader.agreement(held.images, held.labels),
+                n=kept,
                 note=f"by a support vector classifier fitted on training pixels; {kept} samples",
             ),
         ),
@@ -276,6 +277,7 @@ def read_images(material: Material) -> dict[str, Metric]:
                 name="distance to the nearest training image",
                 value=nearest.value,
                 beside=float(np.median(near(held.images))),
+                n=kept,
                 note="median root mean square of pixel differences, 0 to 255; far below the "
                 "held-out figure would mean copies",
             ),

@@ -97,6 +97,18 @@ def share_interval(count: int, total: int) -> Interval:
     return Interval(share, max(middle - reach, 0.0), min(middle + reach, 1.0))
 
 
+def difference_interval(a: Interval, b: Interval) -> Interval:
+    """Of a - b, from the intervals of both (Zou and Donner 2008, "MOVER").
+
+    Holds for independent estimates. Two models that are sampled with the same seeds share their
+    noise: what they have in common cancels, and the interval is too wide rather than too narrow.
+    """
+    value = a.value - b.value
+    down = math.hypot(a.value - a.low, b.high - b.value)
+    up = math.hypot(a.high - a.value, b.value - b.low)
+    return Interval(value, value - down, value + up)
+
+
 def median_interval(values: ArrayLike) -> Interval:
     """A median between two order statistics, whatever the distribution. Raises DataError for none.
 

@@ -39,7 +39,12 @@ def _markup(child: Child) -> str:
 def number(value: float) -> Html:
     """Four digits to read, all of them for machines."""
     shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
-    return el("data", shown.replace("-", MINUS), value=repr(value))
+    return exact(value, shown.replace("-", MINUS))
+
+
+def exact(value: float, shown: str) -> Html:
+    """A number as it is to be read, all of its digits for machines."""
+    return el("data", shown, value=repr(value))
 
 
 def picture(png: bytes, alt: str) -> Html:

@@ -381,6 +381,8 @@ class Metric:
     """Lower end of its 95 % interval: what other samples of the model would give."""
     high: float | None = None
     """Upper end; both are there or neither."""
+    n: int | None = None
+    """How many samples it is of; None: all of the evaluation's."""
     note: str = ""
 
 

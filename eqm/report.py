@@ -5,16 +5,33 @@ The page for people is that of eqm.report_page. Called by flows.
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from eqm import published
 from eqm.errors import DataError
 from eqm.figures import Images, check_images
-from eqm.records import Decision, Evaluation, Json, Record, canonical_bytes, to_json
+from eqm.gate import differences
+from eqm.intervals import Interval, difference_interval
+from eqm.records import (
+    Decision,
+    Evaluation,
+    Json,
+    Metric,
+    OODRow,
+    Record,
+    canonical_bytes,
+    digest,
+    to_json,
+)
 
-SCHEMA = "eqm-report/1"
-BETTER: dict[str, Literal["lower", "higher"]] = {
+SCHEMA = "eqm-report/2"
+"""Described by eqm/schemas/report-2.json; the number is raised when a field changes its meaning."""
+LEVEL = 0.95
+"""Of every interval."""
+Better = Literal["lower", "higher"]
+BETTER: dict[str, Better] = {
     "distance": "lower",
     "distance_endless": "lower",
     "distance_held_out": "lower",
@@ -24,6 +41,7 @@ BETTER: dict[str, Literal["lower", "higher"]] = {
     "label_agreement": "higher",
 }
 """Which way a metric improves; the distance to the nearest training image has no better side."""
+OOD_NAMES = {"auroc": "AUROC", "aupr": "AUPR", "fpr95_in": "FPR95"}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -76,37 +94,180 @@ class ReportInput:
             )
 
 
+# -- comparisons --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Number:
+    """One measured number, by itself."""
+
+    key: str
+    """"metrics.distance", "ood.constant.auroc": where it stands in the evaluation."""
+    name: str
+    value: float
+    interval: tuple[float, float] | None
+    """95 %: what other samples, or other images, would give."""
+    n: int
+    """Samples or images that it is of."""
+    beside: float | None
+    """The same quantity for real held-out images."""
+    better: Literal["lower", "higher"] | None
+
+
+def numbers_of(evaluation: Evaluation) -> list[Number]:
+    """Every measured number of an evaluation, in the order of the story."""
+    metrics = [
+        Number(
+            key=f"metrics.{key}",
+            name=metric.name,
+            value=metric.value,
+            interval=_ends(metric.low, metric.high),
+            n=evaluation.samples if metric.n is None else metric.n,
+            beside=metric.beside,
+            better=BETTER.get(key),
+        )
+        for key, metric in sorted(evaluation.metrics.items(), key=story_order)
+    ]
+    return metrics + [number for row in evaluation.ood for number in _separations(row)]
+
+
+def _ends(low: float | None, high: float | None) -> tuple[float, float] | None:
+    return None if low is None or high is None else (low, high)
+
+
+def _separations(row: OODRow) -> Iterator[Number]:
+    measures: tuple[tuple[str, float, tuple[float, float] | None, Better], ...] = (
+        ("auroc", row.auroc, (row.auroc_low, row.auroc_high), "higher"),
+        ("aupr", row.aupr, None, "higher"),
+        ("fpr95_in", row.fpr95_in, None, "lower"),
+    )
+    for key, value, interval, better in measures:
+        yield Number(
+            key=f"ood.{row.name}.{key}",
+            name=f"{OOD_NAMES[key]} {row.name}",
+            value=value,
+            interval=interval,
+            n=row.count,
+            beside=None,
+            better=better,
+        )
+
+
+def story_order(item: tuple[str, Metric]) -> tuple[int, str]:
+    """Sorts the metrics of an evaluation: known ones first, in their order."""
+    order = list(BETTER)
+    return (order.index(item[0]) if item[0] in order else len(order), item[0])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Change:
+    """One number of this model beside the champion's."""
+
+    mine: Number
+    champion: Number
+    difference: float
+    interval: tuple[float, float] | None
+    """95 % of the difference; None where one of both has none."""
+
+
+def changes(report: ReportInput) -> list[Change]:
+    """Numbers that this model and the champion both have; none under different protocols."""
+    champion = report.champion
+    if champion is None or report.evaluation.protocol_digest != champion.protocol_digest:
+        return []
+    theirs = {number.key: number for number in numbers_of(champion)}
+    pairs = [(mine, theirs.get(mine.key)) for mine in numbers_of(report.evaluation)]
+    # A key that is called otherwise holds another quantity.
+    return [_change(a, b) for a, b in pairs if b is not None and a.name == b.name]
+
+
+def _change(mine: Number, champion: Number) -> Change:
+    interval = None
+    if mine.interval is not None and champion.interval is not None:
+        found = difference_interval(_interval(mine), _interval(champion))
+        interval = found.low, found.high
+    difference = mine.value - champion.value
+    return Change(mine=mine, champion=champion, difference=difference, interval=interval)
+
+
+def _interval(number: Number) -> Interval:
+    low, high = number.interval or (number.value, number.value)
+    return Interval(number.value, low, high)
+
+
 # -- JSON ---------------------------------------------------------------------------------------
 
 
 def render_json(report: ReportInput) -> bytes:
-    """All numbers, the decision and the chain. Raises ConfigError for NaN and infinities."""
+    """All numbers, the decision and the chain, as eqm/schemas/report-2.json describes them.
+
+    Raises ConfigError for NaN and infinities.
+    """
     return canonical_bytes(_document(report)) + b"\n"
 
 
 def _document(report: ReportInput) -> Json:
-    pictures = {"samples": report.sample_images, "real": report.real_images}
-    if report.trajectory is not None:
-        pictures["trajectory"] = report.trajectory
+    evaluation = report.evaluation
     return {
         "schema": SCHEMA,
         "title": report.title,
         "model": report.model_name,
-        "evaluation": _evaluation_json(report.evaluation),
+        "evaluation": _evaluation_json(evaluation),
+        "numbers": [_number_json(number) for number in numbers_of(evaluation)],
         "decision": to_json(report.decision),
         "champion": _evaluation_json(report.champion) if report.champion else None,
+        "comparison": _comparison_json(report),
+        "published": {
+            "protocol": published.PROTOCOL,
+            "departures": list(published.departures(evaluation)),
+            "systems": to_json(published.SYSTEMS),
+        },
         "chain": [_record_json(record) for record in report.chain],
         "history": to_json(report.history),
         "ood_scores": to_json(report.ood_scores),
         "classes": list(report.class_names),
         "generated_with": to_json(report.generated_with),
         "trajectory_updates": list(report.trajectory_updates),
-        "images": {name: _picture_json(images) for name, images in pictures.items()},
+        "images": {name: _picture_json(images) for name, images in _pictures(report)},
     }
+
+
+def _pictures(report: ReportInput) -> Iterator[tuple[str, Images]]:
+    yield "samples", report.sample_images
+    yield "real", report.real_images
+    if report.trajectory is not None:
+        yield "trajectory", report.trajectory
 
 
 def _evaluation_json(evaluation: Evaluation) -> Json:
     return {**to_json(evaluation), "protocol_digest": evaluation.protocol_digest}
+
+
+def _number_json(number: Number) -> Json:
+    return {**to_json(number), "interval": _interval_json(number.interval)}
+
+
+def _interval_json(ends: tuple[float, float] | None) -> Json:
+    return None if ends is None else {"level": LEVEL, "low": ends[0], "high": ends[1]}
+
+
+def _comparison_json(report: ReportInput) -> Json:
+    if report.champion is None:
+        return None
+    differ = differences(report.evaluation.protocol, report.champion.protocol)
+    rows = [
+        {
+            "key": change.mine.key,
+            "name": change.mine.name,
+            "value": change.mine.value,
+            "champion": change.champion.value,
+            "difference": change.difference,
+            "interval": _interval_json(change.interval),
+            "better": change.mine.better,
+        }
+        for change in changes(report)
+    ]
+    return {"comparable": not differ, "protocols_differ_in": differ, "changes": rows}
 
 
 def _record_json(record: Record) -> Json:
@@ -117,3 +278,13 @@ def _record_json(record: Record) -> Json:
 
 def _picture_json(images: Images) -> Json:
     return {"shape": list(images.shape), "sha256": hashlib.sha256(images.tobytes()).hexdigest()}
+
+
+def report_key(evaluation: str, title: str, model_name: str, decision: Decision | None) -> str:
+    """Where a report lies in the store, without its suffix.
+
+    All of it is a function of the evaluation (its digest) and of what else is named here, so it
+    has one name, and cannot stand under the name of another.
+    """
+    asked = digest({"title": title, "model": model_name, "decision": decision})
+    return f"reports/{evaluation}/{asked[:16]}"

@@ -7,12 +7,20 @@ The page refers to nothing outside itself and needs no script. Every string is e
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from eqm import page
+from eqm import page, published
 from eqm.figures import curve_svg, strip_png
 from eqm.gate import differences
 from eqm.page import DASH, MINUS, PERCENT_95
 from eqm.records import Decision, Evaluation, Metric, Record, Ref, canonical_bytes, sha256
-from eqm.report import BETTER, SCHEMA, ReportInput, render_json
+from eqm.report import (
+    BETTER,
+    SCHEMA,
+    Change,
+    ReportInput,
+    changes,
+    render_json,
+    story_order,
+)
 from eqm.report_ood import ood_section
 
 CELL_PX = 96
@@ -33,6 +41,7 @@ def render_html(report: ReportInput) -> bytes:
         _champion(report),
         ood_section(report),
         _training(report),
+        _published(report),
         _chain(report),
         _protocol(report),
     )
@@ -203,7 +212,7 @@ def _metrics(report: ReportInput) -> page.Html:
             BETTER.get(key, DASH),
             metric.note,
         )
-        for key, metric in sorted(report.evaluation.metrics.items(), key=_story_order)
+        for key, metric in sorted(report.evaluation.metrics.items(), key=story_order)
     ]
     note = (
         f"{report.evaluation.samples:,} samples. The column of real images is the same quantity "
@@ -219,42 +228,92 @@ def _metrics(report: ReportInput) -> page.Html:
 def _interval(metric: Metric) -> page.Child:
     if metric.low is None or metric.high is None:
         return DASH
-    return (page.number(metric.low), " to ", page.number(metric.high))
+    return _ends((metric.low, metric.high))
 
 
-def _story_order(item: tuple[str, Metric]) -> tuple[int, str]:
-    order = list(BETTER)
-    return (order.index(item[0]) if item[0] in order else len(order), item[0])
+def _ends(interval: tuple[float, float] | None) -> page.Child:
+    if interval is None:
+        return DASH
+    return (page.number(interval[0]), " to ", page.number(interval[1]))
+
+
+# -- beside others ------------------------------------------------------------------------------
 
 
 def _champion(report: ReportInput) -> page.Html:
     if report.champion is None:
         return page.Html("")
-    mine, other = report.evaluation, report.champion
-    if mine.protocol_digest != other.protocol_digest:
-        keys = ", ".join(differences(mine.protocol, other.protocol))
-        note = f"The numbers are not compared: the protocols differ in {keys}."
-        return page.section("Against the champion", note)
-    pairs = [
-        (metric.name, metric.value, other.metrics[key].value)
-        for key, metric in sorted(mine.metrics.items(), key=_story_order)
-        if key in other.metrics
+    heading = "Against the champion"
+    keys = differences(report.evaluation.protocol, report.champion.protocol)
+    if keys:
+        note = f"The numbers are not compared: the protocols differ in {', '.join(keys)}."
+        return page.section(heading, note)
+    note = (
+        f"Both were measured under the same protocol. Differences are this model less the "
+        f"champion; their {PERCENT_95} intervals take both for independent, so they are rather "
+        "too wide where seeds are shared. A number is called better or worse only where its "
+        "interval excludes zero."
+    )
+    rows = [
+        (
+            change.mine.name,
+            page.number(change.mine.value),
+            page.number(change.champion.value),
+            _difference(change),
+            _ends(change.interval),
+            _reading(change),
+        )
+        for change in changes(report)
     ]
-    theirs = {row.name: row.auroc for row in other.ood}
-    pairs += [(f"AUROC {r.name}", r.auroc, theirs[r.name]) for r in mine.ood if r.name in theirs]
-    rows = [(name, page.number(a), page.number(b), _change(a, b)) for name, a, b in pairs]
-    heads = ("metric", "this model", "champion", "change")
-    table = page.table("This model and the champion", heads, rows, "numbers")
+    heads = ("metric", "this model", "champion", "difference", f"{PERCENT_95} interval", "reads as")
     return page.section(
-        "Against the champion", "Both were measured under the same protocol.", table
+        heading, note, page.table("This model and the champion", heads, rows, "numbers")
     )
 
 
-def _change(mine: float, other: float) -> str:
-    sign = "±" if mine == other else ""
-    difference = f"{sign}{mine - other:+.3g}".replace("±+", "±").replace("-", MINUS)
+def _difference(change: Change) -> page.Child:
+    shown = "±0" if change.difference == 0 else f"{change.difference:+.3g}".replace("-", MINUS)
+    mine, other = change.mine.value, change.champion.value
     relative = f" ({TIMES} {mine / other:.3f})" if other > 0 and mine >= 0 else ""
-    return difference + relative
+    return (page.exact(change.difference, shown), relative)
+
+
+def _reading(change: Change) -> page.Child:
+    """Whether the difference is one, and to which side."""
+    if change.interval is None or change.mine.better is None:
+        return DASH
+    low, high = change.interval
+    if low <= 0 <= high:
+        return "not told apart"
+    good = (high < 0) == (change.mine.better == "lower")
+    word, kind = ("better", "pass") if good else ("worse", "fail")
+    return page.el("span", word, class_=kind)
+
+
+def _published(report: ReportInput) -> page.Html:
+    departures = published.departures(report.evaluation)
+    same = "This evaluation was made under that protocol: the numbers may be compared with its FID."
+    other = (
+        "This evaluation has another protocol, so none of its numbers may be compared with these ("
+        + "; ".join(departures)
+        + ")."
+    )
+    note = f"Published numbers, not measured here: {published.PROTOCOL}. "
+    rows: list[Sequence[page.Child]] = [
+        (s.system, s.family, f"{s.fid:.2f}", DASH, s.sampler, s.guidance, s.source)
+        for s in published.SYSTEMS
+    ]
+    measured = report.evaluation.metrics.get("distance")
+    if not departures and measured is not None:
+        value, sure = page.number(measured.value), _interval(measured)
+        how = "as under Protocol, below"
+        rows.insert(0, (report.model_name, "this report", value, sure, how, how, "measured here"))
+    heads = ("system", "family", "FID", f"{PERCENT_95} interval", "sampler", "guidance", "source")
+    return page.section(
+        "Published systems",
+        (note, page.el("b", other if departures else same)),
+        page.table("Published systems", heads, rows, "numbers published"),
+    )
 
 
 # -- lineage and protocol -----------------------------------------------------------------------

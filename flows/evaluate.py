@@ -14,9 +14,8 @@ from eqm import champion, dossier, gate
 from eqm.config import Job, replace
 from eqm.errors import DataError
 from eqm.records import Decision, Evaluation, Reason, Record, Ref, from_json, to_json
-from eqm.records import digest as digest_of
 from eqm.registry import Registry
-from eqm.report import render_json
+from eqm.report import render_json, report_key
 from eqm.report_page import render_html
 from eqm.stage import open_ref
 from flows.encode import encode_images, fit_autoencoder, list_images
@@ -134,8 +133,7 @@ def publish(plan: Plan, evaluation: Record, decision: Decision | None) -> Report
         decision=decision,
     )
     html, data = render_html(content), render_json(content)
-    judged = digest_of(decision)[:16] if decision else "unjudged"
-    key = f"reports/{evaluation.digest}/{judged}"
+    key = report_key(evaluation.digest, content.title, content.model_name, decision)
     plan.store.write_once(f"{key}.html", html)
     plan.store.write_once(f"{key}.json", data)
     # What stands is what is shown everywhere, also where another version of this program made it.

@@ -10,12 +10,15 @@ import re
 import subprocess
 import sys
 from html.parser import HTMLParser
+from importlib import resources
 from pathlib import Path
 
 import numpy as np
 import pytest
+from jsonschema import Draft202012Validator
 from PIL import Image
 
+from eqm import published
 from eqm.config import PolicyConfig
 from eqm.errors import ConfigError, DataError
 from eqm.figures import (
@@ -39,7 +42,7 @@ from eqm.records import (
     sha256,
     to_json,
 )
-from eqm.report import ReportInput, render_json
+from eqm.report import SCHEMA, ReportInput, render_json
 from eqm.report_page import render_html
 
 HOSTILE = "\"><script>alert(1)</script><img src=http://x.example/y onerror=z>&'$x^{"
@@ -313,7 +316,7 @@ def test_json_round_trip():
     content = report()
     data = render_json(content)
     body = json.loads(data)
-    assert body["schema"] == "eqm-report/1"
+    assert body["schema"] == "eqm-report/2"
     assert canonical_bytes(body) + b"\n" == data
     stated = body["evaluation"].pop("protocol_digest")
     assert from_json(Evaluation, body["evaluation"]) == content.evaluation
@@ -326,6 +329,170 @@ def test_json_round_trip():
     assert body["images"]["samples"] == {
         "shape": [2, 3, 1, 8, 8],
         "sha256": hashlib.sha256(content.sample_images.tobytes()).hexdigest(),
+    }
+
+
+# -- the schema of the JSON ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def schema():
+    text = resources.files("eqm").joinpath("schemas/report-2.json").read_text()
+    Draft202012Validator.check_schema(json.loads(text))
+    return json.loads(text)
+
+
+def with_intervals(factor=1.0, **changes):
+    """An evaluation some of whose numbers tell how sure they are."""
+    plain = evaluation(factor)
+    sure = dataclasses.replace(plain.metrics["distance"], low=5.0 * factor, high=7.0 * factor)
+    some = dataclasses.replace(plain.metrics["recall"], n=40)
+    metrics = {**plain.metrics, "distance": sure, "recall": some}
+    return dataclasses.replace(plain, metrics=metrics, **changes)
+
+
+def reports():
+    yield report()
+    yield report(refused=True)
+    yield report(decision=None, champion=None, trajectory=None, trajectory_updates=())
+    yield report(evaluation=with_intervals(), champion=with_intervals(1.1), decision=None)
+    yield report(champion=dataclasses.replace(evaluation(), protocol={"neighbours": 5}))
+
+
+def test_the_json_is_as_its_schema_says(schema):
+    for content in reports():
+        body = json.loads(render_json(content))
+        assert [e.message for e in Draft202012Validator(schema).iter_errors(body)] == []
+        assert schema["properties"]["schema"]["const"] == body["schema"] == SCHEMA
+        del body["numbers"][0]["better"]
+        assert not Draft202012Validator(schema).is_valid(body)
+
+
+def test_every_field_is_described(schema):
+    def fields(node):
+        if isinstance(node, dict):
+            if {"type", "enum", "const", "anyOf", "$ref"} & node.keys() and "$schema" not in node:
+                yield node
+            for name, inner in node.items():
+                yield from fields(
+                    list(inner.values()) if name in ("properties", "$defs") else inner
+                )
+        elif isinstance(node, list):
+            for inner in node:
+                yield from fields(inner)
+
+    found = list(fields(schema))
+    assert len(found) > 100
+    bare = [field for field in found if "description" not in field]
+    # What is only referred to is described where it is defined.
+    assert [f for f in bare if "$ref" not in f and f != {"type": "null"}] == []
+
+
+def test_every_number_has_name_count_interval_and_direction():
+    body = json.loads(render_json(report(evaluation=with_intervals(), decision=None)))
+    numbers = {number["key"]: number for number in body["numbers"]}
+    assert numbers["metrics.distance"] == {
+        "key": "metrics.distance",
+        "name": "FD[cnn]-1797",
+        "value": 6.12345,
+        "interval": {"level": 0.95, "low": 5.0, "high": 7.0},
+        "n": 1797,
+        "beside": 4.87654,
+        "better": "lower",
+    }
+    assert numbers["metrics.recall"]["n"] == 40
+    assert numbers["metrics.unknown"]["better"] is None
+    auroc = numbers["ood.photographs.auroc"]
+    assert auroc["interval"] == {"level": 0.95, "low": 0.97654, "high": 0.99876}
+    assert (auroc["n"], auroc["better"]) == (360, "higher")
+    assert numbers["ood.photographs.fpr95_in"]["better"] == "lower"
+
+
+# -- beside others ------------------------------------------------------------------------------
+
+
+def test_differences_to_the_champion_have_intervals():
+    content = report(evaluation=with_intervals(), champion=with_intervals(2.0), decision=None)
+    body = json.loads(render_json(content))["comparison"]
+    assert body["comparable"]
+    change = {c["key"]: c for c in body["changes"]}["metrics.distance"]
+    mine, other = (6.12345, 5.0, 7.0), (2 * 6.12345, 10.0, 14.0)
+    difference = mine[0] - other[0]
+    low = difference - math.hypot(mine[0] - mine[1], other[2] - other[0])
+    high = difference + math.hypot(mine[2] - mine[0], other[0] - other[1])
+    assert change["difference"] == pytest.approx(difference)
+    assert change["interval"]["low"] == pytest.approx(low)
+    assert change["interval"]["high"] == pytest.approx(high)
+    assert high < 0
+    rows = " ".join(Page(render_html(content)).text)
+    assert "better" in rows
+    swapped = report(evaluation=with_intervals(2.0), champion=with_intervals(), decision=None)
+    assert "worse" in Page(render_html(swapped)).text
+    same = report(evaluation=with_intervals(), champion=with_intervals(1.01), decision=None)
+    text = Page(render_html(same)).text
+    assert "not told apart" in text
+    assert "worse" not in text
+
+
+def test_a_metric_that_was_another_is_not_compared():
+    renamed = dataclasses.replace(evaluation().metrics["kid"], name="KID[cnn]-500")
+    other = dataclasses.replace(evaluation(), metrics={**evaluation().metrics, "kid": renamed})
+    body = json.loads(render_json(report(champion=other, decision=None)))
+    compared = {change["key"] for change in body["comparison"]["changes"]}
+    assert "metrics.distance" in compared
+    assert "metrics.kid" not in compared
+
+
+def test_nothing_is_compared_across_protocols():
+    other = dataclasses.replace(evaluation(1.1), protocol={"neighbours": 5})
+    body = json.loads(render_json(report(champion=other, decision=None)))["comparison"]
+    assert body == {
+        "comparable": False,
+        "protocols_differ_in": ["generate", "neighbours"],
+        "changes": [],
+    }
+
+
+IMAGENET = {
+    "images": {"kind": "imagenet", "image_size_px": 256},
+    "extractor": {"name": "inception-v3-compat"},
+    "reference": "ADM: VIRTUAL_imagenet256_labeled.npz",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "departure"),
+    [
+        ({}, "samples: 1797, not 50000"),
+        ({"images": {"kind": "digits", "image_size_px": 256}}, "images: digits, not imagenet"),
+        ({"images": {"kind": "imagenet", "image_size_px": 64}}, "image size: 64, not 256"),
+        ({"extractor": {"name": "digits-cnn"}}, "features: digits-cnn, not inception-v3-compat"),
+        ({"reference": "training images"}, "reference: training images, not ADM's statistics"),
+    ],
+)
+def test_published_numbers_of_another_protocol_are_set_apart(changes, departure):
+    measured = dataclasses.replace(evaluation(), protocol={**IMAGENET, **changes})
+    assert departure in published.departures(measured)
+    text = " ".join(Page(render_html(report(evaluation=measured, decision=None))).text)
+    assert "none of its numbers may be compared" in text
+    assert departure in text
+    assert "may be compared with its FID" not in text
+
+
+def test_published_numbers_of_this_very_protocol_are_set_beside():
+    measured = dataclasses.replace(evaluation(), protocol=IMAGENET, samples=50_000)
+    assert published.departures(measured) == ()
+    text = " ".join(Page(render_html(report(evaluation=measured, decision=None))).text)
+    assert "may be compared with its FID" in text
+    assert "measured here" in text
+    body = json.loads(render_json(report(evaluation=measured, decision=None)))["published"]
+    first = {s["system"]: s["fid"] for s in reversed(body["systems"])}
+    assert first == {
+        "StyleGAN-XL": 2.30,
+        "VDM++": 2.12,
+        "DiT-XL/2": 2.27,
+        "SiT-XL/2": 2.06,
+        "EqM-XL/2": 1.90,
     }
 
 
