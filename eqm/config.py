@@ -734,7 +734,8 @@ class Runtime:
     lease_seconds: float = 30.0
     """A training that is not heard of for so long is taken over by another process that was started
     for it. Less than the default is for tests: a store that answers late would end a training."""
-    grid_every_images: int = 51_200
+    grid_every_images: int | None = None
+    """None: samples are not looked at while training goes on."""
     grid_sampler: SamplerConfig = field(default_factory=SamplerConfig)
     """How the grids that training shows are sampled."""
     error_file: str | None = None

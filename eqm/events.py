@@ -26,8 +26,18 @@ PREFIX = "events-"
 """Names of segments among the files of a checkpoint begin with this."""
 
 Kind = Literal[
-    "start", "resume", "metrics", "checkpoint", "skip", "guard", "interrupted", "finished"
+    "start",
+    "resume",
+    "metrics",
+    "samples",
+    "checkpoint",
+    "skip",
+    "guard",
+    "interrupted",
+    "finished",
 ]
+CURVES: tuple[Kind, ...] = ("metrics", "samples")
+"""Kinds with figures, of which there is one a position."""
 Segments = Mapping[str, bytes | Blob]
 """``events-<first>..<last>`` -> its lines, or where they are kept already."""
 
@@ -44,9 +54,11 @@ class Event:
     """Position of the run."""
     kind: Kind
     figures: dict[str, float] = field(default_factory=dict)
-    """What is drawn as a curve; of metrics alone."""
+    """What is drawn as a curve."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What else is to be known: JSON values."""
+    blobs: dict[str, Blob] = field(default_factory=dict)
+    """What was made, among the blobs of the store, by a name without folders."""
 
     @property
     def line(self) -> bytes:
@@ -98,11 +110,13 @@ class EventLog:
         kind: Kind,
         images_seen: int,
         figures: Mapping[str, float] | None = None,
+        *,
+        blobs: Mapping[str, Blob] | None = None,
         **facts: Any,
     ) -> Event:
         """Add what happened just now.
 
-        Raises ValueError for a position before the last one, or one that has metrics already;
+        Raises ValueError for a position before the last one, or one that has such figures already;
         ConfigError for what has no JSON form.
         """
         with self._lock:
@@ -114,6 +128,7 @@ class EventLog:
                 kind=kind,
                 figures=dict(figures or {}),
                 facts=facts,
+                blobs=dict(blobs or {}),
             )
             line = event.line
             self._events.append(event)
@@ -123,8 +138,8 @@ class EventLog:
 
     def _check(self, kind: Kind, images_seen: int) -> None:
         last = self._events[-1].images_seen if self._events else 0
-        told = next((e for e in reversed(self._events) if e.kind == "metrics"), None)
-        again = kind == "metrics" and told is not None and told.images_seen == images_seen
+        told = next((e for e in reversed(self._events) if e.kind == kind), None)
+        again = kind in CURVES and told is not None and told.images_seen == images_seen
         if images_seen < last or again:
             raise ValueError(f"{kind} at image {images_seen:,}, but the log is at {last:,} already")
 

@@ -45,6 +45,8 @@ class Stream(IntEnum):
     FIT_NOISE = 10
     """Fitting of autoencoders and extractors."""
     LANGEVIN = 11
+    DIRECTION = 12
+    """Of a projection, in which latents are looked at."""
 
 
 # -- the generator ------------------------------------------------------------------------------

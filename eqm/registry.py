@@ -15,15 +15,14 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eqm.errors import TrackingError
-from eqm.events import Event, EventLog
-from eqm.records import canonical_bytes, from_json
+from eqm.errors import IntegrityError, MissingError, TrackingError
+from eqm.events import CURVES, Event, EventLog
+from eqm.records import Blob, canonical_bytes, from_json
 
 UNREACHABLE = (
     "MLflow at {uri} cannot be reached ({error}): start the embedded services with `eqm up`, "
@@ -111,6 +110,8 @@ def _errors(uri: str) -> Iterator[None]:
 class RunMirror:
     """Shows the log of a run in MLflow while it runs, from a thread of its own.
 
+    ``fetch`` reads what the log names in the store: grids of samples.
+
     It replays what durable checkpoints hold of the log, in order and with the log's own times, from
     the mark that it keeps in MLflow (tag ``eqm.mirrored``). So an outage of any length, from the
     first moment on, leaves neither gap nor double: the same run, found by the digest in its tags,
@@ -127,11 +128,11 @@ class RunMirror:
         digest: str,
         params: Mapping[str, Any],
         log: EventLog,
+        fetch: Callable[[Blob], bytes],
     ) -> None:
         self.run_id: str | None = None
-        self._uri, self._log = uri, log
+        self._uri, self._log, self._fetch = uri, log, fetch
         self._names, self._params = (experiment, run_name, digest), dict(params)
-        self._files: deque[tuple[str, bytes]] = deque()
         self._wake = threading.Event()
         self._status: str | None = None
         self._deadline = math.inf
@@ -140,10 +141,6 @@ class RunMirror:
         self._warned = self._done = False
         self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
         self._thread.start()
-
-    def file(self, name: str, data: bytes) -> None:
-        """Keep bytes as an artifact of the run, under a relative path."""
-        self._files.append((name, data))
 
     def close(self, status: str, *, seconds: float | None = None) -> None:
         """Send what is left and end the run as FINISHED, FAILED or KILLED.
@@ -159,10 +156,9 @@ class RunMirror:
             if self._failure and time.monotonic() > began + AWAY_SECONDS:
                 self._deadline = time.monotonic()
         if not self._done:
-            points, files = len(self._points()), len(self._files)
             sys.stderr.write(
                 f"warning: MLflow at {_public(self._uri)} did not take all of this run "
-                f"({points} points and {files} files are left: "
+                f"({len(self._points())} points are left: "
                 f"{self._failure or 'it did not answer in time'}); results are unaffected, and the "
                 "points are sent when the same training is started again\n"
             )
@@ -203,9 +199,6 @@ class RunMirror:
         while True:
             status = self._status
             self._send_points(client, run_id, beyond=kept)
-            while self._files:
-                _log_file(client, run_id, *self._files[0])
-                self._files.popleft()
             if status is not None:
                 client.set_terminated(run_id, status=status)
                 return
@@ -226,7 +219,7 @@ class RunMirror:
         return mark.images_seen
 
     def _points(self) -> list[Event]:
-        return [event for event in self._log.committed(self._sent) if event.kind == "metrics"]
+        return [event for event in self._log.committed(self._sent) if event.kind in CURVES]
 
     def _send_points(self, client: Any, run_id: str, *, beyond: int) -> None:
         points = self._points()
@@ -236,8 +229,20 @@ class RunMirror:
             if new:
                 # Sent again after an answer that got lost, equal points with equal times are one.
                 client.log_batch(run_id, metrics=_metrics(new))
+                self._send_grids(client, run_id, new)
                 client.set_tag(run_id, MIRRORED, _Mark.of(new[-1]).text)
             self._sent = some[-1].number
+
+    def _send_grids(self, client: Any, run_id: str, events: Sequence[Event]) -> None:
+        for event in events:
+            for blob in event.blobs.values():
+                try:
+                    data = self._fetch(blob)
+                except (IntegrityError, MissingError) as error:
+                    # A picture that is gone holds up no curve.
+                    sys.stderr.write(f"warning: MLflow is not sent a grid of samples: {error}\n")
+                    continue
+                _log_file(client, run_id, f"samples/{event.images_seen:012d}.png", data)
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ nothing of Prefect. It is done when its record is sealed; started again after th
 started again before that it goes on from whatever it had made durable.
 """
 
+import contextlib
 import datetime
 import json
 import os
@@ -40,6 +41,8 @@ class Context:
     """Typed config of the stage (config.stage_config)."""
     store: Store
     world: World
+    until_sealed: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+    """What a stage holds until its record is sealed, or it has failed."""
 
     @property
     def digest(self) -> str:
@@ -194,12 +197,15 @@ def run_part(job: Job, program: Program, *, afterwards: Afterwards | None = None
     config = stage_config(job.stage, job.config)
     cache = Path(runtime.cache) if runtime.cache else None
     store = open_store(runtime.store, cache=cache, cache_bytes=runtime.cache_bytes)
-    with distributed.connect(
+    connection = distributed.connect(
         runtime.device,
         threads=runtime.threads,
         timeout_seconds=runtime.collective_timeout_seconds,
-    ) as world:
-        context = Context(job=job, config=config, store=store, world=world)
+    )
+    with connection as world, contextlib.ExitStack() as until_sealed:
+        context = Context(
+            job=job, config=config, store=store, world=world, until_sealed=until_sealed
+        )
         sealed = store.record(job.stage, job_digest(job))
         # One rank may see a seal that another was too early for: the first one's word counts.
         if world.first_says(sealed is not None):

@@ -25,16 +25,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from eqm import checkpoint, flops, gauges, lease, model, sampling
+from eqm import checkpoint, flops, gauges, glimpse, lease, model
 from eqm.autoencoder import read_pretrained
 from eqm.batches import Batch, batches
 from eqm.checkpoint import Position, TrainState
 from eqm.compute import blocks_of, check_micro_batch, prepare, slow_bfloat16
-from eqm.config import PretrainedFile, SamplerConfig, TrainConfig, TrainStage
+from eqm.config import PretrainedFile, TrainConfig, TrainStage
 from eqm.distributed import World
 from eqm.errors import DataError, EqmError
 from eqm.events import EventLog, log_of, restore
-from eqm.figures import sample_grid
+from eqm.frechet import Gaussian
 from eqm.latent_set import LatentSet, open_manifest
 from eqm.latents import sample_latents
 from eqm.learner import FLAGS, Learner, check_slope, diverged, learning_rate
@@ -59,8 +59,6 @@ EVENTS = "events.jsonl"
 """The log of the run, among the logs of the sealed record."""
 CATCH_UP_SECONDS = 600.0
 """How long MLflow may take for what it has missed of a sealed run, while it answers."""
-GRID_SAMPLES_A_CLASS = 6
-GRID_CLASSES = 10
 SPIKE, SPIKE_POINTS = 5.0, 10
 """A loss so many times the median of so many points of the curve is told."""
 
@@ -127,6 +125,11 @@ class Run:
             mine=self.mine,
             durable=lambda state: self.log.commit(state.events),
         )
+
+    @cached_property
+    def around(self) -> Gaussian:
+        """The training latents, that those of samples are held against."""
+        return glimpse.reference(self.data, self.config.seed)
 
     @cached_property
     def snapshots(self) -> frozenset[int]:
@@ -442,25 +445,24 @@ def speed(run: Run, images_per_second: float) -> dict[str, float]:
     return flops.figures(images_per_second, work, devices=run.world.size, peak=peak)
 
 
-def show_grid(run: Run, mirror: RunMirror | None) -> None:
-    """Send a grid of samples of the EMA weights to MLflow, where this process is the one to."""
+def look(run: Run) -> None:
+    """Note how samples of the EMA weights look, and how far they are: eqm.glimpse."""
     tensors = {**run.learner.weights(), **run.learner.whole(run.learner.ema.state_dict())}
-    if mirror is None:
+    if not run.world.is_first:
         return
-    classes = run.spec.classes[:GRID_CLASSES]
-    labels = [k for k in range(len(classes)) for _ in range(GRID_SAMPLES_A_CLASS)]
-    settings: SamplerConfig = run.context.job.runtime.grid_sampler
-    found = sampling.sample(
-        model_of(run, tensors),
-        labels=labels,
-        seeds=range(len(labels)),
-        rule=sampling.rule_of(settings),
-        updates=settings.updates,
+    settings = run.context.job.runtime.grid_sampler
+    try:
+        seen = glimpse.take(model_of(run, tensors), settings, run.around)
+    except DataError as error:
+        # A look costs no training.
+        sys.stderr.write(f"warning: no samples at image {run.images_seen:,}: {error}\n")
+        return
+    run.log.append(
+        "samples",
+        run.images_seen,
+        {"latent_distance": seen.distance},
+        blobs={"grid.png": run.context.store.put(seen.grid)},
     )
-    images = found.images().cpu().numpy()
-    grid = images.reshape(len(classes), GRID_SAMPLES_A_CLASS, *images.shape[1:])
-    png = sample_grid(grid, classes, scale=max(1, 64 // images.shape[-1]))
-    mirror.file(f"samples/{run.images_seen:012d}.png", png)
 
 
 def model_of(run: Run, tensors: dict[str, Tensor]) -> Model:
@@ -610,8 +612,17 @@ def outcome_of(run: Run) -> Outcome | None:
             "parameters": sum(weights[name].numel() for name in run.names.values()),
             "final_loss": run.history["loss"][-1],
         },
-        logs={EVENTS: run.log.to_bytes()},
+        logs={EVENTS: run.log.to_bytes(), **grids_of(run.log)},
     )
+
+
+def grids_of(log: EventLog) -> dict[str, Blob]:
+    """Grids of samples that the log names, under names that say at which image."""
+    return {
+        f"samples-{event.images_seen:012d}-{name}": blob
+        for event in log.events
+        for name, blob in event.blobs.items()
+    }
 
 
 # -- the loop -----------------------------------------------------------------------------------
@@ -620,14 +631,15 @@ def outcome_of(run: Run) -> Outcome | None:
 def program(context: Context) -> Outcome | None:
     """Train to the end of the config; the first rank returns the outcome."""
     torch.use_deterministic_algorithms(True, warn_only=True)
-    with only_trainer(context) as mine:
-        run = setup(context, mine)
-        with contextlib.closing(run.writer):
-            mirrored(run)
-        outcome = outcome_of(run)
-        if mine is not None:
-            # Whoever was replaced seals nothing.
-            mine.check()
+    # Until the record is sealed: nobody begins the run again between its end and its seal.
+    mine = context.until_sealed.enter_context(only_trainer(context))
+    run = setup(context, mine)
+    with contextlib.closing(run.writer):
+        mirrored(run)
+    outcome = outcome_of(run)
+    if mine is not None:
+        # Whoever was replaced seals nothing.
+        mine.check()
     return outcome
 
 
@@ -635,7 +647,7 @@ def mirrored(run: Run) -> None:
     """The loop, with its curve shown in MLflow where that is given."""
     mirror = open_mirror(run)
     try:
-        loop(run, mirror)
+        loop(run)
     except BaseException:
         if mirror is not None:
             mirror.close("KILLED")
@@ -646,7 +658,7 @@ def mirrored(run: Run) -> None:
         mirror.close("FINISHED")
 
 
-def loop(run: Run, mirror: RunMirror | None) -> None:
+def loop(run: Run) -> None:
     """Step, report, persist until all images are seen."""
     runtime, total = run.context.job.runtime, total_images(run)
     bar = run.context.progress("training", total, done=run.images_seen)
@@ -662,17 +674,22 @@ def loop(run: Run, mirror: RunMirror | None) -> None:
                 run.log.append("interrupted", run.images_seen)
             # Before the checkpoint: whoever goes on from that finds all snapshots up to there.
             keep_snapshot(run)
+            if looks(run, before, last) and not (stop and not last):
+                look(run)
             if stop or last or crossed(before, run.images_seen, runtime.checkpoint_every_images):
                 persist(run, durable=stop or last)
-            grids = runtime.mlflow_uri is not None and gathers(run)
-            if grids and (last or crossed(before, run.images_seen, runtime.grid_every_images)):
-                show_grid(run, mirror)
             if stop and not last:
                 raise InterruptedTraining(
                     f"stopped at image {run.images_seen:,} of {total:,}, with a checkpoint there: "
                     "start it again to go on"
                 )
     say_stall(run, time.monotonic() - began)
+
+
+def looks(run: Run, before: int, last: bool) -> bool:
+    """Whether samples are looked at here, by a process that takes part in it."""
+    every = run.context.job.runtime.grid_every_images
+    return every is not None and gathers(run) and (last or crossed(before, run.images_seen, every))
 
 
 def say_stall(run: Run, seconds: float) -> None:
@@ -725,6 +742,7 @@ def mirror_of(context: Context, log: EventLog) -> RunMirror | None:
         digest=context.digest,
         params={f"{s}.{k}": v for s, table in settings.items() for k, v in table.items()},
         log=log,
+        fetch=context.store.get,
     )
 
 

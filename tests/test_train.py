@@ -254,6 +254,24 @@ def test_killed_at_random_moments_it_ends_in_the_same_bits(
     assert chain.run(job).content == tiny["train"].content
 
 
+def test_the_lease_is_held_until_the_record_is_sealed(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = untrained(tiny, tmp_path)
+    digest, seal, seen = job_digest(job), LocalStore.seal, []
+
+    def watched(store: LocalStore, record: Record) -> Record:
+        seen.append(lease.read(store, checkpoint.lease_key(digest)))
+        return seal(store, record)
+
+    monkeypatch.setattr(LocalStore, "seal", watched)
+    chain.run(job)
+    assert [found.released for found in seen] == [False]
+    after = lease.read(store_of(job), checkpoint.lease_key(digest))
+    assert after is not None
+    assert after.released
+
+
 def test_a_trainer_that_was_replaced_while_it_slept_changes_nothing_and_says_who(
     tiny: chain.Chain, tmp_path: Path
 ) -> None:

@@ -16,6 +16,7 @@ import pytest
 from mlflow import MlflowClient
 from waiting import wait_for
 
+from eqm.config import SamplerConfig
 from eqm.errors import TrackingError
 from eqm.events import Event, events_of
 from eqm.records import to_json
@@ -127,7 +128,12 @@ def test_killed_both_and_started_again_mlflow_has_what_the_log_has(
     latents: chain.Chain, tmp_path: Path, server: Server
 ) -> None:
     store = chain.copied(latents, tmp_path / "store", without=())
-    runtime: dict[str, Any] = {"checkpoint_every_images": 4 * BATCH, "mlflow_uri": server.uri}
+    runtime: dict[str, Any] = {
+        "checkpoint_every_images": 4 * BATCH,
+        "grid_every_images": 16 * BATCH,
+        "grid_sampler": SamplerConfig(updates=2),
+        "mlflow_uri": server.uri,
+    }
     job = chain.job(latents.config, store, "train", latents.records, **runtime)
     path, digest, client = tmp_path / "job.json", job_digest(job), MlflowClient(server.uri)
     path.write_text(json.dumps(to_json(job)))
@@ -172,10 +178,25 @@ def test_killed_both_and_started_again_mlflow_has_what_the_log_has(
         BATCH * n for n in range(1, 61)
     ]
     assert shown(client, digest) == told(events)
+    # Also those that were made while MLflow was away, or before the kill.
+    looks = [16 * BATCH, 32 * BATCH, 48 * BATCH, 60 * BATCH]
+    grids = [f"samples/{images:012d}.png" for images in looks]
+    assert [e.images_seen for e in events if e.kind == "samples"] == looks
+    assert [
+        found.path for found in client.list_artifacts(run_of(client, digest), "samples")
+    ] == grids
+    assert [f"samples/{name[8:20]}.png" for name in sorted(record.logs) if "grid" in name] == grids
 
 
 def checkpoints(store: LocalStore, digest: str) -> int:
     return len(store.list(f"train/{digest}/checkpoints/"))
+
+
+def run_of(client: MlflowClient, digest: str) -> str:
+    experiment = client.get_experiment_by_name("eqm")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id], f"tags.`eqm.digest` = '{digest}'")
+    return run.info.run_id
 
 
 Point = tuple[str, int, float, int]

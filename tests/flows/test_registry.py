@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import pytest
 from mlflow import MlflowClient
 
-from eqm.errors import TrackingError
+from eqm.errors import MissingError, TrackingError
 from eqm.events import EventLog, log_of
+from eqm.records import Blob
 from eqm.registry import Registry, RunMirror, Version, check
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(120)]
@@ -148,10 +149,9 @@ def test_evidence_joins_the_run_of_the_training(registry: Registry, uri: str, mo
 
 
 def test_points_and_files_arrive_with_the_times_of_the_log(uri: str, model: str, capfd) -> None:
-    log = a_log(64, 128)
+    log = with_grid(a_log(64, 128))
     params = {"train.images": 1280, "train.betas": [0.9, 0.99]}
     mirror = opened(uri, model, "d", log, params=params | {f"p{k}": k for k in range(150)})
-    mirror.file("grids/128.png", b"picture")
     mirror.close("FINISHED")
     run = MlflowClient(uri).get_run(str(mirror.run_id))
     assert run.info.status == "FINISHED"
@@ -159,8 +159,8 @@ def test_points_and_files_arrive_with_the_times_of_the_log(uri: str, model: str,
     assert run.data.params.items() >= {"train.images": "1280", "train.betas": "[0.9, 0.99]"}.items()
     assert len(run.data.params) == 152
     assert shown(uri, mirror) == told(log)
-    assert set(run.data.metrics) == {"loss", "images_per_second"}
-    assert artifacts(uri, mirror.run_id, "grids") == ["grids/128.png"]
+    assert set(run.data.metrics) == {"loss", "images_per_second", "latent_distance"}
+    assert artifacts(uri, mirror.run_id, "samples") == [GRID]
     assert "".join(capfd.readouterr()) == ""
 
 
@@ -241,13 +241,12 @@ def test_mlflow_that_goes_away_is_caught_up_with(
         way.open = True
         wait_for(lambda: mirror.run_id is not None and steps(uri, mirror) == [64])
         way.open = False
-        more(log, 128)
-        mirror.file("grids/128.png", b"picture")
+        with_grid(more(log, 128))
         time.sleep(2)
         way.open = True
         mirror.close("FINISHED")
     assert shown(uri, mirror) == told(log)
-    assert artifacts(uri, mirror.run_id, "grids") == ["grids/128.png"]
+    assert artifacts(uri, mirror.run_id, "samples") == [GRID]
     warned = capfd.readouterr().err
     assert warned.count("warning") == 1
     assert "Training goes on" in warned
@@ -257,20 +256,30 @@ def test_what_is_left_at_the_end_is_told_and_sent_by_the_next_start(
     uri: str, model: str, capfd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("eqm.registry.CLOSE_SECONDS", 2.0)
-    log = a_log(64, 128)
+    log = with_grid(a_log(64, 128))
     mirror = opened(CLOSED, model, "d", log)
     wait_for(lambda: mirror._warned)
-    mirror.file("grids/128.png", b"picture")
     mirror.close("FINISHED")
     warned = capfd.readouterr().err
     assert warned.count("Training goes on") == 1
-    assert "did not take all of this run (2 points and 1 files are left" in warned
+    assert "did not take all of this run (3 points are left" in warned
     assert "results are unaffected" in warned
     assert "Traceback" not in warned
     monkeypatch.undo()
     again = opened(uri, model, "d", log_of(log.to_bytes(), "log"))
     again.close("FINISHED")
     assert shown(uri, again) == told(log)
+    assert artifacts(uri, again.run_id, "samples") == [GRID]
+
+
+def test_a_grid_that_is_gone_holds_up_no_curve(uri: str, model: str, capfd) -> None:
+    log = a_log(64)
+    log.append("samples", 64, {"latent_distance": 2.0}, blobs={"grid.png": Blob.of(b"lost")})
+    mirror = opened(uri, model, "d", commit(log))
+    mirror.close("FINISHED")
+    assert shown(uri, mirror) == told(log)
+    assert artifacts(uri, mirror.run_id, "samples") == []
+    assert "MLflow is not sent a grid of samples: lost" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("make", [Registry, check])
@@ -303,7 +312,23 @@ def opened(
         digest=full,
         params=params or {},
         log=log or EventLog(),
+        fetch=fetched,
     )
+
+
+PICTURE = b"picture"
+GRID = "samples/000000000128.png"
+
+
+def fetched(blob: Blob) -> bytes:
+    if blob != Blob.of(PICTURE):
+        raise MissingError("lost")
+    return PICTURE
+
+
+def with_grid(log: EventLog) -> EventLog:
+    log.append("samples", 128, {"latent_distance": 2.0}, blobs={"grid.png": Blob.of(PICTURE)})
+    return commit(log)
 
 
 _clock = itertools.count(1_790_000_000_000, 7)

@@ -1,0 +1,84 @@
+"""Looks at a training on its way: what they show, and that they change nothing of it."""
+
+import io
+
+import chain
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from eqm import glimpse
+from eqm.config import SamplerConfig
+from eqm.errors import DataError
+from eqm.events import events_of
+from eqm.frechet import Gaussian
+from eqm.latent_set import open_manifest
+from eqm.model import from_record
+
+FEW = SamplerConfig(updates=3)
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> chain.Chain:
+    return chain.build(tmp_path_factory.getbasetemp() / "chain", until="train")
+
+
+def test_directions_are_unit_vectors_and_always_the_same() -> None:
+    found = glimpse.directions(40)
+    assert found.shape == (40, glimpse.DIRECTIONS)
+    assert torch.allclose(found.norm(dim=0), torch.ones(glimpse.DIRECTIONS, dtype=torch.float64))
+    # Of another size they begin alike: nothing but the counter enters.
+    assert torch.linalg.matrix_rank(found) == glimpse.DIRECTIONS
+    assert torch.equal(found, glimpse.directions(40))
+
+
+def test_distance_grows_with_what_is_wrong(tiny: chain.Chain) -> None:
+    data = open_manifest(tiny["latents"], tiny.store)
+    around = glimpse.reference(data, seed=0)
+    shape = data.manifest.spec.shape
+    noise = torch.randn(glimpse.SAMPLES, *shape, generator=torch.Generator().manual_seed(0))
+    far, farther = (
+        Gaussian.of(glimpse.projected(scale * noise + shift)).distance(around)
+        for scale, shift in ((1.0, 0.0), (3.0, 1.0))
+    )
+    assert around.distance(around) < 1e-9 < far < farther
+
+
+def test_a_look_is_a_grid_and_a_distance(tiny: chain.Chain) -> None:
+    data = open_manifest(tiny["latents"], tiny.store)
+    model = from_record(tiny.store, tiny["train"])
+    around = glimpse.reference(data, seed=0)
+    seen = glimpse.take(model, FEW, around)
+    assert glimpse.take(model, FEW, around) == seen
+    assert seen.distance > 0
+    picture = np.asarray(Image.open(io.BytesIO(seen.grid)))
+    assert picture.shape[0] >= 10 * 16
+    assert picture.std() > 1
+
+
+def test_looks_are_in_the_log_and_sealed_and_training_is_the_same(
+    tiny: chain.Chain, tmp_path
+) -> None:
+    job = chain.untrained(tiny, tmp_path, grid_every_images=256, grid_sampler=FEW)
+    record = chain.run(job)
+    assert record.content == tiny["train"].content
+    store = chain.store_of(job)
+    looks = [e for e in events_of(store.get(record.logs["events.jsonl"]), "log") if e.blobs]
+    assert [event.images_seen for event in looks] == [256, 512, 640]
+    assert all(event.figures["latent_distance"] > 0 for event in looks)
+    for event in looks:
+        assert record.logs[f"samples-{event.images_seen:012d}-grid.png"] == event.blobs["grid.png"]
+        assert store.get(event.blobs["grid.png"]).startswith(b"\x89PNG")
+
+
+def test_a_look_that_fails_costs_no_training(
+    tiny: chain.Chain, tmp_path, monkeypatch: pytest.MonkeyPatch, capfd
+) -> None:
+    def fail(*_: object) -> None:
+        raise DataError("samples diverged")
+
+    monkeypatch.setattr(glimpse, "take", fail)
+    job = chain.untrained(tiny, tmp_path, grid_every_images=500, grid_sampler=FEW)
+    assert chain.run(job).content == tiny["train"].content
+    assert "no samples at image 512: samples diverged" in capfd.readouterr().err
