@@ -22,6 +22,7 @@ ALGORITHMS = {
     "train": 1,
     "samples": 3,
     "evaluation": 2,
+    "study": 1,
 }
 """Stage -> number that is raised when the stage's output for the same input would change."""
 
@@ -32,6 +33,7 @@ PROGRAMS = {
     "train": "eqm.train",
     "samples": "eqm.generate",
     "evaluation": "eqm.evaluate",
+    "study": "eqm.study",
 }
 """Stage -> module that is run as a program, ``python -m MODULE CONFIG.json``."""
 
@@ -544,6 +546,9 @@ class GenerateConfig:
     labels: Literal["balanced", "random"] = "balanced"
     """"balanced": sample s has label s modulo the number of classes. "random": a label drawn for s,
     as of images of classes that are equally frequent."""
+    noise_level: float = 1.0
+    """Of the starts: 1 is noise; below, the rest is held-out images, each with its own label, as
+    the paper's Figure 10 starts from partly noised images (eqm.starts)."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     keep_images: int = 10_000
     """The first so many images are sealed beside the features of all, part by part."""
@@ -554,6 +559,11 @@ class GenerateConfig:
         _known(self, "generate")
         _positive(self, "generate", "samples", "trajectory_points")
         require(self.keep_images >= 0, "generate.keep_images", self.keep_images, "0 or greater")
+        level = self.noise_level
+        require(0 <= level <= 1, "generate.noise_level", level, "from 0 to 1")
+        whole = level == 1 or self.sampler.stop_below is None
+        rule = "1 for samples that stop by generate.sampler.stop_below"
+        require(whole, "generate.noise_level", level, rule)
         _seed(self, "generate", "first_seed")
 
 
@@ -818,6 +828,59 @@ class EvaluationStage:
     evaluate: EvaluateConfig
 
 
+@dataclass(frozen=True, kw_only=True)
+class StudyRow:
+    """One row of a study: what it changes of the base config, and what was published for it."""
+
+    label: str
+    changes: dict[str, Any]
+    """Settings by dotted name."""
+    published: float | None = None
+    """The paper's figure, of another protocol than ours."""
+    series: str = ""
+    """The line it is a point of, in a picture with lines."""
+    x: float | None = None
+    """Where on that line."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedRow:
+    """A row of the paper alone."""
+
+    label: str
+    published: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyStage:
+    """Config of stage "study": all that its table shows beside the numbers (eqm.studies)."""
+
+    study: str
+    title: str
+    asks: str
+    published_as: str
+    notes: tuple[str, ...]
+    x_label: str
+    others: tuple[PublishedRow, ...]
+    """Published rows that nothing here corresponds to."""
+    rows: tuple[StudyRow, ...]
+    seeds: int
+    """Repetitions of each row; input "<row>-<repetition>" is an evaluation."""
+    base: dict[str, Any]
+    """Tables of the config that the rows change."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "study", "seeds")
+        require(len(self.rows) > 0, "study.rows", self.rows, "at least one row")
+        labels = [row.label for row in self.rows]
+        require(len(set(labels)) == len(labels), "study.rows", labels, "rows of different labels")
+
+
+def study_input(row: int, repetition: int) -> str:
+    """Name of the input of stage "study" that is one cell of its table."""
+    return f"{row:02d}-{repetition:02d}"
+
+
 # -- presets and files --------------------------------------------------------------------------
 
 
@@ -928,6 +991,7 @@ def stage_config(stage: str, config: Mapping[str, Any]) -> Any:
         "train": TrainStage,
         "samples": SamplesStage,
         "evaluation": EvaluationStage,
+        "study": StudyStage,
     }
     require(stage in classes, "stage", stage, f"one of {', '.join(classes)}")
     return from_json(classes[stage], config, stage)

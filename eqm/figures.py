@@ -239,6 +239,11 @@ def _short(value: float, _: int) -> str:
 
 
 def _svg(draw: Callable[[Any], None], title: str) -> str:
+    return figure_svg(lambda figure: draw(figure.add_subplot()), title, size=(4.2, 2.35))
+
+
+def figure_svg(draw: Callable[[Any], None], title: str, *, size: tuple[float, float]) -> str:
+    """What ``draw`` puts on an empty matplotlib figure of so many inches, in the colours above."""
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -248,8 +253,8 @@ def _svg(draw: Callable[[Any], None], title: str) -> str:
         # The salt makes ids that differ between the drawings of a page.
         settings: dict[Any, Any] = {**SETTINGS, "svg.hashsalt": title}
         matplotlib.rcParams.update(settings)
-        figure = Figure(figsize=(4.2, 2.35), layout="constrained")
-        draw(figure.add_subplot())
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
         buffer = io.BytesIO()
         no_metadata = dict.fromkeys(("Date", "Creator", "Type", "Format"))
         figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from eqm import model, sampling
+from eqm import model, sampling, starts
 from eqm.checkpoint import tensors_from_bytes, tensors_to_bytes
 from eqm.config import GenerateConfig, replace
 from eqm.errors import DataError
 from eqm.features import FeatureExtractor, load_extractor
+from eqm.latent_set import LatentSet
 from eqm.model import Model
 from eqm.records import Blob, Record, note_from_bytes, note_to_bytes
 from eqm.sampler import Descent
@@ -61,6 +62,7 @@ def program(context: Context) -> Outcome | None:
     config: GenerateConfig = context.config.generate
     trained = model.from_record(context.store, context.input("train")).to(context.world.device)
     extractor = load_extractor(context.input("extractor"), context.store, context.world.device)
+    held = starts.held_out_of(context.store, context.input("train"), config.noise_level)
     parts = parts_of(config)
     mine = parts[context.world.rank :: context.world.size]
     missing = [part for part in mine if committed(context, part) is None]
@@ -70,20 +72,20 @@ def program(context: Context) -> Outcome | None:
         context.progress("generating", total, unit="samples", done=total - left) as bar,
         Commits(context) as commits,
     ):
-        for part, found in clock.within("sampler", found_in_parts(config, trained, missing)):
-            made = make(config, trained, extractor, seeds_of(config, part), found, clock)
+        for part, found in clock.within("sampler", found_in_parts(config, trained, missing, held)):
+            made = make(config, trained, extractor, seeds_of(config, part), found, clock, held)
             made[IMAGES] = made[IMAGES][: max(0, config.keep_images - part.first)]
             commits.add(part, made, clock.take())
             bar.advance(part.count)
     context.world.barrier()
-    return gather(context, config, trained, parts) if context.world.is_first else None
+    return gather(context, config, trained, parts, held) if context.world.is_first else None
 
 
 # -- a part -------------------------------------------------------------------------------------
 
 
 def found_in_parts(
-    config: GenerateConfig, trained: Model, parts: Sequence[Part]
+    config: GenerateConfig, trained: Model, parts: Sequence[Part], held: LatentSet | None = None
 ) -> Iterator[tuple[Part, Samples]]:
     """Descend to the samples of some parts, and give each part when all of it is found.
 
@@ -92,14 +94,14 @@ def found_in_parts(
     """
     if config.sampler.stop_below is None:
         for part in parts:
-            yield part, descend(config, trained, seeds_of(config, part))
+            yield part, descend(config, trained, seeds_of(config, part), held)
         return
     seeds = [seed for part in parts for seed in seeds_of(config, part)]
     if not seeds:
         return
     found = sampling.samples_as_found(
         trained,
-        labels=_model_labels(config, trained, seeds),
+        labels=_model_labels(config, trained, seeds, held),
         seeds=seeds,
         # As many for few parts as for all: a sample's bits depend on this.
         slots=min(config.sampler.batch_size, config.samples),
@@ -108,10 +110,18 @@ def found_in_parts(
     yield from _put_together(found, parts)
 
 
-def descend(config: GenerateConfig, trained: Model, seeds: Sequence[int], **more: Any) -> Samples:
-    """Descent of samples together, as the config has it."""
-    labels = _model_labels(config, trained, seeds)
-    return sampling.sample(trained, labels=labels, seeds=seeds, **_how(config), **more)
+def descend(
+    config: GenerateConfig,
+    trained: Model,
+    seeds: Sequence[int],
+    held: LatentSet | None = None,
+    **more: Any,
+) -> Samples:
+    """Descent of samples together, as the config has it; from images of ``held``, if it is given."""
+    labels = _model_labels(config, trained, seeds, held)
+    level = config.noise_level
+    start = None if held is None else starts.partly_noised(held, trained, seeds, level)
+    return sampling.sample(trained, labels=labels, seeds=seeds, start=start, **_how(config), **more)
 
 
 def seeds_of(config: GenerateConfig, part: Part) -> range:
@@ -120,10 +130,19 @@ def seeds_of(config: GenerateConfig, part: Part) -> range:
     return range(first, first + part.count)
 
 
-def _model_labels(config: GenerateConfig, trained: Model, seeds: Sequence[int]) -> Tensor | None:
+def _labels(
+    config: GenerateConfig, trained: Model, seeds: Sequence[int], held: LatentSet | None
+) -> Tensor:
+    if held is not None:
+        return starts.labels_of_held_out(held, seeds)
+    return labels_of(config, seeds, len(trained.spec.classes))
+
+
+def _model_labels(
+    config: GenerateConfig, trained: Model, seeds: Sequence[int], held: LatentSet | None
+) -> Tensor | None:
     """Labels as the model takes them: none where it has no classes."""
-    classes = len(trained.spec.classes)
-    return labels_of(config, seeds, classes) if classes else None
+    return _labels(config, trained, seeds, held) if trained.spec.classes else None
 
 
 def _how(config: GenerateConfig) -> dict[str, Any]:
@@ -170,12 +189,13 @@ def make(
     seeds: Sequence[int],
     found: Samples,
     clock: "Clock",
+    held: LatentSet | None = None,
 ) -> dict[str, Tensor]:
     """Samples from where their descents ended: activations, images, labels and what they cost."""
     _check_sound(config, seeds, found)
     return {
         **look_at(trained, extractor, found.latents, clock),
-        "labels": labels_of(config, seeds, len(trained.spec.classes)),
+        "labels": _labels(config, trained, seeds, held),
         "evaluations": found.evaluations,
         "gradient_norms": found.gradient_norms,
     }
@@ -306,7 +326,13 @@ class Commits:
             self._waiting.popleft().result()
 
 
-def gather(context: Context, config: GenerateConfig, trained: Model, parts: list[Part]) -> Outcome:
+def gather(
+    context: Context,
+    config: GenerateConfig,
+    trained: Model,
+    parts: list[Part],
+    held: LatentSet | None,
+) -> Outcome:
     """Name all parts in the order of their samples; what they hold is looked at one by one."""
     outputs: dict[str, bytes | Path | Blob] = {}
     costs: dict[str, list[Tensor]] = {"evaluations": [], "gradient_norms": []}
@@ -326,7 +352,7 @@ def gather(context: Context, config: GenerateConfig, trained: Model, parts: list
         table = tensors_from_bytes(context.store.get(found.table))
         for name, values in costs.items():
             values.append(table[name])
-    outputs["trajectory.safetensors"] = tensors_to_bytes(trajectory(config, trained))
+    outputs["trajectory.safetensors"] = tensors_to_bytes(trajectory(config, trained, held))
     whole = {name: torch.cat(values).double() for name, values in costs.items()}
     return Outcome(
         outputs=outputs,
@@ -340,7 +366,9 @@ def gather(context: Context, config: GenerateConfig, trained: Model, parts: list
     )
 
 
-def trajectory(config: GenerateConfig, trained: Model) -> dict[str, Tensor]:
+def trajectory(
+    config: GenerateConfig, trained: Model, held: LatentSet | None = None
+) -> dict[str, Tensor]:
     """Images along the descent of one sample a class: (T, K, C, H, W) uint8, and its updates."""
     seeds = range(max(1, min(TRAJECTORIES, len(trained.spec.classes))))
     shown = np.linspace(0, config.sampler.updates, config.trajectory_points).round().astype(int)
@@ -353,7 +381,7 @@ def trajectory(config: GenerateConfig, trained: Model) -> dict[str, Tensor]:
 
     # One of each class, whatever the rule of labels is.
     balanced = replace(config, labels="balanced")
-    found = descend(balanced, trained, seeds, on_update=look)
+    found = descend(balanced, trained, seeds, held, on_update=look)
     # With a stop rule the last of them may end before the last moment that was to be shown.
     frames.setdefault(int(found.updates.max()), found.images())
     updates = sorted(frames)
@@ -384,12 +412,14 @@ def remake(
     if not len(seeds):
         raise DataError("there are no seeds to make samples of: give at least one")
     place = torch.device(device)
-    trained = model.from_record(store, open_ref(store, record.inputs["train"])).to(place)
+    train = open_ref(store, record.inputs["train"])
+    trained = model.from_record(store, train).to(place)
     extractor = load_extractor(open_ref(store, record.inputs["extractor"]), store, place)
-    found = _whole_parts(config, trained, seeds) if exact else _batches(config, trained, seeds)
+    held = starts.held_out_of(store, train, config.noise_level)
+    found = (_whole_parts if exact else _batches)(config, trained, seeds, held)
     rows: dict[int, dict[str, Tensor]] = {}
     for names, some in found:
-        made = make(config, trained, extractor, names, some, Clock(place))
+        made = make(config, trained, extractor, names, some, Clock(place), held)
         for at, seed in enumerate(names):
             if seed in seeds:
                 rows[seed] = {name: value[at].cpu() for name, value in made.items()}
@@ -397,20 +427,20 @@ def remake(
 
 
 def _whole_parts(
-    config: GenerateConfig, trained: Model, seeds: Sequence[int]
+    config: GenerateConfig, trained: Model, seeds: Sequence[int], held: LatentSet | None
 ) -> Iterator[tuple[Sequence[int], Samples]]:
     parts = {part.number: part for part in (part_of(config, seed) for seed in seeds)}
-    for part, found in found_in_parts(config, trained, [parts[n] for n in sorted(parts)]):
+    for part, found in found_in_parts(config, trained, [parts[n] for n in sorted(parts)], held):
         yield seeds_of(config, part), found
 
 
 def _batches(
-    config: GenerateConfig, trained: Model, seeds: Sequence[int]
+    config: GenerateConfig, trained: Model, seeds: Sequence[int], held: LatentSet | None
 ) -> Iterator[tuple[Sequence[int], Samples]]:
     size = config.sampler.batch_size
     for start in range(0, len(seeds), size):
         some = seeds[start : start + size]
-        yield some, descend(config, trained, some)
+        yield some, descend(config, trained, some, held)
 
 
 def main(argv: list[str]) -> int:

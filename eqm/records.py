@@ -443,3 +443,49 @@ class Decision:
     champion: Ref | None
     """Evaluation record of the champion it was compared with."""
     reasons: tuple[Reason, ...]
+
+
+# -- studies ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """A number over the repetitions of a row."""
+
+    value: float
+    """Mean over repetitions."""
+    low: float | None
+    """Lower end of its 95 % interval: Student's over repetitions, or the metric's own of one."""
+    high: float | None
+    values: tuple[float, ...]
+    """Of each repetition."""
+    lows: tuple[float | None, ...] = ()
+    """Ends of the metric's own interval in each repetition, where there are several."""
+    highs: tuple[float | None, ...] = ()
+    beside: float | None = None
+    """The same quantity for real held-out images."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyTableRow:
+    """One row of a study's table."""
+
+    label: str
+    metrics: dict[str, Estimate]
+    evaluations: Estimate
+    """Field evaluations a sample."""
+    against_first: Estimate | None
+    """Distance less that of the first row, in pairs; None for the first row itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyTable:
+    """What a study found."""
+
+    study: str
+    seeds: int
+    names: dict[str, str]
+    """Key of a metric -> its name, which tells what it is."""
+    rows: tuple[StudyTableRow, ...]
+    protocols_differ_in: tuple[str, ...]
+    """Settings that rows change and protocols name; all else of the protocols is equal."""

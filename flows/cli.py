@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows import data
+from flows import data, study_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +22,7 @@ app = typer.Typer(
     "evaluation, promotion.\n\nFirst steps: `eqm up`, then `eqm pipeline demo`.",
 )
 app.add_typer(data.app, name="data")
+app.command("study")(study_command.run_study)
 out = Console()
 err = Console(stderr=True)
 
@@ -471,16 +472,23 @@ def _flow(
     **more: Any,
 ) -> Any:
     """Run a flow here, in this process; None for a dry run."""
-    from importlib import import_module
-
     from eqm.records import to_json
     from flows.plan import read_config
-    from flows.settings import check_prefect
 
     changes = changes_of(settings)
     if dry_run:
         out.print_json(data=to_json(read_config(config, changes)))
         return None
+    return run_flow(module, name, config, changes, **more)
+
+
+def run_flow(module: str, name: str, config: str, changes: dict[str, Any], **more: Any) -> Any:
+    """Run a flow here, in this process, once its config is right and Prefect answers."""
+    from importlib import import_module
+
+    from flows.plan import read_config
+    from flows.settings import check_prefect
+
     read_config(config, changes)
     _prepare()
     check_prefect()

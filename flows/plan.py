@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eqm import recipes
 from eqm.config import (
     PRESETS,
     PROGRAMS,
@@ -21,6 +22,7 @@ from eqm.config import (
     PipelineConfig,
     Runtime,
     SamplesStage,
+    StudyStage,
     TrainStage,
     pipeline_config,
     with_settings,
@@ -94,7 +96,7 @@ class Plan:
 
 
 def read_config(config: str | Mapping[str, Any], changes: Changes = None) -> PipelineConfig:
-    """A preset's name, a TOML file or a table, with changes. Raises ConfigError."""
+    """A name of a preset or recipe, a TOML file or a table, with changes. Raises ConfigError."""
     return with_settings(pipeline_config(_table(config)), changes or {})
 
 
@@ -103,10 +105,14 @@ def _table(config: str | Mapping[str, Any]) -> Mapping[str, Any]:
         return config
     if config in PRESETS:
         return {"preset": config}
+    known = recipes.recipes()
+    if config in known:
+        return {"preset": "defaults", **to_json(known[config].config)}
     path = Path(config)
     if path.suffix != ".toml":
         raise ConfigError(
-            f"config {config!r} is neither a preset ({', '.join(PRESETS)}) nor a .toml file"
+            f"config {config!r} is neither a preset ({', '.join(PRESETS)}), nor one of `eqm "
+            "recipes`, nor a .toml file"
         )
     try:
         return tomllib.loads(path.read_text())
@@ -225,6 +231,11 @@ def evaluation_job(
         "samples": samples.ref,
     }
     return _job(plan, "evaluation", asked, inputs)
+
+
+def study_job(plan: Plan, asked: StudyStage, cells: Mapping[str, Ref]) -> Job:
+    """Put evaluations into the table of a study."""
+    return _job(plan, "study", asked, dict(cells))
 
 
 def _job(plan: Plan, stage: str, asked: Any, inputs: dict[str, Ref]) -> Job:

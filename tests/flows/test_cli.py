@@ -153,7 +153,7 @@ def test_a_dry_run_of_a_file(run, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "parts"),
     [
-        (["dmeo"], ["'dmeo' is neither a preset (demo, tiny, defaults) nor a .toml file"]),
+        (["dmeo"], ["'dmeo' is neither a preset (demo, tiny, defaults), nor one of", ".toml file"]),
         (["gone.toml"], ["gone.toml cannot be read: No such file or directory"]),
         (["tiny", "--set", "train.imges=1"], ["imges", "did you mean", "images"]),
         (["tiny", "--set", "colour=1"], ["colour"]),

@@ -1,0 +1,229 @@
+"""A study: every cell of its table trained, generated and measured, then the table.
+
+Wraps all stage programs and ``python -m eqm.study``. Locally: ``eqm study samplers --config demo``.
+Every cell is a sealed record, so a study that was killed goes on where it was, and studies share
+what is equal in them. It needs no services where the store is a folder.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefect import flow
+
+from eqm import studies, study_page
+from eqm.config import Job, StudyStage, replace, study_input, with_settings
+from eqm.errors import DataError
+from eqm.records import Record, Ref, note_from_bytes, note_to_bytes
+from eqm.registry import Registry
+from eqm.shards import manifest_of
+from eqm.stage import job_digest, open_ref
+from eqm.studies import Base
+from eqm.study_table import table_of
+from flows.plan import (
+    Plan,
+    autoencoder_job,
+    ensure,
+    evaluation_job,
+    extractor_job,
+    latents_job,
+    list_source,
+    make_plan,
+    require_sealed,
+    samples_job,
+    source_ref,
+    study_job,
+    train_job,
+)
+from flows.prefect_tools import logged, markdown, stage
+
+Ensure = Callable[[Plan, Job, int], Record]
+"""How a job comes to its record, by so many processes."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """Where the pages of a study lie."""
+
+    record: Record
+    keys: dict[str, str]
+    """Suffix ("md", "svg", "json") -> key in the store."""
+    texts: dict[str, bytes]
+
+
+def _here(plan: Plan, job: Job, processes: int) -> Record:
+    return ensure(plan, job, say=logged, processes=processes)
+
+
+_as_task: Ensure = stage(_here)
+
+
+# -- the cells ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What all cells of a study stand on."""
+
+    source: Ref
+    latents: Record
+    extractor: Record
+
+
+def run_study(plan: Plan, name: str, *, seeds: int, do: Ensure = _here) -> Record:
+    """The sealed table of a study; whatever of it is missing is made. Raises ConfigError."""
+    asked_for = studies.study(name)
+    ground = _ground(plan, do)
+    base = _base(plan, ground.latents)
+    asked = asked_for.stage(base, seeds)
+    # Every config is checked before the first hour is spent.
+    plans = [[_cell_plan(plan, asked, i, k) for i in range(len(asked.rows))] for k in range(seeds)]
+    cells: dict[str, Ref] = {}
+    trained: dict[str, Record] = {}
+    for k, of_one in enumerate(plans):
+        for i, cell in enumerate(of_one):
+            logged(f"study {name}: {asked.rows[i].label}, repetition {k + 1} of {seeds}")
+            model, evaluation = _measure(cell, ground, do)
+            cells[study_input(i, k)] = evaluation.ref
+            trained[model.digest] = model
+    record = do(plan, study_job(plan, asked, cells), 1)
+    for digest in sorted(trained):
+        _index(plan, digest, asked, record)
+    return record
+
+
+def _ground(plan: Plan, do: Ensure) -> Ground:
+    source = source_ref(list_source(plan))
+    autoencoder = do(plan, autoencoder_job(plan, source), 1)
+    latents = do(plan, latents_job(plan, source, autoencoder), plan.processes)
+    return Ground(source, latents, do(plan, extractor_job(plan, source), 1))
+
+
+def _base(plan: Plan, latents: Record) -> Base:
+    shape = manifest_of(plan.store, latents).spec.shape
+    return Base(config=plan.config, latent_shape=shape)
+
+
+def _cell_plan(plan: Plan, asked: StudyStage, row: int, repetition: int) -> Plan:
+    changes = {**asked.rows[row].changes, **studies.of_seed(plan.config, repetition)}
+    return replace(plan, config=with_settings(plan.config, changes))
+
+
+def _measure(cell: Plan, ground: Ground, do: Ensure) -> tuple[Record, Record]:
+    """The model and the evaluation of a cell."""
+    trained = do(cell, train_job(cell, ground.latents), cell.processes)
+    samples = do(cell, samples_job(cell, trained, ground.extractor), cell.processes)
+    job = evaluation_job(cell, ground.source, trained, ground.extractor, samples)
+    return trained, do(cell, job, 1)
+
+
+# -- which studies there are of a model ---------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyOf:
+    """That a study has a model in it."""
+
+    study: str
+    seeds: int
+    record: Ref
+
+
+def _folder(train_digest: str) -> str:
+    return f"studies/of/{train_digest}/"
+
+
+def _index(plan: Plan, train_digest: str, asked: StudyStage, record: Record) -> None:
+    key = f"{_folder(train_digest)}{asked.study}-{record.digest}.json"
+    note = StudyOf(study=asked.study, seeds=asked.seeds, record=record.ref)
+    plan.store.write_once(key, note_to_bytes(note))
+
+
+def sealed_studies(plan: Plan, trained: Record | Ref | None = None) -> dict[str, Ref]:
+    """Name -> sealed study that has a model in one of its rows; starts nothing.
+
+    The model is ``trained``, else that of the plan's config. Of several studies of one name the
+    one with most repetitions is given. Raises DataError, IntegrityError.
+    """
+    asked = trained.digest if trained else _train_digest(plan)
+    best: dict[str, StudyOf] = {}
+    for key in plan.store.list(_folder(asked)):
+        found = note_from_bytes(StudyOf, plan.store.read(key), plan.store.where(key))
+        open_ref(plan.store, found.record)
+        if found.study not in best or found.seeds > best[found.study].seeds:
+            best[found.study] = found
+    return {name: found.record for name, found in sorted(best.items())}
+
+
+def _train_digest(plan: Plan) -> str:
+    """Address of the model of a plan's config. Raises DataError where its latents are not there."""
+    source = source_ref(list_source(plan))
+    autoencoder = require_sealed(plan, autoencoder_job(plan, source))
+    return job_digest(train_job(plan, require_sealed(plan, latents_job(plan, source, autoencoder))))
+
+
+# -- its pages ----------------------------------------------------------------------------------
+
+
+def show(plan: Plan, record: Record) -> Shown:
+    """Put the pages of a study into the store; what stands there is what is shown."""
+    name = f"{record.config['study']}-{record.digest[:16]}"
+    seconds = json.loads(plan.store.get(record.logs["seconds.json"]))
+    made = study_page.render(record, seconds, picture=f"{name}.svg")
+    keys = {suffix: f"studies/{name}.{suffix}" for suffix in made}
+    for suffix, key in keys.items():
+        plan.store.write_once(key, made[suffix])
+    texts = {suffix: plan.store.read(key) for suffix, key in keys.items()}
+    logged(f"study {record.config['study']}: {plan.store.where(keys['md'])}")
+    return Shown(record, keys, texts)
+
+
+def write_pages(plan: Plan, record: Record, folder: Path) -> list[Path]:
+    """The same pages as files NAME.md, NAME.svg and NAME.json of a folder. Raises DataError."""
+    if not folder.is_dir():
+        raise DataError(f"--to is {folder}, which is no folder: make it first")
+    name = record.config["study"]
+    seconds = json.loads(plan.store.get(record.logs["seconds.json"]))
+    made = study_page.render(record, seconds, picture=f"{name}.svg")
+    for suffix, text in made.items():
+        (folder / f"{name}.{suffix}").write_bytes(text)
+    return [folder / f"{name}.{suffix}" for suffix in made]
+
+
+def tell(plan: Plan, shown: Shown) -> None:
+    """Add the pages and numbers to the MLflow run of the model that was studied."""
+    record, table = shown.record, table_of(shown.record)
+    name = table.study
+    first = open_ref(plan.store, record.inputs[study_input(0, 0)])
+    numbers = {
+        f"study/{name}/{i:02d}/{key}": found.value
+        for i, row in enumerate(table.rows)
+        for key, found in row.metrics.items()
+    }
+    Registry(plan.mlflow_uri).add_evidence(
+        first.inputs["train"].digest,
+        metrics=numbers,
+        files={f"studies/{name}.{suffix}": text for suffix, text in shown.texts.items()},
+    )
+
+
+@flow(name="study")
+def study(
+    name: str,
+    config: str | dict[str, Any] = "demo",
+    changes: dict[str, Any] | None = None,
+    seeds: int = 3,
+) -> dict[str, str]:
+    """Run a study of a config; sealed cells are verified and skipped."""
+    plan = make_plan(config, changes)
+    shown = show(plan, run_study(plan, name, seeds=seeds, do=_as_task))
+    tell(plan, shown)
+    markdown(f"study-{name}", shown.texts["md"].decode(), f"Study: {name}")
+    return answer(shown, plan)
+
+
+def answer(shown: Shown, plan: Plan) -> dict[str, str]:
+    """What is told of a study: its digest, and where its page lies."""
+    return {"study": shown.record.digest, "page": plan.store.where(shown.keys["md"])}

@@ -1,0 +1,95 @@
+"""``eqm study``: list the studies, show the rows of one, run it."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+out = Console()
+
+
+def run_study(
+    name: Annotated[
+        str | None, typer.Argument(help="Which one; without it all are listed.")
+    ] = None,
+    config: Annotated[
+        str, typer.Option(help="A preset, one of `eqm recipes`, or a TOML file.")
+    ] = "demo",
+    seeds: Annotated[int, typer.Option(min=1, max=100, help="Repetitions of each row.")] = 3,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Change one setting: --set generate.samples=500. Repeatable."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what each row changes, and start nothing.")
+    ] = False,
+    here: Annotated[
+        bool, typer.Option("--here", help="Without Prefect and MLflow: any store serves.")
+    ] = False,
+    to: Annotated[
+        Path | None, typer.Option(help="Folder for its page, picture and JSON as well.")
+    ] = None,
+) -> None:
+    """Run a table of the paper as a protocol. What is sealed of it is verified and skipped."""
+    if name is None:
+        _list()
+        return
+    from eqm import studies
+    from eqm.errors import ConfigError
+    from flows.cli import changes_of
+    from flows.plan import read_config
+
+    asked, changes = studies.study(name), changes_of(set_)
+    base = read_config(config, changes)
+    if dry_run:
+        # What a latent measures is known when images are encoded: this is SD-VAE's at 256 px.
+        for row in asked.rows(studies.Base(config=base, latent_shape=(4, 32, 32))):
+            line = f"{row.label}: {json.dumps(row.changes)}"
+            out.print(line, soft_wrap=True, highlight=False, markup=False)
+        return
+    if to is not None and not to.is_dir():
+        raise ConfigError(f"--to is {to}, which is no folder: make it first")
+    made = _run(name, config, changes, seeds, here)
+    out.print(f"study: {made['page']}", soft_wrap=True)
+    if to is not None:
+        _copy(config, changes, made["study"], to)
+
+
+def _list() -> None:
+    from eqm import studies
+
+    table = Table("study", "asks", box=None)
+    for one in studies.studies().values():
+        table.add_row(one.name, one.asks)
+    out.print(table)
+
+
+def _run(name: str, config: str, changes: dict[str, Any], seeds: int, here: bool) -> dict[str, str]:
+    from flows.cli import run_flow
+    from flows.settings import activate
+
+    if not here:
+        asked = {"name": name, "seeds": seeds}
+        return run_flow("flows.study", "study", config, changes, **asked)
+    activate()
+    from flows import study
+    from flows.plan import make_plan
+
+    plan = make_plan(config, changes, tracked=False)
+    return study.answer(study.show(plan, study.run_study(plan, name, seeds=seeds)), plan)
+
+
+def _copy(config: str, changes: dict[str, Any], digest: str, to: Path) -> None:
+    from eqm.errors import DataError
+    from flows import study
+    from flows.plan import make_plan
+
+    plan = make_plan(config, changes, tracked=False)
+    record = plan.store.record("study", digest)
+    if record is None:
+        raise DataError(f"study {digest[:12]} is gone from {plan.store.uri}: run it again")
+    for path in study.write_pages(plan, record, to):
+        out.print(str(path), soft_wrap=True)

@@ -1,0 +1,168 @@
+"""Studies end to end: real stages on 8 x 8 digits, killed in the middle, and told as sealed."""
+
+import json
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import chain
+import pytest
+
+from eqm import studies, study
+from eqm.config import Job, StudyRow
+from eqm.errors import ConfigError, IntegrityError, StageError
+from eqm.records import to_json
+from eqm.stage import job_digest, run
+from eqm.studies import Base, Study
+from eqm.study_table import table_of
+from flows.plan import Plan, make_plan, study_job
+from flows.study import run_study, sealed_studies, show, write_pages
+
+SEEDS = 2
+PROGRAMS = {**chain.PROGRAMS, "study": study.program}
+
+
+def rows(base: Base) -> list[StudyRow]:
+    step = base.step_size
+    return [
+        StudyRow(label="base", changes={}, published=32.85),
+        StudyRow(label="half as far", changes={"generate.sampler.step_size": step / 2}),
+    ]
+
+
+SMALL = Study(name="small", title="Small", asks="Which?", published_as="Table 0", rows=rows)
+
+
+class InThisProcess:
+    """Runs stages here, counts them, and is killed before a given one."""
+
+    def __init__(self, dies_at: int | None = None) -> None:
+        self.begun: list[str] = []
+        self.dies_at = dies_at
+
+    def run(self, job: Job, *, processes: int) -> None:
+        if len(self.begun) == self.dies_at:
+            raise StageError("killed")
+        self.begun.append(f"{job.stage} {job_digest(job)}")
+        run(job, PROGRAMS[job.stage])
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Latents and an extractor, as the session's chain has them."""
+    made = chain.build(tmp_path_factory.getbasetemp() / "chain")
+    folder = tmp_path_factory.mktemp("study") / "store"
+    return Path(chain.copied(made, folder, without=("train", "samples", "evaluation")).root)
+
+
+@pytest.fixture
+def plan(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    monkeypatch.setattr(studies, "STUDIES", (SMALL,))
+    for name in ("MLFLOW_TRACKING_URI", "PREFECT_API_URL", "EQM_S3_ENDPOINT"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EQM_STORE", str(store))
+    return make_plan({"preset": "tiny", **to_json(chain.tiniest())}, tracked=False)
+
+
+def by(plan: Plan, launcher: InThisProcess) -> Plan:
+    return Plan(plan.config, plan.settings, plan.store, launcher)
+
+
+def test_a_study_that_is_killed_goes_on_and_starts_nothing_twice(plan: Plan) -> None:
+    killed = InThisProcess(dies_at=5)
+    with pytest.raises(StageError, match="killed"):
+        run_study(by(plan, killed), "small", seeds=SEEDS)
+    assert sealed_studies(plan, chain_train(plan, killed)) == {}
+
+    going_on = InThisProcess()
+    record = run_study(by(plan, going_on), "small", seeds=SEEDS)
+    stages = Counter(line.split()[0] for line in killed.begun + going_on.begun)
+    # Rows that change the sampler alone share a training.
+    assert stages == {"train": 2, "samples": 4, "evaluation": 4, "study": 1}
+    assert len({*killed.begun, *going_on.begun}) == stages.total()
+
+    nothing = InThisProcess()
+    assert run_study(by(plan, nothing), "small", seeds=SEEDS) == record
+    assert nothing.begun == []
+
+    table = table_of(record)
+    assert [row.label for row in table.rows] == ["base", "half as far"]
+    for row in table.rows:
+        found = row.metrics["distance"]
+        assert len(found.values) == SEEDS
+        assert found.low is not None
+        assert found.high is not None
+        assert found.low <= found.value <= found.high
+    assert table.protocols_differ_in == ("generate.sampler.step_size",)
+
+    # Every model in it knows of it, and a model that is not knows of none.
+    asked = [r for r in (line.split() for line in going_on.begun + killed.begun)]
+    for digest in (digest for stage, digest in asked if stage == "train"):
+        model = plan.store.record("train", digest)
+        assert sealed_studies(plan, model) == {"small": record.ref}
+    assert sealed_studies(plan, record.ref) == {}
+    assert sealed_studies(plan) == {"small": record.ref}
+
+
+def chain_train(plan: Plan, launcher: InThisProcess):
+    digest = next(line.split()[1] for line in launcher.begun if line.startswith("train"))
+    return plan.store.record("train", digest)
+
+
+def test_the_pages_of_a_study_are_made_once_and_are_the_same(plan: Plan, tmp_path: Path) -> None:
+    record = run_study(by(plan, InThisProcess()), "small", seeds=SEEDS)
+    shown, again = show(plan, record), show(plan, record)
+    assert shown == again
+    page = shown.texts["md"].decode()
+    assert "![" in page
+    assert "| half as far |" in page
+    assert "another protocol: Table 0" in " ".join(page.split())
+    assert json.loads(shown.texts["json"])["study"] == record.digest
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    assert {p.name for p in write_pages(plan, record, folder)} == {
+        "small.md",
+        "small.svg",
+        "small.json",
+    }
+    assert "(small.svg)" in (folder / "small.md").read_text()
+
+
+def test_a_study_of_more_seeds_is_the_one_that_counts(plan: Plan, tmp_path: Path) -> None:
+    more = run_study(by(plan, InThisProcess()), "small", seeds=SEEDS)
+    run_study(by(plan, InThisProcess()), "small", seeds=1)
+    assert sealed_studies(plan)["small"] == more.ref
+
+
+def test_a_damaged_seal_counts_for_nothing(plan: Plan, store: Path, tmp_path: Path) -> None:
+    record = run_study(by(plan, InThisProcess()), "small", seeds=SEEDS)
+    copy = Path(shutil.copytree(store, tmp_path / "copy"))
+    path = copy / "study" / record.digest / "record.json"
+    text = path.read_text().replace('"label": "base"', '"label": "bass"')
+    path.unlink()
+    path.write_text(text)
+    elsewhere = Plan(plan.config, plan.settings, type(plan.store)(copy), plan.launcher)
+    with pytest.raises(IntegrityError):
+        sealed_studies(elsewhere)
+
+
+def test_a_row_whose_config_is_wrong_is_refused_before_anything_starts(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wrong = StudyRow(label="wrong", changes={"train.images": -1})
+    monkeypatch.setattr(
+        studies,
+        "STUDIES",
+        (Study(**{**vars(SMALL), "rows": lambda base: [*rows(base), wrong]}),),
+    )
+    launcher = InThisProcess()
+    with pytest.raises(ConfigError, match=r"train\.images is -1"):
+        run_study(by(plan, launcher), "small", seeds=3)
+    assert launcher.begun == []
+
+
+def test_a_job_of_a_study_knows_its_cells(plan: Plan) -> None:
+    base = Base(config=plan.config, latent_shape=(1, 8, 8))
+    one, two = (study_job(plan, SMALL.stage(base, seeds), {}) for seeds in (1, 2))
+    assert job_digest(one) != job_digest(two)

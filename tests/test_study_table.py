@@ -1,0 +1,221 @@
+"""The arithmetic of studies in closed form, what stands in one table, and how it looks."""
+
+import math
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eqm import studies, study_page
+from eqm.config import (
+    ObjectiveConfig,
+    SamplerConfig,
+    StudyRow,
+    StudyStage,
+    demo,
+    tiny,
+    with_settings,
+)
+from eqm.errors import ConfigError, DataError
+from eqm.recipes import recipe
+from eqm.records import Evaluation, Metric, Record, to_json
+from eqm.studies import Base
+from eqm.study_table import mean_interval, summarise
+
+GOLDEN = Path(__file__).parent / "golden" / "study.md"
+T_975_OF_2 = 0.95 * math.sqrt(2 / (1 - 0.95**2))
+"""97.5 % point of Student's t with 2 degrees of freedom, where it has a closed form."""
+
+
+def evaluation(value: float, *, step: float = 0.1, **more: float) -> Evaluation:
+    metrics = {
+        "distance": Metric(
+            name="FD[toy]-10", value=value, beside=0.5, low=value - 0.25, high=value + 0.25
+        ),
+        "recall": Metric(name="recall[toy]-10", value=0.75),
+    }
+    return Evaluation(
+        protocol={"generate": {"sampler": {"step_size": step}, **more}},
+        samples=10,
+        metrics=metrics,
+        ood=(),
+        mean_field_evaluations=99.0,
+    )
+
+
+def asked(seeds: int) -> StudyStage:
+    return StudyStage(
+        study="toy",
+        title="Toys",
+        asks="Which toy?",
+        published_as="Table 0: FID of nobody's model",
+        notes=("A note.",),
+        x_label="",
+        others=(),
+        rows=(
+            StudyRow(label="one", changes={}, published=32.85),
+            StudyRow(label="a|b", changes={"generate.sampler.step_size": 0.2}),
+        ),
+        seeds=seeds,
+        base={k: v for k, v in to_json(demo()).items() if k in BASE},
+    )
+
+
+BASE = ("source", "network", "objective", "train", "generate")
+
+
+# -- arithmetic ---------------------------------------------------------------------------------
+
+
+def test_a_mean_has_students_interval() -> None:
+    mean, low, high = mean_interval([1.0, 2.0, 6.0])
+    # Variance 7 of three values: the standard error is the root of 7 / 3.
+    reach = T_975_OF_2 * math.sqrt(7 / 3)
+    assert mean == 3.0
+    assert low == pytest.approx(3.0 - reach, rel=1e-12)
+    assert high == pytest.approx(3.0 + reach, rel=1e-12)
+
+
+def test_one_value_has_no_interval_and_none_is_refused() -> None:
+    assert mean_interval([4.0]) == (4.0, None, None)
+    with pytest.raises(DataError, match="no values"):
+        mean_interval([])
+
+
+@given(st.lists(st.floats(-1e3, 1e3), min_size=2, max_size=9), st.floats(-10, 10))
+def test_an_interval_moves_and_scales_with_its_values(values: list[float], by: float) -> None:
+    mean, low, high = mean_interval(values)
+    assert low is not None
+    assert high is not None
+    assert low <= mean <= high
+    moved = mean_interval([2 * v + by for v in values])
+    assert moved == pytest.approx((2 * mean + by, 2 * low + by, 2 * high + by), abs=1e-8)
+
+
+def test_rows_are_held_against_the_first_in_pairs() -> None:
+    first = [evaluation(v) for v in (1.0, 5.0, 9.0)]
+    second = [evaluation(v, step=0.2) for v in (2.0, 6.5, 10.5)]
+    table = summarise(asked(3), [first, second])
+    found = table.rows[1].against_first
+    assert found is not None
+    assert found.values == (1.0, 1.5, 1.5)
+    # Repetitions differ by far more than rows do: pairs alone tell them apart.
+    assert found.low is not None
+    assert found.low > 0
+    distance = table.rows[1].metrics["distance"]
+    assert distance.low is not None
+    assert distance.low < 1.0
+    assert distance.lows == (1.75, 6.25, 10.25)
+    assert table.rows[0].against_first is None
+    assert table.protocols_differ_in == ("generate.sampler.step_size",)
+
+
+def test_one_repetition_has_the_metrics_own_interval() -> None:
+    table = summarise(asked(1), [[evaluation(2.0)], [evaluation(3.0, step=0.2)]])
+    found = table.rows[0].metrics["distance"]
+    assert (found.value, found.low, found.high, found.beside) == (2.0, 1.75, 2.25, 0.5)
+    assert table.rows[1].against_first is not None
+    assert table.rows[1].against_first.low is None
+
+
+def test_protocols_that_differ_in_what_no_row_changes_are_no_table() -> None:
+    with pytest.raises(DataError, match=r"protocols differ in generate\.noise, which no row"):
+        summarise(asked(1), [[evaluation(2.0)], [evaluation(3.0, noise=1.0)]])
+
+
+# -- what rows are asked ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config", [demo(), tiny(), recipe("b2-256").config, recipe("xl2-256").config]
+)
+@pytest.mark.parametrize("name", studies.studies())
+def test_every_row_of_every_study_is_a_config(name: str, config) -> None:
+    shape = (4, 32, 32) if config.source.image_size_px == 256 else (4, 8, 8)
+    stage = studies.study(name).stage(Base(config=config, latent_shape=shape), seeds=2)
+    made = [
+        with_settings(config, {**row.changes, **studies.of_seed(config, 1)}) for row in stage.rows
+    ]
+    assert len({str(to_json(one)) for one in made}) == len(made) >= 2
+    for one in made:
+        sampler, objective = one.generate.sampler, one.objective
+        if sampler.rule in ("gd", "nag") and config.generate.sampler.updates >= 100:
+            assert_stable(sampler, objective)
+        if not objective.is_equilibrium:
+            assert sampler.updates * sampler.step_size == pytest.approx(1.0, abs=1e-9)
+
+
+def assert_stable(sampler: SamplerConfig, objective: ObjectiveConfig) -> None:
+    """Below the edge of the spring that a datum is: 2 (1 - a) / lambda, less for NAG."""
+    stiffness = objective.multiplier / (1 - objective.a if objective.c != "linear" else 1.0)
+    assert sampler.step_size * stiffness < (1.2 if sampler.rule == "nag" else 2.0)
+
+
+def test_at_full_size_rows_are_the_papers() -> None:
+    base = Base(config=recipe("b2-256").config, latent_shape=(4, 32, 32))
+    adaptive = studies.study("adaptive").rows(base)
+    chosen = next(row for row in adaptive if row.published == 33.79)
+    assert chosen.changes == {"generate.sampler.stop_below": 10.0}
+    steps = {row.x: row.changes for row in studies.study("step-sizes").rows(base)}
+    assert steps[0.7]["generate.sampler.step_size"] == pytest.approx(0.0028, rel=5e-3)
+    assert [row.published for row in studies.study("noise-conditioning").rows(base)] == [
+        32.85,
+        40.81,
+        36.68,
+        41.89,
+    ]
+    sizes = studies.study("sizes-patches").rows(base)
+    assert [row.published for row in sizes] == [61.0, 34.4, 17.7, 15.6, None, 57.5, 104.2]
+
+
+def test_repetitions_share_no_training_and_no_noise() -> None:
+    config = demo()
+    assert studies.of_seed(config, 0) == {"train.seed": 0, "generate.first_seed": 0}
+    assert studies.of_seed(config, 2) == {
+        "train.seed": 2,
+        "generate.first_seed": 2 * config.generate.samples,
+    }
+
+
+def test_rows_may_not_change_what_numbers_are_measured_with() -> None:
+    row = StudyRow(label="x", changes={"extractor.fit.width": 4})
+    made = studies.Study(name="x", title="", asks="", published_as="", rows=lambda _: [row])
+    with pytest.raises(ConfigError, match="no setting of source"):
+        made.stage(Base(config=demo(), latent_shape=(4, 8, 8)), 1)
+
+
+def test_an_unknown_study_is_refused_by_name() -> None:
+    with pytest.raises(ConfigError, match=r"study is 'sampler'; it must be one of samplers"):
+        studies.study("sampler")
+
+
+# -- how it looks -------------------------------------------------------------------------------
+
+
+def record() -> Record:
+    first = [evaluation(v) for v in (1.0, 5.0, 9.0)]
+    second = [evaluation(v, step=0.2) for v in (2.0, 6.5, 10.5)]
+    table = summarise(asked(3), [first, second])
+    return Record(
+        stage="study",
+        algorithm=1,
+        config=to_json(asked(3)),
+        inputs={},
+        outputs={},
+        values={"table": to_json(table)},
+    )
+
+
+def test_a_page_is_the_golden_one() -> None:
+    made = study_page.render(record(), [1.25, None], picture="toy.svg")
+    assert made["md"].decode() == GOLDEN.read_text()
+
+
+def test_a_picture_stands_alone_and_carries_no_date() -> None:
+    one, two = (study_page.render(record(), [None, None], picture="x.svg") for _ in range(2))
+    assert one == two
+    svg = one["svg"].decode()
+    assert svg.startswith('<svg xmlns="http://www.w3.org/2000/svg"')
+    assert "another protocol" in svg
+    assert "matplotlib" not in svg
