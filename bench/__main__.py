@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 
 ALL = ("imports", "data", "encoding", "sampling", "energies", "precision", "train", "checkpointing")
-STUDIES = ("study_methods", "study_adaptive", "recipes")
+STUDIES = ("study_adaptive", "recipes")
 """Not of speed, and some are long: run by name."""
 
 for name in sys.argv[1:] or ALL:

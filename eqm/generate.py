@@ -117,7 +117,7 @@ def descend(
     held: LatentSet | None = None,
     **more: Any,
 ) -> Samples:
-    """Descent of samples together, as the config has it; from images of ``held``, if it is given."""
+    """Descent of samples together, as the config has it; from images of ``held``, if given."""
     labels = _model_labels(config, trained, seeds, held)
     level = config.noise_level
     start = None if held is None else starts.partly_noised(held, trained, seeds, level)
