@@ -28,7 +28,7 @@ PROJECT = Path(__file__).resolve().parent.parent.parent
 COMMANDS = [
     *("up", "down", "status", "env", "doctor"),
     *("pipeline", "encode", "train", "evaluate", "promote", "rollback"),
-    *("report", "sample", "ema", "recipes", "import-official", "export-official"),
+    *("report", "sample", "ema", "study", "recipes", "import-official", "export-official"),
 ]
 
 
@@ -432,3 +432,31 @@ def test_a_model_that_cannot_be_decoded_is_told_before_its_descent(run, monkeypa
     saved_model("model", classes=None, decodes=False)
     monkeypatch.setattr(eqm, "sample", None)
     refused(run("sample", "model", "--updates", "2"), "came without its autoencoder")
+
+
+# -- studies ------------------------------------------------------------------------------------
+
+
+def test_studies_are_listed_and_their_rows_shown(run, tmp_path: Path) -> None:
+    listed = run("study").out
+    assert "samplers" in listed
+    assert "eqm-vs-flow" in listed
+    shown = run("study", "step-sizes", "--config", "b2-256", "--dry-run").out
+    assert '0.7 / N: {"generate.sampler.rule": "gd"' in shown
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["sampler"], ["study is 'sampler'", "one of samplers, step-sizes"]),
+        (["samplers", "--config", "b2"], ["'b2' is neither a preset", "eqm recipes"]),
+        (["samplers", "--here", "--to", "gone"], ["--to is gone", "make it first"]),
+        (["samplers", "--set", "train.imges=1"], ["imges", "images"]),
+    ],
+)
+def test_a_mistake_about_a_study_is_named(
+    run, tmp_path: Path, words: list[str], parts: list[str]
+) -> None:
+    refused(run("study", *words), *parts)
+    assert list(tmp_path.iterdir()) == []
