@@ -286,7 +286,9 @@ def _open_run(
         run = client.create_run(experiment_id, tags=tags, run_name=run_name)
     else:
         client.update_run(run.info.run_id, status="RUNNING")
-    given = [Param(name, str(value)[:6000]) for name, value in params.items()]
+    # MLflow refuses another value, and what it shows may be of a program that wrote it otherwise.
+    shown = run.data.params
+    given = [Param(n, str(value)[:6000]) for n, value in params.items() if n not in shown]
     for start in range(0, len(given), 100):
         # Each time: whoever made the run may have been stopped before this.
         client.log_batch(run.info.run_id, params=given[start : start + 100])
@@ -396,9 +398,17 @@ class Registry:
         )
         return _version(made)
 
+    def has_finished(self, run_digest: str) -> bool:
+        """Whether MLflow shows the run of a training as ended, which it does once it has it all."""
+        with _errors(self.uri):
+            run = _first_run(self._client, self._experiments(), run_digest)
+        return run is not None and run.info.status == "FINISHED"
+
+    def _experiments(self) -> list[str]:
+        return [experiment.experiment_id for experiment in self._client.search_experiments()]
+
     def _run_of(self, digest: str) -> str | None:
-        experiments = [e.experiment_id for e in self._client.search_experiments()]
-        run = _first_run(self._client, experiments, digest)
+        run = _first_run(self._client, self._experiments(), digest)
         return None if run is None else run.info.run_id
 
     def by_alias(self, model: str, alias: str) -> Version | None:

@@ -12,9 +12,8 @@ import json
 import signal
 import statistics
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -26,25 +25,24 @@ import torch
 from torch import Tensor
 
 from eqm import checkpoint, flops, gauges, glimpse, lease, model
-from eqm.autoencoder import read_pretrained
 from eqm.batches import Batch, batches
 from eqm.checkpoint import Position, TrainState
 from eqm.compute import blocks_of, check_micro_batch, prepare, slow_bfloat16
-from eqm.config import PretrainedFile, TrainConfig, TrainStage
+from eqm.config import Runtime, TrainConfig, TrainStage
 from eqm.distributed import World
 from eqm.errors import DataError, EqmError
 from eqm.events import EventLog, log_of, restore
+from eqm.first_weights import first_network
 from eqm.frechet import Gaussian
 from eqm.latent_set import LatentSet, open_manifest
 from eqm.latents import sample_latents
-from eqm.learner import FLAGS, Learner, check_slope, diverged, learning_rate
+from eqm.learner import FLAGS, Learner, diverged, learning_rate
 from eqm.model import Model, ModelSpec
 from eqm.objective import Corrupted
-from eqm.official import import_official, read_official
 from eqm.precision import choose_products
 from eqm.progress import Progress
 from eqm.randomness import Stream, normal
-from eqm.records import Blob, Record, sha256, to_json
+from eqm.records import Blob, Record
 from eqm.registry import RunMirror
 from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
@@ -197,54 +195,6 @@ def sharded(network: torch.nn.Module, stage: TrainStage, context: Context) -> "S
     # Differences of an energy would be noise in bfloat16: autocast leaves those alone.
     half = stage.train.precision == "bfloat16" and stage.objective.energy == "implicit"
     return Shards(network, blocks, context.world, half=half)
-
-
-def first_network(
-    stage: TrainStage, spec: ModelSpec, device: torch.device, store: Store
-) -> torch.nn.Module:
-    """The network as the run begins: drawn from the seed, or with the weights of another model."""
-    net = spec.build()
-    # The l2 energy of a head of zeros has no slope anywhere: it would never train.
-    net.initialise(stage.train.seed, zero_head=stage.objective.energy != "l2")
-    if stage.train.init_from is not None:
-        found = read_weights(stage.train.init_from, stage.network.heads)
-        known = known_spec(stage.train.init_from, store)
-        if known is not None:
-            model.check_same(known, spec, stage.train.init_from.uri)
-        model.filled(net, found, stage.train.init_from.uri)
-    check_slope(net, stage.objective)
-    return net.to(device)
-
-
-def read_weights(file: PretrainedFile, heads: int) -> dict[str, Tensor]:
-    """Weights of another training, or of a checkpoint of the official code or of SiT (``.pt``)."""
-    data = read_pretrained(file)
-    if not file.uri.lower().endswith(".pt"):
-        return model.weights_from_bytes(data, file.uri)
-    with tempfile.NamedTemporaryFile(suffix=".pt") as copy:
-        copy.write(data)
-        copy.flush()
-        # Heads are the config's: no weight's shape depends on them.
-        return import_official(read_official(copy.name), num_heads=heads, where=file.uri).tensors
-
-
-def known_spec(file: PretrainedFile, store: Store) -> ModelSpec | None:
-    """What weights of this digest were trained as; None where nobody says it.
-
-    A directory of ``Model.save`` says it of the weights in it, and the store of all that were
-    trained there, wherever the file lies now.
-    """
-    folder = Path(file.uri).parent
-    if (folder / "digests.json").is_file():
-        files = model.read_folder(folder)
-        if sha256(files["ema.safetensors"]) == file.sha256:
-            return model.spec_from_bytes(files["model.json"], str(folder / "model.json"))
-    seals = [key for key in store.list("train/") if key.endswith("/record.json")]
-    for record in (store.record("train", key.split("/")[1]) for key in seals):
-        if record is not None and file.sha256 in {b.sha256 for b in record.outputs.values()}:
-            data = store.get(record.outputs["model.json"])
-            return model.spec_from_bytes(data, f"model.json of {record.digest[:12]}")
-    return None
 
 
 def world_divides(config: TrainConfig, world: World) -> None:
@@ -727,33 +677,45 @@ def crossed(before: int, after: int, interval: int) -> bool:
 
 def open_mirror(run: Run) -> RunMirror | None:
     """The MLflow run of the first rank, where MLflow is given."""
-    return mirror_of(run.context, run.log)
+    if not run.world.is_first:
+        return None
+    context = run.context
+    return mirror_of(
+        context.job.runtime, context.job.config, context.digest, run.log, context.store
+    )
 
 
-def mirror_of(context: Context, log: EventLog) -> RunMirror | None:
-    """What shows a log in MLflow, where MLflow is given: by the first rank."""
-    runtime, settings = context.job.runtime, to_json(context.config)
-    if runtime.mlflow_uri is None or not context.world.is_first:
+def mirror_of(
+    runtime: Runtime, config: Mapping[str, Any], digest: str, log: EventLog, store: Store
+) -> RunMirror | None:
+    """What shows a log in MLflow, where MLflow is given."""
+    if runtime.mlflow_uri is None:
         return None
     return RunMirror(
         runtime.mlflow_uri,
         experiment=runtime.mlflow_experiment,
-        run_name=f"{runtime.run_name or 'train'}-{context.digest[:8]}",
-        digest=context.digest,
-        params={f"{s}.{k}": v for s, table in settings.items() for k, v in table.items()},
+        run_name=f"{runtime.run_name or 'train'}-{digest[:8]}",
+        digest=digest,
+        params={f"{s}.{k}": v for s, table in config.items() for k, v in table.items()},
         log=log,
-        fetch=context.store.get,
+        fetch=store.get,
     )
 
 
-def catch_up(context: Context, record: Record) -> None:
-    """Send MLflow what it has missed of a run that is sealed."""
-    if context.job.runtime.mlflow_uri is None or EVENTS not in record.logs:
+def send_missed(store: Store, record: Record, runtime: Runtime) -> None:
+    """Send MLflow what it has missed of a run that is sealed; nothing where it has it all."""
+    if EVENTS not in record.logs:
         return
-    data = context.store.get(record.logs[EVENTS])
-    mirror = mirror_of(context, log_of(data, f"{EVENTS} of {record.digest[:12]}"))
+    log = log_of(store.get(record.logs[EVENTS]), f"{EVENTS} of {record.digest[:12]}")
+    mirror = mirror_of(runtime, record.config, record.digest, log, store)
     if mirror is not None:
         mirror.close("FINISHED", seconds=CATCH_UP_SECONDS)
+
+
+def catch_up(context: Context, record: Record) -> None:
+    """The same, by the program of a training that is found sealed."""
+    if context.world.is_first:
+        send_missed(context.store, record, context.job.runtime)
 
 
 class StopSignals:

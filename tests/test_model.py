@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import eqm
-from eqm import model, sampling, train
+from eqm import model, sampling
 from eqm.checkpoint import tensors_from_bytes, tensors_to_bytes
 from eqm.config import ObjectiveConfig, PretrainedFile, SamplerConfig, TrainStage, UNetConfig
 from eqm.errors import ConfigError, DataError, IntegrityError
+from eqm.first_weights import first_network
 from eqm.model import Model
 from eqm.records import from_json
 from eqm.rules import NAG, GradientDescent
@@ -320,7 +321,7 @@ def begun(tiny: chain.Chain, path: Path, **network: object) -> torch.nn.Module:
     )
     sealed = model.spec_from_bytes(tiny.store.get(tiny["train"].outputs["model.json"]), "here")
     spec = dataclasses.replace(sealed, network=stage.network)
-    return train.first_network(stage, spec, torch.device("cpu"), tiny.store)
+    return first_network(stage, spec, torch.device("cpu"), tiny.store)
 
 
 @pytest.mark.parametrize("name", ["ema.safetensors", "raw.safetensors"])

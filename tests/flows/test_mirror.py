@@ -23,6 +23,10 @@ from eqm.records import to_json
 from eqm.registry import check
 from eqm.stage import job_digest
 from eqm.storage import LocalStore
+from flows.launch import LocalLauncher
+from flows.plan import Plan
+from flows.settings import Settings
+from flows.train import register_model
 
 pytestmark = pytest.mark.services
 
@@ -117,7 +121,7 @@ def training(path: Path, gates: Path) -> Iterator[subprocess.Popen[str]]:
 
 def marked(client: MlflowClient, digest: str) -> int:
     """How far MLflow has the log: images seen."""
-    experiment = client.get_experiment_by_name("eqm")
+    experiment = client.get_experiment_by_name("eqm-tiny")
     if experiment is None:
         return -1
     runs = client.search_runs([experiment.experiment_id], f"tags.`eqm.digest` = '{digest}'")
@@ -133,6 +137,7 @@ def test_killed_both_and_started_again_mlflow_has_what_the_log_has(
         "grid_every_images": 16 * BATCH,
         "grid_sampler": SamplerConfig(updates=2),
         "mlflow_uri": server.uri,
+        "mlflow_experiment": "eqm-tiny",
     }
     job = chain.job(latents.config, store, "train", latents.records, **runtime)
     path, digest, client = tmp_path / "job.json", job_digest(job), MlflowClient(server.uri)
@@ -164,8 +169,16 @@ def test_killed_both_and_started_again_mlflow_has_what_the_log_has(
     record = store.record("train", digest)
     assert record is not None
 
-    # The same command once more, with MLflow there: it only catches up.
+    # Registered with MLflow there, the run is shown first: the version can name it.
     server.start()
+    settings = Settings(home=tmp_path, store=str(store.root), mlflow_uri=server.uri)
+    plan = Plan(latents.config, settings, store, LocalLauncher(folder=tmp_path, environment={}))
+    version = register_model.fn(plan, record)
+    assert client.get_model_version("eqm-tiny", str(version.number)).run_id == run_of(
+        client, digest
+    )
+
+    # The same command once more finds nothing to send.
     with training(path, gates) as child:
         _, said = child.communicate(timeout=120)
     assert child.returncode == 0, said
@@ -193,7 +206,7 @@ def checkpoints(store: LocalStore, digest: str) -> int:
 
 
 def run_of(client: MlflowClient, digest: str) -> str:
-    experiment = client.get_experiment_by_name("eqm")
+    experiment = client.get_experiment_by_name("eqm-tiny")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`eqm.digest` = '{digest}'")
     return run.info.run_id
@@ -213,7 +226,7 @@ def told(events: list[Event]) -> list[Point]:
 
 def shown(client: MlflowClient, digest: str) -> list[Point]:
     """The same of all that MLflow shows; a list, so that nothing may be there twice."""
-    experiment = client.get_experiment_by_name("eqm")
+    experiment = client.get_experiment_by_name("eqm-tiny")
     assert experiment is not None
     (run,) = client.search_runs([experiment.experiment_id], f"tags.`eqm.digest` = '{digest}'")
     assert run.info.status == "FINISHED"
