@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 from eqm.config import require
 from eqm.errors import DataError
 from eqm.frechet import SAMPLES_A_DIMENSION, Array, Gaussian, Moments, kernel_distance, merge
-from eqm.ood import NORMAL_975
+from eqm.ood import wilson
 
 GROUPS = 16
 T_975 = 2.131449545559323
@@ -91,10 +91,8 @@ def kernel_interval(samples: ArrayLike, reference: ArrayLike) -> Interval | None
 def share_interval(count: int, total: int) -> Interval:
     """A share of independent trials (Wilson 1927). Raises ConfigError for an impossible one."""
     require(0 <= count <= total and total > 0, "count", count, f"from 0 to {total}, at least 1")
-    share, z2 = count / total, NORMAL_975**2 / total
-    middle = (share + z2 / 2) / (1 + z2)
-    reach = NORMAL_975 * math.sqrt(share * (1 - share) / total + z2 / (4 * total)) / (1 + z2)
-    return Interval(share, max(middle - reach, 0.0), min(middle + reach, 1.0))
+    share = count / total
+    return Interval(share, *wilson(share, total))
 
 
 def difference_interval(a: Interval, b: Interval) -> Interval:

@@ -4,10 +4,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import expit, logit
+from scipy.stats import norm
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from eqm.errors import ConfigError, DataError
-from eqm.ood import aupr, auroc, compare, fpr_at_95_tpr
+from eqm.ood import aupr, auroc, compare, fpr_at_95_tpr, wilson
+
+rng = np.random.default_rng
 
 
 def scores(seed, inside=200, outside=150, *, apart=1.0, decimals=None):
@@ -94,9 +98,10 @@ def test_delong_equals_its_definition():
     inside, outside = scores(1, 40, 25, decimals=1)
     wins = np.heaviside(outside[:, None] - inside[None, :], 0.5)
     spread = wins.mean(axis=1).var(ddof=1) / 25 + wins.mean(axis=0).var(ddof=1) / 40
-    low, high = compare(inside, outside).auroc_interval
-    assert low == pytest.approx(wins.mean() - 1.959963984540054 * np.sqrt(spread), rel=1e-12)
-    assert high == pytest.approx(wins.mean() + 1.959963984540054 * np.sqrt(spread), rel=1e-12)
+    area = wins.mean()
+    reach = 1.959963984540054 * np.sqrt(spread) / (area * (1 - area))
+    ends = expit(logit(area) + np.array([-reach, reach]))
+    assert compare(inside, outside).auroc_interval == pytest.approx(tuple(ends), rel=1e-12)
 
 
 def test_delong_interval_covers_the_true_area():
@@ -118,8 +123,123 @@ def test_result_names_its_counts_and_agrees_with_the_functions():
     assert result.aupr_out == aupr(inside, outside, positive="out")
     assert result.fpr95_in == fpr_at_95_tpr(inside, outside, positive="in")
     assert result.fpr95_out == fpr_at_95_tpr(inside, outside, positive="out")
-    low, high = compare([0.0, 1.0], [2.0, 3.0]).auroc_interval
-    assert (low, high) == (1, 1)
+
+
+# -- intervals ----------------------------------------------------------------------------------
+
+MEASURES = ("auroc", "aupr_out", "aupr_in", "fpr95_out", "fpr95_in")
+
+
+def truths(apart, share_out, spread=1.5):
+    """The measures of endless images: N(0, 1) inside, N(apart, spread^2) outside."""
+    t = np.linspace(30, -30, 200_001)
+    flagged, false = norm.sf(t, apart, spread), norm.sf(t)
+
+    def area(right, wrong, share):
+        precision = share * right / np.maximum(share * right + (1 - share) * wrong, 1e-300)
+        return float(np.sum(np.diff(right) * (precision[1:] + precision[:-1]) / 2))
+
+    return {
+        "auroc": norm.cdf(apart / np.hypot(1, spread)),
+        "aupr_out": area(flagged, false, share_out),
+        "aupr_in": area(1 - false[::-1], 1 - flagged[::-1], 1 - share_out),
+        "fpr95_out": norm.sf(norm.isf(0.95, apart, spread)),
+        "fpr95_in": norm.cdf(norm.ppf(0.95), apart, spread),
+    }
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside", "apart"),
+    [(100, 100, 0.5), (100, 100, 3.0), (60, 200, 1.5), (200, 60, 3.0), (360, 360, 5.0)],
+)
+def test_intervals_hold_the_truth(inside, outside, apart):
+    """In 85 % of cases at least, the fewest where a few images alone are out of order."""
+    truth, generator, runs = truths(apart, outside / (inside + outside)), rng(1), 300
+    held = dict.fromkeys(MEASURES, 0)
+    for _ in range(runs):
+        found = compare(generator.normal(size=inside), generator.normal(apart, 1.5, size=outside))
+        for name in MEASURES:
+            low, high = getattr(found, f"{name}_interval")
+            assert 0 <= low <= getattr(found, name) <= high <= 1
+            held[name] += low <= truth[name] <= high
+    for name, count in held.items():
+        assert count / runs >= 0.85, (name, count / runs)
+    assert np.mean(list(held.values())) / runs >= 0.91
+
+
+def test_errors_of_areas_are_those_of_a_stratified_bootstrap():
+    inside, outside = scores(4, 120, 90, apart=1.0, decimals=1)
+    generator = rng(0)
+    drawn = {"aupr_out": [], "aupr_in": []}
+    for _ in range(800):
+        pair = generator.choice(inside, 120), generator.choice(outside, 90)
+        for side in ("out", "in"):
+            drawn[f"aupr_{side}"].append(aupr(*pair, positive=side))
+    found = compare(inside, outside)
+    for name, areas in drawn.items():
+        value, (low, high) = getattr(found, name), getattr(found, f"{name}_interval")
+        reach = (logit(high) - logit(low)) / 2
+        assert reach / 1.959964 * value * (1 - value) == pytest.approx(np.std(areas), rel=0.1)
+
+
+def test_separated_sets_are_not_told_to_be_so_for_sure():
+    """As many images out of order as none in so many excludes, by Wilson."""
+    found = compare(np.arange(50.0), 100 + np.arange(20.0))
+    missed = wilson(0.0, 20)[1]
+    assert found.auroc_interval == (pytest.approx(1 - missed / 2), 1)
+    for name in ("aupr_out", "aupr_in"):
+        low, high = getattr(found, f"{name}_interval")
+        assert 0.8 < low < 0.96
+        assert high == 1
+    assert found.fpr95_out_interval == (0, pytest.approx(wilson(0.0, 50)[1]))
+    reversed_sign = compare(100 + np.arange(20.0), np.arange(50.0))
+    assert reversed_sign.auroc_interval == (0, pytest.approx(missed / 2))
+    assert reversed_sign.fpr95_out == reversed_sign.fpr95_in == 1
+    assert reversed_sign.fpr95_in_interval[1] == 1
+
+
+def test_separated_intervals_hold_the_truth_as_well():
+    truth, generator, held = truths(7.0, 0.5), rng(2), dict.fromkeys(MEASURES, 0)
+    for _ in range(200):
+        found = compare(generator.normal(size=100), generator.normal(7, 1.5, size=100))
+        for name in MEASURES:
+            low, high = getattr(found, f"{name}_interval")
+            held[name] += low <= truth[name] <= high
+    assert min(held.values()) / 200 >= 0.9, held
+
+
+def test_a_score_that_is_the_same_for_all_says_nothing():
+    found = compare(np.zeros(30), np.zeros(10))
+    assert (found.auroc, found.auroc_interval) == (0.5, (0.5, 0.5))
+    assert found.aupr_out == pytest.approx(10 / 40)
+    assert found.aupr_in == pytest.approx(30 / 40)
+    assert found.aupr_out_interval == pytest.approx((0.25, 0.25))
+    assert found.fpr95_out == found.fpr95_in == 1
+
+
+def test_a_reversed_sign_turns_the_area_round():
+    inside, outside = scores(6, apart=2.0)
+    right, wrong = compare(inside, outside), compare(-inside, -outside)
+    assert wrong.auroc == pytest.approx(1 - right.auroc)
+    assert wrong.auroc_interval == pytest.approx(tuple(1 - x for x in right.auroc_interval[::-1]))
+    assert wrong.fpr95_out > 0.9 > right.fpr95_out
+
+
+def test_the_ratio_of_the_sets_changes_precision_and_nothing_else():
+    inside, outside = scores(7, 100, 50, apart=1.0)
+    once, tenfold = compare(inside, outside), compare(inside, np.tile(outside, 10))
+    for name in ("auroc", "fpr95_out", "fpr95_in"):
+        assert getattr(tenfold, name) == pytest.approx(getattr(once, name), abs=1e-12)
+    assert tenfold.aupr_out > once.aupr_out + 0.1
+    assert tenfold.aupr_in < once.aupr_in - 0.1
+    assert (tenfold.in_count, tenfold.out_count) == (100, 500)
+
+
+def test_one_class_alone_is_refused():
+    for pair in (([], [1.0, 2.0]), ([1.0, 2.0], [])):
+        for measure in (compare, auroc):
+            with pytest.raises(DataError, match=r"0 .*scores: give at least"):
+                measure(*pair)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
