@@ -172,6 +172,11 @@ def flipped(images: Tensor) -> Tensor:
     return images.flip(-2)
 
 
+def interpolated(images: Tensor) -> Tensor:
+    """Halfway from each image to the next, and from the last to the first, (N, C, H, W)."""
+    return ((images.int() + images.roll(-1, dims=0).int() + 1) // 2).to(torch.uint8)
+
+
 def mirrored(images: Tensor) -> Tensor:
     """Left to right, (..., W)."""
     return images.flip(-1)
