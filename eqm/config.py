@@ -8,9 +8,10 @@ run is :class:`Runtime`, which is hashed into nothing. Presets are functions. Co
 import dataclasses
 import datetime
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
 
 from eqm.errors import ConfigError
 from eqm.records import Ref, from_json, to_json
@@ -71,6 +72,14 @@ def _is_day(text: str) -> bool:
         return datetime.date.fromisoformat(text).isoformat() == text
     except ValueError:
         return False
+
+
+def _is_sha256(text: str) -> bool:
+    return len(text) == 64 and all(c in "0123456789abcdef" for c in text)
+
+
+def _is_plain_name(text: str) -> bool:
+    return bool(re.fullmatch("[a-z0-9]([a-z0-9-]{0,39})", text))
 
 
 def _seed(config: Any, section: str, name: str = "seed") -> None:
@@ -172,7 +181,7 @@ class PretrainedFile:
     """Commit of the hub repository; required for a hub id."""
 
     def __post_init__(self) -> None:
-        ok = len(self.sha256) == 64 and all(c in "0123456789abcdef" for c in self.sha256)
+        ok = _is_sha256(self.sha256)
         require(ok, "pretrained.sha256", self.sha256, "64 hexadecimal digits, as sha256sum prints")
 
 
@@ -567,8 +576,127 @@ class GenerateConfig:
         _seed(self, "generate", "first_seed")
 
 
-OOD_SETS = ("photographs", "constant")
-"""Sets of out-of-distribution images that a policy may read."""
+SetKind: TypeAlias = Literal[
+    "photographs",
+    "constant",
+    "flipped",
+    "shuffled",
+    "interpolated",
+    "folder",
+    "cifar10",
+    "svhn",
+    "dtd",
+]
+MethodScore: TypeAlias = Literal["gradient_norm", "descent_length", "energy"]
+Baseline: TypeAlias = Literal[
+    "pixel_gaussian", "pixel_pca", "feature_gaussian", "feature_neighbours"
+]
+SET_SPLITS: dict[str, tuple[str, ...]] = {
+    "folder": (),
+    "cifar10": ("test", "train"),
+    "svhn": ("test", "train", "extra"),
+    "dtd": tuple(f"{part}{i}" for part in ("test", "train", "val") for i in range(1, 11)),
+}
+"""Kinds of sets that lie in files, and their splits; the first is meant where none is named."""
+IN_DISTRIBUTION = "held-out"
+"""Name of the images that others are told from."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OODSet:
+    """A set of images that are told from held-out ones (eqm.image_sets)."""
+
+    name: str
+    """Of lower-case letters, digits and dashes; a policy names the set by it."""
+    kind: SetKind
+    """Made of what is at hand: crops of scikit-learn's "photographs", "constant" grays; held-out
+    images upside down ("flipped"), with their pixels "shuffled", or "interpolated" in pairs. Or in
+    files: images of a "folder" at any depth, "cifar10" (binary version), "svhn" (cropped digits),
+    "dtd" (Describable Textures)."""
+    uri: str | None = None
+    """Folder of the files, on this machine or s3://bucket/prefix; in no protocol."""
+    sha256: str | None = None
+    """Digest of the files, as `eqm data digest` prints it; checked before they are parsed."""
+    split: str | None = None
+    """Which part of the files: "test" unless given ("test1" for "dtd")."""
+    gated: bool = False
+    """Whether a policy may read what is found; sets that only inform are never gated."""
+
+    def __post_init__(self) -> None:
+        where = f"evaluate.ood.sets[{self.name!r}]"
+        named = _is_plain_name(self.name) and self.name != IN_DISTRIBUTION
+        rule = f"lower-case letters, digits and dashes, at most 40, and not {IN_DISTRIBUTION!r}"
+        require(named, "evaluate.ood.sets.name", self.name, rule)
+        _known(self, where)
+        if self.kind not in SET_SPLITS:
+            for name in ("uri", "sha256", "split"):
+                rule = f"left out: {self.kind!r} lies in no files"
+                require(getattr(self, name) is None, f"{where}.{name}", getattr(self, name), rule)
+            return
+        require(self.uri is not None, f"{where}.uri", self.uri, "the folder of the files")
+        ok = self.sha256 is not None and _is_sha256(self.sha256)
+        rule = f"64 hexadecimal digits, as `eqm data digest {self.kind} {self.uri}` prints them"
+        require(ok, f"{where}.sha256", self.sha256, rule)
+        splits = SET_SPLITS[self.kind]
+        rule = f"one of {', '.join(splits)}" if splits else f"left out: {self.kind!r} has none"
+        require(self.split is None or self.split in splits, f"{where}.split", self.split, rule)
+
+
+def default_sets() -> tuple[OODSet, ...]:
+    """Sets that need no files."""
+    return (
+        OODSet(name="photographs", kind="photographs", gated=True),
+        OODSet(name="constant", kind="constant", gated=True),
+        OODSet(name="flipped", kind="flipped"),
+        OODSet(name="shuffled", kind="shuffled"),
+        OODSet(name="interpolated", kind="interpolated"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OODConfig:
+    """Which images are told from held-out ones, and by what (eqm.outliers)."""
+
+    images: int = 360
+    """Images of each set at most, held-out ones too. Areas under precision and recall depend on
+    the ratio of the two."""
+    sets: tuple[OODSet, ...] = field(default_factory=default_sets)
+    scores: tuple[MethodScore, ...] = ("gradient_norm", "descent_length", "energy")
+    """Of the model; those that it does not have are left out (an energy has only EqM-E). The first
+    that it has is the main one, which a policy means by the name of a set alone."""
+    baselines: tuple[Baseline, ...] = (
+        "pixel_gaussian",
+        "pixel_pca",
+        "feature_gaussian",
+        "feature_neighbours",
+    )
+    """Fitted on training images: what the model must be held against (eqm.baselines)."""
+    descent_updates: int = 50
+    """Updates of the descent whose length is a score, by the rule that samples are made with."""
+    baseline_images: int = 10_000
+    """Training images at most that baselines are fitted on."""
+    pca_variance: float = 0.95
+    """Share of the variance of pixels that the components of "pixel_pca" hold."""
+    neighbours: int = 5
+    """The distance to which neighbour is the score of "feature_neighbours"."""
+
+    def __post_init__(self) -> None:
+        section = "evaluate.ood"
+        names = ("descent_updates", "baseline_images", "neighbours")
+        _positive(self, section, *names)
+        require(self.images >= 2, f"{section}.images", self.images, "at least 2")
+        share = self.pca_variance
+        require(0 < share < 1, f"{section}.pca_variance", share, "between 0 and 1")
+        set_names = tuple(one.name for one in self.sets)
+        for name, values, known in (
+            ("sets", set_names, set_names),
+            ("scores", self.scores, get_args(MethodScore)),
+            ("baselines", self.baselines, get_args(Baseline)),
+        ):
+            once = len(set(values)) == len(values) and set(values) <= set(known)
+            rule = "different names" if name == "sets" else f"some of {known}, each once"
+            require(once, f"{section}.{name}", values, rule)
+        require(len(self.scores) > 0, f"{section}.scores", self.scores, "at least one score")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -577,15 +705,15 @@ class EvaluateConfig:
 
     neighbours: int = 3
     """k of precision and recall."""
-    ood_images: int = 360
-    """Images a set of out-of-distribution images has at most."""
+    ood: OODConfig = field(default_factory=OODConfig)
+    """What lies out of distribution, and how well it is told."""
     grid_rows: int = 8
     """Samples of each class in the report's grid."""
     as_of: str | None = None
     """Date of a scheduled re-evaluation (YYYY-MM-DD); part of what is asked for."""
 
     def __post_init__(self) -> None:
-        _positive(self, "evaluate", "neighbours", "ood_images", "grid_rows")
+        _positive(self, "evaluate", "neighbours", "grid_rows")
         day = self.as_of
         require(day is None or _is_day(day), "evaluate.as_of", day, "a day, as 2026-01-31")
 
@@ -604,7 +732,7 @@ class PolicyConfig:
     minimum_precision: float = 0.0
     minimum_label_agreement: float = 0.0
     minimum_auroc: dict[str, float] = field(default_factory=dict)
-    """OOD set -> least AUROC of the gradient norm."""
+    """OOD set -> least AUROC of the model's main score; "set/score" names another of its scores."""
 
     def __post_init__(self) -> None:
         _positive(self, "policy", "minimum_samples", "maximum_distance_ratio")
@@ -612,7 +740,10 @@ class PolicyConfig:
             value = getattr(self, name)
             require(0 <= value <= 1, f"policy.{name}", value, "from 0 to 1")
         for name, value in self.minimum_auroc.items():
-            require(name in OOD_SETS, "policy.minimum_auroc", name, f"one of {OOD_SETS}")
+            _, slash, score = name.partition("/")
+            known = get_args(MethodScore)
+            rule = f"the name of a set, or set/score with a score of {known}"
+            require(not slash or score in known, "policy.minimum_auroc", name, rule)
             require(0 <= value <= 1, f"policy.minimum_auroc.{name}", value, "from 0 to 1")
 
 
@@ -715,6 +846,11 @@ class PipelineConfig:
             self.train.batch_size,
             f"a multiple of processes ({self.processes})",
         )
+        gated = sorted(one.name for one in self.evaluate.ood.sets if one.gated)
+        for name in self.policy.minimum_auroc:
+            read = name.partition("/")[0]
+            rule = f"of a gated set of evaluate.ood.sets ({', '.join(gated) or 'there are none'})"
+            require(read in gated, "policy.minimum_auroc", name, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -926,7 +1062,7 @@ def tiny() -> PipelineConfig:
         network=NetworkConfig(width=16, depth=1, heads=2),
         train=TrainConfig(images=1280, batch_size=64, ema_half_life_images=320.0),
         generate=GenerateConfig(samples=100, sampler=SamplerConfig(updates=5)),
-        evaluate=EvaluateConfig(ood_images=40, grid_rows=2),
+        evaluate=EvaluateConfig(ood=OODConfig(images=40, descent_updates=3), grid_rows=2),
         policy=PolicyConfig(name="tiny", minimum_samples=100),
     )
 

@@ -70,7 +70,7 @@ def collect(
         sample_images=_images(store, record.outputs["sample-images.safetensors"]),
         real_images=_images(store, record.outputs["real-images.safetensors"]),
         class_names=tuple(record.values["classes"]),
-        ood_scores={name: values.tolist() for name, values in sorted(scores.items())},
+        ood_scores=_by_score(scores),
         trajectory=path["images"],
         trajectory_updates=path["updates"].tolist(),
         generated_with={
@@ -79,6 +79,15 @@ def collect(
             "seeds": f"{first} to {first + generated['samples'] - 1}",
         },
     )
+
+
+def _by_score(sealed: dict[str, NDArray[Any]]) -> dict[str, dict[str, list[float]]]:
+    """Score -> set -> scores; names without a score are those of the first evaluations."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for key, values in sorted(sealed.items()):
+        score, _, name = key.rpartition("/")
+        found.setdefault(score or "gradient_norm", {})[name] = values.tolist()
+    return found
 
 
 def _images(store: Store, blob: Blob) -> NDArray[np.uint8]:

@@ -18,13 +18,14 @@ from torch import Tensor
 from eqm import frechet, images, intervals, model, outliers
 from eqm.agreement import Reader
 from eqm.checkpoint import tensors_to_bytes
-from eqm.config import EvaluateConfig, EvaluationStage
+from eqm.config import EvaluateConfig, EvaluationStage, SamplerConfig
 from eqm.errors import DataError
 from eqm.features import FeatureExtractor, extract, load_extractor
 from eqm.frechet import Gaussian
 from eqm.images import ImageSource
 from eqm.intervals import Interval
-from eqm.records import Evaluation, Metric, Record, to_json
+from eqm.outliers import Subject
+from eqm.records import Evaluation, Metric, Record, from_json, to_json
 from eqm.samples import columns, kept_images
 from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
@@ -68,12 +69,18 @@ def program(context: Context) -> Outcome | None:
         context.job.inputs["source"],
         listing=context.listing(),
     )
-    material = gather(context, stage.evaluate, source, extractor, samples)
+    # First, for it reads files that may be missing or damaged.
     rows, scores = outliers.out_of_distribution(
-        stage.evaluate,
-        model.from_record(context.store, trained).to(context.world.device),
-        material.held_out.images,
+        stage.evaluate.ood,
+        Subject(
+            model=model.from_record(context.store, trained).to(context.world.device),
+            sampler=from_json(SamplerConfig, samples.config["generate"]["sampler"]),
+            source=source,
+            extractor=extractor,
+        ),
+        context.progress,
     )
+    material = gather(context, stage.evaluate, source, extractor, samples)
     evaluation = Evaluation(
         protocol=protocol(stage, extractor, samples, source.digest),
         samples=material.sample_count,
@@ -160,7 +167,7 @@ def protocol(
         "extractor": {"name": extractor.name, "digest": extractor.digest},
         "generate": how,
         "neighbours": stage.evaluate.neighbours,
-        "ood_images": stage.evaluate.ood_images,
+        "ood": outliers.protocol(stage.evaluate.ood),
         "pixels": "clamp(127.5 x + 128, 0, 255), truncated to uint8",
         "reference": "training images; beside: held-out images",
     }

@@ -173,7 +173,12 @@ def curve_svg(
 
 
 def histogram_svg(
-    inside: Sequence[float], outside: Sequence[float], edges: Sequence[float], *, title: str
+    inside: Sequence[float],
+    outside: Sequence[float],
+    edges: Sequence[float],
+    *,
+    title: str,
+    label: str,
 ) -> str:
     """Scores of held-out images and of others over common bins, as shares of each set."""
 
@@ -183,7 +188,7 @@ def histogram_svg(
             style = {"histtype": "stepfilled", "linewidth": 1.2, "edgecolor": colour}
             axes.hist(scores, bins=edges, weights=share, facecolor=(colour, 0.35), **style)
         axes.set_xlim(edges[0], edges[-1])
-        axes.set_xlabel("gradient norm")
+        axes.set_xlabel(label)
         axes.set_ylabel("share of images")
         if _is_geometric(edges):
             _logarithmic(axes, "x")

@@ -8,6 +8,7 @@ promotion.
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any, cast
 
 from eqm.config import PolicyConfig
@@ -16,6 +17,8 @@ from eqm.records import Decision, Evaluation, Metric, OODRow, Reason, Ref, to_js
 NEVER_NEGATIVE = ("distance", "distance_endless", "distance_held_out", "nearest")
 """Metrics that are distances; the unbiased kernel distance (KID) may be negative."""
 FRACTIONS = ("precision", "recall", "label_agreement")
+MEASURES = ("auroc", "aupr", "fpr95")
+"""How the names of a row's measures begin."""
 MOST_KEYS_TOLD = 8
 
 
@@ -96,8 +99,19 @@ def _values(candidate: Evaluation) -> Iterator[tuple[str, float, Callable[[float
                 yield name, value, _range_of(key)
     for row in candidate.ood:
         if row.gated:
-            for name in ("auroc", "auroc_low", "auroc_high", "aupr", "fpr95_in"):
-                yield f"{name} of {row.name}", getattr(row, name), _fraction
+            for name, value in _measures(row).items():
+                yield f"{name} of {_read_as(row)}", value, _fraction
+
+
+def _measures(row: OODRow) -> dict[str, float]:
+    """The numbers of a row that were measured; all of them are fractions."""
+    values = {f.name: getattr(row, f.name) for f in fields(row)}
+    return {k: v for k, v in values.items() if k.startswith(MEASURES) and v is not None}
+
+
+def _read_as(row: OODRow) -> str:
+    """What a policy calls a row."""
+    return row.name if row.role == "main" else f"{row.name}/{row.score}"
 
 
 def _range_of(key: str) -> Callable[[float], bool]:
@@ -151,8 +165,13 @@ def _lacking(key: str) -> Reason:
 
 def _separations(candidate: Evaluation, policy: PolicyConfig) -> Iterator[Reason]:
     for name, least in sorted(policy.minimum_auroc.items()):
-        rows = [row for row in candidate.ood if row.name == name]
+        rows = [row for row in candidate.ood if name in _names(row)]
         yield _separation(name, rows, least)
+
+
+def _names(row: OODRow) -> set[str]:
+    """Under which a policy finds a row; the main score by the name of the set alone too."""
+    return {_read_as(row), f"{row.name}/{row.score}"}
 
 
 def _separation(name: str, rows: list[OODRow], least: float) -> Reason:

@@ -161,6 +161,10 @@ figure svg { width: 100%; height: auto; }
 .whisker { width: 108px; height: 14px; display: block; margin-top: 4px; }
 .whisker .axis { stroke: var(--faint); stroke-width: 1; opacity: .55; }
 .whisker .range { stroke: var(--sample); stroke-width: 3; stroke-linecap: round; }
+.heat svg.cell { width: 96px; height: 40px; display: block; }
+.heat .ground { fill: var(--sample); }
+.heat .inside { fill: var(--real); fill-opacity: .55; }
+.heat .outside { fill: var(--sample); fill-opacity: .55; }
 .whisker circle { fill: var(--sample); }
 code { font: 11.5px/1.45 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace;
   overflow-wrap: anywhere; }

@@ -388,17 +388,40 @@ class Metric:
 
 @dataclass(frozen=True, kw_only=True)
 class OODRow:
-    """How well the gradient norm tells one set of images from held-out ones."""
+    """How well one score tells one set of images from held-out ones (eqm.ood); with intervals.
+
+    What is None was not measured when the row was written.
+    """
 
     name: str
+    """Of the set."""
+    score: str = "gradient_norm"
+    """Of the images; every score is high outside (eqm.outliers)."""
+    role: Literal["main", "score", "baseline"] = "main"
+    """"main": the model's score that a policy means by the name of the set alone; "score": another
+    of the model's; "baseline": nothing of the model is in it."""
     count: int
+    held_out: int | None = None
+    """Images in distribution; areas under precision and recall are at the ratio of the two."""
     auroc: float
     auroc_low: float
     auroc_high: float
     aupr: float
     """Area under precision and recall, the other images being the positive class."""
+    aupr_low: float | None = None
+    aupr_high: float | None = None
+    aupr_in: float | None = None
+    """The same with held-out images being the positive class."""
+    aupr_in_low: float | None = None
+    aupr_in_high: float | None = None
     fpr95_in: float
     """Share of the other images below the score under which 95 % of the held-out ones lie."""
+    fpr95_in_low: float | None = None
+    fpr95_in_high: float | None = None
+    fpr95_out: float | None = None
+    """Share of the held-out images above the score over which 95 % of the other ones lie."""
+    fpr95_out_low: float | None = None
+    fpr95_out_high: float | None = None
     gated: bool
     """Whether a policy may read this row; rows that only inform are never gated."""
 

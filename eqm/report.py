@@ -6,7 +6,7 @@ The page for people is that of eqm.report_page. Called by flows.
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from eqm import published
@@ -41,7 +41,14 @@ BETTER: dict[str, Better] = {
     "label_agreement": "higher",
 }
 """Which way a metric improves; the distance to the nearest training image has no better side."""
-OOD_NAMES = {"auroc": "AUROC", "aupr": "AUPR", "fpr95_in": "FPR95"}
+OOD_NAMES: dict[str, tuple[str, Better]] = {
+    "auroc": ("AUROC", "higher"),
+    "aupr": ("AUPR, other images positive", "higher"),
+    "aupr_in": ("AUPR, held-out positive", "higher"),
+    "fpr95_out": ("FPR95, other images positive", "lower"),
+    "fpr95_in": ("FPR95, held-out positive", "lower"),
+}
+"""Measures of a row, and which way they improve."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -63,8 +70,8 @@ class ReportInput:
     real_images: Images
     """(K, R, C, H, W): held-out images of the same classes."""
     class_names: Sequence[str]
-    ood_scores: Mapping[str, list[float]]
-    """Set -> scores; "held-out" is among them unless there are none."""
+    ood_scores: Mapping[str, Mapping[str, list[float]]]
+    """Score -> set -> scores; "held-out" is among the sets of each."""
     trajectory: Images | None = None
     """(T, K, C, H, W): one image of each class along the descent."""
     trajectory_updates: Sequence[int] = ()
@@ -102,7 +109,7 @@ class Number:
     """One measured number, by itself."""
 
     key: str
-    """"metrics.distance", "ood.constant.auroc": where it stands in the evaluation."""
+    """"metrics.distance", "ood.constant.gradient_norm.auroc": where it stands in the evaluation."""
     name: str
     value: float
     interval: tuple[float, float] | None
@@ -136,21 +143,18 @@ def _ends(low: float | None, high: float | None) -> tuple[float, float] | None:
 
 
 def _separations(row: OODRow) -> Iterator[Number]:
-    measures: tuple[tuple[str, float, tuple[float, float] | None, Better], ...] = (
-        ("auroc", row.auroc, (row.auroc_low, row.auroc_high), "higher"),
-        ("aupr", row.aupr, None, "higher"),
-        ("fpr95_in", row.fpr95_in, None, "lower"),
-    )
-    for key, value, interval, better in measures:
-        yield Number(
-            key=f"ood.{row.name}.{key}",
-            name=f"{OOD_NAMES[key]} {row.name}",
-            value=value,
-            interval=interval,
-            n=row.count,
-            beside=None,
-            better=better,
-        )
+    for key, (measure, better) in OOD_NAMES.items():
+        value: float | None = getattr(row, key)
+        if value is not None:
+            yield Number(
+                key=f"ood.{row.name}.{row.score}.{key}",
+                name=f"{measure}: {row.name} by {row.score}",
+                value=value,
+                interval=_ends(getattr(row, f"{key}_low"), getattr(row, f"{key}_high")),
+                n=row.count,
+                beside=None,
+                better=better,
+            )
 
 
 def story_order(item: tuple[str, Metric]) -> tuple[int, str]:
@@ -171,14 +175,23 @@ class Change:
 
 
 def changes(report: ReportInput) -> list[Change]:
-    """Numbers that this model and the champion both have; none under different protocols."""
+    """Numbers that this model and the champion both have; none under different protocols.
+
+    Of scores the main one's alone: baselines know nothing of either model.
+    """
     champion = report.champion
     if champion is None or report.evaluation.protocol_digest != champion.protocol_digest:
         return []
-    theirs = {number.key: number for number in numbers_of(champion)}
-    pairs = [(mine, theirs.get(mine.key)) for mine in numbers_of(report.evaluation)]
+    theirs = {number.key: number for number in numbers_of(_of_main(champion))}
+    mine = numbers_of(_of_main(report.evaluation))
+    pairs = [(number, theirs.get(number.key)) for number in mine]
     # A key that is called otherwise holds another quantity.
     return [_change(a, b) for a, b in pairs if b is not None and a.name == b.name]
+
+
+def _of_main(evaluation: Evaluation) -> Evaluation:
+    rows = tuple(row for row in evaluation.ood if row.role == "main")
+    return replace(evaluation, ood=rows)
 
 
 def _change(mine: Number, champion: Number) -> Change:

@@ -166,7 +166,10 @@ def show(plan: Plan, evaluation: Record, html: bytes, data: bytes) -> str | None
 def figures(measured: Evaluation, kind: str) -> dict[str, float]:
     """Numbers of an evaluation under the names that MLflow shows, ``<kind>/...``."""
     numbers = {f"{kind}/{key}": metric.value for key, metric in measured.metrics.items()}
-    auroc = {f"{kind}/auroc_{row.name}": row.auroc for row in measured.ood}
+    auroc = {
+        f"{kind}/auroc_{row.name}" + ("" if row.role == "main" else f"_{row.score}"): row.auroc
+        for row in measured.ood
+    }
     return {**numbers, **auroc}
 
 

@@ -66,7 +66,8 @@ def tiniest(changes: Mapping[str, Any] | None = None) -> PipelineConfig:
         "generate.trajectory_points": 3,
         "generate.sampler.batch_size": 20,
         "generate.sampler.step_size": 0.1,
-        "evaluate.ood_images": 30,
+        "evaluate.ood.images": 30,
+        "evaluate.ood.descent_updates": 3,
     }
     return with_settings(config, {**settings, **(changes or {})})
 

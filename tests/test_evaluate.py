@@ -10,15 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-import eqm
-from eqm import dossier, evaluate, images, outliers
+from eqm import dossier, evaluate, images
 from eqm.agreement import Reader
-from eqm.checkpoint import tensors_from_bytes
 from eqm.config import EvaluateConfig, EvaluationStage, SourceConfig, replace, stage_config
 from eqm.errors import DataError
 from eqm.evaluate import Material, Split, grid_of
 from eqm.images import open_source
-from eqm.model import Model
 from eqm.records import Evaluation, Ref, from_json
 from eqm.report import render_json
 from eqm.report_page import render_html
@@ -111,25 +108,6 @@ def test_a_class_without_images_is_black() -> None:
     assert not grid_of(none, classes=3, rows=5).any()
 
 
-def test_scores_are_gradient_norms_at_mean_latents(tiny: chain.Chain) -> None:
-    trained = eqm.load(tiny.uri("train"), device="cpu")
-    pixels = torch.from_numpy(np.arange(64 * 3, dtype=np.uint8).reshape(3, 1, 8, 8))
-    found = outliers.gradient_norms(trained, trained.autoencoder, pixels)
-    spec = trained.spec.latent
-    x = ((pixels.float() - 127.5) / 127.5 - spec.shift[0]) * spec.scale[0]
-    expected = trained.gradient(x).flatten(1).norm(dim=1)
-    assert found.dtype == torch.float64
-    assert torch.allclose(found.float(), expected, rtol=2e-3)
-
-
-def test_without_a_null_label_there_are_no_scores(tiny: chain.Chain) -> None:
-    trained = eqm.load(tiny.uri("train"), device="cpu")
-    spec = dataclasses.replace(trained.spec, null_label=False)
-    plain = Model(spec, trained.network, autoencoder=lambda: trained.autoencoder)
-    held = np.zeros((4, 1, 8, 8), dtype=np.uint8)
-    assert outliers.out_of_distribution(tiny.config.evaluate, plain, held) == ((), {})
-
-
 # -- the protocol -------------------------------------------------------------------------------
 
 
@@ -175,7 +153,7 @@ def test_the_protocol_does_not_depend_on(tiny: chain.Chain, changes: dict[str, A
         {"generate__sampler__guidance": 1.5},
         {"generate__samples": 51},
         {"evaluate__neighbours": 4},
-        {"evaluate__ood_images": 29},
+        {"evaluate__ood__images": 29},
         {"source__split_seed": 1},
         {"extractor": "f" * 64},
     ],
@@ -232,22 +210,6 @@ def test_distances_of_enough_samples_have_intervals_and_an_end() -> None:
     assert endless.low == 0
     assert endless.value < plain.value
     assert (plain.name, endless.name) == ("FD[some]-200", "FD-infinity[some]")
-
-
-def test_sets_out_of_distribution_are_scored(tiny: chain.Chain) -> None:
-    found = measured(tiny)
-    gated = {row.name: row.gated for row in found.ood}
-    assert gated == {"photographs": True, "constant": True, "flipped": False, "shuffled": False}
-    sealed = tiny["evaluation"].outputs["ood-scores.safetensors"]
-    scores = tensors_from_bytes(tiny.store.get(sealed))
-    assert scores.keys() == {"held-out", *gated}
-    inside = scores["held-out"]
-    for row in found.ood:
-        assert row.count == len(scores[row.name]) == 30
-        assert 0 <= row.auroc_low <= row.auroc <= row.auroc_high <= 1
-        outside = scores[row.name][:, None]
-        wins = (outside > inside).double() + (outside == inside).double() / 2
-        assert row.auroc == pytest.approx(float(wins.mean()))
 
 
 def test_samples_that_are_training_images_are_perfect(tiny: chain.Chain) -> None:

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from eqm.config import PolicyConfig
+from eqm.errors import ConfigError
 from eqm.gate import decide, differences
 from eqm.records import Evaluation, Metric, OODRow, Ref, from_json, to_json
 
@@ -127,6 +128,41 @@ REFUSED = {
         ["only informs"],
     ),
 }
+
+
+def test_a_policy_reads_the_main_score_or_the_one_that_it_names():
+    def scored(score, role, auroc):
+        return dataclasses.replace(row(auroc=auroc), score=score, role=role)
+
+    candidate = evaluation(
+        ood=(
+            scored("gradient_norm", "main", 0.95),
+            scored("energy", "score", 0.6),
+            dataclasses.replace(scored("pixel_pca", "baseline", 0.2), gated=False),
+        )
+    )
+    assert judged(candidate).promote
+    for name, passes in (
+        ("photographs", True),
+        ("photographs/gradient_norm", True),
+        ("photographs/energy", False),
+        ("photographs/descent_length", False),
+    ):
+        policy = dataclasses.replace(POLICY, minimum_auroc={name: 0.9})
+        decision = judged(candidate, policy=policy)
+        assert decision.promote == passes, name
+        assert passes or set(failed(decision)) == {f"auroc {name}"}
+    with pytest.raises(ConfigError, match="'photographs/pixel_pca'; it must be the name of a set"):
+        PolicyConfig(minimum_auroc={"photographs/pixel_pca": 0.9})
+
+
+def test_every_measure_of_a_row_must_be_a_fraction():
+    good = dataclasses.replace(row(), aupr_in=0.5, fpr95_out_low=0.0, fpr95_out_high=1.0)
+    assert judged(evaluation(ood=(good,))).promote
+    for name in ("aupr_in", "fpr95_out_high", "aupr_low"):
+        bad = dataclasses.replace(good, score="energy", role="score", **{name: math.nan})
+        told = failed(judged(evaluation(ood=(row(), bad))))
+        assert told == {"numbers": f"{name} of photographs/energy is nan"}
 
 
 @pytest.mark.parametrize(("candidate", "check", "words"), REFUSED.values(), ids=REFUSED.keys())

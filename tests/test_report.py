@@ -130,8 +130,10 @@ def report(name="7", *, refused=False, **changes):
         "real_images": images(2, 3, 1, 8, 8),
         "class_names": (name, "other"),
         "ood_scores": {
-            "held-out": rng.gamma(9, 1, 40).tolist(),
-            name: rng.gamma(60, 1, 40).tolist(),
+            "gradient_norm": {
+                "held-out": rng.gamma(9, 1, 40).tolist(),
+                name: rng.gamma(60, 1, 40).tolist(),
+            },
         },
         "trajectory": images(3, 2, 1, 8, 8),
         "trajectory_updates": [0, 2, 5],
@@ -402,10 +404,10 @@ def test_every_number_has_name_count_interval_and_direction():
     }
     assert numbers["metrics.recall"]["n"] == 40
     assert numbers["metrics.unknown"]["better"] is None
-    auroc = numbers["ood.photographs.auroc"]
+    auroc = numbers["ood.photographs.gradient_norm.auroc"]
     assert auroc["interval"] == {"level": 0.95, "low": 0.97654, "high": 0.99876}
     assert (auroc["n"], auroc["better"]) == (360, "higher")
-    assert numbers["ood.photographs.fpr95_in"]["better"] == "lower"
+    assert numbers["ood.photographs.gradient_norm.fpr95_in"]["better"] == "lower"
 
 
 # -- beside others ------------------------------------------------------------------------------
@@ -503,7 +505,7 @@ def test_nan_is_refused(render, value):
         report(evaluation=evaluation(value), decision=None),
         report(champion=evaluation(value)),
         report(history={"images": [1], "loss": [value], "gradient_norm": [1.0]}),
-        report(ood_scores={"held-out": [1.0, 2.0], "x": [value]}),
+        report(ood_scores={"energy": {"held-out": [1.0, 2.0], "x": [value]}}),
         report(generated_with={"step_size": value}),
     )
     for content in broken:
@@ -605,4 +607,4 @@ def test_common_edges_hold_every_score():
     assert edges[1] / edges[0] == pytest.approx(edges[-1] / edges[-2])
     same = common_edges([[2.0, 2.0]])
     assert same[0] < 2.0 < same[-1]
-    assert histogram_svg([2.0, 2.0], [2.0], same, title="t").count("<path") > 2
+    assert histogram_svg([2.0, 2.0], [2.0], same, title="t", label="norm").count("<path") > 2

@@ -58,8 +58,11 @@ samples = 40
 updates = 4
 
 [evaluate]
-ood_images = 20
 grid_rows = 1
+
+[evaluate.ood]
+images = 20
+descent_updates = 2
 
 [policy]
 minimum_samples = 40
