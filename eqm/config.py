@@ -22,7 +22,7 @@ ALGORITHMS = {
     "latents": 2,
     "train": 1,
     "samples": 3,
-    "evaluation": 2,
+    "evaluation": 3,
     "study": 1,
 }
 """Stage -> number that is raised when the stage's output for the same input would change."""
