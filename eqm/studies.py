@@ -511,7 +511,7 @@ SIZES_AND_PATCHES = Study(
 
 def _flow_rows(base: Base) -> list[StudyRow]:
     rows: list[StudyRow] = []
-    for n in (base.updates, base.updates // 4):
+    for n in (base.updates, base.updates // 2):
         flow, half = _flow(sighted=True), max(1, n // 2)
         full = n == base.updates
         rows += [

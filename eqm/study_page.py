@@ -248,7 +248,7 @@ def _rows(axis: Any, asked: StudyStage, table: StudyTable) -> None:
         axis.plot([found.value], [place], "o", color=SAMPLE, markersize=4)
     _floor(axis, table, axis.axvline)
     axis.set_yticks(list(places), [row.label for row in asked.rows])
-    axis.invert_yaxis()
+    axis.set_ylim(len(table.rows) - 0.5, -0.5)
     axis.set_xlabel("dashed: real held-out images")
     axis.grid(axis="x")
 

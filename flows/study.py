@@ -53,11 +53,12 @@ class Shown:
     texts: dict[str, bytes]
 
 
-def _here(plan: Plan, job: Job, processes: int) -> Record:
+def run_stage(plan: Plan, job: Job, processes: int) -> Record:
+    """The sealed record of a job, which is launched where there is none."""
     return ensure(plan, job, say=logged, processes=processes)
 
 
-_as_task: Ensure = stage(_here)
+_as_task: Ensure = stage(run_stage)
 
 
 # -- the cells ----------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ class Ground:
     extractor: Record
 
 
-def run_study(plan: Plan, name: str, *, seeds: int, do: Ensure = _here) -> Record:
+def run_study(plan: Plan, name: str, *, seeds: int, do: Ensure = run_stage) -> Record:
     """The sealed table of a study; whatever of it is missing is made. Raises ConfigError."""
     asked_for = studies.study(name)
     ground = _ground(plan, do)
