@@ -49,7 +49,7 @@ gallery: .venv/installed ## draw docs/gallery.md and its pictures from real runs
 
 lock: ## resolve requirements.lock again from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-		--no-emit-index-url --no-annotate --no-header --extra dev pyproject.toml -o requirements.lock
+		--no-emit-index-url --no-annotate --no-header --extra dev --extra server pyproject.toml -o requirements.lock
 
 down: ## stop the embedded services; data is kept
 	@$(BIN)/eqm down

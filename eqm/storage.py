@@ -24,7 +24,7 @@ from eqm.disk import (
     sync_folder,
     written_aside,
 )
-from eqm.errors import ConfigError, IntegrityError, MissingError, StoreError
+from eqm.errors import ConfigError, IntegrityError, MissingError, StoreError, TransferError
 from eqm.records import Blob, Record, record_from_bytes, record_to_bytes, sha256
 from eqm.s3 import Bucket
 
@@ -92,6 +92,14 @@ class Store(ABC):
     @abstractmethod
     def list(self, prefix: str) -> list[str]:
         """All keys that begin with a prefix, sorted."""
+
+    @abstractmethod
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Bytes of every key that begins with a prefix, in the order of :meth:`list`."""
+
+    @abstractmethod
+    def download(self, key: str, file: BinaryIO) -> None:
+        """Write the bytes under a key to a file, not verified. Raises MissingError, StoreError."""
 
     @abstractmethod
     def fetch(self, blob: Blob, *, remembered: bool = False) -> Path:
@@ -290,6 +298,26 @@ class LocalStore(Store):
         keys = (path.relative_to(self.root).as_posix() for path in files)
         return sorted(k for k in keys if k.startswith(prefix) and not _is_ours(k))
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Bytes of every key that begins with a prefix, sorted by key."""
+        found = {}
+        for key in self.list(prefix):
+            # One that is deleted meanwhile is none.
+            with contextlib.suppress(FileNotFoundError):
+                found[key] = self._path(key).stat().st_size
+        return found
+
+    def download(self, key: str, file: BinaryIO) -> None:
+        """Copy the bytes under a key to a file. Raises MissingError."""
+        if self._changes(key).is_dir():
+            file.write(self.read(key))
+            return
+        try:
+            with self._path(key).open("rb") as original:
+                shutil.copyfileobj(original, file, WRITTEN_AT_ONCE_BYTES)
+        except FileNotFoundError as error:
+            raise MissingError(f"{self.where(key)} does not exist") from error
+
     def fetch(self, blob: Blob, *, remembered: bool = False) -> Path:
         """The file itself, verified."""
         path = self._path(blob.key)
@@ -386,6 +414,25 @@ class S3Store(Store):
         """All keys that begin with a prefix, sorted."""
         cut = len(self.prefix) + 1 if self.prefix else 0
         return sorted(found.key[cut:] for found in self.bucket.list(self.name(prefix)))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Bytes of every key that begins with a prefix, sorted by key."""
+        cut = len(self.prefix) + 1 if self.prefix else 0
+        found = {one.key[cut:]: one.size_bytes for one in self.bucket.list(self.name(prefix))}
+        return dict(sorted(found.items()))
+
+    def download(self, key: str, file: BinaryIO) -> None:
+        """Write an object's bytes to a file; asked for again where they break off."""
+        for tries_left in reversed(range(TRIES)):
+            try:
+                self.bucket.download(self.name(key), file)
+            except TransferError:
+                if not tries_left:
+                    raise
+                file.seek(0)
+                file.truncate()
+            else:
+                return
 
     def write_once(self, key: str, data: bytes | Path) -> bool:
         """Create a key with If-None-Match; False if it exists."""

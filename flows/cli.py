@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows import data, study_command
+from flows import data, recovery, study_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -133,6 +133,11 @@ def env() -> None:
 
     for name, value in current_settings().service_environment().items():
         sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
+
+
+app.command()(recovery.backup)
+app.command()(recovery.restore)
+app.command()(recovery.secrets)
 
 
 @app.command()

@@ -20,7 +20,7 @@ An unknown EQM_* variable is refused: a misspelt one would be silently without e
 import difflib
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -30,7 +30,7 @@ from eqm.errors import ConfigError
 from flows.clusters import VARIABLES, Cluster, read_cluster
 from infra import local
 from infra.deployments import PrefectApi
-from infra.stack import BUCKET, External, ServiceError, Stack, child_environment
+from infra.stack import BUCKET, SERVICES, External, ServiceError, Stack, child_environment
 
 KNOWN = ("EQM_HOME", "EQM_STORE", "EQM_S3_ENDPOINT", "EQM_CACHE_SIZE", *VARIABLES)
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
@@ -174,12 +174,20 @@ def current_settings() -> Settings:
     return settings.resolve(local.load(settings.home))
 
 
-def start_services(*, report: Callable[[str], None]) -> Stack:
+def start_services(*, report: Callable[[str], None], services: Sequence[str] = SERVICES) -> Stack:
     """Start the embedded services that nothing given replaces. Raises ServiceError."""
     settings = read_settings(os.environ)
-    given = external(settings, local.remembered(settings.home))
     environ = {**settings.environ, "EQM_STORE": settings.store}
-    return local.up(settings.home, external=given, environ=environ, report=report)
+    given = given_from_outside()
+    return local.up(
+        settings.home, external=given, environ=environ, report=report, services=services
+    )
+
+
+def given_from_outside() -> External:
+    """Services of somebody else in this process's environment. Raises ConfigError."""
+    settings = read_settings(os.environ)
+    return external(settings, local.remembered(settings.home))
 
 
 def external(settings: Settings, ours: Stack | None) -> External:

@@ -68,6 +68,26 @@ def make_credentials(root: Path) -> Credentials:
     return made
 
 
+def environment_file() -> str:
+    """Fresh passwords of an installation of servers, as ``NAME=value`` lines.
+
+    compose.yaml reads it, and `kubectl create secret --from-env-file`. Values hold no character
+    that a shell, a URL or a line of either would take for something else.
+    """
+    told = {
+        "AWS_ACCESS_KEY_ID": f"eqm{secrets.token_hex(8)}",
+        "AWS_SECRET_ACCESS_KEY": secrets.token_hex(24),
+        "POSTGRES_PASSWORD": secrets.token_hex(24),
+        "MLFLOW_DB_PASSWORD": secrets.token_hex(24),
+        "PREFECT_DB_PASSWORD": secrets.token_hex(24),
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
+        "MLFLOW_TRACKING_USERNAME": "eqm",
+        "MLFLOW_TRACKING_PASSWORD": secrets.token_hex(24),
+        "PREFECT_API_AUTH_STRING": f"eqm:{secrets.token_hex(24)}",
+    }
+    return "".join(f"{name}={value}\n" for name, value in told.items())
+
+
 def _self_signed() -> tuple[str, str]:
     """Key and certificate, PEM: its own authority, so only who holds the key is let in."""
     from cryptography import x509

@@ -38,6 +38,7 @@ from infra.stack import (
     Stack,
 )
 from infra.state import (
+    RESTORING,
     Report,
     Running,
     State,
@@ -87,6 +88,7 @@ def up(
     ``services`` may name fewer than all. ``project`` is the folder of ``prefect.yaml``.
     """
     root = make_private_folder(root).resolve()
+    _refuse_unfinished(root, services)
     with locked(root, report), ports.claims() as claims:
         state = read_state(root)
         state.external = external
@@ -99,6 +101,15 @@ def up(
             raise ServiceError(f"{gone} ended after starting: see {root / 'logs'}")
         write_state(root, state)
         return stack_of(root, state, secrets)
+
+
+def _refuse_unfinished(root: Path, services: Sequence[str]) -> None:
+    """A restore needs S3; all else would begin with empty databases where it was interrupted."""
+    marker = root / RESTORING
+    if marker.is_file() and set(services) != {S3}:
+        raise ServiceError(
+            f"the restore of {root} did not end: run `eqm restore {marker.read_text()}` again"
+        )
 
 
 def load(root: Path) -> Stack | None:

@@ -13,6 +13,9 @@ from infra.processes import Leader, alive
 from infra.services import address
 from infra.stack import MLFLOW, PREFECT, S3, SERVICES, External, ServiceError, Stack
 
+RESTORING = "restoring"
+"""File of a home into which a back-up is being put; it holds the back-up's address."""
+
 Report = Callable[[str], None]
 
 

@@ -26,7 +26,7 @@ from flows import cli, clusters, settings
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 COMMANDS = [
-    *("up", "down", "status", "env", "doctor"),
+    *("up", "down", "status", "env", "doctor", "backup", "restore", "secrets"),
     *("pipeline", "encode", "train", "evaluate", "promote", "rollback"),
     *("report", "sample", "ema", "study", "recipes", "import-official", "export-official"),
 ]
