@@ -93,16 +93,23 @@ def http_status(port: int, path: str, *, timeout_seconds: float) -> int | None:
 
 
 def s3_service(
-    root: Path, ports: Mapping[str, int], secrets: Credentials, environ: Mapping[str, str]
+    root: Path,
+    ports: Mapping[str, int],
+    secrets: Credentials,
+    environ: Mapping[str, str],
+    *,
+    bind: str = loopback.HOST,
 ) -> Service:
     """``weed server``: master, volumes, filer and S3 in one process, without the rest.
+
+    S3 listens on ``bind``, everything else on loopback.
 
     Only S3 and the volumes speak HTTP, and the volumes want a signed token for every request. All
     else is gRPC with certificates on both sides. Not ``weed mini``: it brings an admin server.
     """
     folder = make_private_folder(root / "s3")
     options = folder / "config" / "weed.options"
-    write_private(options, _weed_options(folder, ports).encode())
+    write_private(options, _weed_options(folder, ports, bind).encode())
     _write_security(folder / "config", secrets)
     # A bare environment: it looks for configuration and credentials in many places.
     # It takes as much memory as it may: 1.4 GB after an object of 3 GiB without the limit.
@@ -132,7 +139,7 @@ def _weed() -> Path:
     return path
 
 
-def _weed_options(folder: Path, ports: Mapping[str, int]) -> str:
+def _weed_options(folder: Path, ports: Mapping[str, int], bind: str) -> str:
     data = make_private_folder(folder / "data")
     options: dict[str, str | int] = {
         "ip": loopback.HOST,
@@ -156,6 +163,7 @@ def _weed_options(folder: Path, ports: Mapping[str, int]) -> str:
         # Relative to the folder of the process: the kernel takes 107 bytes of path at most.
         "filer.localSocket": "filer.sock",
         "s3": "true",
+        "s3.ip.bind": bind,
         "s3.port": ports["s3"],
         "s3.port.grpc": ports["s3-grpc"],
         "s3.port.iceberg": 0,

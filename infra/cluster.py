@@ -1,0 +1,73 @@
+"""What containers run that is no plain command of MLflow or Prefect: ``python -m infra.cluster``.
+
+``s3`` is the SeaweedFS of the embedded stack, with S3 alone open to other containers. ``setup``
+makes the bucket and the work pool and registers the deployments, then ends; doing it again changes
+nothing. Addresses and credentials come from the environment, under the names that boto3, MLflow and
+Prefect know. One whose secret is missing does not start.
+"""
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from eqm.errors import EqmError
+from infra import deployments, local, ports
+from infra.credentials import make_credentials
+from infra.files import make_private_folder
+from infra.services import s3_service
+from infra.stack import REGION, ServiceError, Stack
+
+EVERYWHERE = "0.0.0.0"  # noqa: S104  in a container, whose network decides who comes in
+
+
+def s3(environ: Mapping[str, str]) -> None:
+    """Become the S3 server: data and inner secrets in EQM_HOME. Raises ServiceError."""
+    root = make_private_folder(Path(_needed(environ, "EQM_HOME")))
+    secrets = replace(
+        make_credentials(root),
+        s3_access_key=_needed(environ, "AWS_ACCESS_KEY_ID"),
+        s3_secret_key=_needed(environ, "AWS_SECRET_ACCESS_KEY"),
+    )
+    service = s3_service(root, ports.PREFERRED["s3"], secrets, environ, bind=EVERYWHERE)
+    os.chdir(service.folder)
+    os.execve(service.command[0], service.command, dict(service.environment))
+
+
+def setup(environ: Mapping[str, str], project: Path = local.PROJECT) -> None:
+    """Make bucket, work pool and deployments. Raises ServiceError."""
+    stack = Stack(
+        home=Path(_needed(environ, "EQM_HOME")),
+        embedded=frozenset(),
+        s3_endpoint=_needed(environ, "EQM_S3_ENDPOINT"),
+        s3_access_key=_needed(environ, "AWS_ACCESS_KEY_ID"),
+        s3_secret_key=_needed(environ, "AWS_SECRET_ACCESS_KEY"),
+        s3_bucket=urlsplit(_needed(environ, "EQM_STORE")).netloc,
+        s3_region=environ.get("AWS_DEFAULT_REGION", REGION),
+        prefect_api_url=_needed(environ, "PREFECT_API_URL"),
+    )
+    local.make_bucket(stack)
+    deployments.PrefectApi(str(stack.prefect_api_url), environ).make_pool()
+    log = stack.home / "logs" / "deploy.log"
+    deployments.deploy_all(project, log=log, environment=environ)
+    sys.stdout.write("bucket, work pool and deployments are there\n")
+
+
+def _needed(environ: Mapping[str, str], name: str) -> str:
+    value = environ.get(name)
+    if not value:
+        raise ServiceError(f"{name} is not set: `eqm secrets` makes the passwords, see README.md")
+    return value
+
+
+VERBS = {"s3": s3, "setup": setup}
+
+if __name__ == "__main__":
+    try:
+        VERBS[sys.argv[1] if len(sys.argv) == 2 else ""](os.environ)
+    except KeyError:
+        sys.exit(f"usage: python -m infra.cluster {' | '.join(VERBS)}")
+    except EqmError as error:
+        sys.exit(f"error: {error}")
