@@ -828,6 +828,9 @@ class PipelineConfig:
             self.source_uri,
             "where the images lie (docs/data.md)",
         )
+        if re.match(r"[a-zA-Z0-9+.-]+://[^/]*@", self.source_uri or ""):
+            # Not shown: what stands before the @ may be a password.
+            raise ConfigError("source_uri holds a user or a password: give the bare address")
         _positive(self, "config", "processes")
         check_fit(self.network, self.objective)
         rule = self.generate.sampler.rule

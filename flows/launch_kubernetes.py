@@ -26,11 +26,11 @@ POLL_SECONDS = 5.0
 PATIENCE_SECONDS = 900.0
 """How long the API server may be out of reach: an upgrade of the control plane."""
 GRACE_SECONDS = 180.0
-"""For pods to end in: more than they are given in infra/k8s/runtime.yaml."""
+"""For pods to end in: more than they are given in infra/k8s/base/runtime.yaml."""
 TIMEOUT_SECONDS = 30.0
 JOB_FOLDER = "/etc/eqm"
 CACHE_FOLDER = "/cache"
-"""A volume of infra/k8s/runtime.yaml."""
+"""A volume of infra/k8s/base/runtime.yaml."""
 LAST_WORDS = "/dev/termination-log"
 """What a container writes there, Kubernetes keeps in the status of its pod."""
 CONTAINER = "node"
@@ -128,7 +128,7 @@ def _refusal(cluster: Kubernetes, method: str, path: str, error: urllib.error.HT
         said = str(error.reason)
     remedy = {
         401: f"; the token of {cluster.token_file} is not accepted: renew it",
-        403: "; give the flow's service account the rights of infra/k8s/access.yaml",
+        403: "; give the flow's service account the rights of infra/k8s/base/access.yaml",
         404: "; is Kubeflow Trainer installed there? infra/k8s/README.md says how",
     }.get(error.code, "")
     return f"{method} {cluster.api}{path}: {error.code} {said}{remedy}"

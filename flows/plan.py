@@ -143,6 +143,7 @@ def make_plan(
     """
     checked = read_config(config, changes)
     settings = current_settings()
+    settings.check_sources(to_json(checked))
     store = store_of(settings)
     # Asks before anything is begun whether the store is there and lets us in.
     store.list("history/")

@@ -6,6 +6,7 @@
 | EQM_STORE             | where records and blobs are: s3:// or a folder | s3://eqm/store   |
 | EQM_S3_ENDPOINT       | S3 to use instead of the embedded one          | embedded         |
 | EQM_CACHE_SIZE        | most of S3 that is kept on this machine: 200GB | no limit         |
+| EQM_SOURCES           | where configs may read: s3://images/,/data/    | everywhere       |
 | AWS_ACCESS_KEY_ID     | who we are to that S3                          | boto3's chain    |
 | AWS_SECRET_ACCESS_KEY | and our secret                                 | boto3's chain    |
 | AWS_DEFAULT_REGION    | and its region                                 | boto3's chain    |
@@ -14,15 +15,19 @@
 | EQM_LAUNCHER          | where stages run: local, slurm or kubernetes   | local            |
 | EQM_NODE_*, EQM_PROCESS_*, EQM_SLURM_*, EQM_KUBERNETES_*: flows/clusters.py has the table   |
 
-An unknown EQM_* variable is refused: a misspelt one would be silently without effect.
+An unknown EQM_* variable is refused: a misspelt one would be silently without effect. So is an
+address of another machine without credentials: a server that lets everybody in belongs on loopback.
 """
 
 import difflib
+import ipaddress
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import SecretStr
 
@@ -32,7 +37,20 @@ from infra import local
 from infra.deployments import PrefectApi
 from infra.stack import BUCKET, SERVICES, External, ServiceError, Stack, child_environment
 
-KNOWN = ("EQM_HOME", "EQM_STORE", "EQM_S3_ENDPOINT", "EQM_CACHE_SIZE", *VARIABLES)
+KNOWN = (
+    *("EQM_HOME", "EQM_STORE", "EQM_S3_ENDPOINT", "EQM_CACHE_SIZE", "EQM_SOURCES"),
+    *VARIABLES,
+)
+LETS_IN = {
+    "MLFLOW_TRACKING_URI": (
+        ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
+        ("MLFLOW_TRACKING_TOKEN",),
+        ("MLFLOW_TRACKING_AUTH",),
+        ("MLFLOW_TRACKING_CLIENT_CERT_PATH",),
+    ),
+    "PREFECT_API_URL": (("PREFECT_API_AUTH_STRING",), ("PREFECT_API_KEY",)),
+}
+"""Variables of which one group must be set for a server elsewhere. S3 always wants keys."""
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 DEFAULT_STORE = f"s3://{BUCKET}/store"
 
@@ -61,6 +79,8 @@ class Settings:
     home: Path
     store: str
     cache_bytes: int | None = None
+    sources: tuple[str, ...] = ()
+    """Prefixes below which configs may name data; empty: everywhere."""
     s3_endpoint: str | None = None
     s3_access_key: SecretStr | None = None
     s3_secret_key: SecretStr | None = None
@@ -76,6 +96,18 @@ class Settings:
     def prefect_ui(self) -> str | None:
         """Address of Prefect's pages."""
         return self.prefect_api_url.removesuffix("/api") if self.prefect_api_url else None
+
+    def check_sources(self, config: Any) -> None:
+        """Refuse a config (as JSON) that names data outside of EQM_SOURCES. Raises ConfigError."""
+        allowed = (*self.sources, f"{self.store.rstrip('/')}/")
+        for text in _texts(config) if self.sources else ():
+            place = os.path.normpath(text) if text.startswith("/") else text
+            outside = not f"{place}/".startswith(allowed) or ".." in Path(text).parts
+            if text.startswith(("/", "s3://")) and outside:
+                raise ConfigError(
+                    f"{text} is outside of EQM_SOURCES ({', '.join(self.sources)}): whoever runs "
+                    "this installation allows no other data"
+                )
 
     def resolve(self, stack: Stack | None) -> "Settings":
         """Fill in what the running embedded services provide; what was given stays."""
@@ -120,11 +152,12 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         # Children may run in another folder.
         store=store if "://" in store else str(Path(store).absolute()),
         cache_bytes=_size(environ, "EQM_CACHE_SIZE"),
+        sources=_sources(environ),
         s3_endpoint=_address(environ, "EQM_S3_ENDPOINT"),
         s3_access_key=_hidden(environ.get("AWS_ACCESS_KEY_ID")),
         s3_secret_key=_hidden(environ.get("AWS_SECRET_ACCESS_KEY")),
         s3_region=environ.get("AWS_DEFAULT_REGION") or None,
-        mlflow_uri=environ.get("MLFLOW_TRACKING_URI") or None,
+        mlflow_uri=_address(environ, "MLFLOW_TRACKING_URI"),
         prefect_api_url=_address(environ, "PREFECT_API_URL"),
         cluster=read_cluster(environ, home),
         environ=dict(environ),
@@ -140,9 +173,67 @@ def _refuse_unknown(environ: Mapping[str, str]) -> None:
 
 def _address(environ: Mapping[str, str], name: str) -> str | None:
     value = environ.get(name) or None
-    if value is not None and not value.startswith(("http://", "https://")):
+    if value is None:
+        return None
+    try:
+        split = urlsplit(value)
+        host, known = split.hostname or "", "@" not in split.netloc
+    except ValueError:
+        raise ConfigError(f"{name} is no address: give http://host or https://host") from None
+    if not known:
+        # Not shown: it stands before the @.
+        raise ConfigError(
+            f"{name} holds a user or a password: give the bare address, which is shown and logged, "
+            f"and the rest in {_ways_in(name)}"
+        )
+    if split.scheme not in ("http", "https") or not host:
         raise ConfigError(f"{name} is {value!r}: it must start with http:// or https://")
-    return value.rstrip("/") if value else None
+    _refuse_host(name, value, host)
+    if not _is_loopback(host) and name in LETS_IN and not _lets_in(environ, name):
+        raise ConfigError(
+            f"{name} is {value}, another machine, and no credentials are given: set "
+            f"{_ways_in(name)}; a server without accounts belongs on 127.0.0.1"
+        )
+    return value.rstrip("/")
+
+
+def _ways_in(name: str) -> str:
+    groups = LETS_IN.get(name, (("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"),))
+    return ", or ".join(" and ".join(group) for group in groups[:2])
+
+
+def _lets_in(environ: Mapping[str, str], name: str) -> bool:
+    return any(all(environ.get(one) for one in group) for group in LETS_IN[name])
+
+
+def _refuse_host(name: str, value: str, host: str) -> None:
+    """No server of ours is at the metadata service of a cloud, or at no address at all."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return
+    if address.is_link_local or address.is_unspecified or address.is_multicast:
+        raise ConfigError(f"{name} is {value}, which is the address of no server: name its host")
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _sources(environ: Mapping[str, str]) -> tuple[str, ...]:
+    found = tuple(
+        part.strip() for part in environ.get("EQM_SOURCES", "").split(",") if part.strip()
+    )
+    for part in found:
+        if not part.startswith(("/", "s3://")) or not part.endswith("/"):
+            raise ConfigError(
+                f"EQM_SOURCES has {part!r}: give absolute folders and s3://bucket/ prefixes that "
+                "end with /, separated by commas"
+            )
+    return found
 
 
 def _size(environ: Mapping[str, str], name: str) -> int | None:
@@ -154,6 +245,15 @@ def _size(environ: Mapping[str, str], name: str) -> int | None:
     if found is None:
         raise ConfigError(f"{name} is {value!r}: give a number and a unit, as 500MB or 1.5TB")
     return round(float(found[1]) * UNITS[found[2]])
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in JSON."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping | list):
+        for item in value.values() if isinstance(value, Mapping) else value:
+            yield from _texts(item)
 
 
 def _hidden(value: str | None) -> SecretStr | None:

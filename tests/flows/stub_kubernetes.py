@@ -3,8 +3,8 @@
 Every body is read by the models that Kubeflow publishes and must survive them whole, so an
 unknown or misplaced field is refused as a server would. A TrainJob waits for its turn and for its
 ConfigMap, is given the environment that the torch plugin gives (PET_*), and loses its pods when a
-test evicts them; they begin again as infra/k8s/runtime.yaml says. What a container would see under
-a mount or as ``python`` is put in its place in the command and in the files.
+test evicts them; they begin again as infra/k8s/base/runtime.yaml says. What a container would see
+under a mount or as ``python`` is put in its place in the command and in the files.
 """
 
 import json
@@ -24,7 +24,7 @@ from urllib.parse import parse_qs, urlsplit
 import yaml
 from kubeflow_trainer_api import models
 
-RUNTIME = Path(__file__).parents[2] / "infra" / "k8s" / "runtime.yaml"
+RUNTIME = Path(__file__).parents[2] / "infra" / "k8s" / "base" / "runtime.yaml"
 TRAIN_JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/research/trainjobs"
 CORE = "/api/v1/namespaces/research"
 TOKEN = "token-of-the-test"

@@ -14,7 +14,7 @@ from flows.launch_slurm import SlurmLauncher
 from flows.plan import make_launcher
 from flows.settings import read_settings
 
-ACCESS = Path(__file__).parents[2] / "infra" / "k8s" / "access.yaml"
+ACCESS = Path(__file__).parents[2] / "infra" / "k8s" / "base" / "access.yaml"
 KUBERNETES = {
     "EQM_LAUNCHER": "kubernetes",
     "EQM_KUBERNETES_API": "https://cluster.example:6443/",

@@ -1,0 +1,387 @@
+"""Compose file, Kubernetes manifests, image: valid by the published schemas, and closed.
+
+The schemas are those of the Compose specification (check-jsonschema has a copy), of Kubernetes
+(kubernetes-validate, strict) and the types of Kubeflow Trainer. The kustomizations use three
+features of kustomize, which are applied here.
+"""
+
+import http.server
+import json
+import re
+import threading
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import check_jsonschema
+import jsonpatch
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+from kubeflow_trainer_api import models
+from prefect.utilities.templating import apply_values
+
+from eqm.errors import ConfigError
+from flows import recovery
+from flows.settings import read_settings
+from infra import cluster, health, services
+from infra.credentials import environment_file, make_credentials
+from infra.ports import PREFERRED
+from infra.stack import ServiceError
+
+INFRA = Path(__file__).parents[2] / "infra"
+PROJECT = INFRA.parent
+OVERLAYS = ("base", "overlays/gpu", "overlays/standalone", "overlays/jobs")
+SECRETS = {line.partition("=")[0] for line in environment_file().splitlines()}
+NEWEST = max(kubernetes_validate.utils.all_versions(), key=lambda v: [*map(int, v.split("."))])
+
+
+def document(path: str) -> Any:
+    return yaml.safe_load((INFRA / path).read_text())
+
+
+def strings(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield str(key)
+            yield from strings(item)
+    elif isinstance(value, list):
+        for item in value:
+            yield from strings(item)
+    elif isinstance(value, str):
+        yield value
+
+
+# -- compose ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def compose() -> dict[str, Any]:
+    return document("compose.yaml")
+
+
+@pytest.mark.parametrize("name", ["compose.yaml", "compose.gpu.yaml"])
+def test_compose_files_fit_the_specification(name: str) -> None:
+    folder = Path(check_jsonschema.__file__).parent / "builtin_schemas" / "vendor"
+    schema = json.loads((folder / "compose-spec.json").read_text())
+    jsonschema.validate(document(name), schema)
+    broken = document(name)
+    broken["services"]["worker"]["imge"] = "x"
+    with pytest.raises(jsonschema.ValidationError, match="imge"):
+        jsonschema.validate(broken, schema)
+
+
+def test_ports_are_published_on_loopback_alone(compose: dict[str, Any]) -> None:
+    published = [port for one in compose["services"].values() for port in one.get("ports", ())]
+    assert len(published) == 3
+    assert all(re.fullmatch(r"127\.0\.0\.1:\d+:\d+", port) for port in published)
+
+
+def test_compose_has_no_password_and_none_is_missing(compose: dict[str, Any]) -> None:
+    """Every secret is ``${NAME:?...}``: a start without it is refused, and no default stands in."""
+    named = set()
+    for one in compose["services"].values():
+        for name, value in one.get("environment", {}).items():
+            if re.search("PASSWORD|SECRET|AUTH_STRING|ACCESS_KEY", name):
+                found = re.fullmatch(r"\$\{(\w+):\?[^}]+\}", value)
+                assert found, (name, value)
+                named.add(found[1])
+    assert named | {"MLFLOW_TRACKING_USERNAME"} == SECRETS
+    addresses = [text for text in strings(compose) if "://" in text]
+    assert addresses
+    assert not [text for text in addresses if re.search(r"://[^/@\s]*:[^/@\s]*@", text)]
+
+
+def test_containers_may_do_little(compose: dict[str, Any]) -> None:
+    for name, one in compose["services"].items():
+        assert one["user"].split(":")[0] not in ("0", "root"), name
+        assert one["read_only"] is True, name
+        assert one["cap_drop"] == ["ALL"], name
+        assert one["security_opt"] == ["no-new-privileges:true"], name
+        assert not one.get("privileged")
+        assert set(one["deploy"]["resources"]["limits"]) == {"cpus", "memory", "pids"}, name
+        assert one["healthcheck"].get("test") or name == "setup"
+        assert "/var/run/docker.sock" not in str(one.get("volumes"))
+
+
+def test_images_are_of_a_version(compose: dict[str, Any]) -> None:
+    version = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]["version"]
+    uv = re.search(r"UV_VERSION := (\S+)", (PROJECT / "Makefile").read_text())
+    assert uv
+    images = {one["image"] for one in compose["services"].values()}
+    assert images == {f"eqm:{version}", "postgres:17.6-bookworm"}
+    lines = (INFRA / "Dockerfile").read_text().splitlines()
+    bases = [line.split()[1] for line in lines if line.startswith("FROM")]
+    assert all(re.fullmatch(r"python:3\.11\.\d+-slim-bookworm", base) for base in bases)
+    assert f"uv=={uv[1]}" in "\n".join(lines)
+    locked = re.search(r"^setuptools==(\S+)", (PROJECT / "requirements.lock").read_text(), re.M)
+    assert locked
+    assert f"setuptools=={locked[1]}" in "\n".join(lines)
+    # The last user is not root, and all that is installed has a hash.
+    assert [line for line in lines if line.startswith("USER")][-1] == "USER 10001:10001"
+    assert "--require-hashes" in "\n".join(lines)
+
+
+def test_the_image_is_made_of_the_code_alone() -> None:
+    lines = (PROJECT / ".dockerignore").read_text().splitlines()
+    assert lines[1] == "*"
+    kept = {line[1:] for line in lines if line.startswith("!")}
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (INFRA / "Dockerfile").read_text(), re.M)
+    assert {name for line in copied for name in line.split()} == kept
+    assert "infra/.env*" in lines
+    assert "infra/.env" in (PROJECT / ".gitignore").read_text().splitlines()
+
+
+# -- what containers run ------------------------------------------------------------------------
+
+
+def test_only_s3_listens_to_other_containers(tmp_path: Path) -> None:
+    made = make_credentials(tmp_path)
+    service = services.s3_service(tmp_path, PREFERRED["s3"], made, {}, bind="0.0.0.0")
+    options = dict(line.split("=", 1) for line in service.telling["options"].splitlines())
+    assert options["s3.ip.bind"] == "0.0.0.0"
+    assert (options["ip"], options["ip.bind"]) == ("127.0.0.1", "127.0.0.1")
+    plain = services.s3_service(tmp_path, PREFERRED["s3"], made, {})
+    assert "s3.ip.bind=127.0.0.1" in plain.telling["options"]
+
+
+@pytest.mark.parametrize("verb", ["s3", "setup"])
+def test_without_its_secrets_a_container_does_not_start(verb: str, tmp_path: Path) -> None:
+    given = {"EQM_HOME": str(tmp_path), "EQM_S3_ENDPOINT": "http://s3:8333"}
+    with pytest.raises(ServiceError, match="AWS_ACCESS_KEY_ID is not set"):
+        cluster.VERBS[verb](given)
+    with pytest.raises(ServiceError, match="AWS_SECRET_ACCESS_KEY is not set"):
+        cluster.VERBS[verb]({**given, "AWS_ACCESS_KEY_ID": "eqm", "AWS_SECRET_ACCESS_KEY": ""})
+
+
+def test_health_is_a_status() -> None:
+    class Answers(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(403 if self.path == "/" else 200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        at = f"http://127.0.0.1:{server.server_port}"
+        assert (health.status_of(f"{at}/"), health.status_of(f"{at}/health")) == (403, 200)
+        server.shutdown()
+    assert health.status_of(f"{at}/") is None
+
+
+# -- kubernetes ---------------------------------------------------------------------------------
+
+
+def built(folder: Path) -> list[dict[str, Any]]:
+    """What ``kubectl kustomize`` makes of a folder: resources, and JSON patches by target."""
+    asked = yaml.safe_load((folder / "kustomization.yaml").read_text())
+    assert set(asked) <= {"apiVersion", "kind", "resources", "patches"}
+    found: list[dict[str, Any]] = []
+    for name in asked["resources"]:
+        path = folder / name
+        if path.is_dir():
+            found += built(path)
+        else:
+            found += [one for one in yaml.safe_load_all(path.read_text()) if one]
+    for patch in asked.get("patches", ()):
+        kind, name = patch["target"]["kind"], patch["target"]["name"]
+        (at,) = [
+            i for i, o in enumerate(found) if (o["kind"], o["metadata"]["name"]) == (kind, name)
+        ]
+        found[at] = jsonpatch.apply_patch(found[at], yaml.safe_load(patch["patch"]))
+    return found
+
+
+@pytest.fixture(scope="module")
+def objects() -> dict[str, list[dict[str, Any]]]:
+    return {name: built(INFRA / "k8s" / name) for name in OVERLAYS}
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_manifests_fit_the_schemas(name: str, objects: dict[str, list[dict[str, Any]]]) -> None:
+    for one in objects[name]:
+        if one["kind"] == "TrainingRuntime":
+            assert models.TrainerV1alpha1TrainingRuntime.from_dict(one).to_dict() == one
+        else:
+            kubernetes_validate.validate(one, NEWEST, strict=True)
+
+
+def test_an_unknown_field_would_be_refused(objects: dict[str, list[dict[str, Any]]]) -> None:
+    for one in objects["base"]:
+        if "spec" in one and one["kind"] != "TrainingRuntime":
+            broken = {**one, "spec": {**one["spec"], "replcas": 1}}
+            with pytest.raises(kubernetes_validate.ValidationError):
+                kubernetes_validate.validate(broken, NEWEST, strict=True)
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_every_file_is_used_and_every_name_is_there(
+    name: str, objects: dict[str, list[dict[str, Any]]]
+) -> None:
+    folder = INFRA / "k8s" / name
+    files = {path.name for path in folder.glob("*.yaml")} - {"kustomization.yaml"}
+    assert files <= set(yaml.safe_load((folder / "kustomization.yaml").read_text())["resources"])
+    known = {(one["kind"], one["metadata"]["name"]) for one in objects[name]}
+    assert len(known) == len(objects[name])
+    for pod in pods(objects[name]):
+        for volume in pod.get("volumes", ()):
+            if "configMap" in volume:
+                assert ("ConfigMap", volume["configMap"]["name"]) in known
+        if account := pod.get("serviceAccountName"):
+            assert ("ServiceAccount", account) in known
+
+
+def pods(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Specs of the pods of servers and workers."""
+    kinds = ("Deployment", "StatefulSet", "Job")
+    return [one["spec"]["template"]["spec"] for one in found if one["kind"] in kinds]
+
+
+def containers(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [container for pod in pods(found) for container in pod["containers"]]
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_secrets_are_named_and_not_written(
+    name: str, objects: dict[str, list[dict[str, Any]]]
+) -> None:
+    assert not [one for one in objects[name] if one["kind"] == "Secret"]
+    for container in containers(objects[name]):
+        for variable in container["env"]:
+            if re.search("PASSWORD$|SECRET_KEY$|AUTH_STRING$|ACCESS_KEY", variable["name"]):
+                if variable["name"].endswith("_STRING_SECRET_KEY"):
+                    continue
+                reference = variable["valueFrom"]["secretKeyRef"]
+                assert reference["name"] == "eqm"
+                assert reference["key"] in SECRETS
+    for text in strings(objects[name]):
+        assert not re.search(r"://[^/@\s]*:[^/@\s]*@", text), text
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_pods_may_do_little(name: str, objects: dict[str, list[dict[str, Any]]]) -> None:
+    assert pods(objects[name])
+    for pod in pods(objects[name]):
+        assert pod["securityContext"]["runAsNonRoot"] is True
+        assert pod["securityContext"]["runAsUser"] > 0
+        assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        # A token of the API server only where it is used.
+        assert pod.get("automountServiceAccountToken") is False or "serviceAccountName" in pod
+    for container in containers(objects[name]):
+        assert container["securityContext"] == {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        }
+        assert set(container["resources"]) == {"requests", "limits"}
+        assert re.fullmatch(r"[\w./-]+:\d[\w.-]*", container["image"])
+    services_ = [one for one in objects[name] if one["kind"] == "Service"]
+    assert all(one["spec"].get("type", "ClusterIP") == "ClusterIP" for one in services_)
+    for one in objects[name]:
+        if one["kind"] == "Role":
+            named = [part for rule in one["rules"] for part in rule["resources"] + rule["verbs"]]
+            assert not {"*", "secrets", "pods/exec"} & set(named)
+
+
+def test_stages_go_to_nodes_with_gpus(objects: dict[str, list[dict[str, Any]]]) -> None:
+    (runtime,) = [one for one in objects["overlays/gpu"] if one["kind"] == "TrainingRuntime"]
+    node = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]
+    assert node["template"]["spec"]["nodeSelector"] == {"nvidia.com/gpu.present": "true"}
+    assert node["template"]["spec"]["tolerations"][0]["key"] == "nvidia.com/gpu"
+    (config,) = [
+        one
+        for one in objects["overlays/gpu"]
+        if (one["kind"], one["metadata"]["name"]) == ("ConfigMap", "eqm")
+    ]
+    assert config["data"]["EQM_PROCESS_GPUS"] == "1"
+
+
+def test_both_installations_make_their_databases_alike(
+    compose: dict[str, Any], objects: dict[str, list[dict[str, Any]]]
+) -> None:
+    (script,) = [
+        one["data"]["10-databases.sh"]
+        for one in objects["overlays/standalone"]
+        if one["metadata"]["name"] == "eqm-databases"
+    ]
+    assert script == (INFRA / "compose" / "databases.sh").read_text()
+
+
+def test_settings_of_the_cluster_are_understood(
+    objects: dict[str, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """The worker's environment is one that the settings accept."""
+    token = tmp_path / "token"
+    token.write_text("t")
+    (config,) = [
+        one["data"]
+        for one in objects["base"]
+        if (one["kind"], one["metadata"]["name"]) == ("ConfigMap", "eqm")
+    ]
+    pod = {
+        "EQM_KUBERNETES_API": "https://10.0.0.1",
+        "EQM_KUBERNETES_NAMESPACE": "research",
+        "EQM_KUBERNETES_TOKEN_FILE": str(token),
+        **dict.fromkeys(SECRETS, "secret"),
+    }
+    settings = read_settings({**config, **pod})
+    assert settings.cluster is not None
+    assert settings.s3_endpoint == config["AWS_ENDPOINT_URL_S3"]
+
+
+# -- work pool ----------------------------------------------------------------------------------
+
+
+def test_the_work_pool_makes_a_valid_job() -> None:
+    template = json.loads((INFRA / "k8s/overlays/jobs/work-pool.json").read_text())
+    variables = template["variables"]
+    jsonschema.Draft7Validator.check_schema(variables)
+    defaults = {name: one["default"] for name, one in variables["properties"].items()}
+    used = set(re.findall(r"{{ (\w+) }}", json.dumps(template["job_configuration"])))
+    assert used == set(defaults)
+    jsonschema.validate(defaults, variables)
+    given = {**defaults, "command": "prefect flow-run execute", "namespace": "research"}
+    made: Any = apply_values(template["job_configuration"], given)
+    job = made["job_manifest"]
+    # The worker turns the command into a list.
+    job["spec"]["template"]["spec"]["containers"][0]["args"] = given["command"].split()
+    kubernetes_validate.validate(job, NEWEST, strict=True)
+    pod = job["spec"]["template"]["spec"]
+    assert pod["securityContext"]["runAsNonRoot"] is True
+    (container,) = pod["containers"]
+    assert container["securityContext"]["readOnlyRootFilesystem"] is True
+    secret = [one for one in container["env"] if "valueFrom" in one]
+    assert {one["valueFrom"]["secretKeyRef"]["key"] for one in secret} <= SECRETS
+    assert container["image"] == document("compose.yaml")["x-eqm"]["image"]
+
+
+# -- passwords ----------------------------------------------------------------------------------
+
+
+def test_passwords_are_made_anew_and_need_no_quoting() -> None:
+    first, second = (
+        dict(line.split("=", 1) for line in environment_file().splitlines()) for _ in "ab"
+    )
+    assert set(first) == set(second) == SECRETS
+    same = {name for name in first if first[name] == second[name]}
+    assert same == {"MLFLOW_TRACKING_USERNAME"}
+    for name in set(first) - same - {"AWS_ACCESS_KEY_ID"}:
+        assert len(first[name]) >= 48
+    assert all(re.fullmatch(r"[A-Za-z0-9:]+", value) for value in first.values())
+
+
+def test_passwords_that_are_in_use_are_not_replaced(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / ".env"
+    recovery.secrets(file)
+    made = file.read_text()
+    assert file.stat().st_mode & 0o777 == 0o600
+    assert not [line for line in made.splitlines() if line.split("=")[1] in capsys.readouterr().out]
+    with pytest.raises(ConfigError, match="exists"):
+        recovery.secrets(file)
+    assert file.read_text() == made
