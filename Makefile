@@ -35,11 +35,12 @@ slow: .venv/installed ## run the tests marked slow
 chaos: .venv/installed ## kill ranks, torchrun, the flow and S3 in a training, and compare bits
 	PYTHONPATH=tests:. $(BIN)/python tests/chaos.py
 
-check: .venv/installed ## ruff, format, import rules, types
+check: .venv/installed ## ruff, format, import rules, types, known holes
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports
 	$(BIN)/basedpyright
+	$(BIN)/python -m infra.audit
 
 bench: .venv/installed ## measure speed and memory, as ratios within one run
 	$(BIN)/python -m bench

@@ -9,11 +9,11 @@ import contextlib
 import copy
 import io
 import json
-import pickle
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -354,7 +354,7 @@ def _from_safetensors(data: bytes, place: str) -> dict[str, Tensor]:
 def _from_restricted_pickle(data: bytes, place: str) -> dict[str, Tensor]:
     try:
         state = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError) as error:
+    except (UnpicklingError, RuntimeError, EOFError, ValueError) as error:
         raise DataError(
             f"{place} cannot be read as plain tensors, and code in a file is never run: "
             "give a state dict written by torch.save, or .safetensors"

@@ -340,7 +340,7 @@ def _refuse_divergence(losses: Tensor, norms: Tensor, batch_size: int) -> None:
 def diverged(loss: float, norm: float, first_image: int) -> str:
     """What to say of the update that began at an image and was not finite."""
     return (
-        f"loss {loss} and gradient norm {norm} of the update from image {first_image:,} on: "
+        f"loss {loss} and gradient norm {norm} of the update from image {first_image:,} on: "  # noqa: S608
         "training has diverged; lower train.learning_rate or set train.gradient_clip"
     )
 

@@ -43,8 +43,10 @@ FOLDER = "eqm://"
 
 def check(uri: str) -> None:
     """Ask MLflow whether it is there, without importing it. Raises TrackingError."""
+    if not uri.startswith(("http://", "https://")):
+        raise TrackingError(f"MLflow is at {_public(uri)!r}: it must be an http:// address")
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:  # noqa: S310
             answer.read()
     except (urllib.error.URLError, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)

@@ -91,7 +91,7 @@ class Api:
                 f"EQM_KUBERNETES_TOKEN_FILE {self.cluster.token_file} cannot be read: "
                 f"{error.strerror}"
             ) from error
-        request = urllib.request.Request(
+        request = urllib.request.Request(  # noqa: S310
             self.cluster.api + path,
             method=method,
             data=None if body is None else json.dumps(body).encode(),

@@ -74,7 +74,7 @@ class PrefectApi:
         return self._opener.open(request, timeout=ANSWER_SECONDS)
 
     def _post(self, path: str, body: dict[str, Any], *, accept: tuple[int, ...] = ()) -> Any:
-        request = urllib.request.Request(
+        request = urllib.request.Request(  # noqa: S310
             self.url + path, data=json.dumps(body).encode(), headers=self._headers
         )
         try:
