@@ -18,6 +18,10 @@ err = Console(stderr=True)
 
 def backup(
     to: Annotated[str, typer.Option(metavar="PLACE", help="Folder or s3://bucket/prefix.")],
+    also: Annotated[
+        list[str] | None,
+        typer.Option(help="A further place to copy: artifacts of an MLflow elsewhere. Repeatable."),
+    ] = None,
 ) -> None:
     """Copy the store and the databases to a place for back-ups; services go on running."""
     from flows.settings import activate
@@ -25,7 +29,7 @@ def backup(
 
     target = backups.open_place(to)
     activate()
-    address = backups.backup(_home(), target, report=_say)
+    address = backups.backup(_home(*(also or ())), target, report=_say)
     out.print(address, highlight=False, soft_wrap=True)
 
 
@@ -46,10 +50,11 @@ def restore(
         return
     place, manifest = backups.open_backup(address)
     make_private_folder(current_home())
-    backups.prepare(_home(), address, manifest)
+    also = backups.further(manifest)
+    backups.prepare(_home(*also), address, manifest)
     start_services(report=_say, services=("s3",))
     activate()
-    home = _home()
+    home = _home(*also)
     backups.restore(home, place, manifest, report=_say)
     out.print(f"{home.root} is restored: start it with `eqm up`", highlight=False, soft_wrap=True)
 
@@ -67,12 +72,12 @@ def secrets(
     out.print(f"{to} is made: keep it, and keep it out of Git", highlight=False, soft_wrap=True)
 
 
-def _home() -> "Home":
+def _home(*also: str) -> "Home":
     from flows.settings import current_settings, given_from_outside
     from infra.backup import Home
 
     settings = current_settings()
-    return Home(settings.home, settings.store, given_from_outside())
+    return Home(settings.home, settings.store, given_from_outside(), also)
 
 
 def _say(line: str) -> None:

@@ -41,7 +41,7 @@ class File:
     """One file of a back-up."""
 
     place: str
-    """``bucket``, ``store`` or ``artifacts`` (see :meth:`Home.places`), or ``database``."""
+    """``bucket``, ``store``, ``artifacts`` or an address (:meth:`Home.places`), or ``database``."""
     key: str
     blob: Blob
 
@@ -66,6 +66,8 @@ class Home:
     root: Path
     store: str
     external: External
+    also: tuple[str, ...] = ()
+    """Further places, as the artifacts of an MLflow that is not ours."""
 
     def places(self) -> dict[str, Store]:
         """Where objects are: the whole bucket of our own S3; of another one only what is ours."""
@@ -76,7 +78,7 @@ class Home:
             found["artifacts"] = open_store(f"s3://{self.external.s3_bucket}/mlflow")
         if not (self.store.startswith(f"s3://{BUCKET}/") and "bucket" in found):
             found["store"] = open_store(self.store)
-        return found
+        return {**found, **{uri: open_store(uri) for uri in self.also}}
 
     def databases(self) -> dict[str, Path]:
         """Files of the databases that are ours."""
@@ -120,7 +122,7 @@ def backup(home: Home, target: Store, *, report: Report) -> str:
                 files.append(File(place="database", key=name, blob=target.put(scratch)))
         for name in (MLFLOW, PREFECT):
             if home.external.replaces(name):
-                report(f"{name}: not ours; back up its database with that database's own tools")
+                report(f"{name}: not ours; back up its database by its own tools (infra/README.md)")
         for name, place in places.items():
             listed = _settled(place, before[name])
             report(f"{place.uri}: {len(listed)} objects")
@@ -261,6 +263,12 @@ def open_backup(address: str) -> tuple[Store, Manifest]:
         shown = ", ".join(f"{file.place} {file.key}" for file in gone[:3])
         raise MissingError(f"{address} lacks {len(gone)} of its files ({shown}): use another one")
     return place, manifest
+
+
+def further(manifest: Manifest) -> tuple[str, ...]:
+    """Places of a back-up that were named for it (``Home.also``)."""
+    standard = ("bucket", "store", "artifacts", "database")
+    return tuple(sorted({file.place for file in manifest.files} - set(standard)))
 
 
 def verify(address: str) -> int:

@@ -109,6 +109,17 @@ def test_the_next_one_writes_only_what_is_new(
     assert backup.verify(first) < backup.verify(make(home, place))
 
 
+def test_a_further_place_comes_back_too(home: Home, store: LocalStore, tmp_path: Path) -> None:
+    artifacts = LocalStore(tmp_path / "artifacts")
+    artifacts.write_once("1/run/artifacts/note.txt", b"a note")
+    address = make(replace(home, also=(artifacts.uri,)), tmp_path / "backups")
+    shutil.rmtree(artifacts.root)
+    _, manifest = backup.open_backup(address)
+    assert backup.further(manifest) == (artifacts.uri,)
+    put_back(replace(home, also=backup.further(manifest)), address)
+    assert artifacts.read("1/run/artifacts/note.txt") == b"a note"
+
+
 def test_what_is_replaced_by_compare_and_set_is_its_newest(
     home: Home, store: LocalStore, tmp_path: Path
 ) -> None:
@@ -319,13 +330,14 @@ def test_a_home_is_destroyed_and_comes_back_on_other_ports(
     old = machine("old")
     stack = old.up("s3", "mlflow", "prefect")
     record, run = _work(stack)
-    recovery.backup(str(tmp_path / "backups"))
+    recovery.backup(str(tmp_path / "backups"), also=None)
     address = capsys.readouterr().out.strip().splitlines()[-1]
     old.down()
     shutil.rmtree(old.root)
 
     new = machine("new")
-    recovery.restore(address)
+    recovery.restore(address, verify=True)
+    recovery.restore(address, verify=False)
     again = new.up("s3", "mlflow")
     assert again.s3_secret_key != stack.s3_secret_key
     store = open_store("s3://eqm/store", cache=tmp_path / "cache")
@@ -344,7 +356,7 @@ def test_a_home_is_destroyed_and_comes_back_on_other_ports(
         assert database.execute("SELECT name FROM flow").fetchall() == [("kept",)]
 
     with pytest.raises(ServiceError, match="has been used"):
-        recovery.restore(address)
+        recovery.restore(address, verify=False)
 
 
 def _work(stack: Stack) -> tuple[Record, str]:
