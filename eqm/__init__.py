@@ -13,7 +13,8 @@ Modules in the order in which a datum meets them:
     lease checkpoint events gauges train   how it is trained, for weeks
     model official registry                the trained model, ours and others'
     rules sampler sampling generate        descent, and what it is good for
-    features frechet intervals ood outliers evaluate   numbers
+    features adm statistics reference      what is known of the real images
+    frechet intervals measures ood outliers evaluate   numbers
     gate report                            decision and page
 
 Names are loaded when first used: ``import eqm`` itself costs nothing.

@@ -32,11 +32,18 @@ class Reader:
         return float(np.mean(self._classifier.predict(_flat(images)) == labels))
 
 
-def _flat(images: Images) -> NDArray[np.float64]:
-    """Pixels as rows in [0, 1], sides brought below LARGEST_SIDE_PX by averaging blocks."""
+def thumbnails(images: Images) -> Images:
+    """Images (N, C, H, W) with sides brought to LARGEST_SIDE_PX or less by averaging blocks.
+
+    What is left over beyond whole blocks is cut off. Smaller images stay as they are.
+    """
     step = -(-images.shape[-1] // LARGEST_SIDE_PX)
     side = images.shape[-1] // step * step
-    cut = images[..., :side, :side].astype(np.float64) / 255
-    n, c, h, w = cut.shape
-    blocks = cut.reshape(n, c, h // step, step, w // step, step).mean(axis=(3, 5))
-    return blocks.reshape(n, -1)
+    n, c = images.shape[:2]
+    blocks = images[..., :side, :side].reshape(n, c, side // step, step, side // step, step)
+    return np.rint(blocks.mean(axis=(3, 5))).astype(np.uint8)
+
+
+def _flat(images: Images) -> NDArray[np.float64]:
+    """Pixels of thumbnails as rows in [0, 1]."""
+    return thumbnails(images).reshape(len(images), -1).astype(np.float64) / 255

@@ -22,7 +22,8 @@ ALGORITHMS = {
     "latents": 2,
     "train": 1,
     "samples": 3,
-    "evaluation": 3,
+    "reference": 1,
+    "evaluation": 4,
     "study": 1,
 }
 """Stage -> number that is raised when the stage's output for the same input would change."""
@@ -33,6 +34,7 @@ PROGRAMS = {
     "latents": "eqm.encode",
     "train": "eqm.train",
     "samples": "eqm.generate",
+    "reference": "eqm.reference",
     "evaluation": "eqm.evaluate",
     "study": "eqm.study",
 }
@@ -219,20 +221,54 @@ class ExtractorFit:
         _seed(self, "extractor.fit")
 
 
+INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
+"""Of torch-fidelity's weights-inception-2015-12-05-6726825d.pth: with these, a distance is an FID.
+"""
+EXTRACTOR_FILES = {
+    "inception": "torch-fidelity's weights-inception-2015-12-05-6726825d.pth",
+    "dinov2": "DINOv2's own dinov2_vits14_pretrain.pth (or b, l, g), or a hub id",
+    "clip": "the weights of CLIP's vision transformer, or a hub id",
+}
+"""Kind of extractor -> the file that it needs."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class ExtractorConfig:
     """What maps images to the features that distances are computed on."""
 
-    kind: Literal["fit", "inception"] = "fit"
+    kind: Literal["fit", "inception", "dinov2", "clip"] = "fit"
+    """"fit": a small classifier, fitted on the training images. "inception": the features of FID.
+    "dinov2" and "clip": the class token of a vision transformer, as torch-fidelity takes it."""
     fit: ExtractorFit = field(default_factory=ExtractorFit)
     pretrained: PretrainedFile | None = None
 
     def __post_init__(self) -> None:
-        if self.kind == "inception" and self.pretrained is None:
+        _known(self, "extractor")
+        if self.kind != "fit" and self.pretrained is None:
             raise ConfigError(
-                "extractor.kind is 'inception', but extractor.pretrained is missing: give the uri "
-                "and sha256 of torch-fidelity's weights-inception-2015-12-05-6726825d.pth"
+                f"extractor.kind is {self.kind!r}, but extractor.pretrained is missing: give the "
+                f"uri and sha256 of {EXTRACTOR_FILES[self.kind]}"
             )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceConfig:
+    """What is kept of the real images that samples are held against, beside moments of them all."""
+
+    keep_features: int = 10_000
+    """Images of each side of the split whose features are kept, for KID, precision and recall: as
+    many as ADM's reference batches hold. Sources mix their images, so it is the first ones."""
+    file: PretrainedFile | None = None
+    """A reference batch of ADM (.npz) in place of the training images: its moments ``mu`` and
+    ``sigma``, ``mu_s`` and ``sigma_s`` for Inception, its images ``arr_0`` for the rest."""
+    file_images: int | None = None
+    """Images that the moments in the file were taken of, which it does not say."""
+
+    def __post_init__(self) -> None:
+        _positive(self, "reference", "keep_features")
+        count, rule = self.file_images, "at least 2 with reference.file, else null"
+        ok = count is None or (count >= 2 and self.file is not None)
+        require(ok, "reference.file_images", count, rule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -803,6 +839,7 @@ class PipelineConfig:
     source: SourceConfig = field(default_factory=SourceConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -957,6 +994,14 @@ class SamplesStage:
     """Config of stage "samples"."""
 
     generate: GenerateConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReferenceStage:
+    """Config of stage "reference"."""
+
+    source: SourceConfig
+    reference: ReferenceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -1129,6 +1174,7 @@ def stage_config(stage: str, config: Mapping[str, Any]) -> Any:
         "latents": LatentsStage,
         "train": TrainStage,
         "samples": SamplesStage,
+        "reference": ReferenceStage,
         "evaluation": EvaluationStage,
         "study": StudyStage,
     }

@@ -15,7 +15,7 @@ from eqm.report import ReportInput
 from eqm.stage import open_ref
 from eqm.storage import Store
 
-STORY = ("autoencoder", "extractor", "latents", "train", "samples", "evaluation")
+STORY = ("autoencoder", "extractor", "latents", "train", "samples", "reference", "evaluation")
 """Order of the chain on the page."""
 
 

@@ -1,13 +1,13 @@
 """Stage "evaluation": samples + real images -> numbers. ``python -m eqm.evaluate CONFIG.json``
 
-Distances are to the training images, as in the field, with the distance between held-out and
-training images beside them: the floor that a perfect model would reach. What lies out of
-distribution is told by eqm.outliers.
+Features of samples were sealed by eqm.generate, those of real images by eqm.reference; they are not
+taken again here. What is measured of them is told by eqm.measures, what lies out of distribution by
+eqm.outliers.
 """
 
 import sys
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,20 +15,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eqm import frechet, images, intervals, model, outliers
-from eqm.agreement import Reader
+from eqm import images, measures, model, outliers
 from eqm.checkpoint import tensors_to_bytes
-from eqm.config import EvaluateConfig, EvaluationStage, SamplerConfig
+from eqm.config import EvaluationStage, SamplerConfig
 from eqm.errors import DataError
-from eqm.features import FeatureExtractor, extract, load_extractor
-from eqm.frechet import Gaussian
+from eqm.features import load_extractor
 from eqm.images import ImageSource
-from eqm.intervals import Interval
+from eqm.measures import Samples
 from eqm.outliers import Subject
-from eqm.records import Evaluation, Metric, Record, from_json, to_json
+from eqm.records import Evaluation, Record, from_json, to_json
 from eqm.samples import columns, kept_images
 from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
+from eqm.statistics import Reference, open_reference
 
 BATCH = 256
 GRID_CLASSES = 10
@@ -36,24 +35,10 @@ GRID_CLASSES = 10
 
 @dataclass(frozen=True)
 class Split:
-    """Images of one side of the split, with labels and features."""
+    """Some images of one side of the split, with their labels."""
 
     images: NDArray[np.uint8]
     labels: NDArray[np.int64]
-    features: NDArray[np.float32]
-
-
-@dataclass(frozen=True)
-class Material:
-    """All that is measured."""
-
-    config: EvaluateConfig
-    training: Split
-    held_out: Split
-    samples: Split
-    """Images are the kept ones; features are those of all samples."""
-    sample_count: int
-    mean_field_evaluations: float
 
 
 def program(context: Context) -> Outcome | None:
@@ -61,7 +46,7 @@ def program(context: Context) -> Outcome | None:
     if not context.world.is_first:
         return None
     stage: EvaluationStage = context.config
-    samples, trained = context.input("samples"), context.input("train")
+    record, trained = context.input("samples"), context.input("train")
     extractor = load_extractor(context.input("extractor"), context.store, context.world.device)
     source = images.checked_source(
         stage.source,
@@ -69,35 +54,48 @@ def program(context: Context) -> Outcome | None:
         context.job.inputs["source"],
         listing=context.listing(),
     )
+    reference = reference_for(context, record)
     # First, for it reads files that may be missing or damaged.
     rows, scores = outliers.out_of_distribution(
         stage.evaluate.ood,
         Subject(
             model=model.from_record(context.store, trained).to(context.world.device),
-            sampler=from_json(SamplerConfig, samples.config["generate"]["sampler"]),
+            sampler=from_json(SamplerConfig, record.config["generate"]["sampler"]),
             source=source,
             extractor=extractor,
         ),
         context.progress,
     )
-    material = gather(context, stage.evaluate, source, extractor, samples)
+    samples = sealed_samples(context, record)
+    metrics = measures.measure(samples, reference, neighbours=stage.evaluate.neighbours)
+    outputs = {"ood-scores.safetensors": tensors_to_bytes(scores)}
+    if len(samples.images):
+        near = measures.nearest_training_images(samples.images, reference)
+        metrics |= measures.read_labels(samples, reference)
+        metrics |= measures.memorisation(near, reference, samples.images)
+        outputs["nearest.safetensors"] = tensors_to_bytes(
+            {name: torch.from_numpy(value) for name, value in vars(near).items()}
+        )
     evaluation = Evaluation(
-        protocol=protocol(stage, extractor, samples, source.digest),
-        samples=material.sample_count,
-        metrics=measure(material, extractor),
+        protocol=protocol(stage, reference.record, record, source.digest),
+        samples=len(samples),
+        metrics=metrics,
         ood=rows,
-        mean_field_evaluations=material.mean_field_evaluations,
+        mean_field_evaluations=float(record.values["mean_field_evaluations"]),
     )
     shown = min(GRID_CLASSES, len(source.classes))
+    real = first_of_each_class(source, shown, stage.evaluate.grid_rows)
+    made = Split(samples.images, samples.labels)
+    grids = {"real-images": real, "sample-images": made}
     return Outcome(
         outputs={
-            "ood-scores.safetensors": tensors_to_bytes(scores),
-            "real-images.safetensors": tensors_to_bytes(
-                {"images": grid_of(material.held_out, shown, stage.evaluate.grid_rows)}
-            ),
-            "sample-images.safetensors": tensors_to_bytes(
-                {"images": grid_of(material.samples, shown, stage.evaluate.grid_rows)}
-            ),
+            **outputs,
+            **{
+                f"{name}.safetensors": tensors_to_bytes(
+                    {"images": grid_of(split, shown, stage.evaluate.grid_rows)}
+                )
+                for name, split in grids.items()
+            },
         },
         values={
             "evaluation": to_json(evaluation),
@@ -110,51 +108,35 @@ def program(context: Context) -> Outcome | None:
 # -- what is measured ---------------------------------------------------------------------------
 
 
-def gather(
-    context: Context,
-    config: EvaluateConfig,
-    source: ImageSource,
-    extractor: FeatureExtractor,
-    samples: Record,
-) -> Material:
-    """Real images of both splits with their features, and the sealed samples."""
-    sealed = columns(context.store, samples)
-    kept = torch.cat(list(kept_images(context.store, samples)))
-    return Material(
-        config=config,
-        training=real_split(context, source, extractor, held_out=False),
-        held_out=real_split(context, source, extractor, held_out=True),
-        samples=Split(kept.numpy(), sealed["labels"].numpy(), sealed["features"].numpy()),
-        sample_count=int(samples.values["samples"]),
-        mean_field_evaluations=float(samples.values["mean_field_evaluations"]),
+def reference_for(context: Context, samples: Record) -> Reference:
+    """The sealed reference; DataError if another extractor looked at the samples."""
+    record = context.input("reference")
+    if record.inputs["extractor"] != samples.inputs["extractor"]:
+        raise DataError(
+            f"reference {record.digest[:12]} was made with extractor "
+            f"{record.inputs['extractor'].digest[:12]}, the samples with "
+            f"{samples.inputs['extractor'].digest[:12]}: their features cannot be compared; make "
+            "both with one extractor"
+        )
+    return open_reference(context.store, record)
+
+
+def sealed_samples(context: Context, record: Record) -> Samples:
+    """Activations and labels of all samples, and the images that were kept."""
+    sealed = columns(context.store, record)
+    kept = torch.cat(list(kept_images(context.store, record)))
+    logits, spatial = sealed.get("logits"), sealed.get("spatial")
+    return Samples(
+        features=sealed["features"].numpy(),
+        logits=None if logits is None else logits.numpy(),
+        spatial=None if spatial is None else spatial.numpy(),
+        labels=sealed["labels"].numpy(),
+        images=kept.numpy(),
     )
 
 
-def real_split(
-    context: Context, source: ImageSource, extractor: FeatureExtractor, *, held_out: bool
-) -> Split:
-    """Images of one side of the split."""
-    chosen = [i for i, entry in enumerate(source.entries) if entry.held_out == held_out]
-    label = "held-out images" if held_out else "training images"
-    if not chosen:
-        raise DataError(
-            f"there are no {label} to measure against: set source.held_out_fraction "
-            f"({source.config.held_out_fraction}) above 0, or add images"
-        )
-    pixels: list[Tensor] = []
-    features: list[NDArray[np.float32]] = []
-    with context.progress(label, len(chosen)) as bar:
-        for start in range(0, len(chosen), BATCH):
-            batch = torch.stack([source.read(i) for i in chosen[start : start + BATCH]])
-            pixels.append(batch)
-            features.append(extract(extractor, [batch.to(context.world.device)]))
-            bar.advance(len(batch))
-    labels = np.array([source.entries[i].label for i in chosen], dtype=np.int64)
-    return Split(torch.cat(pixels).numpy(), labels, np.concatenate(features))
-
-
 def protocol(
-    stage: EvaluationStage, extractor: FeatureExtractor, samples: Record, source: str
+    stage: EvaluationStage, reference: Record, samples: Record, source: str
 ) -> dict[str, Any]:
     """All that must be equal for two evaluations to be comparable."""
     how = dict(samples.config["generate"])
@@ -162,142 +144,36 @@ def protocol(
     for name in ("keep_images", "trajectory_points", "first_seed"):
         how.pop(name)
     how["sampler"] = {k: v for k, v in how["sampler"].items() if k != "batch_size"}
+    looked = reference.values
     return {
         "images": {"source": source, **to_json(stage.source)},
-        "extractor": {"name": extractor.name, "digest": extractor.digest},
+        "extractor": looked["extractor"],
         "generate": how,
         "neighbours": stage.evaluate.neighbours,
         "ood": outliers.protocol(stage.evaluate.ood),
         "pixels": "clamp(127.5 x + 128, 0, 255), truncated to uint8",
         "reference": "training images; beside: held-out images",
+        "reference_images": {name: looked[name] for name in ("images", "keep_features", "file")},
     }
-
-
-# -- samples against real images ----------------------------------------------------------------
-
-
-def measure(material: Material, extractor: FeatureExtractor) -> dict[str, Metric]:
-    """Every number about the samples, each with that of held-out images beside it."""
-    train, held, made = material.training, material.held_out, material.samples
-    k = material.config.neighbours
-    precision, recall = frechet.precision_recall(train.features, made.features, neighbours=k)
-    real_precision, real_recall = frechet.precision_recall(
-        train.features, held.features, neighbours=k
-    )
-    count = f"{extractor.name}]-{material.sample_count}"
-    kid = intervals.kernel_interval(made.features, train.features)
-    inside = intervals.share_interval(
-        round(precision * material.sample_count), material.sample_count
-    )
-    metrics = {
-        **_distances(material, extractor),
-        "kid": _within(
-            kid,
-            Metric(
-                name=f"KID[{count}",
-                value=frechet.kernel_distance(made.features, train.features).mean,
-                beside=frechet.kernel_distance(held.features, train.features).mean,
-                note="unbiased, so it may be slightly negative",
-            ),
-        ),
-        "precision": _within(
-            inside,
-            Metric(
-                name=f"precision[{count}",
-                value=precision,
-                beside=real_precision,
-            ),
-        ),
-        "recall": Metric(name=f"recall[{count}", value=recall, beside=real_recall),
-    }
-    return {**metrics, **read_images(material)}
-
-
-def _distances(material: Material, extractor: FeatureExtractor) -> dict[str, Metric]:
-    """Frechet distances to both splits, and to the training images without bias."""
-    train, held, made = material.training, material.held_out, material.samples
-    name = f"FD[{extractor.name}]-{material.sample_count}"
-    reference = Gaussian.of(train.features)
-    found = intervals.frechet_intervals(made.features, reference)
-    floor = intervals.frechet_intervals(held.features, reference)
-    metrics = {
-        "distance": _within(
-            found.plain if found else None,
-            Metric(
-                name=name,
-                value=frechet.frechet_from_features(made.features, train.features),
-                beside=frechet.frechet_from_features(held.features, train.features),
-                note=f"Fréchet distance to the {len(train.images)} training images; held-out "
-                f"images: {len(held.images)}, and fewer images make it larger",
-            ),
-        ),
-        "distance_held_out": Metric(
-            name=f"{name} to held-out",
-            value=frechet.frechet_from_features(made.features, held.features),
-            note="Fréchet distance to the held-out images",
-        ),
-    }
-    if found is not None:
-        metrics["distance_endless"] = _within(
-            found.endless,
-            Metric(
-                name=f"FD-infinity[{extractor.name}]",
-                value=found.endless.value,
-                beside=floor.endless.value if floor else None,
-                note="where the line over 1/N ends: the distance that endless samples would have",
-            ),
-        )
-    return metrics
-
-
-def _within(interval: Interval | None, metric: Metric) -> Metric:
-    """A metric with the ends of its interval, where there is one."""
-    if interval is None:
-        return metric
-    return replace(metric, low=interval.low, high=interval.high)
-
-
-def read_images(material: Material) -> dict[str, Metric]:
-    """Numbers on pixels of the kept images; none where none are kept."""
-    train, held, made = material.training, material.held_out, material.samples
-    kept = len(made.images)
-    if not kept:
-        return {}
-    reader = Reader(train.images, train.labels)
-    agreement = reader.agreement(made.images, made.labels[:kept])
-    near = partial(_nearest, train)
-    nearest = intervals.median_interval(near(made.images))
-    return {
-        "label_agreement": _within(
-            intervals.share_interval(round(agreement * kept), kept),
-            Metric(
-                name="read as their own class",
-                value=agreement,
-                beside=reader.agreement(held.images, held.labels),
-                n=kept,
-                note=f"by a support vector classifier fitted on training pixels; {kept} samples",
-            ),
-        ),
-        "nearest": _within(
-            nearest,
-            Metric(
-                name="distance to the nearest training image",
-                value=nearest.value,
-                beside=float(np.median(near(held.images))),
-                n=kept,
-                note="median root mean square of pixel differences, 0 to 255; far below the "
-                "held-out figure would mean copies",
-            ),
-        ),
-    }
-
-
-def _nearest(train: Split, queries: NDArray[np.uint8]) -> NDArray[np.float64]:
-    flat = [x.reshape(len(x), -1).astype(np.float64) for x in (queries, train.images)]
-    return frechet.nearest_distances(*flat) / np.sqrt(flat[0].shape[1])
 
 
 # -- pictures -----------------------------------------------------------------------------------
+
+
+def first_of_each_class(source: ImageSource, classes: int, rows: int) -> Split:
+    """The first held-out images of each of the first classes."""
+    numbers = np.array(source.numbers(held_out=True))
+    labels = np.array([source.entries[i].label for i in numbers.tolist()])
+    chosen = [numbers[labels == k][:rows] for k in range(classes)]
+    return read(source, np.concatenate(chosen).tolist())
+
+
+def read(source: ImageSource, numbers: Sequence[int]) -> Split:
+    """Images of a source by number."""
+    starts = range(0, len(numbers), BATCH)
+    pixels = list(source.read_many(numbers[start : start + BATCH] for start in starts))
+    labels = np.array([source.entries[i].label for i in numbers], dtype=np.int64)
+    return Split(torch.cat(pixels).numpy(), labels)
 
 
 def grid_of(split: Split, classes: int, rows: int) -> Tensor:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eqm.config import require
+from eqm.config import INCEPTION_SHA256, require
 from eqm.errors import DataError, IntegrityError
 from eqm.precision import full_precision
 from eqm.records import Record, canonical_bytes, digest, from_json, sha256
@@ -39,6 +39,9 @@ CHANNELS_A_GROUP = 8
 """Of GroupNorm: never BatchNorm, whose output depends on the rest of the batch."""
 
 
+INCEPTION = "inception-v3-compat"
+"""Name of the extractor with which a distance is an FID: torch-fidelity's Inception with the
+weights of the field (INCEPTION_SHA256), and no others."""
 SPATIAL_CHANNELS = 7
 """Of the layer whose positions are all kept, as the field's sFID has it."""
 LARGEST_GRID = 16
@@ -267,9 +270,10 @@ def inception_extractor(
     """The Inception network of FID as torch-fidelity has it (2048 features), from a local file.
 
     The file is torch-fidelity's ``weights-inception-2015-12-05-6726825d.pth``, or the same tensors
-    as ``.safetensors``. Grayscale images are repeated to 3 channels. Raises DataError for a file
-    that is missing or holds other tensors or more than tensors, IntegrityError for another digest,
-    which is checked before anything is parsed.
+    as ``.safetensors``. Only the former is named INCEPTION, for nobody knows whether the tensors of
+    another file are the same. Grayscale images are repeated to 3 channels. Raises DataError for a
+    file that is missing or holds other tensors or more than tensors, IntegrityError for another
+    digest, which is checked before anything is parsed.
     """
     if not weights_path.is_file():
         raise DataError(
@@ -292,9 +296,10 @@ class _InceptionExtractor:
     ) -> None:
         import torch_fidelity
 
-        self.name = "inception-v3-compat"
+        own = weights_sha256 == INCEPTION_SHA256
+        self.name = INCEPTION if own else f"inception-v3-{weights_sha256[:8]}"
         self.dimension = 2048
-        architecture = {"kind": self.name, "torch_fidelity": torch_fidelity.__version__}
+        architecture = {"kind": INCEPTION, "torch_fidelity": torch_fidelity.__version__}
         self.digest = _digest(architecture, weights_sha256)
         # Its constructor unpickles whatever it is given, without restriction: it is given bytes
         # made here, of tensors that are parsed already.

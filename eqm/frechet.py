@@ -1,15 +1,16 @@
-"""Distances between two sets of features: Frechet, kernel, precision and recall, nearest neighbour.
+"""Numbers about sets of features: Frechet and kernel distances, precision, recall, neighbours.
 
 Everything is float64 and knows only features, arrays (N, D): not what made them (eqm.features) and
 not what a distance is to be called or compared with (eqm.evaluate, which calls this), nor how sure
-it is (eqm.intervals).
+it is (eqm.intervals). Matrices of N x M are made by blocks of rows, whatever N and M are.
 
 Legend: N, M images; D dimension of a feature. A *factor* of a covariance S is any F (D, R) with
 F F^T = S; all factors of S give the same distance.
 """
 
+import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -23,6 +24,8 @@ Array: TypeAlias = NDArray[np.float64]
 
 BLOCK_ROWS = 256
 """Rows of a Gram matrix held at a time: bounds memory and changes no result but by rounding."""
+BLOCK_REFERENCES = 16_384
+"""References that queries are held against at a time, where these are not features but many."""
 
 SAMPLES_A_DIMENSION = 4
 """From so many samples a dimension on, the distance is taken from covariances. With fewer they are
@@ -200,15 +203,22 @@ def kernel_distance(
 
 
 def _mmd2(a: Array, b: Array) -> float:
-    within = [
-        (_kernel_sum(x, x) - np.sum(_kernel(np.sum(x * x, axis=1), x.shape[1])))
-        / (len(x) * (len(x) - 1))
-        for x in (a, b)
-    ]
-    return float(within[0] + within[1] - 2 * _kernel_sum(a, b) / (len(a) * len(b)))
+    within = kernel_mean(a) + kernel_mean(b)
+    return within - 2 * kernel_sum(a, b) / (len(a) * len(b))
 
 
-def _kernel_sum(a: Array, b: Array) -> float:
+def kernel_mean(a: Array) -> float:
+    """Mean kernel of two different features among (N, D), N >= 2."""
+    return (kernel_sum(a, a) - kernel_diagonal(a)) / (len(a) * (len(a) - 1))
+
+
+def kernel_diagonal(a: Array) -> float:
+    """Sum of the kernel of each feature of (N, D) with itself."""
+    return float(_kernel(np.sum(a * a, axis=1), a.shape[1]).sum())
+
+
+def kernel_sum(a: Array, b: Array) -> float:
+    """Sum of the kernel over all pairs of features (N, D) and (M, D)."""
     return float(sum(_kernel(a[rows] @ b.T, a.shape[1]).sum() for rows in _blocks(len(a))))
 
 
@@ -228,40 +238,94 @@ def precision_recall(
     them, its reach being the distance to its ``neighbours``-th nearest. Recall is the converse.
     Raises DataError unless each side has more features than ``neighbours``.
     """
+    reals, fakes = manifolds(real, fake, neighbours)
+    return _share_inside(fakes, reals, neighbours), _share_inside(reals, fakes, neighbours)
+
+
+def manifolds(real: ArrayLike, fake: ArrayLike, neighbours: int) -> tuple[Array, Array]:
+    """Features of both sides, checked to be enough for so many neighbours. Raises DataError."""
     require(neighbours > 0, "neighbours", neighbours, "greater than 0")
     reals = _rows(real, "real features", at_least=neighbours + 1)
     fakes = _rows(fake, "fake features", at_least=neighbours + 1)
     _same_dimension(reals[0], fakes[0])
-    return _share_inside(fakes, reals, neighbours), _share_inside(reals, fakes, neighbours)
+    return reals, fakes
+
+
+def nearest(queries: ArrayLike, references: Iterable[ArrayLike]) -> tuple[NDArray[np.int64], Array]:
+    """Of each query (N, D) its nearest reference: number over all blocks, and Euclidean distance.
+
+    References come in blocks (M, D) of any size and number type, so that they need not lie in
+    memory together. Which one is nearest is settled to 1e-7 of the features' norm; its distance is
+    exact, 0 for an equal feature. Raises DataError.
+    """
+    asked = _rows(queries, "queries", at_least=1)
+    number, distance = np.full(len(asked), -1), np.full(len(asked), math.inf)
+    seen = 0
+    for known in _reference_blocks(references):
+        _same_dimension(asked[0], known[0])
+        found = [_squared_distances(asked[r], known).argmin(axis=1) for r in _blocks(len(asked))]
+        chosen = np.concatenate(found)
+        # Differences of the chosen pairs are exact where differences of squares are not.
+        apart = np.linalg.norm(asked - known[chosen], axis=1)
+        nearer = apart < distance
+        number[nearer], distance[nearer] = seen + chosen[nearer], apart[nearer]
+        seen += len(known)
+    if not seen:
+        raise DataError("there are no references to look for neighbours among: give at least one")
+    return number, distance
 
 
 def nearest_distances(queries: ArrayLike, references: ArrayLike) -> Array:
-    """Euclidean distance of each query (N, D) to its nearest reference (M, D): (N,) float64.
+    """Euclidean distance of each query (N, D) to its nearest reference (M, D), as ``nearest``."""
+    return nearest(queries, [references])[1]
 
-    Which reference is nearest is settled to 1e-7 of the features' norm; its distance is exact, 0
-    for an equal feature. Raises DataError.
+
+def _reference_blocks(references: Iterable[ArrayLike]) -> Iterator[Array]:
+    for block in references:
+        rows = np.asarray(block)
+        for first in range(0, len(rows), BLOCK_REFERENCES):
+            yield _rows(rows[first : first + BLOCK_REFERENCES], "references", at_least=1)
+
+
+def reaches(
+    manifold: Array, neighbours: int, left_out: NDArray[np.int64] | None = None
+) -> NDArray[np.float64]:
+    """Squared distance of each feature (M, D) to its ``neighbours``-th nearest: (1, M).
+
+    With groups (M,) of ``left_out``, numbers from 0, there is one more row for each of them: how
+    far the others reach without it. Those of the group itself reach nowhere there: -1.
     """
-    asked = _rows(queries, "queries", at_least=1)
-    known = _rows(references, "references", at_least=1)
-    _same_dimension(asked[0], known[0])
-    found = [_squared_distances(asked[rows], known).argmin(axis=1) for rows in _blocks(len(asked))]
-    # Differences of the chosen pairs are exact where differences of squares are not.
-    return np.linalg.norm(asked - known[np.concatenate(found)], axis=1)
+    group_of = np.full(len(manifold), -1) if left_out is None else left_out
+    groups = range(int(group_of.max()) + 1)
+    found = np.empty((1 + len(groups), len(manifold)))
+    for rows in _blocks(len(manifold)):
+        apart = _squared_distances(manifold[rows], manifold)
+        # One of them is the feature itself.
+        near = np.argpartition(apart, neighbours, axis=1)[:, : neighbours + 1]
+        found[:, rows] = np.take_along_axis(apart, near, axis=1).max(axis=1)
+        for group in groups:
+            own, others = group_of[rows] == group, group_of != group
+            lost = (group_of[near] == group).any(axis=1) & ~own
+            line = found[1 + group, rows]
+            line[own] = -1
+            if lost.any():
+                rest = apart[lost][:, others]
+                line[lost] = np.partition(rest, neighbours, axis=1)[:, neighbours]
+    return found
+
+
+def inside(points: Array, manifold: Array, reach: Array) -> NDArray[np.bool_]:
+    """Whether points (N, D) lie within reach of a feature of the manifold: (R, N), for (R, M)."""
+    found = np.empty((len(reach), len(points)), dtype=np.bool_)
+    for rows in _blocks(len(points)):
+        apart = _squared_distances(points[rows], manifold)
+        for line, far in zip(found, reach, strict=True):
+            line[rows] = (apart <= far).any(axis=1)
+    return found
 
 
 def _share_inside(points: Array, manifold: Array, neighbours: int) -> float:
-    reach = np.concatenate(
-        [
-            # Index 0 is the feature itself.
-            np.partition(_squared_distances(manifold[rows], manifold), neighbours)[:, neighbours]
-            for rows in _blocks(len(manifold))
-        ]
-    )
-    inside = [
-        (_squared_distances(points[rows], manifold) <= reach).any(axis=1)
-        for rows in _blocks(len(points))
-    ]
-    return float(np.concatenate(inside).mean())
+    return float(inside(points, manifold, reaches(manifold, neighbours)).mean())
 
 
 def _squared_distances(a: Array, b: Array) -> Array:
@@ -270,6 +334,31 @@ def _squared_distances(a: Array, b: Array) -> Array:
     # What is less than the rounding of this difference is the distance of two equal features.
     noise = a.shape[1] * np.finfo(np.float64).eps * size
     return np.where(squared <= noise, 0.0, squared)
+
+
+# -- classes ------------------------------------------------------------------------------------
+
+
+def class_scores(logits: ArrayLike, *, splits: int = 10, seed: int = 2020) -> Array:
+    """Inception Score of each split (Salimans et al. 2016) of logits (N, K): (splits,).
+
+    exp of the mean KL divergence of p(class | image) from p(class). Images are shuffled as
+    torch-fidelity does; the score that is told is the mean over splits. Raises DataError for fewer
+    images than splits.
+    """
+    rows = _rows(logits, "logits", at_least=splits)
+    order = np.random.RandomState(seed).permutation(len(rows))
+    shifted = rows[order] - rows[order].max(axis=1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+    ends = [i * len(rows) // splits for i in range(splits + 1)]
+    return np.array([_class_score(log_p[a:b]) for a, b in itertools.pairwise(ends)])
+
+
+def _class_score(log_p: Array) -> float:
+    p = np.exp(log_p)
+    # A class that no image is given has no logarithm, and no part in the sum.
+    marginal = np.maximum(p.mean(axis=0), np.finfo(np.float64).tiny)
+    return math.exp(float((p * (log_p - np.log(marginal))).sum(axis=1).mean()))
 
 
 # -- what is refused ----------------------------------------------------------------------------

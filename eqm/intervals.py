@@ -15,9 +15,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from eqm import frechet
 from eqm.config import require
 from eqm.errors import DataError
-from eqm.frechet import SAMPLES_A_DIMENSION, Array, Gaussian, Moments, kernel_distance, merge
+from eqm.frechet import SAMPLES_A_DIMENSION, Array, Gaussian, Moments, merge
 from eqm.ood import wilson
 
 GROUPS = 16
@@ -76,15 +77,55 @@ def frechet_intervals(samples: ArrayLike, reference: Gaussian) -> FrechetInterva
 
 
 def kernel_interval(samples: ArrayLike, reference: ArrayLike) -> Interval | None:
-    """Unbiased kernel distance (eqm.frechet.kernel_distance) with its interval; None for few."""
+    """Unbiased kernel distance (eqm.frechet.kernel_distance) with its interval; None for few.
+
+    Every pair is looked at once: what is left out is a group of sums, not of features.
+    """
     groups = _groups(samples)
     if groups is None:
         return None
+    real = np.asarray(reference, dtype=np.float64)
+    sizes = np.array([len(g.rows) for g in groups])
+    across = np.array([frechet.kernel_sum(g.rows, real) for g in groups])
+    within = np.array([[frechet.kernel_sum(a.rows, b.rows) for b in groups] for a in groups])
+    within -= np.diag([frechet.kernel_diagonal(g.rows) for g in groups])
+    fixed = frechet.kernel_mean(real)
 
     def distance(chosen: Sequence[int]) -> float:
-        return kernel_distance(np.concatenate([groups[i].rows for i in chosen]), reference).mean
+        count = sizes[chosen].sum()
+        among = within[np.ix_(chosen, chosen)].sum() / (count * (count - 1))
+        return float(among + fixed - 2 * across[chosen].sum() / (count * len(real)))
 
-    value, reach = distance(range(GROUPS)), T_975 * _jackknife_error(distance)
+    value, reach = distance(list(range(GROUPS))), T_975 * _jackknife_error(distance)
+    return Interval(value, value - reach, value + reach)
+
+
+def recall_interval(real: ArrayLike, fake: ArrayLike, *, neighbours: int = 3) -> Interval | None:
+    """Recall of fake (M, D) against real (N, D) with its interval; None for few.
+
+    Precision is a share of independent samples, recall is not: each sample reaches as far as the
+    others let it. Both are those of eqm.frechet.precision_recall. Raises DataError.
+    """
+    reals, fakes = frechet.manifolds(real, fake, neighbours)
+    if len(fakes) < LEAST_SAMPLES:
+        return None
+    sizes = [len(part) for part in np.array_split(fakes, GROUPS)]
+    left_out = np.repeat(np.arange(GROUPS), sizes)
+    reach = frechet.reaches(fakes, neighbours, left_out)
+    value, *others = frechet.inside(reals, fakes, reach).mean(axis=1).tolist()
+    wide = T_975 * math.sqrt((GROUPS - 1) * float(np.var(others)))
+    return Interval(value, max(value - wide, 0.0), min(value + wide, 1.0))
+
+
+def score_interval(scores: ArrayLike) -> Interval:
+    """Mean of scores of independent splits (eqm.frechet.class_scores) with its interval."""
+    from scipy.stats import t
+
+    each: NDArray[np.float64] = np.asarray(scores, dtype=np.float64)
+    count = len(each)
+    require(count > 1, "splits", count, "2 or more")
+    value = float(each.mean())
+    reach = float(t.ppf(0.975, count - 1)) * float(each.std(ddof=1)) / math.sqrt(count)
     return Interval(value, value - reach, value + reach)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from eqm.config import (
+    INCEPTION_SHA256,
     AutoencoderConfig,
     CheckpointConfig,
     ExtractorConfig,
@@ -40,8 +41,6 @@ HALF_LIFE = math.log(0.5) / math.log(0.9999) * 256
 EVERY_EPOCH = CheckpointConfig(every_images=1_280_000, grid_every_images=12_800_000)
 UNKNOWN_DIGEST = "0" * 64
 """In place of the digest of a file that only its owner has: refused when the file is read."""
-INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
-"""Of torch-fidelity's weights-inception-2015-12-05-6726825d.pth."""
 
 
 @dataclass(frozen=True, kw_only=True)

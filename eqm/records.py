@@ -434,8 +434,8 @@ class Evaluation:
     """All that must be equal for two evaluations to be comparable; not the model."""
     samples: int
     metrics: dict[str, Metric]
-    """By key: distance, distance_endless, distance_held_out, kid, precision, recall,
-    label_agreement, nearest."""
+    """By key: distance, distance_endless, distance_held_out, spatial_distance, kid, score,
+    precision, recall, label_agreement, nearest (eqm.measures)."""
     ood: tuple[OODRow, ...]
     mean_field_evaluations: float
 

@@ -1,6 +1,7 @@
 """A trained model -> samples, numbers, report.
 
-Wraps ``python -m eqm.generate`` and ``python -m eqm.evaluate``. Locally: ``eqm evaluate demo``.
+Wraps ``python -m eqm.generate``, ``python -m eqm.reference`` and ``python -m eqm.evaluate``.
+Locally: ``eqm evaluate demo``.
 """
 
 import datetime
@@ -25,6 +26,7 @@ from flows.plan import (
     evaluation_job,
     extractor_job,
     make_plan,
+    reference_job,
     require_sealed,
     samples_job,
     train_job,
@@ -59,11 +61,19 @@ def generate_samples(plan: Plan, trained: Record, extractor: Record) -> Record:
 
 
 @stage
+def look_at_images(plan: Plan, source: Ref, extractor: Record) -> Record:
+    """Moments and features of the real images, once for all evaluations of them."""
+    job = reference_job(plan, source, extractor)
+    return ensure(plan, job, say=logged, processes=plan.processes)
+
+
+@stage
 def evaluate_model(
-    plan: Plan, source: Ref, trained: Record, extractor: Record, samples: Record
+    plan: Plan, source: Ref, trained: Record, extractor: Record, samples: Record, reference: Record
 ) -> Record:
     """Measure the samples and the model."""
-    return ensure(plan, evaluation_job(plan, source, trained, extractor, samples), say=logged)
+    job = evaluation_job(plan, source, trained, extractor, samples, reference)
+    return ensure(plan, job, say=logged)
 
 
 def under_same_protocol(plan: Plan, evaluation: Record, standing: champion.Entry) -> Record:
@@ -80,8 +90,9 @@ def under_same_protocol(plan: Plan, evaluation: Record, standing: champion.Entry
     trained = open_ref(plan.store, standing.train)
     extractor = open_ref(plan.store, evaluation.inputs["extractor"])
     samples = ensure(plan, samples_job(plan, trained, extractor), say=logged)
-    source = evaluation.inputs["source"]
-    job = evaluation_job(plan, source, trained, extractor, samples)
+    source, reference = evaluation.inputs["source"], evaluation.inputs["reference"]
+    real = open_ref(plan.store, reference)
+    job = evaluation_job(plan, source, trained, extractor, samples, real)
     return ensure(plan, job, say=logged)
 
 
@@ -204,7 +215,8 @@ def evaluation_of(plan: Plan) -> Job:
     extractor = require_sealed(plan, extractor_job(plan, source))
     trained = require_sealed(plan, train_job(plan, latents_of(plan)))
     samples = require_sealed(plan, samples_job(plan, trained, extractor))
-    return evaluation_job(plan, source, trained, extractor, samples)
+    reference = require_sealed(plan, reference_job(plan, source, extractor))
+    return evaluation_job(plan, source, trained, extractor, samples, reference)
 
 
 @flow(name="evaluate")
@@ -217,7 +229,8 @@ def evaluate(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | No
     register_model(plan, trained)
     extractor = fit_extractor(plan, source)
     samples = generate_samples(plan, trained, extractor)
-    evaluation = evaluate_model(plan, source, trained, extractor, samples)
+    reference = look_at_images(plan, source, extractor)
+    evaluation = evaluate_model(plan, source, trained, extractor, samples, reference)
     report = publish(plan, evaluation, judge(plan, evaluation))
     return plan.store.where(report.key)
 
@@ -244,7 +257,8 @@ def reevaluate_champion(
     trained = open_ref(plan.store, standing.train)
     extractor = fit_extractor(plan, source)
     samples = generate_samples(plan, trained, extractor)
-    evaluation = evaluate_model(plan, source, trained, extractor, samples)
+    reference = look_at_images(plan, source, extractor)
+    evaluation = evaluate_model(plan, source, trained, extractor, samples, reference)
     compare_days(plan, standing, evaluation)
     return plan.store.where(publish(plan, evaluation, None).key)
 

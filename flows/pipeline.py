@@ -5,7 +5,14 @@ from typing import Any
 from prefect import flow
 
 from flows.encode import encode_images, fit_autoencoder, list_images
-from flows.evaluate import evaluate_model, fit_extractor, generate_samples, judge, publish
+from flows.evaluate import (
+    evaluate_model,
+    fit_extractor,
+    generate_samples,
+    judge,
+    look_at_images,
+    publish,
+)
 from flows.plan import make_plan
 from flows.promote import promote_model
 from flows.train import register_model, train_model
@@ -27,7 +34,8 @@ def pipeline(
     trained = train_model(plan, latents)
     version = register_model(plan, trained)
     samples = generate_samples(plan, trained, extractor)
-    evaluation = evaluate_model(plan, source, trained, extractor, samples)
+    reference = look_at_images(plan, source, extractor)
+    evaluation = evaluate_model(plan, source, trained, extractor, samples, reference)
     decision = judge(plan, evaluation)
     report = publish(plan, evaluation, decision)
     promoted = promote_model(plan, trained, version, decision, report)

@@ -20,6 +20,7 @@ from eqm.config import (
     Job,
     LatentsStage,
     PipelineConfig,
+    ReferenceStage,
     Runtime,
     SamplesStage,
     StudyStage,
@@ -220,8 +221,14 @@ def samples_job(plan: Plan, trained: Record, extractor: Record) -> Job:
     return _job(plan, "samples", asked, {"train": trained.ref, "extractor": extractor.ref})
 
 
+def reference_job(plan: Plan, source: Ref, extractor: Record) -> Job:
+    """Look at the real images that samples are held against."""
+    asked = ReferenceStage(source=plan.config.source, reference=plan.config.reference)
+    return _job(plan, "reference", asked, {"source": source, "extractor": extractor.ref})
+
+
 def evaluation_job(
-    plan: Plan, source: Ref, trained: Record, extractor: Record, samples: Record
+    plan: Plan, source: Ref, trained: Record, extractor: Record, samples: Record, reference: Record
 ) -> Job:
     """Measure the samples and the model."""
     asked = EvaluationStage(source=plan.config.source, evaluate=plan.config.evaluate)
@@ -230,6 +237,7 @@ def evaluation_job(
         "train": trained.ref,
         "extractor": extractor.ref,
         "samples": samples.ref,
+        "reference": reference.ref,
     }
     return _job(plan, "evaluation", asked, inputs)
 

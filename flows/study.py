@@ -32,6 +32,7 @@ from flows.plan import (
     list_source,
     make_plan,
     require_sealed,
+    reference_job,
     samples_job,
     source_ref,
     study_job,
@@ -71,6 +72,7 @@ class Ground:
     source: Ref
     latents: Record
     extractor: Record
+    reference: Record
 
 
 def run_study(plan: Plan, name: str, *, seeds: int, do: Ensure = run_stage) -> Record:
@@ -99,7 +101,9 @@ def _ground(plan: Plan, do: Ensure) -> Ground:
     source = source_ref(list_source(plan))
     autoencoder = do(plan, autoencoder_job(plan, source), 1)
     latents = do(plan, latents_job(plan, source, autoencoder), plan.processes)
-    return Ground(source, latents, do(plan, extractor_job(plan, source), 1))
+    extractor = do(plan, extractor_job(plan, source), 1)
+    reference = do(plan, reference_job(plan, source, extractor), plan.processes)
+    return Ground(source, latents, extractor, reference)
 
 
 def _base(plan: Plan, latents: Record) -> Base:
@@ -116,7 +120,9 @@ def _measure(cell: Plan, ground: Ground, do: Ensure) -> tuple[Record, Record]:
     """The model and the evaluation of a cell."""
     trained = do(cell, train_job(cell, ground.latents), cell.processes)
     samples = do(cell, samples_job(cell, trained, ground.extractor), cell.processes)
-    job = evaluation_job(cell, ground.source, trained, ground.extractor, samples)
+    job = evaluation_job(
+        cell, ground.source, trained, ground.extractor, samples, ground.reference
+    )
     return trained, do(cell, job, 1)
 
 

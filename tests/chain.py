@@ -1,8 +1,8 @@
 """A whole chain of sealed stages in seconds, for tests of the stages near its end.
 
-``build`` runs autoencoder -> latents -> train -> extractor -> samples -> evaluation in this
-process, on 8 x 8 digits that are their own latents. What is sealed in the folder already is not
-run again, so the test modules of a session share one chain.
+``build`` runs autoencoder -> latents -> train -> extractor -> samples -> reference -> evaluation
+in this process, on 8 x 8 digits that are their own latents. What is sealed in the folder already is
+not run again, so the test modules of a session share one chain.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eqm import encode, evaluate, fit, generate, stage, train
+from eqm import encode, evaluate, fit, generate, reference, stage, train
 from eqm.config import (
     AutoencoderConfig,
     AutoencoderStage,
@@ -22,6 +22,7 @@ from eqm.config import (
     Job,
     LatentsStage,
     PipelineConfig,
+    ReferenceStage,
     Runtime,
     SamplesStage,
     SourceConfig,
@@ -34,13 +35,14 @@ from eqm.images import open_source
 from eqm.records import Record, Ref, to_json
 from eqm.storage import LocalStore
 
-STAGES = ("autoencoder", "latents", "train", "extractor", "samples", "evaluation")
+STAGES = ("autoencoder", "latents", "train", "extractor", "samples", "reference", "evaluation")
 PROGRAMS: dict[str, stage.Program] = {
     "autoencoder": fit.program,
     "extractor": fit.program,
     "latents": encode.program,
     "train": train.program,
     "samples": generate.program,
+    "reference": reference.program,
     "evaluation": evaluate.program,
 }
 UPDATES = 20
@@ -130,9 +132,13 @@ def job(
             ("latents",),
         ),
         "samples": (SamplesStage(generate=config.generate), ("train", "extractor")),
+        "reference": (
+            ReferenceStage(source=config.source, reference=config.reference),
+            ("source", "extractor"),
+        ),
         "evaluation": (
             EvaluationStage(source=config.source, evaluate=config.evaluate),
-            ("source", "train", "extractor", "samples"),
+            ("source", "train", "extractor", "samples", "reference"),
         ),
     }[name]
     inputs = {need: source if need == "source" else records[need].ref for need in needs}

@@ -2,19 +2,17 @@
 
 import dataclasses
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import chain
 import numpy as np
 import pytest
-import torch
 
 from eqm import dossier, evaluate, images
 from eqm.agreement import Reader
-from eqm.config import EvaluateConfig, EvaluationStage, SourceConfig, replace, stage_config
+from eqm.config import EvaluationStage, SourceConfig, replace, stage_config
 from eqm.errors import DataError
-from eqm.evaluate import Material, Split, grid_of
+from eqm.evaluate import Split, grid_of
 from eqm.images import open_source
 from eqm.records import Evaluation, Ref, from_json
 from eqm.report import render_json
@@ -30,16 +28,12 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> chain.Chain:
 
 @pytest.fixture(scope="module")
 def digits() -> dict[str, Split]:
-    """Both sides of the split, without features."""
+    """Both sides of the split."""
     source = open_source(SourceConfig(image_size_px=8), None)
-    none = np.zeros((0, 1), dtype=np.float32)
-    sides = {}
-    for name, held_out in (("training", False), ("held_out", True)):
-        numbers = source.numbers(held_out=held_out)
-        pixels = torch.stack([source.read(i) for i in numbers]).numpy()
-        labels = np.array([source.entries[i].label for i in numbers], dtype=np.int64)
-        sides[name] = Split(pixels, labels, none)
-    return sides
+    return {
+        name: evaluate.read(source, source.numbers(held_out=name == "held_out"))
+        for name in ("training", "held_out")
+    }
 
 
 def measured(found: chain.Chain) -> Evaluation:
@@ -75,22 +69,10 @@ def test_one_class_is_always_read(digits: dict[str, Split]) -> None:
 # -- parts of the measurement -------------------------------------------------------------------
 
 
-def test_copies_are_at_distance_zero(digits: dict[str, Split]) -> None:
-    train, held = digits["training"], digits["held_out"]
-    assert evaluate._nearest(train, train.images[5:25]).max() == 0
-    assert evaluate._nearest(train, held.images).min() > 0
-
-
-def test_distances_are_in_levels_of_gray() -> None:
-    flat = np.full((3, 1, 8, 8), 100, dtype=np.uint8)
-    train = Split(flat, np.zeros(3, dtype=np.int64), np.zeros((3, 1), dtype=np.float32))
-    assert evaluate._nearest(train, flat[:1] + 7) == pytest.approx([7.0])
-
-
 def test_a_grid_shows_the_first_images_of_each_class() -> None:
     labels = np.array([0, 1, 2, 0, 1, 2, 0, 1, 0], dtype=np.int64)
     pixels = np.arange(8, dtype=np.uint8).repeat(4).reshape(8, 1, 2, 2)
-    split = Split(pixels, labels, np.zeros((9, 1), dtype=np.float32))
+    split = Split(pixels, labels)
     grid = grid_of(split, classes=3, rows=5)
     # Class 2 has two images, so every class shows two.
     assert tuple(grid.shape) == (3, 2, 1, 2, 2)
@@ -101,9 +83,9 @@ def test_a_grid_shows_the_first_images_of_each_class() -> None:
 def test_a_class_without_images_is_black() -> None:
     """So that a report can be made where a small class has no held-out image."""
     pixels = np.full((3, 1, 2, 2), 9, dtype=np.uint8)
-    split = Split(pixels, np.array([0, 0, 2]), np.zeros((3, 1), dtype=np.float32))
+    split = Split(pixels, np.array([0, 0, 2]))
     assert grid_of(split, classes=3, rows=5)[:, :, 0, 0, 0].tolist() == [[9], [0], [9]]
-    none = Split(pixels[:0], split.labels, split.features)
+    none = Split(pixels[:0], split.labels)
     assert tuple(grid_of(none, classes=3, rows=5).shape) == (3, 1, 1, 2, 2)
     assert not grid_of(none, classes=3, rows=5).any()
 
@@ -119,9 +101,11 @@ def protocol_digest(tiny: chain.Chain, extractor: str = "e" * 64, **changes: Any
     }
     stage: EvaluationStage = stage_config("evaluation", stages["evaluation"])
     samples = dataclasses.replace(tiny["samples"], config=stages["samples"])
-    named: Any = SimpleNamespace(name="cnn", digest=extractor)
+    looked = {**tiny["reference"].values, "extractor": {"name": "cnn", "digest": extractor}}
+    looked |= {"keep_features": config.reference.keep_features}
+    reference = dataclasses.replace(tiny["reference"], values=looked)
     return Evaluation(
-        protocol=evaluate.protocol(stage, named, samples, "s" * 64),
+        protocol=evaluate.protocol(stage, reference, samples, "s" * 64),
         samples=50,
         metrics={},
         ood=(),
@@ -155,6 +139,7 @@ def test_the_protocol_does_not_depend_on(tiny: chain.Chain, changes: dict[str, A
         {"evaluate__neighbours": 4},
         {"evaluate__ood__images": 29},
         {"source__split_seed": 1},
+        {"reference__keep_features": 9},
         {"extractor": "f" * 64},
     ],
 )
@@ -170,14 +155,17 @@ def test_every_number_is_there(tiny: chain.Chain) -> None:
     assert found.samples == 50
     assert found.mean_field_evaluations == 5.0
     assert found.metrics.keys() == {
-        *("distance", "distance_held_out", "kid", "precision", "recall"),
-        *("label_agreement", "nearest"),
+        *("distance", "distance_held_out", "spatial_distance", "kid", "score"),
+        *("precision", "recall", "label_agreement", "nearest"),
     }
     for name, metric in found.metrics.items():
         assert np.isfinite(metric.value), name
         assert (metric.beside is None) == (name == "distance_held_out")
     # An untrained model is far from the data; held-out images are near.
-    for name, better in (("distance", "less"), ("kid", "less"), ("precision", "more")):
+    for name, better in (
+        *(("distance", "less"), ("kid", "less"), ("spatial_distance", "less")),
+        *(("precision", "more"), ("score", "more")),
+    ):
         metric = found.metrics[name]
         assert metric.beside is not None
         assert (metric.beside < metric.value) == (better == "less"), name
@@ -189,53 +177,11 @@ def test_numbers_tell_how_sure_they_are(tiny: chain.Chain) -> None:
     found = measured(tiny).metrics
     sure = {name: m for name, m in found.items() if m.low is not None and m.high is not None}
     # 50 samples are too few for the intervals of distances: nothing is said of them.
-    assert sure.keys() == {"precision", "label_agreement", "nearest"}
+    assert sure.keys() == {"score", "precision", "label_agreement", "nearest"}
     for metric in sure.values():
         assert metric.low <= metric.value <= metric.high  # type: ignore[operator]
 
 
-def test_distances_of_enough_samples_have_intervals_and_an_end() -> None:
-    generator = np.random.default_rng(0)
-    train, held, made = (
-        Split(np.zeros((count, 1, 8, 8), np.uint8), np.zeros(count, np.int64), features)
-        for count in (300, 150, 200)
-        for features in [generator.normal(size=(count, 6)).astype(np.float32)]
-    )
-    extractor = SimpleNamespace(name="some")
-    material = Material(EvaluateConfig(), train, held, made, 200, 1.0)
-    found = evaluate._distances(material, extractor)  # type: ignore[arg-type]
-    plain, endless = found["distance"], found["distance_endless"]
-    assert plain.low < plain.value < plain.high  # type: ignore[operator]
-    # The same distribution; what is left is the reference's own fewness, which is taken as given.
-    assert endless.low == 0
-    assert endless.value < plain.value
-    assert (plain.name, endless.name) == ("FD[some]-200", "FD-infinity[some]")
-
-
-def test_samples_that_are_training_images_are_perfect(tiny: chain.Chain) -> None:
-    """The numbers themselves, on an answer that is known."""
-    stage: EvaluationStage = stage_config("evaluation", tiny["evaluation"].config)
-    source = open_source(stage.source, None)
-    numbers = source.numbers(held_out=False)[:600]
-    pixels = torch.stack([source.read(i) for i in numbers]).numpy()
-    labels = np.array([source.entries[i].label for i in numbers], dtype=np.int64)
-    features = pixels.reshape(600, -1)[:, 20:30].astype(np.float32)
-    split = Split(pixels, labels, features)
-    material = evaluate.Material(
-        config=stage.evaluate,
-        training=split,
-        held_out=split,
-        samples=split,
-        sample_count=600,
-        mean_field_evaluations=1.0,
-    )
-    named: Any = SimpleNamespace(name="pixels", digest="0" * 64)
-    found = evaluate.measure(material, named)
-    assert found["distance"].name == "FD[pixels]-600"
-    assert found["distance"].value == pytest.approx(0, abs=1e-2)
-    assert found["precision"].value == found["recall"].value == 1
-    assert found["nearest"].value == 0
-    assert found["label_agreement"].value > 0.99
 
 
 def test_two_stores_hold_the_same(tiny: chain.Chain, tmp_path: Path) -> None:
@@ -254,11 +200,20 @@ def test_images_that_changed_are_refused(tiny: chain.Chain) -> None:
     assert tiny.store.record("evaluation", job_digest(job)) is None
 
 
-def test_without_held_out_images_nothing_is_measured(tiny: chain.Chain) -> None:
-    config = chain.tiniest({"source.held_out_fraction": 0.0})
-    job = chain.job(config, tiny.store, "evaluation", tiny.records)
-    with pytest.raises(DataError, match=r"no held-out images.*source\.held_out_fraction"):
+def test_a_reference_of_another_extractor_is_refused(tiny: chain.Chain) -> None:
+    other = dataclasses.replace(
+        tiny["reference"],
+        inputs={
+            **tiny["reference"].inputs,
+            "extractor": Ref(stage="extractor", digest="0" * 64, content="0" * 64),
+        },
+    )
+    sealed = tiny.store.seal(other)
+    job = tiny.job("evaluation")
+    job = replace(job, inputs={**job.inputs, "reference": sealed.ref})
+    with pytest.raises(DataError, match="with extractor 000000000000, .* cannot be compared"):
         chain.run(job)
+    assert tiny.store.record("evaluation", job_digest(job)) is None
 
 
 # -- what a report is made of -------------------------------------------------------------------
