@@ -219,7 +219,15 @@ def kernel_diagonal(a: Array) -> float:
 
 def kernel_sum(a: Array, b: Array) -> float:
     """Sum of the kernel over all pairs of features (N, D) and (M, D)."""
-    return float(sum(_kernel(a[rows] @ b.T, a.shape[1]).sum() for rows in _blocks(len(a))))
+    return float(kernel_sums(a, b).sum())
+
+
+def kernel_sums(a: Array, b: Array) -> Array:
+    """Of each feature of ``b`` the sum of its kernel with all of ``a``: (M,)."""
+    found = np.zeros(len(b))
+    for rows in _blocks(len(a)):
+        found += _kernel(a[rows] @ b.T, a.shape[1]).sum(axis=0)
+    return found
 
 
 def _kernel(products: Array, dimension: int) -> Array:

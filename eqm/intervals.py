@@ -87,7 +87,9 @@ def kernel_interval(samples: ArrayLike, reference: ArrayLike) -> Interval | None
     real = np.asarray(reference, dtype=np.float64)
     sizes = np.array([len(g.rows) for g in groups])
     across = np.array([frechet.kernel_sum(g.rows, real) for g in groups])
-    within = np.array([[frechet.kernel_sum(a.rows, b.rows) for b in groups] for a in groups])
+    every = np.concatenate([g.rows for g in groups])
+    starts = np.cumsum(sizes) - sizes
+    within = np.array([np.add.reduceat(frechet.kernel_sums(g.rows, every), starts) for g in groups])
     within -= np.diag([frechet.kernel_diagonal(g.rows) for g in groups])
     fixed = frechet.kernel_mean(real)
 

@@ -6,6 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_kid import kid_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
@@ -14,6 +15,7 @@ from eqm.errors import ConfigError, DataError
 from eqm.frechet import (
     KernelDistance,
     Moments,
+    class_scores,
     frechet_distance,
     frechet_distance_from_features,
     frechet_from_features,
@@ -280,6 +282,29 @@ def test_kernel_distance_is_unbiased():
     assert abs(np.mean(draws)) < 3 * np.std(draws) / np.sqrt(len(draws))
 
 
+# -- classes ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "splits"), [(1000, 10), (203, 7), (10, 10)])
+def test_class_scores_equal_torch_fidelity(count, splits):
+    logits = 3 * draw(0, count, 12).astype(np.float32)
+    found = class_scores(logits, splits=splits)
+    truth = isc_features_to_metric(torch.from_numpy(logits), splits=splits)
+    assert len(found) == splits
+    assert found.mean() == pytest.approx(truth["inception_score_mean"], rel=1e-10)
+    assert found.std() == pytest.approx(truth["inception_score_std"], rel=1e-8, abs=1e-12)
+
+
+def test_class_scores_have_closed_forms():
+    certain = 1e4 * np.eye(5)[np.arange(500) % 5]
+    assert class_scores(certain, splits=1) == pytest.approx([5.0], rel=1e-12)
+    assert class_scores(np.zeros((50, 5))) == pytest.approx(np.ones(10), rel=1e-12)
+    # A class that nobody is given has a share of 0, whose logarithm is no number.
+    assert class_scores(certain - [0, 0, 0, 0, 1e6], splits=1) == pytest.approx([4.0], rel=0.3)
+    with pytest.raises(DataError, match="logits hold 9 samples: give at least 10"):
+        class_scores(certain[:9])
+
+
 # -- precision, recall, nearest -----------------------------------------------------------------
 
 
@@ -339,6 +364,7 @@ def test_blocks_change_nothing_but_memory(monkeypatch, rows):
     a, b = draw(0, 300), draw(1, 280, shift=0.2)
     kernel, shares, nearest = kernel_distance(a, b), precision_recall(a, b), nearest_distances(a, b)
     monkeypatch.setattr(eqm.frechet, "BLOCK_ROWS", rows)
+    monkeypatch.setattr(eqm.frechet, "BLOCK_REFERENCES", rows)
     assert kernel_distance(a, b).mean == pytest.approx(kernel.mean, rel=1e-10)
     assert precision_recall(a, b) == shares
     np.testing.assert_array_equal(nearest_distances(a, b), nearest)

@@ -6,12 +6,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eqm.errors import ConfigError, DataError
-from eqm.frechet import Gaussian, frechet_from_features, kernel_distance
+from eqm.frechet import (
+    Gaussian,
+    class_scores,
+    frechet_from_features,
+    kernel_distance,
+    precision_recall,
+)
 from eqm.intervals import (
     LEAST_SAMPLES,
     frechet_intervals,
     kernel_interval,
     median_interval,
+    recall_interval,
+    score_interval,
     share_interval,
 )
 
@@ -83,6 +91,58 @@ def test_kernel_intervals_hold_the_truth():
     truth = kernel_distance(generator.normal(0.3, 1, (20_000, 4)), reference).mean
     found = [kernel_interval(generator.normal(0.3, 1, (256, 4)), reference) for _ in range(RUNS)]
     assert np.mean([one.low <= truth <= one.high for one in found]) >= ENOUGH
+
+
+def jackknifed(samples, statistic):
+    """Ends of the interval by leaving out groups of samples, each number taken anew."""
+    parts = np.array_split(samples, 16)
+    left_out = [statistic(np.concatenate(parts[:k] + parts[k + 1 :])) for k in range(16)]
+    return statistic(samples), 2.131449545559323 * np.sqrt(15 * np.var(left_out))
+
+
+def test_kernel_sums_of_groups_are_those_of_the_samples():
+    generator = np.random.default_rng(3)
+    samples, real = generator.normal(0.3, 1, (203, 5)), generator.normal(size=(90, 5))
+    value, reach = jackknifed(samples, lambda x: kernel_distance(x, real).mean)
+    found = kernel_interval(samples, real)
+    assert found.value == pytest.approx(value, rel=1e-10)
+    assert found.high - found.value == pytest.approx(reach, rel=1e-8)
+
+
+@pytest.mark.parametrize("repeats", [False, True])
+def test_recall_without_a_group_is_that_of_the_others(repeats):
+    generator = np.random.default_rng(4)
+    samples, real = generator.normal(0.5, 0.8, (203, 3)), generator.normal(size=(150, 3))
+    if repeats:
+        samples, real = np.round(samples), np.round(real)
+        # Copies side by side are left out together.
+        samples = samples[np.lexsort(samples.T)]
+    value, reach = jackknifed(samples, lambda x: precision_recall(real, x)[1])
+    found = recall_interval(real, samples)
+    assert found.value == value
+    assert found.value - found.low == pytest.approx(reach, rel=1e-9)
+    assert recall_interval(real, samples[: LEAST_SAMPLES - 1]) is None
+
+
+def test_recall_intervals_hold_the_truth():
+    generator = np.random.default_rng(5)
+    real = generator.normal(size=(300, 4))
+    sets = [generator.normal(0.4, 0.8, (256, 4)) for _ in range(RUNS)]
+    found = [recall_interval(real, samples) for samples in sets]
+    truth = np.mean([one.value for one in found])
+    assert 0.2 < truth < 0.9
+    assert np.mean([one.low <= truth <= one.high for one in found]) >= ENOUGH
+    assert np.mean([one.high - one.low for one in found]) < 8 * np.std([o.value for o in found])
+
+
+def test_score_intervals_hold_the_truth():
+    generator = np.random.default_rng(6)
+    sets = [class_scores(generator.normal(size=(500, 6)) * 2) for _ in range(RUNS)]
+    truth = np.mean(sets)
+    found = [score_interval(scores) for scores in sets]
+    assert np.mean([one.low <= truth <= one.high for one in found]) >= ENOUGH
+    with pytest.raises(ConfigError, match="splits is 1; it must be 2 or more"):
+        score_interval([1.0])
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
