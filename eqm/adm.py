@@ -8,7 +8,9 @@ header alone.
 
 import io
 import math
+import tokenize
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,7 +49,11 @@ def read_batch(data: bytes, where: str) -> AdmBatch:
             images = _images(archive, where)
             features = _moments(archive, "mu", "sigma", where)
             spatial = _moments(archive, "mu_s", "sigma_s", where)
-    except (zipfile.BadZipFile, ValueError, EOFError, OSError, NotImplementedError) as error:
+    except (
+        *(zipfile.BadZipFile, zlib.error, NotImplementedError),
+        # What numpy lets through of a header that is no Python literal.
+        *(ValueError, SyntaxError, tokenize.TokenError, EOFError, OSError),
+    ) as error:
         raise DataError(f"{where} cannot be read as .npz ({error}): fetch it again") from error
     if images is None and features is None:
         raise DataError(

@@ -88,7 +88,7 @@ def test_of_few_samples_nothing_is_said():
 def test_kernel_intervals_hold_the_truth():
     generator = np.random.default_rng(1)
     reference = generator.normal(size=(300, 4))
-    truth = kernel_distance(generator.normal(0.3, 1, (20_000, 4)), reference).mean
+    truth = kernel_distance(generator.normal(0.3, 1, (8_000, 4)), reference).mean
     found = [kernel_interval(generator.normal(0.3, 1, (256, 4)), reference) for _ in range(RUNS)]
     assert np.mean([one.low <= truth <= one.high for one in found]) >= ENOUGH
 

@@ -20,7 +20,6 @@ from eqm.images import open_source
 from eqm.stage import Context, job_digest
 from eqm.statistics import Reference, open_reference
 
-
 COUNTS = (1432, 365)
 """Training and held-out digits."""
 
