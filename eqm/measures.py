@@ -216,6 +216,7 @@ def read_labels(samples: Samples, reference: Reference) -> dict[str, Metric]:
         name="read as their own class",
         value=agreement,
         beside=reader.agreement(held.images, held.labels),
+        n=kept,
         note=f"by a support vector classifier fitted on training pixels; {kept} samples",
     )
     interval = intervals.share_interval(round(agreement * kept), kept)
@@ -246,6 +247,7 @@ def memorisation(
         name="distance to the nearest training image",
         value=found.value,
         beside=float(np.median(beside)),
+        n=len(made.distances),
         note=f"median root mean square of pixel differences, 0 to 255{size}; far below the "
         "held-out figure would mean copies",
     )
