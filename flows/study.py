@@ -31,8 +31,8 @@ from flows.plan import (
     latents_job,
     list_source,
     make_plan,
-    require_sealed,
     reference_job,
+    require_sealed,
     samples_job,
     source_ref,
     study_job,
@@ -120,9 +120,7 @@ def _measure(cell: Plan, ground: Ground, do: Ensure) -> tuple[Record, Record]:
     """The model and the evaluation of a cell."""
     trained = do(cell, train_job(cell, ground.latents), cell.processes)
     samples = do(cell, samples_job(cell, trained, ground.extractor), cell.processes)
-    job = evaluation_job(
-        cell, ground.source, trained, ground.extractor, samples, ground.reference
-    )
+    job = evaluation_job(cell, ground.source, trained, ground.extractor, samples, ground.reference)
     return trained, do(cell, job, 1)
 
 
