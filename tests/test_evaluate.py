@@ -182,8 +182,6 @@ def test_numbers_tell_how_sure_they_are(tiny: chain.Chain) -> None:
         assert metric.low <= metric.value <= metric.high  # type: ignore[operator]
 
 
-
-
 def test_two_stores_hold_the_same(tiny: chain.Chain, tmp_path: Path) -> None:
     store = chain.copied(tiny, tmp_path / "store", without=("evaluation",))
     again = chain.run(chain.elsewhere(tiny.job("evaluation"), store.root))
