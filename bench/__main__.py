@@ -3,7 +3,10 @@
 import sys
 from importlib import import_module
 
-ALL = ("imports", "data", "encoding", "sampling", "energies", "precision", "train", "checkpointing")
+ALL = (
+    *("imports", "data", "encoding", "sampling", "evaluate"),
+    *("energies", "precision", "train", "checkpointing"),
+)
 STUDIES = ("study_adaptive", "recipes")
 """Not of speed, and some are long: run by name."""
 

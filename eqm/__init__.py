@@ -12,7 +12,8 @@ Modules in the order in which a datum meets them:
     learner gradients compute sharding     one update after another
     lease checkpoint events gauges train   how it is trained, for weeks
     model official registry                the trained model, ours and others'
-    rules sampler sampling generate        descent, and what it is good for
+    rules sampler sampling                 descent, and what it is good for
+    generate samples                       samples of a model -> a sealed set, and out of it again
     features adm statistics reference      what is known of the real images
     frechet intervals measures ood outliers evaluate   numbers
     gate report                            decision and page

@@ -117,11 +117,15 @@ def descend(
     held: LatentSet | None = None,
     **more: Any,
 ) -> Samples:
-    """Descent of samples together, as the config has it; from images of ``held``, if given."""
+    """Descent of samples together as the config has it, but for what ``more`` says.
+
+    From images of ``held``, if given.
+    """
     labels = _model_labels(config, trained, seeds, held)
     level = config.noise_level
     start = None if held is None else starts.partly_noised(held, trained, seeds, level)
-    return sampling.sample(trained, labels=labels, seeds=seeds, start=start, **_how(config), **more)
+    how = {**_how(config), **more}
+    return sampling.sample(trained, labels=labels, seeds=seeds, start=start, **how)
 
 
 def seeds_of(config: GenerateConfig, part: Part) -> range:
@@ -379,9 +383,9 @@ def trajectory(
         if update in wanted:
             frames[update] = trained.autoencoder.decode(latents.float())
 
-    # One of each class, whatever the rule of labels is.
+    # One of each class, whatever the rule of labels is; and no farther than is shown.
     balanced = replace(config, labels="balanced")
-    found = descend(balanced, trained, seeds, held, on_update=look)
+    found = descend(balanced, trained, seeds, held, updates=max(wanted), on_update=look)
     # With a stop rule the last of them may end before the last moment that was to be shown.
     frames.setdefault(int(found.updates.max()), found.images())
     updates = sorted(frames)

@@ -30,6 +30,10 @@ IMAGES = "images"
 NPY = "arr_0.npy"
 """Where the programs of the field look for images in an .npz."""
 NPY_LABELS = "arr_1.npy"
+ROUNDING_LEVELS = 2
+"""Of 255, that a pixel may differ by where a batch was another."""
+ROUNDING_OF_FEATURES = 0.02
+"""Of their norm: what such pixels do to features. Those of another sample are about a norm away."""
 ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 """Of every member: equal samples make equal files."""
 
@@ -129,6 +133,44 @@ def part_of(config: GenerateConfig, seed: int) -> Part:
 
 def _read(store: Store, record: Record, name: str) -> dict[str, Tensor]:
     return tensors_from_bytes(store.get(record.outputs[name]))
+
+
+# -- comparing ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Difference:
+    """How far a sample that was made again is from the sealed one."""
+
+    bits: bool
+    """Whether any bit differs, of the image or of its row in the table."""
+    levels: int | None
+    """Largest difference of a pixel value, of 255; None where the image was not kept."""
+    values: int | None
+    """How many pixel values differ."""
+    features: float
+    """Distance of the features over the norm of the sealed ones."""
+
+    @property
+    def is_rounding(self) -> bool:
+        """Whether it is no more than another order of additions makes."""
+        return (self.levels or 0) <= ROUNDING_LEVELS and self.features <= ROUNDING_OF_FEATURES
+
+
+def difference(made: dict[str, Tensor], sealed: dict[str, Tensor]) -> Difference:
+    """Compare one sample, as a row of :func:`kept` and of eqm.generate.remake."""
+    levels = values = None
+    if IMAGES in sealed:
+        apart = (made[IMAGES].int() - sealed[IMAGES].int()).abs()
+        levels, values = int(apart.max()), int((apart > 0).sum())
+    features = sealed["features"].double()
+    distance = (made["features"].double() - features).norm() / features.norm().clamp_min(1e-12)
+    return Difference(
+        bits=any(not torch.equal(made[name], value) for name, value in sealed.items()),
+        levels=levels,
+        values=values,
+        features=float(distance),
+    )
 
 
 # -- writing ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows import data, recovery, study_command
+from flows import data, recovery, samples, study_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -22,6 +22,7 @@ app = typer.Typer(
     "evaluation, promotion.\n\nFirst steps: `eqm up`, then `eqm pipeline demo`.",
 )
 app.add_typer(data.app, name="data")
+app.add_typer(samples.app, name="samples")
 app.command("study")(study_command.run_study)
 out = Console()
 err = Console(stderr=True)

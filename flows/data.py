@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flows.addresses import sealed_by_digits, sealed_digests
+
 app = typer.Typer(
     no_args_is_help=True,
     help="Latents: encode images, verify shards, look at what is in them.",
@@ -203,7 +205,7 @@ def list_(
 
     opened = _store(store)
     table = Table("latents", "images", "classes", "shape", "autoencoder", "sealed", box=None)
-    for digest in _digests(opened):
+    for digest in sealed_digests(opened, "latents"):
         try:
             record = opened.record("latents", digest)
             if record is None:
@@ -326,24 +328,16 @@ def _listed(plan: Any) -> Any:
     return source_ref(list_source(plan))
 
 
-def _digests(store: Any) -> list[str]:
-    keys = (key.split("/") for key in store.list("latents/"))
-    return [parts[1] for parts in keys if len(parts) == 3 and parts[2] == "record.json"]
-
-
 def _opened(latents: str) -> tuple[Any, Any]:
     """Store and record of an address or of the first digits of a digest."""
-    from eqm.errors import ConfigError, DataError
+    from eqm.errors import DataError
     from eqm.shards import sealed_latents
 
     if "/" in latents:
         settings = _settings(None)
         return sealed_latents(latents, settings.home / "cache", settings.cache_bytes)
     store = _store(None)
-    found = [digest for digest in _digests(store) if digest.startswith(latents)]
-    if len(found) > 1:
-        raise ConfigError(f"{latents} begins {len(found)} digests of {store.uri}: give more digits")
-    record = store.record("latents", found[0]) if found else None
+    record = sealed_by_digits(store, "latents", latents)
     if record is None:
         raise DataError(f"{store.uri} has no latents {latents}: `eqm data list` shows what it has")
     return store, record

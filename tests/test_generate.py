@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import chain
+import numpy as np
 import pytest
 import torch
 from chain import store_of
@@ -13,15 +14,27 @@ from eqm import generate
 from eqm.checkpoint import tensors_from_bytes
 from eqm.config import GenerateConfig, Job, SamplerConfig, replace
 from eqm.distributed import World
-from eqm.errors import DataError, IntegrityError
+from eqm.errors import DataError, IntegrityError, StoreError
 from eqm.generate import Committed
 from eqm.records import Record, note_from_bytes, to_json
-from eqm.samples import columns, config_of, kept, kept_images, labels_of, parts_of
+from eqm.samples import (
+    columns,
+    config_of,
+    difference,
+    export_npz,
+    kept,
+    kept_images,
+    labels_of,
+    parts_of,
+)
 from eqm.stage import Context, job_digest, stage_config
 from eqm.storage import Store, record_key
 
 PINNED = [8, 5, 2, 7, 0, 4, 5, 5, 7, 3, 7, 7]
 """Labels of the first seeds with ten classes: what is drawn for a seed never changes."""
+
+STOP_BELOW = 4.45
+"""A norm that samples of the chain's model reach at different times, by steps of 0.5."""
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +47,13 @@ def fresh(tiny: chain.Chain, folder: Path, **changes: Any) -> Job:
     store = chain.copied(tiny, folder / "store", without=("samples", "evaluation"))
     config = chain.tiniest({f"generate.{k.replace('__', '.')}": v for k, v in changes.items()})
     return chain.job(config, store, "samples", tiny.records)
+
+
+def in_world(job: Job, rank: int, size: int) -> Context:
+    """What a rank works with."""
+    world = World(rank, size, torch.device("cpu"))
+    config = stage_config("samples", job.config)
+    return Context(job=job, config=config, store=store_of(job), world=world)
 
 
 def images_of(store: Store, record: Record) -> torch.Tensor:
@@ -94,14 +114,7 @@ def test_ranks_share_the_parts(
     job = fresh(tiny, tmp_path)
     monkeypatch.setattr(World, "barrier", lambda _: None)
     for rank in (1, 0):
-        outcome = generate.program(
-            Context(
-                job=job,
-                config=stage_config("samples", job.config),
-                store=store_of(job),
-                world=World(rank, 2, torch.device("cpu")),
-            )
-        )
+        outcome = generate.program(in_world(job, rank, 2))
         assert (outcome is None) == (rank == 1)
         commits = len(store_of(job).list(f"samples/{job_digest(job)}/parts/"))
         assert commits == (1 if rank == 1 else 3)
@@ -122,6 +135,76 @@ def test_a_damaged_part_is_refused_and_a_lost_one_made_again(
         chain.run(job)
     file.unlink()
     assert chain.run(job).content == tiny["samples"].content
+
+
+@pytest.mark.parametrize("stop_below", [None, STOP_BELOW])
+def test_samples_are_equal_for_any_batch_and_number_of_ranks(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_below: float | None
+) -> None:
+    monkeypatch.setattr(World, "barrier", lambda _: None)
+    found = {}
+    for size, ranks in ((20, 1), (20, 2), (7, 1), (50, 1)):
+        changes = {
+            "sampler__stop_below": stop_below,
+            "sampler__updates": 12,
+            "sampler__step_size": 0.5,
+        }
+        job = fresh(tiny, tmp_path / f"{size}-{ranks}", sampler__batch_size=size, **changes)
+        outcomes = [generate.program(in_world(job, rank, ranks)) for rank in range(ranks)[::-1]]
+        found[size, ranks] = outcomes[-1], store_of(job), chain.run(job)
+    outcome, store, record = found[20, 1]
+    assert found[20, 2][0].outputs == outcome.outputs
+    whole, images = columns(store, record), images_of(store, record)
+    assert (len(set(whole["evaluations"].tolist())) > 3) == (stop_below is not None)
+    for _, other_store, other in found.values():
+        for name, value in columns(other_store, other).items():
+            assert torch.allclose(value, whole[name], atol=1e-3), name
+        assert near(images_of(other_store, other), images)
+
+
+def test_slots_are_refilled_across_parts(tiny: chain.Chain, monkeypatch: Any) -> None:
+    """Half of the updates is not spent waiting for the slowest of each batch."""
+    config = chain.tiniest({"generate.sampler.batch_size": 5}).generate
+    settings = replace(config.sampler, stop_below=STOP_BELOW, step_size=0.5, updates=12)
+    config = replace(config, sampler=settings)
+    trained, batches = eqm.load(tiny.uri("train"), device="cpu"), []
+    gradient = trained.field.gradient
+    monkeypatch.setattr(
+        trained.field, "gradient", lambda x, *a, **k: batches.append(len(x)) or gradient(x, *a, **k)
+    )
+    found = dict(generate.found_in_parts(config, trained, parts_of(config)))
+    assert sorted(part.first for part in found) == list(range(0, 50, 5))
+    assert set(batches) == {5}
+    spent = torch.cat([samples.evaluations for samples in found.values()])
+    together = sum(int(samples.evaluations.max()) for samples in found.values())
+    assert len(batches) <= int(spent.sum()) / 5 + 12
+    assert len(batches) < together
+
+
+def test_what_cannot_be_made_durable_is_told(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, commit = fresh(tiny, tmp_path), generate.commit
+
+    def full(context: Context, part: Any, *more: Any) -> None:
+        if part.number == 1:
+            raise StoreError("the disk is full")
+        commit(context, part, *more)
+
+    monkeypatch.setattr(generate, "commit", full)
+    with pytest.raises(StoreError, match="the disk is full"):
+        chain.run(job)
+    monkeypatch.undo()
+    assert chain.run(job).content == tiny["samples"].content
+
+
+def test_how_long_it_took_is_kept_and_in_no_digest(tiny: chain.Chain, tmp_path: Path) -> None:
+    first, again = tiny["samples"], chain.run(fresh(tiny, tmp_path))
+    for record in (first, again):
+        assert record.provenance["seconds"].keys() == {"sampler", "decoder", "extractor"}
+        assert all(value > 0 for value in record.provenance["seconds"].values())
+    assert first.provenance["seconds"] != again.provenance["seconds"]
+    assert first.content == again.content
 
 
 # -- what is made -------------------------------------------------------------------------------
@@ -231,6 +314,17 @@ def test_more_moments_than_updates_are_shown_once_each(tiny: chain.Chain) -> Non
     assert len(path["images"]) == 6
 
 
+def test_a_descent_that_stops_early_is_shown_to_its_end(tiny: chain.Chain) -> None:
+    config = chain.tiniest({"generate.trajectory_points": 4}).generate
+    settings = replace(config.sampler, stop_below=STOP_BELOW, step_size=0.5, updates=60)
+    trained = eqm.load(tiny.uri("train"), device="cpu")
+    path = generate.trajectory(replace(config, sampler=settings), trained)
+    last = int(path["updates"][-1])
+    assert path["updates"].tolist()[:-1] == [u for u in (0, 20, 40) if u < last]
+    assert last < 60
+    assert len(path["images"]) == len(path["updates"])
+
+
 def test_divergence_is_told_with_its_seeds(tiny: chain.Chain, tmp_path: Path) -> None:
     job = fresh(tiny, tmp_path, first_seed=3, sampler__step_size=1e9)
     with pytest.raises(DataError, match=r"20 of 20 samples diverged \(seeds 3, 4, 5, 6, 7.*lower"):
@@ -277,3 +371,47 @@ def test_images_of_samples_without_one_are_not_made_up(tiny: chain.Chain) -> Non
     """40 of the 50 images are kept."""
     assert "images" in kept(tiny.store, tiny["samples"], [39])
     assert "images" not in kept(tiny.store, tiny["samples"], [39, 40])
+
+
+def test_another_sample_is_told_from_rounding(tiny: chain.Chain) -> None:
+    sealed, other = (kept(tiny.store, tiny["samples"], [seed]) for seed in (31, 21))
+    found = difference(sealed, sealed)
+    assert (found.bits, found.levels, found.values, found.features) == (False, 0, 0, 0.0)
+    assert found.is_rounding
+    off = {**sealed, "images": sealed["images"].bitwise_xor(1)}
+    found = difference(off, sealed)
+    assert (found.bits, found.levels, found.values) == (True, 1, 64)
+    assert found.is_rounding
+    assert not difference(other, sealed).is_rounding
+    # Without an image it is the features that tell.
+    without = {name: value for name, value in sealed.items() if name != "images"}
+    assert difference(other, without).levels is None
+    assert not difference(other, without).is_rounding
+
+
+# -- files of the field -------------------------------------------------------------------------
+
+
+def test_images_are_exported_as_adm_reads_them(tiny: chain.Chain, tmp_path: Path) -> None:
+    file = tmp_path / "samples.npz"
+    file.write_text("what was there before")
+    assert export_npz(tiny.store, tiny["samples"], file, count=33) == 33
+    with np.load(file, allow_pickle=False) as archive:
+        pixels, labels = archive["arr_0"], archive["arr_1"]
+    assert (pixels.dtype, pixels.shape) == (np.uint8, (33, 8, 8, 3))
+    images = images_of(tiny.store, tiny["samples"])[:33]
+    assert np.array_equal(pixels, images.permute(0, 2, 3, 1).expand(-1, -1, -1, 3).numpy())
+    assert labels.tolist() == [s % 10 for s in range(33)]
+    again = tmp_path / "again.npz"
+    export_npz(tiny.store, tiny["samples"], again, count=33)
+    assert again.read_bytes() == file.read_bytes()
+
+
+def test_images_that_were_not_kept_are_not_exported(tiny: chain.Chain, tmp_path: Path) -> None:
+    file = tmp_path / "samples.npz"
+    for count in (None, 41):
+        with pytest.raises(DataError, match=r"keep 40 of their 50 images.*generate.keep_images"):
+            export_npz(tiny.store, tiny["samples"], file, count=count)
+    with pytest.raises(DataError, match="there is no folder"):
+        export_npz(tiny.store, tiny["samples"], tmp_path / "nowhere" / "samples.npz", count=1)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,45 @@
+"""How a person names what is sealed: by its address, or by the first digits of its digest."""
+
+from typing import Any
+
+
+def sealed_digests(store: Any, stage: str) -> list[str]:
+    """Digests of all records of a stage in a store."""
+    keys = (key.split("/") for key in store.list(f"{stage}/"))
+    return [parts[1] for parts in keys if len(parts) == 3 and parts[2] == "record.json"]
+
+
+def sealed_by_digits(store: Any, stage: str, digits: str) -> Any:
+    """The record whose digest begins so; None where none does. Raises ConfigError for several."""
+    from eqm.errors import ConfigError
+
+    found = [digest for digest in sealed_digests(store, stage) if digest.startswith(digits)]
+    if len(found) > 1:
+        raise ConfigError(f"{digits} begins {len(found)} digests of {store.uri}: give more digits")
+    return store.record(stage, found[0]) if found else None
+
+
+def open_sealed(name: str, stage: str) -> tuple[Any, Any]:
+    """Store and record of ``<store>/<stage>/<digest>``, or of first digits in EQM_STORE.
+
+    Raises ConfigError for an address of something else, DataError for what is not there.
+    """
+    from eqm.errors import ConfigError, DataError
+    from eqm.storage import open_store
+    from flows.plan import store_of
+    from flows.settings import activate
+
+    settings = activate()
+    if "/" not in name:
+        store = store_of(settings)
+        record = sealed_by_digits(store, stage, name)
+    else:
+        place, kind, digest = f"//{name.rstrip('/').removesuffix('/record.json')}".rsplit("/", 2)
+        if kind != stage or not place.strip("/"):
+            raise ConfigError(f"{name} is no address of {stage}: give <store>/{stage}/<digest>")
+        cache = settings.home / "cache"
+        store = open_store(place[2:], cache=cache, cache_bytes=settings.cache_bytes)
+        record = store.record(stage, digest)
+    if record is None:
+        raise DataError(f"{name} is not sealed in {store.uri}: there is no such {stage} there")
+    return store, record
