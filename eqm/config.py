@@ -21,7 +21,7 @@ ALGORITHMS = {
     "extractor": 1,
     "latents": 2,
     "train": 1,
-    "samples": 3,
+    "samples": 4,
     "reference": 1,
     "evaluation": 4,
     "study": 1,
