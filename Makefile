@@ -6,7 +6,7 @@ UV_VERSION := 0.13.9
 export PYTHONDONTWRITEBYTECODE :=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test slow chaos check bench gallery lock down clean
+.PHONY: help setup demo test slow chaos check bench gallery pages lock down clean
 
 help: ## list the targets
 	@awk -F':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -47,6 +47,9 @@ bench: .venv/installed ## measure speed and memory, as ratios within one run
 
 gallery: .venv/installed ## draw docs/gallery.md and its pictures from real runs
 	$(BIN)/python -m bench.gallery
+
+pages: .venv/installed ## take pictures of report, MLflow and Prefect (after make demo)
+	$(BIN)/python -m bench.pages
 
 lock: ## resolve requirements.lock again from pyproject.toml
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \

@@ -20,6 +20,8 @@ PINNED = {
     "torch-fidelity": "0.4.0",
 }
 """Versions that are known to work together; the rest is in requirements.lock."""
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome")
+"""Programs that take pictures of pages."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +41,7 @@ def examine() -> Iterator[Finding]:
     yield from packages()
     yield disk()
     yield compiler()
+    yield chromium()
     yield accelerator()
     yield from services()
 
@@ -77,6 +80,13 @@ def compiler() -> Finding:
         "" if found else "only torch.compile on a CPU needs one: install g++",
         needed=False,
     )
+
+
+def chromium() -> Finding:
+    """What `make pages` opens the pages with."""
+    found = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    remedy = "" if found else "only pictures of pages (make pages) need it: install chromium"
+    return Finding("Chromium", found is not None, found or "none", remedy, needed=False)
 
 
 def accelerator() -> Finding:

@@ -1,16 +1,16 @@
 """Back-up and restore: what is copied while everything goes on, and what is refused."""
 
-import contextlib
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import sqlite3
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import pytest
 from mlflow import MlflowClient
@@ -130,45 +130,109 @@ def test_what_is_replaced_by_compare_and_set_is_its_newest(
     assert LocalStore(store.root).read("train/x/lease.json") == b'{"token": 2}'
 
 
-def test_it_is_consistent_while_stages_are_sealed_and_checkpoints_go(
+class Busy(LocalStore):
+    """A store in which something happens in the middle of a listing, and after a download."""
+
+    def __init__(
+        self, root: Path, *, listing: Callable[[], object], after: Callable[[str], object]
+    ):
+        super().__init__(root)
+        self.listing, self.after = listing, after
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        # As S3 does: page by page, in the order of keys.
+        blobs = super().sizes("blobs/")
+        self.listing()
+        return {**blobs, **{k: v for k, v in super().sizes("").items() if k[:6] != "blobs/"}}
+
+    def download(self, key: str, file: BinaryIO) -> None:
+        super().download(key, file)
+        self.after(key)
+
+
+class BusyHome(Home):
+    """A home with such a store."""
+
+    busy: Busy
+
+    def places(self) -> dict[str, Store]:
+        return {"store": self.busy}
+
+
+def busy_home(home: Home, **happens: Any) -> BusyHome:
+    made = BusyHome(home.root, home.store, home.external)
+    nothing = {"listing": lambda: None, "after": lambda _: None}
+    object.__setattr__(made, "busy", Busy(Path(home.store), **{**nothing, **happens}))
+    return made
+
+
+def test_a_record_that_is_sealed_meanwhile_has_its_blobs_or_is_left_out(
     home: Home, store: LocalStore, tmp_path: Path
 ) -> None:
-    """Every record has its blobs and every commit its files, whenever the back-up was made."""
-    ended = threading.Event()
+    seeds = iter((1, 2))
+    busy = busy_home(home, listing=lambda: [sealed(store, seed) for seed in [*seeds][:1]])
+    _, manifest = backup.open_backup(make(busy, tmp_path / "backups"))
+    keys = {file.key for file in manifest.files}
+    records = [key for key in keys if key.endswith("/record.json")]
+    assert len(records) == 2
+    for key in records:
+        record = store.record("train", key.split("/")[1])
+        assert record is not None
+        assert {blob.key for blob in record.outputs.values()} <= keys
 
-    def work() -> None:
-        number = 1
-        while not ended.is_set():
-            sealed(store, number)
-            at = f"train/t/checkpoints/{number:06d}"
-            store.write_once(f"{at}.tensors", b"t" * 100)
-            store.write_once(f"{at}.json", b"{}")
-            store.delete(f"train/t/checkpoints/{number - 3:06d}.json")
-            store.delete(f"train/t/checkpoints/{number - 3:06d}.tensors")
-            ended.wait(0.005)
-            number += 1
 
-    thread = threading.Thread(target=work)
-    thread.start()
-    made = []
-    try:
-        while len(made) < 3:
-            # "changes all the time": tell nobody, and try again.
-            with contextlib.suppress(StoreError):
-                made.append(make(home, tmp_path / "backups"))
-    finally:
-        ended.set()
-        thread.join()
-    for address in made:
-        _, manifest = backup.open_backup(address)
-        keys = {file.key for file in manifest.files}
-        for key in keys:
-            if key.endswith("/record.json"):
-                record = store.record("train", key.split("/")[1])
-                assert record is not None
-                assert {blob.key for blob in record.outputs.values()} <= keys
-            elif "checkpoints" in key and key.endswith(".json"):
-                assert key.replace(".json", ".tensors") in keys
+def test_a_store_in_which_stages_are_sealed_all_the_time_is_told(
+    home: Home, store: LocalStore, tmp_path: Path
+) -> None:
+    seeds = itertools.count(1)
+    busy = busy_home(home, listing=lambda: sealed(store, next(seeds)))
+    with pytest.raises(StoreError, match="changes all the time"):
+        make(busy, tmp_path / "backups")
+
+
+def test_a_checkpoint_that_is_deleted_meanwhile_leaves_no_commit_without_its_files(
+    home: Home, store: LocalStore, tmp_path: Path
+) -> None:
+    ends = ("0.tensors", "json")
+    for end in ends:
+        store.write_once(f"train/t/checkpoints/000001.{end}", end.encode())
+
+    def prune(key: str) -> None:
+        if "checkpoints" in key:
+            for end in reversed(ends):
+                store.delete(f"train/t/checkpoints/000001.{end}")
+
+    _, manifest = backup.open_backup(make(busy_home(home, after=prune), tmp_path / "backups"))
+    kept = {file.key for file in manifest.files if "checkpoints" in file.key}
+    assert kept == {"train/t/checkpoints/000001.0.tensors"}
+
+
+def test_a_move_of_the_champion_that_mlflow_may_not_have_is_left_to_the_next(
+    home: Home, store: LocalStore, tmp_path: Path
+) -> None:
+    moves = iter(range(2, 9))
+
+    def move() -> None:
+        store.write_once(f"history/m/{next(moves):08d}.json", b"{}")
+
+    busy = busy_home(home, listing=move)
+    _, manifest = backup.open_backup(make(busy, tmp_path / "backups"))
+    kept = {file.key for file in manifest.files if "history" in file.key}
+    # The second was there before the databases were copied.
+    assert kept == {"history/m/00000001.json", "history/m/00000002.json"}
+
+
+def test_a_blob_that_is_cleaned_up_meanwhile_is_told(
+    home: Home, store: LocalStore, tmp_path: Path
+) -> None:
+    def clean(key: str) -> None:
+        for blob in store.list("blobs/"):
+            if blob != key:
+                (store.root / blob).unlink()
+
+    sealed(store, 1)
+    with pytest.raises(StoreError, match="not beside a clean-up"):
+        make(busy_home(home, after=clean), tmp_path / "backups")
 
 
 # -- what is refused ----------------------------------------------------------------------------
