@@ -5,6 +5,7 @@ The only module that imports boto3.
 """
 
 import contextlib
+import datetime
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -55,6 +56,8 @@ class Object(NamedTuple):
     size_bytes: int
     version: str
     """ETag: changes when the object does."""
+    modified: float = 0.0
+    """When it was written last, in seconds since 1970 by the clock of the S3."""
 
 
 class KeyTakenError(StoreError):
@@ -118,10 +121,25 @@ class Bucket:
         while True:
             page = self._asked(prefix, lambda: self.client.list_objects_v2(**asked))
             for item in page.get("Contents", ()):
-                yield Object(item["Key"], item["Size"], item["ETag"].strip('"'))
+                etag, modified = item["ETag"].strip('"'), item["LastModified"].timestamp()
+                yield Object(item["Key"], item["Size"], etag, modified)
             if not page.get("IsTruncated"):
                 return
             asked["ContinuationToken"] = page["NextContinuationToken"]
+
+    def refresh(self, key: str, older_than_seconds: float) -> None:
+        """Make an object as new as one that is written now, if it is older. Raises MissingError."""
+        with self._errors(key):
+            found = self.client.head_object(Bucket=self.name, Key=key)
+            age = datetime.datetime.now(datetime.UTC) - found["LastModified"]
+            if age.total_seconds() > older_than_seconds:
+                # A copy onto itself, in parts where it is large, is refused unless metadata change.
+                self.client.copy(
+                    {"Bucket": self.name, "Key": key},
+                    self.name,
+                    key,
+                    ExtraArgs={"MetadataDirective": "REPLACE"},
+                )
 
     def create(self, key: str, data: bytes | Path) -> bool:
         """Create an object with If-None-Match; False, and nothing changed, if it exists.

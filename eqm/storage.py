@@ -9,9 +9,11 @@ business of eqm.s3, copies on this machine are that of eqm.cache.
 import contextlib
 import os
 import shutil
+import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 from urllib.parse import urlsplit
 
 from eqm.cache import TRIES, Cache, Download, Verified, damaged, is_blob
@@ -31,6 +33,9 @@ from eqm.s3 import Bucket
 WRITTEN_AT_ONCE_BYTES = 2**24
 VERIFIED = ".verified"
 """Folder of a local store that remembers which files were hashed."""
+FRESH_SECONDS = 24 * 3600.0
+"""A blob that is stored again although it is there counts as written now, to this accuracy: whoever
+deletes what is old and unnamed (eqm.clean) thereby leaves alone what is about to be named."""
 CHANGES = ".changes"
 """Folder of a local store with what came after the first bytes under keys that are changed."""
 
@@ -51,6 +56,15 @@ def open_store(uri: str, *, cache: Path | None = None, cache_bytes: int | None =
     if split.scheme or "://" in uri:
         raise ConfigError(f"store {uri!r}: only s3://bucket/prefix or a local directory")
     return LocalStore(Path(uri))
+
+
+class Stored(NamedTuple):
+    """One key of a listing."""
+
+    key: str
+    size_bytes: int
+    modified: float
+    """When it was written last, in seconds since 1970."""
 
 
 class Store(ABC):
@@ -79,7 +93,10 @@ class Store(ABC):
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Delete a key, if it is there. For keys that nothing else can name: never for blobs."""
+        """Delete a key, if it is there. For keys that nothing else can name.
+
+        Blobs are shared: only eqm.clean, which looks at everything, may delete one.
+        """
 
     @abstractmethod
     def exists(self, key: str) -> bool:
@@ -100,6 +117,14 @@ class Store(ABC):
     @abstractmethod
     def download(self, key: str, file: BinaryIO) -> None:
         """Write the bytes under a key to a file, not verified. Raises MissingError, StoreError."""
+
+    @abstractmethod
+    def stored(self, prefix: str) -> Iterator[Stored]:
+        """All keys that begin with a prefix, with their sizes and times."""
+
+    @abstractmethod
+    def refresh(self, blob: Blob) -> None:
+        """Have a blob that is there count as written now. Raises MissingError."""
 
     @abstractmethod
     def fetch(self, blob: Blob, *, remembered: bool = False) -> Path:
@@ -131,7 +156,11 @@ class Store(ABC):
             blob = Blob(sha256=hash_file(data), size_bytes=data.stat().st_size)
         else:
             blob = Blob(sha256=sha256(data), size_bytes=len(data))
-        self.write_once(blob.key, data)
+        while not self.write_once(blob.key, data):
+            # One that is deleted in between is written again.
+            with contextlib.suppress(MissingError):
+                self.refresh(blob)
+                break
         return blob
 
     def get(self, blob: Blob) -> bytes:
@@ -318,6 +347,32 @@ class LocalStore(Store):
         except FileNotFoundError as error:
             raise MissingError(f"{self.where(key)} does not exist") from error
 
+    def stored(self, prefix: str) -> Iterator[Stored]:
+        """All keys that begin with a prefix, with their sizes and times."""
+        for key in self.list(prefix):
+            # One that is gone by now is none.
+            with contextlib.suppress(FileNotFoundError):
+                found = self._path(key).stat()
+                # Whose times we cannot renew in `refresh` must never look old.
+                ours = found.st_uid == os.geteuid()
+                modified = found.st_mtime if ours else time.time()
+                yield Stored(key, found.st_size, max(modified, self._changed(key)))
+
+    def _changed(self, key: str) -> float:
+        """When a key was replaced last; 0 for never."""
+        changes = (path.stat().st_mtime for path in self._changes(key).rglob("*"))
+        return max(changes, default=0.0)
+
+    def refresh(self, blob: Blob) -> None:
+        """Have a blob that is there count as written now. Raises MissingError."""
+        try:
+            path = self._path(blob.key)
+            if time.time() - path.stat().st_mtime > FRESH_SECONDS:
+                with contextlib.suppress(PermissionError):
+                    os.utime(path)
+        except FileNotFoundError as error:
+            raise MissingError(f"{self.where(blob.key)} does not exist") from error
+
     def fetch(self, blob: Blob, *, remembered: bool = False) -> Path:
         """The file itself, verified."""
         path = self._path(blob.key)
@@ -433,6 +488,16 @@ class S3Store(Store):
                 file.truncate()
             else:
                 return
+
+    def stored(self, prefix: str) -> Iterator[Stored]:
+        """All keys that begin with a prefix, with their sizes and times."""
+        cut = len(self.prefix) + 1 if self.prefix else 0
+        for found in self.bucket.list(self.name(prefix)):
+            yield Stored(found.key[cut:], found.size_bytes, found.modified)
+
+    def refresh(self, blob: Blob) -> None:
+        """Have a blob that is there count as written now. Raises MissingError."""
+        self.bucket.refresh(self.name(blob.key), FRESH_SECONDS)
 
     def write_once(self, key: str, data: bytes | Path) -> bool:
         """Create a key with If-None-Match; False if it exists."""

@@ -1,0 +1,226 @@
+"""What in a store nothing names any more, and its deletion: mark from all that is kept, then sweep.
+
+Every sealed record is kept for good, and so is whatever a kept key names: records, history,
+reports, studies, checkpoints and commits of stages that are under way. What can go, once it is old
+enough:
+
+* *blobs* that nothing names: an attempt was killed before it sealed, or lost a race;
+* *abandoned* stages: not sealed, and nothing of them written since, not even their lease;
+* *scaffolding* of sealed stages: checkpoints of a training and parts of samples. What they hold is
+  in the record.
+
+A name is any digest that stands anywhere in a kept JSON, so a kind of record that this module has
+never heard of keeps its blobs too. A stage that stores bytes which are there already makes them
+count as new (``Store.put``), so what is about to be named is never old. Called by flows.
+"""
+
+import datetime
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from eqm.config import ALGORITHMS
+from eqm.errors import ConfigError, IntegrityError, MissingError
+from eqm.records import Blob, note_to_bytes, record_from_bytes
+from eqm.storage import Store, Stored
+
+SCHEMA = "eqm-cleaning/1"
+LEAST_SECONDS = 24 * 3600.0
+"""Younger than this nothing is touched: a stage may be about to name it."""
+BLOBS = "blobs/sha256/"
+SCAFFOLDING = {"train": ("checkpoints",), "samples": ("parts",)}
+"""Stage -> folders that serve until its seal."""
+READERS = 16
+"""Keys that are read at once."""
+NAME = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What could be deleted, by the reason why, and what is left."""
+
+    condemned: Mapping[str, tuple[Stored, ...]]
+    """"blobs", "abandoned", "scaffolding" -> keys, in the order in which they are to go."""
+    kept: int
+    kept_bytes: int
+
+    @property
+    def keys(self) -> list[str]:
+        """All that could be deleted."""
+        return [one.key for found in self.condemned.values() for one in found]
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that would be free."""
+        return sum(one.size_bytes for found in self.condemned.values() for one in found)
+
+    def lines(self) -> list[str]:
+        """What and how much, for people."""
+        told = [
+            f"{why}: {len(found)} objects, {_size(sum(one.size_bytes for one in found))}"
+            for why, found in self.condemned.items()
+        ]
+        return [*told, f"kept: {self.kept} objects, {_size(self.kept_bytes)}"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cleaning:
+    """What is written down before anything is deleted."""
+
+    schema: str
+    at: str
+    older_than_seconds: float
+    deleted: dict[str, int] = field(default_factory=dict)
+    """Key -> its size in bytes."""
+
+
+def survey(store: Store, *, older_than_seconds: float, now: datetime.datetime) -> Survey:
+    """Look at everything. Raises ConfigError for too short an age, IntegrityError, StoreError.
+
+    A record that is damaged ends it: what it named cannot be told.
+    """
+    if older_than_seconds < LEAST_SECONDS:
+        raise ConfigError(
+            f"older_than is {older_than_seconds:g} s; it must be a day or more: a stage may be "
+            "about to name what is younger"
+        )
+    cutoff = now.timestamp() - older_than_seconds
+    everything = list(store.stored(""))
+    blobs = [one for one in everything if one.key.startswith(BLOBS)]
+    others = [one for one in everything if not one.key.startswith(BLOBS)]
+    stages = _by_stage(others)
+    abandoned = [
+        one
+        for (stage, digest), keys in sorted(stages.items())
+        if _is_abandoned(stage, digest, keys, cutoff)
+        for one in keys
+    ]
+    scaffolding = [
+        one
+        for (stage, digest), keys in sorted(stages.items())
+        if _is_sealed(stage, digest, keys)
+        for one in _scaffolding(stage, digest, keys, cutoff)
+    ]
+    going = {one.key for one in (*abandoned, *scaffolding)}
+    named = _named(store, [one for one in others if one.key not in going])
+    unnamed = [
+        one for one in blobs if one.modified < cutoff and one.key.removeprefix(BLOBS) not in named
+    ]
+    condemned = {
+        # What names bytes goes before them.
+        "abandoned": _commits_first(abandoned),
+        "scaffolding": _commits_first(scaffolding),
+        "blobs": tuple(unnamed),
+    }
+    lost = going | {one.key for one in unnamed}
+    left = [one for one in everything if one.key not in lost]
+    return Survey(condemned, len(left), sum(one.size_bytes for one in left))
+
+
+def sweep(store: Store, *, older_than_seconds: float, now: datetime.datetime) -> Survey:
+    """Delete what a survey condemns and a second one condemns again; returns what went.
+
+    What goes is written down first, under ``cleanings/``. Raises as :func:`survey`.
+    """
+    first = survey(store, older_than_seconds=older_than_seconds, now=now)
+    if not first.keys:
+        return first
+    # Much may have been named while the first one looked.
+    again = set(survey(store, older_than_seconds=older_than_seconds, now=now).keys)
+    condemned = {
+        why: tuple(one for one in found if one.key in again)
+        for why, found in first.condemned.items()
+    }
+    agreed = Survey(condemned, first.kept, first.kept_bytes)
+    at = now.astimezone(datetime.UTC).isoformat(timespec="microseconds")
+    sizes = {one.key: one.size_bytes for found in condemned.values() for one in found}
+    note = Cleaning(schema=SCHEMA, at=at, older_than_seconds=older_than_seconds, deleted=sizes)
+    store.write_once(f"cleanings/{at}.json", note_to_bytes(note))
+    for key in agreed.keys:
+        store.delete(key)
+    return agreed
+
+
+# -- stages -------------------------------------------------------------------------------------
+
+
+def _by_stage(keys: list[Stored]) -> dict[tuple[str, str], list[Stored]]:
+    found: dict[tuple[str, str], list[Stored]] = {}
+    for one in keys:
+        parts = one.key.split("/")
+        # Other folders (history, reports, source) are nobody's scaffolding.
+        if len(parts) > 2 and parts[0] in ALGORITHMS:
+            found.setdefault((parts[0], parts[1]), []).append(one)
+    return found
+
+
+def _is_sealed(stage: str, digest: str, keys: list[Stored]) -> bool:
+    return any(one.key == f"{stage}/{digest}/record.json" for one in keys)
+
+
+def _is_abandoned(stage: str, digest: str, keys: list[Stored], cutoff: float) -> bool:
+    # A training that is alive renews its lease, one of these keys, several times a minute.
+    return not _is_sealed(stage, digest, keys) and all(one.modified < cutoff for one in keys)
+
+
+def _scaffolding(stage: str, digest: str, keys: list[Stored], cutoff: float) -> list[Stored]:
+    folders = tuple(f"{stage}/{digest}/{name}/" for name in SCAFFOLDING.get(stage, ()))
+    found = [one for one in keys if folders and one.key.startswith(folders)]
+    # All or nothing: half of a checkpoint serves nobody.
+    return found if all(one.modified < cutoff for one in keys) else []
+
+
+def _commits_first(keys: list[Stored]) -> tuple[Stored, ...]:
+    return tuple(sorted(keys, key=lambda one: (not one.key.endswith(".json"), one.key)))
+
+
+# -- names --------------------------------------------------------------------------------------
+
+
+def _named(store: Store, keys: list[Stored]) -> set[str]:
+    """Every digest that stands in a JSON that is kept, or in one that a record names."""
+    wanted = [one.key for one in keys if one.key.endswith(".json")]
+    found: set[str] = set()
+    with ThreadPoolExecutor(READERS) as threads:
+        for names in threads.map(lambda key: _names_in(store, key), wanted):
+            found |= names
+    return found
+
+
+def _names_in(store: Store, key: str) -> set[str]:
+    try:
+        data = store.read(key)
+    except MissingError:
+        # Pruned while we looked; what took its place is new.
+        return set()
+    found = {name.decode() for name in NAME.findall(data)}
+    if key.endswith("/record.json"):
+        for blob in _lists_of(data, store.where(key)):
+            found |= {name.decode() for name in NAME.findall(_listed(store, blob, key))}
+    return found
+
+
+def _lists_of(data: bytes, where: str) -> Iterator[Blob]:
+    """JSON blobs of a record, such as a manifest, which names its shards."""
+    record = record_from_bytes(data, where)
+    for name, blob in {**record.outputs, **record.logs}.items():
+        if name.endswith(".json"):
+            yield blob
+
+
+def _listed(store: Store, blob: Blob, key: str) -> bytes:
+    try:
+        return store.get(blob)
+    except MissingError as error:
+        raise IntegrityError(
+            f"{store.where(blob.key)}, named by {key}, is gone, so that what it named cannot be "
+            "told: restore it, or delete the record, before anything is cleaned"
+        ) from error
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} B"

@@ -1,0 +1,217 @@
+"""What may be deleted from a store, and what must never be: a whole chain, aged, in pieces."""
+
+import datetime
+import os
+from pathlib import Path
+
+import boto3
+import chain
+import pytest
+
+from eqm import checkpoint, clean, lease
+from eqm.clean import survey, sweep
+from eqm.config import replace
+from eqm.errors import ConfigError, IntegrityError
+from eqm.records import Record
+from eqm.stage import open_ref, verify
+from eqm.storage import LocalStore, open_store
+
+NOW = datetime.datetime.now(datetime.UTC)
+MONTH = 30 * 24 * 3600.0
+
+
+@pytest.fixture
+def store(tmp_path: Path, tiny: chain.Chain) -> LocalStore:
+    """A sealed chain that is 40 days old."""
+    made = chain.copied(tiny, tmp_path / "store", without=())
+    age(made)
+    return made
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> chain.Chain:
+    return chain.build(tmp_path_factory.getbasetemp() / "chain")
+
+
+def age(store: LocalStore, *, days: float = 40) -> None:
+    then = NOW.timestamp() - days * 24 * 3600
+    for path in store.root.rglob("*"):
+        os.utime(path, (then, then))
+
+
+def look(store: LocalStore) -> clean.Survey:
+    return survey(store, older_than_seconds=MONTH, now=NOW)
+
+
+def whole(store: LocalStore, tiny: chain.Chain) -> None:
+    """All that the chain sealed is there and undamaged, shards and all."""
+    for sealed in tiny.records.values():
+        found = open_ref(store, sealed.ref)
+        verify(store, found)
+    assert chain.run(chain.elsewhere(tiny.job("evaluation"), store.root)) == tiny["evaluation"]
+
+
+def test_a_sealed_chain_is_kept_and_its_scaffolding_is_not(
+    store: LocalStore, tiny: chain.Chain
+) -> None:
+    found = look(store)
+    assert found.condemned["abandoned"] == ()
+    folders = {
+        one.key.split("/")[0] + "/" + one.key.split("/")[2]
+        for one in found.condemned["scaffolding"]
+    }
+    assert folders == {"train/checkpoints", "samples/parts"}
+    before = set(store.list(""))
+    gone = sweep(store, older_than_seconds=MONTH, now=NOW)
+    assert set(gone.keys) == set(found.keys) == before - set(store.list(""))
+    whole(store, tiny)
+    # The parts of samples were blobs of their own: they go with what named them.
+    assert gone.condemned["blobs"]
+    assert look(store).keys == []
+
+
+def test_shards_are_named_by_their_manifest_alone(store: LocalStore, tiny: chain.Chain) -> None:
+    for key in store.list(f"latents/{tiny['latents'].digest}/shards/"):
+        store.delete(key)
+    sweep(store, older_than_seconds=MONTH, now=NOW)
+    whole(store, tiny)
+
+
+def test_what_nothing_names_goes_when_it_is_old(store: LocalStore) -> None:
+    sweep(store, older_than_seconds=MONTH, now=NOW)
+    old, young = store.put(b"of an attempt that was killed"), store.put(b"of one under way")
+    then = NOW.timestamp() - MONTH - 60
+    os.utime(store.root / old.key, (then, then))
+    assert look(store).keys == [old.key]
+    gone = sweep(store, older_than_seconds=MONTH, now=NOW + datetime.timedelta(seconds=1))
+    assert gone.keys == [old.key]
+    assert not store.holds(old)
+    assert store.holds(young)
+    notes = store.list("cleanings/")
+    assert len(notes) == 2
+    assert old.key in store.read(notes[-1]).decode()
+
+
+def test_what_is_stored_again_is_new(store: LocalStore) -> None:
+    blob = store.put(b"of an attempt that was killed")
+    then = NOW.timestamp() - MONTH - 60
+    os.utime(store.root / blob.key, (then, then))
+    assert blob.key in look(store).keys
+    assert store.put(b"of an attempt that was killed") == blob
+    assert blob.key not in look(store).keys
+
+
+def test_what_is_named_while_the_first_look_is_taken_stays(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blob = store.put(b"sealed in the last moment")
+    then = NOW.timestamp() - MONTH - 60
+    os.utime(store.root / blob.key, (then, then))
+    looked = clean.survey
+
+    def seals_afterwards(*given: object, **more: object) -> clean.Survey:
+        found = looked(*given, **more)  # type: ignore[arg-type]
+        store.seal(named("study", blob.sha256))
+        return found
+
+    monkeypatch.setattr(clean, "survey", seals_afterwards)
+    gone = sweep(store, older_than_seconds=MONTH, now=NOW)
+    assert blob.key not in gone.keys
+    assert store.holds(blob)
+
+
+def named(stage: str, digest: str) -> Record:
+    """A record of a kind that nobody knows, which names a blob among its values."""
+    values = {"found": {"at": f"blobs/sha256/{digest}"}}
+    return Record(stage=stage, algorithm=1, config={}, inputs={}, outputs={}, values=values)
+
+
+def test_any_record_keeps_what_it_names_anywhere(store: LocalStore) -> None:
+    blob = store.put(b"of a stage that is yet to be invented")
+    store.seal(named("invention", blob.sha256))
+    age(store)
+    assert blob.key not in look(store).keys
+
+
+# -- stages that are not sealed -----------------------------------------------------------------
+
+
+def unsealed(store: LocalStore, tiny: chain.Chain) -> str:
+    """The training as it was before its seal; its folder."""
+    folder = f"train/{tiny['train'].digest}"
+    for name in ("train", "samples", "evaluation"):
+        store.delete(f"{name}/{tiny[name].digest}/record.json")
+    return folder
+
+
+def test_an_abandoned_training_goes_and_one_that_lives_stays(
+    store: LocalStore, tiny: chain.Chain
+) -> None:
+    folder = unsealed(store, tiny)
+    condemned = {one.key for one in look(store).condemned["abandoned"]}
+    assert {key for key in condemned if key.startswith("train/")} == set(store.list(folder))
+    # Its lease is renewed, though no checkpoint was written for long.
+    digest = tiny["train"].digest
+    fix = checkpoint.terms(store, digest)
+    with lease.held(store, checkpoint.lease_key(digest), seconds=30, fix=fix) as mine:
+        mine.check()
+        assert not any(key.startswith("train/") for key in look(store).keys)
+        sweep(store, older_than_seconds=MONTH, now=NOW)
+        assert checkpoint.complete(store, digest)
+    age(store)
+    sweep(store, older_than_seconds=MONTH, now=NOW + datetime.timedelta(seconds=1))
+    assert store.list(folder) == []
+    # What it was built on is as it was, and it begins anew.
+    again = replace(tiny.job("train"), runtime=replace(tiny.job("train").runtime, store=store.uri))
+    assert chain.run(again).content == tiny["train"].content
+
+
+def test_commits_go_before_what_they_name(store: LocalStore, tiny: chain.Chain) -> None:
+    unsealed(store, tiny)
+    ends = [one.key.rpartition(".")[2] for one in look(store).condemned["abandoned"]]
+    assert ends == sorted(ends, key=lambda end: end != "json")
+    assert "safetensors" in ends
+    assert list(look(store).condemned)[-1] == "blobs"
+
+
+# -- what ends it -------------------------------------------------------------------------------
+
+
+def test_less_than_a_day_is_refused(store: LocalStore) -> None:
+    with pytest.raises(ConfigError, match="must be a day or more"):
+        survey(store, older_than_seconds=3600, now=NOW)
+
+
+@pytest.mark.parametrize("lost", ["record", "manifest"])
+def test_damage_ends_it_before_anything_is_deleted(
+    store: LocalStore, tiny: chain.Chain, lost: str
+) -> None:
+    if lost == "record":
+        path = store.root / f"latents/{tiny['latents'].digest}/record.json"
+        path.write_bytes(path.read_bytes().replace(b"shard", b"shart", 1))
+    else:
+        (store.root / tiny["latents"].outputs["manifest.json"].key).unlink()
+    before = store.list("")
+    with pytest.raises(IntegrityError, match="restore it"):
+        sweep(store, older_than_seconds=MONTH, now=NOW)
+    assert store.list("") == before
+
+
+@pytest.mark.services
+def test_s3_tells_ages_and_renews_them(s3_environment: dict[str, str], tmp_path: Path) -> None:
+    store = open_store("s3://eqm/clean", cache=tmp_path)
+    blob = store.put(b"of an attempt that was killed")
+    later = NOW + datetime.timedelta(days=31)
+    assert survey(store, older_than_seconds=MONTH, now=later).keys == [blob.key]
+    (before,) = store.stored("")
+    store.bucket.refresh(f"clean/{blob.key}", 0)  # type: ignore[attr-defined]
+    (after,) = store.stored("")
+    assert after.modified > before.modified
+    assert store.get(blob) == b"of an attempt that was killed"
+    sealed = store.seal(named("invention", blob.sha256))
+    assert survey(store, older_than_seconds=MONTH, now=later).keys == []
+    boto3.client("s3").delete_object(
+        Bucket="eqm", Key=f"clean/invention/{sealed.digest}/record.json"
+    )
+    assert sweep(store, older_than_seconds=MONTH, now=later).keys == [blob.key]
+    assert not store.holds(blob)
