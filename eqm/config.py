@@ -855,6 +855,8 @@ class PipelineConfig:
     """How training computes its steps; in no digest."""
     checkpoints: CheckpointConfig = field(default_factory=CheckpointConfig)
     """When training makes its state durable; in no digest."""
+    continue_images: int = 50_000
+    """Length of a scheduled training that goes on from the champion, when there are new images."""
 
     def __post_init__(self) -> None:
         ok = self.name.replace("-", "").isalnum() and self.name.isascii() and len(self.name) <= 60
@@ -868,7 +870,7 @@ class PipelineConfig:
         if re.match(r"[a-zA-Z0-9+.-]+://[^/]*@", self.source_uri or ""):
             # Not shown: what stands before the @ may be a password.
             raise ConfigError("source_uri holds a user or a password: give the bare address")
-        _positive(self, "config", "processes")
+        _positive(self, "config", "processes", "continue_images")
         check_fit(self.network, self.objective)
         rule = self.generate.sampler.rule
         integrates = self.network.time != "conditioned" or rule in ("euler", "heun")

@@ -31,6 +31,9 @@ from flows.plan import (
 )
 from flows.prefect_tools import logged, stage
 
+open_plan = stage(make_plan)
+"""``make_plan`` for runs that nobody watches: services that are away are waited for."""
+
 RANGE_DEPLOYMENT = "encode-range/encode-range"
 POLL_SECONDS = 2.0
 

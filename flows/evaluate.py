@@ -11,7 +11,7 @@ from typing import Any
 
 from prefect import flow
 
-from eqm import champion, dossier, gate
+from eqm import champion, dossier, drift, gate
 from eqm.config import Job, replace
 from eqm.errors import DataError
 from eqm.records import Decision, Evaluation, Reason, Record, Ref, from_json, to_json
@@ -19,7 +19,7 @@ from eqm.registry import Registry
 from eqm.report import render_json, report_key
 from eqm.report_page import render_html
 from eqm.stage import open_ref
-from flows.encode import encode_images, fit_autoencoder, list_images
+from flows.encode import encode_images, fit_autoencoder, list_images, open_plan
 from flows.plan import (
     Plan,
     ensure,
@@ -31,7 +31,7 @@ from flows.plan import (
     samples_job,
     train_job,
 )
-from flows.prefect_tools import link, logged, stage
+from flows.prefect_tools import day_due, link, logged, page, stage, tell
 from flows.train import latents_of, register_model, train_model
 
 
@@ -134,8 +134,10 @@ def judge(plan: Plan, evaluation: Record, despite_rollback: bool = False) -> Dec
 
 
 @stage
-def publish(plan: Plan, evaluation: Record, decision: Decision | None) -> Report:
-    """Make the report and put it into the store, MLflow and Prefect."""
+def publish(
+    plan: Plan, evaluation: Record, decision: Decision | None, night: drift.Drift | None = None
+) -> Report:
+    """Make the report and put it, with what a night has to say, into store, MLflow and Prefect."""
     content = dossier.collect(
         plan.store,
         evaluation,
@@ -152,12 +154,14 @@ def publish(plan: Plan, evaluation: Record, decision: Decision | None) -> Report
     file = plan.settings.home / "reports" / f"{plan.config.name}-{evaluation.digest[:12]}.html"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(html)
-    report = Report(f"{key}.html", file, show(plan, evaluation, html, data))
+    report = Report(f"{key}.html", file, show(plan, evaluation, html, data, night))
     logged(f"report: {file}")
     return report
 
 
-def show(plan: Plan, evaluation: Record, html: bytes, data: bytes) -> str | None:
+def show(
+    plan: Plan, evaluation: Record, html: bytes, data: bytes, night: drift.Drift | None
+) -> str | None:
     """Add report and numbers to the MLflow run of the training, and link it from Prefect."""
     day = evaluation.config["evaluate"]["as_of"]
     # A later look at the champion stands beside the numbers that it was promoted on.
@@ -165,13 +169,15 @@ def show(plan: Plan, evaluation: Record, html: bytes, data: bytes) -> str | None
     registry = Registry(plan.mlflow_uri)
     run_id = registry.add_evidence(
         evaluation.inputs["train"].digest,
-        metrics=figures(dossier.evaluation_of(evaluation), kind),
+        metrics={**figures(dossier.evaluation_of(evaluation), kind), **figures_of(night)},
         files={f"{folder}/report.html": html, f"{folder}/report.json": data},
     )
-    page = registry.run_page(run_id) if run_id else None
-    if page:
-        link(f"{plan.model_name}-report", f"{page}/artifacts", "Report, as an artifact in MLflow")
-    return page
+    address = registry.run_page(run_id) if run_id else None
+    if address:
+        link(
+            f"{plan.model_name}-report", f"{address}/artifacts", "Report, as an artifact in MLflow"
+        )
+    return address
 
 
 def figures(measured: Evaluation, kind: str) -> dict[str, float]:
@@ -182,6 +188,18 @@ def figures(measured: Evaluation, kind: str) -> dict[str, float]:
         for row in measured.ood
     }
     return {**numbers, **auroc}
+
+
+def figures_of(night: drift.Drift | None) -> dict[str, float]:
+    """Drift under the names that MLflow shows; an alarm is a line that rises to 1."""
+    if night is None or night.difference is None or night.low is None or night.high is None:
+        return {}
+    return {
+        "nightly/drift": night.difference,
+        "nightly/drift_low": night.low,
+        "nightly/drift_high": night.high,
+        "nightly/drift_alarm": float(night.alarm),
+    }
 
 
 @flow(name="fit-extractor")
@@ -235,20 +253,25 @@ def evaluate(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | No
     return plan.store.where(report.key)
 
 
-@flow(name="reevaluate-champion")
+NIGHT_SECONDS = 20 * 3600.0
+"""Before the next night begins, a run that does not end is ended, and told of."""
+DRIFTED = "eqm.champion.drifted"
+"""Event, for automations."""
+
+
+@flow(name="reevaluate-champion", timeout_seconds=NIGHT_SECONDS)
 def reevaluate_champion(
     config: str | dict[str, Any] = "demo",
     changes: dict[str, Any] | None = None,
     as_of: str | None = None,
 ) -> str:
-    """Evaluate the champion again with the seeds of a day (YYYY-MM-DD; default: today, UTC).
+    """Evaluate the champion again with the seeds of a day (YYYY-MM-DD), and look for drift.
 
-    The same day asks for the same thing, so a second run of a day starts nothing.
+    Unless given, it is the day (UTC) on which the run was due: nights that were missed are made up
+    for, each with its own seeds. A day asks for the same thing, so a second run starts nothing.
     """
-    day = (
-        datetime.date.fromisoformat(as_of) if as_of else datetime.datetime.now(datetime.UTC).date()
-    )
-    plan = make_plan(config, changes)
+    day = datetime.date.fromisoformat(as_of) if as_of else day_due()
+    plan = open_plan(config, changes)
     plan = replace(plan, config=_of_day(plan, day))
     standing = champion.current(plan.store, plan.model_name)
     if standing is None:
@@ -259,8 +282,8 @@ def reevaluate_champion(
     samples = generate_samples(plan, trained, extractor)
     reference = look_at_images(plan, source, extractor)
     evaluation = evaluate_model(plan, source, trained, extractor, samples, reference)
-    compare_days(plan, standing, evaluation)
-    return plan.store.where(publish(plan, evaluation, None).key)
+    night = compare_days(plan, standing, evaluation, day)
+    return plan.store.where(publish(plan, evaluation, None, night).key)
 
 
 def _of_day(plan: Plan, day: datetime.date) -> Any:
@@ -273,13 +296,27 @@ def _of_day(plan: Plan, day: datetime.date) -> Any:
     )
 
 
-def compare_days(plan: Plan, standing: champion.Entry, today: Record) -> None:
-    """Say today's distance beside that of the promotion: other seeds, the same model."""
-    then = dossier.evaluation_of(open_ref(plan.store, standing.evaluation))
-    now = dossier.evaluation_of(today)
-    distance = now.metrics["distance"]
-    line = f"{distance.name}: {distance.value:.4g} with today's seeds"
-    if then.protocol_digest != now.protocol_digest:
-        logged(f"{line}; its promotion was judged under another protocol and is not comparable")
-    else:
-        logged(f"{line}, {then.metrics['distance'].value:.4g} at promotion")
+@stage
+def compare_days(
+    plan: Plan, standing: champion.Entry, today: Record, day: datetime.date
+) -> drift.Drift:
+    """Seal what the night has to say beside the promotion, show it, and raise the alarm if so."""
+    promotion = open_ref(plan.store, standing.evaluation)
+    found = drift.between(dossier.evaluation_of(promotion), dossier.evaluation_of(today))
+    plan.store.seal(
+        Record(
+            stage="night",
+            algorithm=1,
+            config={"model": plan.model_name, "day": day.isoformat()},
+            inputs={"promotion": promotion.ref, "evaluation": today.ref, "train": standing.train},
+            outputs={},
+            values={"drift": to_json(found)},
+        )
+    )
+    logged(f"{'ALARM  ' if found.alarm else ''}version {standing.version}: {found.text}")
+    verdict = {"none": "No drift", "drift": "**Drift**", "unknown": "Drift unknown"}[found.outcome]
+    text = f"{verdict} of version {standing.version} on {day}: {found.text}."
+    page(f"{plan.model_name}-drift", text, "Last night's look at the champion")
+    if found.alarm:
+        tell(DRIFTED, plan.model_name, {"version": standing.version, "day": str(day), "text": text})
+    return found

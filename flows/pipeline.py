@@ -1,10 +1,15 @@
-"""The whole story, one line a stage. Locally: ``eqm pipeline demo``; deployed: every week."""
+"""The whole story, one line a stage. Locally: ``eqm pipeline demo``; deployed: on demand.
 
+What a schedule makes of it is flows.weekly.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
 from prefect import flow
 
-from flows.encode import encode_images, fit_autoencoder, list_images
+from eqm.records import Record, Ref
+from flows.encode import encode_images, fit_autoencoder, list_images, open_plan
 from flows.evaluate import (
     evaluate_model,
     fit_extractor,
@@ -13,9 +18,17 @@ from flows.evaluate import (
     look_at_images,
     publish,
 )
-from flows.plan import make_plan
+from flows.plan import Plan
 from flows.promote import promote_model
 from flows.train import register_model, train_model
+
+
+@dataclass(frozen=True)
+class Base:
+    """What a training that goes on from another one keeps of it: its latents and its ruler."""
+
+    autoencoder: Record
+    extractor: Record
 
 
 @flow(name="pipeline")
@@ -26,10 +39,14 @@ def pipeline(
 
     ``config`` is a preset, a TOML file or a table; ``changes`` sets single values by dotted name.
     """
-    plan = make_plan(config, changes)
-    source = list_images(plan)
-    autoencoder = fit_autoencoder(plan, source)
-    extractor = fit_extractor(plan, source)
+    plan = open_plan(config, changes)
+    return images_to_decision(plan, list_images(plan))
+
+
+def images_to_decision(plan: Plan, source: Ref, base: Base | None = None) -> dict[str, Any]:
+    """Every stage in its turn, on a base that is there already or on one that is fitted here."""
+    autoencoder = base.autoencoder if base else fit_autoencoder(plan, source)
+    extractor = base.extractor if base else fit_extractor(plan, source)
     latents = encode_images(plan, source, autoencoder)
     trained = train_model(plan, latents)
     version = register_model(plan, trained)

@@ -1,18 +1,22 @@
 """The little that all flows share of Prefect.
 
-A stage is a task without result cache, retry or stored result: whether it is done is a sealed
-record's to say. Errors that a person can mend end a run with one line instead of a traceback.
+A stage is a task without result cache or stored result: whether it is done is a sealed record's to
+say, so it may be run again at any time. It is where the store or MLflow is away for a while and
+nobody is there to see to it: in a run of a deployment. Errors that a person can mend end a run with
+one line instead of a traceback.
 """
 
+import datetime
 import logging
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from prefect import get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.exceptions import MissingContextError
+from prefect.runtime import deployment, flow_run
 
-from eqm.errors import EqmError
+from eqm.errors import EqmError, MissingError, StoreError, TrackingError
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -47,9 +51,57 @@ def logged(line: str) -> None:
         logging.getLogger("eqm.flows").info(line)
 
 
+AWAY_SECONDS = [5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
+"""How long a run of a deployment waits, in turn, for a service that is away: 19 minutes in all."""
+
+
 def stage(function: Callable[P, R]) -> Callable[P, R]:
     """Make a stage visible as a task of the flow run."""
-    return task(function, cache_policy=NO_CACHE, persist_result=False, retries=0)  # type: ignore[return-value]
+    return task(  # type: ignore[return-value]
+        function,  # type: ignore[arg-type]
+        cache_policy=NO_CACHE,
+        persist_result=False,
+        retries=len(AWAY_SECONDS),
+        retry_delay_seconds=AWAY_SECONDS,
+        retry_condition_fn=_is_worth_waiting,
+    )
+
+
+def _is_worth_waiting(_task: Any, _run: Any, state: Any) -> bool:
+    """Whether a service is away that may come back, in a run that nobody watches."""
+    error = state.data if isinstance(state.data, BaseException) else None
+    if error is None:
+        error = state.result(raise_on_failure=False)
+    away = isinstance(error, StoreError | TrackingError) and not isinstance(error, MissingError)
+    return away and is_deployed()
+
+
+def is_deployed() -> bool:
+    """Whether this is a run of a deployment, which nobody need be watching."""
+    return deployment.id is not None
+
+
+def day_due() -> datetime.date:
+    """Day (UTC) on which this run was due, which may be before the one on which it is run."""
+    due = flow_run.scheduled_start_time if is_deployed() else None
+    return (due or datetime.datetime.now(datetime.UTC)).astimezone(datetime.UTC).date()
+
+
+def page(key: str, markdown: str, text: str) -> None:
+    """Show a text among the flow run's artifacts; nothing outside of a flow run."""
+    from prefect.artifacts import create_markdown_artifact
+    from prefect.context import FlowRunContext
+
+    if FlowRunContext.get() is not None:
+        create_markdown_artifact(markdown=markdown, key=key.lower(), description=text)
+
+
+def tell(event: str, model: str, payload: dict[str, Any]) -> None:
+    """Emit an event about a model, for automations (infra.alarms has the names)."""
+    from prefect.events import emit_event
+
+    resource = {"prefect.resource.id": f"eqm.model.{model}", "prefect.resource.name": model}
+    emit_event(event=event, resource=resource, payload=payload)
 
 
 def link(key: str, address: str, text: str) -> None:
