@@ -31,9 +31,18 @@ LEAST_SECONDS = 24 * 3600.0
 BLOBS = "blobs/sha256/"
 SCAFFOLDING = {"train": ("checkpoints",), "samples": ("parts",)}
 """Stage -> folders that serve until its seal."""
+UNITS = {"h": 3600.0, "d": 24 * 3600.0, "w": 7 * 24 * 3600.0}
 READERS = 16
 """Keys that are read at once."""
 NAME = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+
+
+def seconds_of(age: str) -> float:
+    """Seconds of an age as 36h, 30d or 4w. Raises ConfigError."""
+    found = re.fullmatch(r"(\d+)([hdw])", age.strip())
+    if found is None:
+        raise ConfigError(f"older_than is {age!r}: give a number and h, d or w, as 30d")
+    return int(found[1]) * UNITS[found[2]]
 
 
 @dataclass(frozen=True)

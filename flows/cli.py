@@ -338,6 +338,35 @@ def ema(
     )
 
 
+@app.command("clean")
+def clean_command(
+    older_than: Annotated[
+        str, typer.Option("--older-than", help="Only what is older: 36h, 30d, 4w; a day at least.")
+    ] = "30d",
+    delete: Annotated[
+        bool, typer.Option("--delete", help="Delete it; without this it is only listed.")
+    ] = False,
+) -> None:
+    """List what nothing in the store names any more; delete it with --delete."""
+    import datetime
+
+    _prepare()
+    from eqm import clean
+    from flows.plan import store_of
+    from flows.settings import current_settings
+
+    seconds = clean.seconds_of(older_than)
+    store = store_of(current_settings())
+    work = clean.sweep if delete else clean.survey
+    found = work(store, older_than_seconds=seconds, now=datetime.datetime.now(datetime.UTC))
+    for key in found.keys:
+        out.print(key, highlight=False, soft_wrap=True)
+    for line in found.lines():
+        out.print(line, highlight=False)
+    verb = "deleted" if delete else "could be deleted: `eqm clean --delete` does it"
+    out.print(f"{len(found.keys)} objects {verb}")
+
+
 # -- recipes ------------------------------------------------------------------------------------
 
 

@@ -12,6 +12,8 @@
 | AWS_DEFAULT_REGION    | and its region                                 | boto3's chain    |
 | MLFLOW_TRACKING_URI   | MLflow to use instead of the embedded one      | embedded         |
 | PREFECT_API_URL       | Prefect to use instead of the embedded one     | embedded         |
+| EQM_ALARM_WEBHOOK     | where `eqm up` has alarms posted (a secret)    | nowhere          |
+| EQM_ALARM_PRIVATE     | "allow": also to a host that is not public     | refused          |
 | EQM_LAUNCHER          | where stages run: local, slurm or kubernetes   | local            |
 | EQM_NODE_*, EQM_PROCESS_*, EQM_SLURM_*, EQM_KUBERNETES_*: flows/clusters.py has the table   |
 
@@ -39,6 +41,7 @@ from infra.stack import BUCKET, SERVICES, External, ServiceError, Stack, child_e
 
 KNOWN = (
     *("EQM_HOME", "EQM_STORE", "EQM_S3_ENDPOINT", "EQM_CACHE_SIZE", "EQM_SOURCES"),
+    *("EQM_ALARM_WEBHOOK", "EQM_ALARM_PRIVATE"),
     *VARIABLES,
 )
 LETS_IN = {

@@ -5,6 +5,7 @@ The server is asked over HTTP, so that looking costs milliseconds; registering i
 """
 
 import base64
+import datetime
 import json
 import subprocess
 import sys
@@ -18,7 +19,6 @@ from urllib.parse import urlsplit
 
 from infra.files import make_private_folder, open_private
 from infra.processes import last_lines
-from infra.services import WORKER_NAME
 from infra.stack import LOOPBACK, POOL, ServiceError, Stack, digest_of
 
 DEPLOY_SECONDS = 180.0
@@ -46,15 +46,68 @@ class PrefectApi:
         """Make the process work pool, if it is missing."""
         self._post("/work_pools/", {"name": POOL, "type": "process"}, accept=(409,))
 
-    def heard_of_worker(self) -> str | None:
-        """When our worker was last heard of, by the clock of the server."""
+    def heard_of_worker(self, name: str) -> str | None:
+        """When a worker was last heard of, by the clock of the server."""
         found = self._post(f"/work_pools/{POOL}/workers/filter", {})
-        times = [one["last_heartbeat_time"] for one in found if one["name"] == WORKER_NAME]
+        times = [one["last_heartbeat_time"] for one in found if one["name"] == name]
         return times[0] if times else None
 
     def deployment_names(self) -> set[str]:
         """Names of all deployments."""
         return {found["name"] for found in self._post("/deployments/filter", {"limit": 200})}
+
+    def unfinished_runs(self, *, crashed_since: datetime.datetime) -> list[dict[str, Any]]:
+        """Runs of the pool that somebody took, and those that crashed since a moment."""
+        pool = {"work_pools": {"name": {"any_": [POOL]}}}
+        taken = {"state": {"type": {"any_": ["PENDING", "RUNNING", "CANCELLING"]}}}
+        crashed = {
+            "state": {"type": {"any_": ["CRASHED"]}},
+            "end_time": {"after_": crashed_since.isoformat()},
+        }
+        return [
+            run
+            for which in (taken, crashed)
+            for run in self._post("/flow_runs/filter", {**pool, "flow_runs": which})
+        ]
+
+    def set_state(self, run: str, *, kind: str, name: str, message: str) -> None:
+        """Say how a run stands, whatever it stood at; a scheduled one is due now."""
+        details = {"scheduled_time": datetime.datetime.now(datetime.UTC).isoformat()}
+        state = {
+            "type": kind,
+            "name": name,
+            "message": message,
+            "state_details": details if kind == "SCHEDULED" else {},
+        }
+        self._post(f"/flow_runs/{run}/set_state", {"state": state, "force": True})
+
+    def make_block(self, name: str, *, kind: str, data: Mapping[str, Any]) -> str:
+        """Make a block document, or give it other data; its id."""
+        found = self._send("GET", f"/block_types/slug/{kind}/block_documents/name/{name}", None)
+        if found is not None:
+            self._send("PATCH", f"/block_documents/{found['id']}", {"data": dict(data)})
+            return found["id"]
+        type_ = self._send("GET", f"/block_types/slug/{kind}", None, accept=())
+        which = {"block_schemas": {"block_type_id": {"any_": [type_["id"]]}}}
+        schema = self._post("/block_schemas/filter", which)[0]
+        body = {
+            "name": name,
+            "data": dict(data),
+            "block_type_id": type_["id"],
+            "block_schema_id": schema["id"],
+        }
+        return self._post("/block_documents/", body)["id"]
+
+    def make_automation(self, automation: Mapping[str, Any]) -> None:
+        """Make an automation, or make the one of its name as it should be."""
+        which = {"automations": {"name": {"any_": [automation["name"]]}}}
+        found = self._post("/automations/filter", which)
+        if found:
+            # Whether it is switched off is for people to say.
+            body = {**automation, "enabled": found[0]["enabled"]}
+            self._send("PUT", f"/automations/{found[0]['id']}", body)
+        else:
+            self._post("/automations/", dict(automation))
 
     def _open(self, request: urllib.request.Request) -> Any:
         """Ask; again where the server is busy, as its own client does.
@@ -74,12 +127,26 @@ class PrefectApi:
         return self._opener.open(request, timeout=ANSWER_SECONDS)
 
     def _post(self, path: str, body: dict[str, Any], *, accept: tuple[int, ...] = ()) -> Any:
+        return self._send("POST", path, body, accept=accept)
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        body: dict[str, Any] | None,
+        *,
+        accept: tuple[int, ...] = (404,),
+    ) -> Any:
+        """What it answers; None for one of the statuses that are an answer as well."""
         request = urllib.request.Request(  # noqa: S310
-            self.url + path, data=json.dumps(body).encode(), headers=self._headers
+            self.url + path,
+            data=None if body is None else json.dumps(body).encode(),
+            headers=self._headers,
+            method=method,
         )
         try:
             with self._open(request) as answer:
-                return json.load(answer)
+                return json.loads(answer.read() or b"null")
         except urllib.error.HTTPError as error:
             if error.code in accept:
                 return None

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from infra import deployments, ports
+from infra import alarms, deployments, ports
 from infra.credentials import Credentials, make_credentials, read_credentials
 from infra.files import make_private_folder
 from infra.processes import MARK, Process, last_lines, members, spawn, terminate
@@ -24,6 +24,7 @@ from infra.services import (
     mlflow_service,
     prefect_service,
     s3_service,
+    worker_name,
     worker_service,
 )
 from infra.stack import (
@@ -36,6 +37,7 @@ from infra.stack import (
     ServiceError,
     ServiceStatus,
     Stack,
+    digest_of,
 )
 from infra.state import (
     RESTORING,
@@ -199,20 +201,23 @@ def _start_worker(start: Start) -> None:
     stack = stack_of(start.root, start.state, start.secrets, planned=(WORKER,))
     if stack.prefect_api_url is None:
         raise ServiceError("a worker needs Prefect: start it too, or set PREFECT_API_URL")
+    target = alarms.target_of(start.environ)
     service = worker_service(start.root, stack, start.environ)
     api = deployments.PrefectApi(stack.prefect_api_url, service.environment)
     deploying = _outdated(start, stack, api)
     api.make_pool()
     log = start.root / "logs" / "deploy.log"
-    heard_before = api.heard_of_worker()
+    name = worker_name(start.root)
+    heard_before = api.heard_of_worker(name)
     since = _begin(service, start)
     if deploying is not None:
         start.report("deployments: registering those of prefect.yaml")
         environment = {**service.environment, MARK: mark_of(WORKER, start.root)}
         deployments.deploy_all(start.project, log=log, environment=environment)
+        alarms.register(api, target)
         start.state.deployed = deploying
         start.report("deployments: ready")
-    _wait(service, start, since, until=lambda: api.heard_of_worker() != heard_before)
+    _wait(service, start, since, until=lambda: api.heard_of_worker(name) != heard_before)
 
 
 def _outdated(start: Start, stack: Stack, api: deployments.PrefectApi) -> str | None:
@@ -220,7 +225,12 @@ def _outdated(start: Start, stack: Stack, api: deployments.PrefectApi) -> str | 
     if not deployments.has_deployments(start.project):
         start.report(f"deployments: none, {start.project} has no prefect.yaml")
         return None
-    digest = deployments.deployments_digest(start.project, stack)
+    digest = digest_of(
+        [
+            deployments.deployments_digest(start.project, stack),
+            alarms.alarms_digest(start.environ),
+        ]
+    )
     known = digest == start.state.deployed
     if known and deployments.declared_names(start.project) <= api.deployment_names():
         return None

@@ -6,6 +6,7 @@ no secret stands on a command line, where every user of the machine could read i
 
 import http.client
 import json
+import socket
 import sqlite3
 import sys
 import sysconfig
@@ -31,7 +32,6 @@ from infra.stack import (
 )
 
 TITLES = {S3: "S3", MLFLOW: "MLflow", PREFECT: "Prefect", WORKER: "Prefect worker"}
-WORKER_NAME = "eqm-local"
 
 HEALTH = {S3: "/", MLFLOW: "/health", PREFECT: "/api/health"}
 
@@ -271,6 +271,11 @@ def prefect_service(
         "PREFECT_SERVER_DATABASE_TIMEOUT": "60",
         "PREFECT_SERVER_DATABASE_CONNECTION_TIMEOUT": "60",
         "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
+        # In memory, a restart would forget who holds a slot, and end the runs that do.
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": (
+            "prefect.server.concurrency.lease_storage.filesystem"
+        ),
+        "PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS": "300",
         "PREFECT_UI_API_URL": f"http://{loopback.HOST}:{port}/api",
     }
     kept = _without(environ, "AWS_", "MLFLOW_", "PREFECT_")
@@ -295,13 +300,22 @@ def prefect_service(
 def worker_service(root: Path, stack: Stack, environ: Mapping[str, str]) -> Service:
     """``prefect worker``: runs what is scheduled, as processes of this machine."""
     told = {
-        **_only(environ, "EQM_"),
+        # Where alarms go is a secret that neither worker nor stages need.
+        **{k: v for k, v in _only(environ, "EQM_").items() if not k.startswith("EQM_ALARM_")},
         **stack.environment(),
         "PREFECT_WORKER_QUERY_SECONDS": "5",
+        # A server that restarts is waited for, 8 minutes in all, before a run gives up.
+        "PREFECT_CLIENT_MAX_RETRIES": "8",
     }
+    child = child_environment(environ, stack)
+    name = worker_name(root)
     return Service(
         name=WORKER,
         command=(
+            sys.executable,
+            "-m",
+            "infra.keeper",
+            name,
             sys.executable,
             "-m",
             "prefect",
@@ -309,13 +323,18 @@ def worker_service(root: Path, stack: Stack, environ: Mapping[str, str]) -> Serv
             "start",
             f"--pool={POOL}",
             "--type=process",
-            f"--name={WORKER_NAME}",
+            f"--name={name}",
             "--install-policy=never",
         ),
-        environment={**child_environment(environ, stack), **told},
+        environment={**{k: v for k, v in child.items() if not k.startswith("EQM_")}, **told},
         telling=told,
         folder=make_private_folder(root / "worker"),
     )
+
+
+def worker_name(root: Path) -> str:
+    """Name of the worker of a home: of no other one that asks the same Prefect for work."""
+    return f"eqm-{socket.gethostname()}-{digest_of([str(root)])[:8]}"
 
 
 def _hosts(port: int) -> str:

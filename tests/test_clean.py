@@ -2,6 +2,7 @@
 
 import datetime
 import os
+import time
 from pathlib import Path
 
 import boto3
@@ -182,6 +183,14 @@ def test_less_than_a_day_is_refused(store: LocalStore) -> None:
         survey(store, older_than_seconds=3600, now=NOW)
 
 
+def test_ages_are_a_number_and_a_unit() -> None:
+    assert clean.seconds_of("30d") == MONTH
+    assert clean.seconds_of("36h") == 36 * 3600
+    for odd in ("30", "d", "-3d", "1.5d", "30 days"):
+        with pytest.raises(ConfigError, match="as 30d"):
+            clean.seconds_of(odd)
+
+
 @pytest.mark.parametrize("lost", ["record", "manifest"])
 def test_damage_ends_it_before_anything_is_deleted(
     store: LocalStore, tiny: chain.Chain, lost: str
@@ -204,6 +213,7 @@ def test_s3_tells_ages_and_renews_them(s3_environment: dict[str, str], tmp_path:
     later = NOW + datetime.timedelta(days=31)
     assert survey(store, older_than_seconds=MONTH, now=later).keys == [blob.key]
     (before,) = store.stored("")
+    time.sleep(1.1)  # it tells whole seconds
     store.bucket.refresh(f"clean/{blob.key}", 0)  # type: ignore[attr-defined]
     (after,) = store.stored("")
     assert after.modified > before.modified
