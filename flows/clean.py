@@ -9,37 +9,28 @@ from typing import Any
 from prefect import flow
 
 from eqm import clean
-from flows.encode import open_plan
-from flows.plan import Plan
+from flows.plan import store_of
 from flows.prefect_tools import logged, page, stage
+from flows.settings import current_settings
 
 CLEAN_SECONDS = 12 * 3600.0
 MOST_SHOWN = 50
 
 
 @flow(name="clean", timeout_seconds=CLEAN_SECONDS)
-def clean_store(
-    config: str | dict[str, Any] = "demo",
-    changes: dict[str, Any] | None = None,
-    older_than: str = "30d",
-    delete: bool = False,
-) -> dict[str, Any]:
-    """Find, and with ``delete`` delete, what nothing names any more and is older than an age.
-
-    Of the whole store, whatever the config is: it only says which store.
-    """
-    seconds = clean.seconds_of(older_than)
-    return look(open_plan(config, changes, tracked=False), seconds, delete)
+def clean_store(older_than: str = "30d", delete: bool = False) -> dict[str, Any]:
+    """Find, and with ``delete`` delete, what nothing names any more and is older than an age."""
+    return look(clean.seconds_of(older_than), delete)
 
 
 @stage
-def look(plan: Plan, older_than_seconds: float, delete: bool) -> dict[str, Any]:
+def look(older_than_seconds: float, delete: bool) -> dict[str, Any]:
     """Survey the store, or sweep it, and show what and how much."""
-    now = datetime.datetime.now(datetime.UTC)
+    store, now = store_of(current_settings()), datetime.datetime.now(datetime.UTC)
     work = clean.sweep if delete else clean.survey
-    found = work(plan.store, older_than_seconds=older_than_seconds, now=now)
+    found = work(store, older_than_seconds=older_than_seconds, now=now)
     verb = "deleted" if delete else "could be deleted"
-    lines = [f"{len(found.keys)} objects {verb} in {plan.store.uri}", *found.lines()]
+    lines = [f"{len(found.keys)} objects {verb} in {store.uri}", *found.lines()]
     for line in lines:
         logged(line)
     shown = "\n".join(f"* `{key}`" for key in found.keys[:MOST_SHOWN])

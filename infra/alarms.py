@@ -28,7 +28,7 @@ FIELDS = {
     "occurred": "event.occurred | string",
     "payload": "event.payload",
 }
-PAYLOAD = "{%s}" % ", ".join(f'"{k}": {{{{ ({v}) | tojson }}}}' for k, v in FIELDS.items())
+PAYLOAD = "{" + ", ".join(f'"{k}": {{{{ ({v}) | tojson }}}}' for k, v in FIELDS.items()) + "}"
 """Every value is encoded where it is put in: a run may have any name."""
 
 
