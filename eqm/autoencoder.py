@@ -366,7 +366,8 @@ def weights_file(path: Path) -> Path:
 def _place(file: PretrainedFile) -> _Place:
     uri = file.uri.rstrip("/")
     folder, _, name = uri.rpartition("/")
-    is_file = Path(name).suffix.lower() in (".safetensors", ".pth", ".pt")
+    # Blobs of a store have no suffix: their name is their digest.
+    is_file = Path(name).suffix.lower() in (".safetensors", ".pth", ".pt") or name == file.sha256
     if uri.startswith("s3://"):
         root, weights = (folder, name) if is_file else (uri, HUB_WEIGHTS)
         return _Place(root, open_store(root), weights)

@@ -32,6 +32,8 @@ pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
 
 FLOWS = {
     "pipeline": ("pipeline",),
+    "weekly": ("weekly",),
+    "clean": ("clean_store",),
     "evaluate": ("reevaluate_champion",),
     "encode": ("encode", "encode_range"),
     "promote": ("promote",),
@@ -47,7 +49,7 @@ import flows
 
 
 @flow
-def {name}(config: str = "demo") -> None:
+def {name}(config: str = "demo", older_than: str = "30d", delete: bool = False) -> None:
     lines = [os.getcwd(), eqm.__file__, flows.__file__, os.environ["AWS_ENDPOINT_URL_S3"]]
     Path("{name}.ran").write_text("\\n".join(lines))
 """
@@ -193,7 +195,8 @@ def test_everything_answers(started: tuple[Home, Stack]) -> None:
     home, stack = started
     assert [s.state for s in local.status(home.root)] == ["running"] * 4
     assert s3(stack).list_buckets()["Buckets"][0]["Name"] == stack.s3_bucket
-    names = {"pipeline", "reevaluate-champion", "encode", "encode-range", "promote"}
+    scheduled = {"weekly", "reevaluate-champion", "clean"}
+    names = {*scheduled, "pipeline", "encode", "encode-range", "promote"}
     assert api(stack).deployment_names() == names
     assert local.load(home.root) == stack
 
