@@ -69,9 +69,7 @@ def stage(function: Callable[P, R]) -> Callable[P, R]:
 
 def _is_worth_waiting(_task: Any, _run: Any, state: Any) -> bool:
     """Whether a service is away that may come back, in a run that nobody watches."""
-    error = state.data if isinstance(state.data, BaseException) else None
-    if error is None:
-        error = state.result(raise_on_failure=False)
+    error = state.data
     away = isinstance(error, StoreError | TrackingError) and not isinstance(error, MissingError)
     return away and is_deployed()
 

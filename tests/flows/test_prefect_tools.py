@@ -1,0 +1,40 @@
+"""What a run that nobody watches waits for, and what it never tries again."""
+
+import datetime
+from types import SimpleNamespace
+
+import pytest
+from prefect.states import Failed
+
+from eqm.errors import ConfigError, DataError, MissingError, StoreError, TrackingError
+from flows import prefect_tools
+from flows.encode import open_plan
+
+
+@pytest.mark.parametrize(
+    ("error", "waits"),
+    [
+        (StoreError("S3 does not answer"), True),
+        (TrackingError("MLflow does not answer"), True),
+        (MissingError("it is not there"), False),
+        (DataError("your images"), False),
+        (ConfigError("your config"), False),
+        (RuntimeError("a defect"), False),
+    ],
+)
+def test_only_a_service_that_is_away_is_waited_for(
+    error: Exception, waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    condition = open_plan.retry_condition_fn  # type: ignore[attr-defined]
+    assert not condition(None, None, Failed(data=error)), "whoever watches is told at once"
+    monkeypatch.setattr(prefect_tools, "is_deployed", lambda: True)
+    assert condition(None, None, Failed(data=error)) == waits
+
+
+def test_a_day_is_that_on_which_a_run_was_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prefect_tools.day_due() == datetime.datetime.now(datetime.UTC).date()
+    monkeypatch.setattr(prefect_tools, "is_deployed", lambda: True)
+    east = datetime.timezone(datetime.timedelta(hours=2))
+    due = datetime.datetime(2026, 3, 3, 1, 30, tzinfo=east)
+    monkeypatch.setattr(prefect_tools, "flow_run", SimpleNamespace(scheduled_start_time=due))
+    assert prefect_tools.day_due() == datetime.date(2026, 3, 2)
