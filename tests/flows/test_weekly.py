@@ -112,7 +112,7 @@ def test_weeks_of_a_folder(all_environment: dict[str, str], tmp_path: Path) -> N
     }
     assert sorted(looked) == ["2026-03-09", "2026-03-16", "2026-03-23"]
     assert looked["2026-03-09"].values["outcome"] == "nothing new"
-    assert looked["2026-03-09"].values["records"] == 6
+    assert looked["2026-03-09"].values["records"] == 7
     went_on = looked["2026-03-16"].values
     assert (went_on["new_images"], went_on["gone_images"]) == (24, 1)
     for record in looked.values():

@@ -34,6 +34,7 @@ FLOWS = {
     "pipeline": ("pipeline",),
     "weekly": ("weekly",),
     "clean": ("clean_store",),
+    "study": ("study",),
     "evaluate": ("reevaluate_champion",),
     "encode": ("encode", "encode_range"),
     "promote": ("promote",),
@@ -196,7 +197,7 @@ def test_everything_answers(started: tuple[Home, Stack]) -> None:
     assert [s.state for s in local.status(home.root)] == ["running"] * 4
     assert s3(stack).list_buckets()["Buckets"][0]["Name"] == stack.s3_bucket
     scheduled = {"weekly", "reevaluate-champion", "clean"}
-    names = {*scheduled, "pipeline", "encode", "encode-range", "promote"}
+    names = {*scheduled, "pipeline", "study", "encode", "encode-range", "promote"}
     assert api(stack).deployment_names() == names
     assert local.load(home.root) == stack
 
