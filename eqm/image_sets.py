@@ -76,7 +76,8 @@ def read_set(asked: OODSet, inside: Tensor, count: int) -> Tensor:
     if asked.kind in made:
         found = made[asked.kind]()
     else:
-        pictures = _of_files(asked, count)
+        reader, digested = _checked(asked)
+        pictures = reader.pictures(digested.read, count)
         found = torch.stack(
             [to_tensor(centre_crop(in_mode(one, channels), size)) for one in pictures]
         )
@@ -96,7 +97,17 @@ def digest_of(kind: str, uri: str, split: str | None = None) -> str:
     return _opened(kind, uri, split)[1].digest
 
 
-def _of_files(asked: OODSet, count: int) -> Iterator[Image.Image]:
+def check_set(asked: OODSet) -> None:
+    """Refuse a set whose files are not there, or not those that were meant; no image is read.
+
+    For flows, before a training that would be judged by it. Raises DataError, IntegrityError,
+    StoreError.
+    """
+    if asked.kind in SET_SPLITS:
+        _checked(asked)
+
+
+def _checked(asked: OODSet) -> tuple["Reader", "Digested"]:
     # What OODSet has checked: a kind that lies in files has an address.
     reader, digested = _opened(asked.kind, asked.uri or "", asked.split)
     if digested.digest != asked.sha256:
@@ -104,7 +115,7 @@ def _of_files(asked: OODSet, count: int) -> Iterator[Image.Image]:
             f"set {asked.name!r} at {asked.uri} has digest {digested.digest}, and {asked.sha256} "
             "is expected: copy the files again, or correct evaluate.ood.sets if you trust these"
         )
-    return reader.pictures(digested.read, count)
+    return reader, digested
 
 
 def _opened(kind: str, uri: str, split: str | None) -> tuple["Reader", "Digested"]:

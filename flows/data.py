@@ -193,6 +193,20 @@ def preview(
     out.print(str(to), soft_wrap=True)
 
 
+@app.command()
+def digest(
+    kind: Annotated[str, typer.Argument(help="folder, cifar10, svhn or dtd.")],
+    uri: Annotated[str, typer.Argument(help="Folder of its files; local or s3://bucket/prefix.")],
+    split: Annotated[
+        str | None, typer.Option(help="Of the files: test unless given (dtd: test1).")
+    ] = None,
+) -> None:
+    """Digest of a set of images for tests of what lies out of distribution (evaluate.ood.sets)."""
+    from eqm.image_sets import digest_of
+
+    out.print(digest_of(kind, uri, split), soft_wrap=True)
+
+
 @app.command("list")
 def list_(
     store: Annotated[

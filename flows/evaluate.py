@@ -11,7 +11,7 @@ from typing import Any
 
 from prefect import flow
 
-from eqm import champion, dossier, drift, gate
+from eqm import champion, dossier, drift, gate, image_sets
 from eqm.config import Job, replace
 from eqm.errors import DataError
 from eqm.records import Decision, Evaluation, Reason, Record, Ref, from_json, to_json
@@ -45,6 +45,15 @@ class Report:
     """A copy on this machine."""
     run_page: str | None
     """Page of the MLflow run that shows it."""
+
+
+@stage
+def check_sets(plan: Plan) -> None:
+    """See that the sets which scores are tested on are what they should be, before a training."""
+    for one in plan.config.evaluate.ood.sets:
+        image_sets.check_set(one)
+        if one.sha256 is not None:
+            logged(f"set {one.name}: {one.kind} {one.sha256[:12]}")
 
 
 @stage
@@ -230,6 +239,7 @@ def report(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None
 def evaluation_of(plan: Plan) -> Job:
     """What the evaluation of a config is asked, everything before it being sealed."""
     source = list_images(plan)
+    check_sets(plan)
     extractor = require_sealed(plan, extractor_job(plan, source))
     trained = require_sealed(plan, train_job(plan, latents_of(plan)))
     samples = require_sealed(plan, samples_job(plan, trained, extractor))
@@ -242,6 +252,7 @@ def evaluate(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | No
     """Train what is missing, evaluate, judge and report; promotes nothing."""
     plan = make_plan(config, changes)
     source = list_images(plan)
+    check_sets(plan)
     latents = encode_images(plan, source, fit_autoencoder(plan, source))
     trained = train_model(plan, latents)
     register_model(plan, trained)
@@ -277,6 +288,7 @@ def reevaluate_champion(
     if standing is None:
         raise DataError(f"{plan.model_name} has no champion yet: run `eqm pipeline` first")
     source = list_images(plan)
+    check_sets(plan)
     trained = open_ref(plan.store, standing.train)
     extractor = fit_extractor(plan, source)
     samples = generate_samples(plan, trained, extractor)

@@ -11,6 +11,7 @@ from prefect import flow
 from eqm.records import Record, Ref
 from flows.encode import encode_images, fit_autoencoder, list_images, open_plan
 from flows.evaluate import (
+    check_sets,
     evaluate_model,
     fit_extractor,
     generate_samples,
@@ -45,6 +46,7 @@ def pipeline(
 
 def images_to_decision(plan: Plan, source: Ref, base: Base | None = None) -> dict[str, Any]:
     """Every stage in its turn, on a base that is there already or on one that is fitted here."""
+    check_sets(plan)
     autoencoder = base.autoencoder if base else fit_autoencoder(plan, source)
     extractor = base.extractor if base else fit_extractor(plan, source)
     latents = encode_images(plan, source, autoencoder)

@@ -13,6 +13,10 @@ import pytest
 from PIL import Image
 
 import eqm
+from eqm.config import OODSet
+from eqm.errors import IntegrityError
+from eqm.image_sets import check_set, digest_of
+from eqm.records import from_json
 from flows import cli
 
 
@@ -186,6 +190,17 @@ def test_the_identity_comes_back_as_it_was(eqm_: Run) -> None:
     assert np.abs(first[:, right].astype(int) - second[:, right]).max() <= 1
 
 
+def test_a_set_has_a_digest_for_configs(eqm_: Run) -> None:
+    make_images(Path("pictures"), 4)
+    told = eqm_("digest", "folder", "pictures")
+    assert (told.status, told.out.strip()) == (0, digest_of("folder", "pictures"))
+    given = {"name": "pictures", "kind": "folder", "uri": "pictures", "sha256": told.out.strip()}
+    check_set(from_json(OODSet, given))
+    Path("pictures/cat/001.png").unlink()
+    with pytest.raises(IntegrityError, match="set 'pictures' at pictures has digest"):
+        check_set(from_json(OODSet, given))
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -198,6 +213,8 @@ def test_the_identity_comes_back_as_it_was(eqm_: Run) -> None:
         ),
         (("encode", "pictures", "--image-size", "1", "--to", "s"), "image_size_px"),
         (("verify", "store/latents/abc"), "is no set of latents"),
+        (("digest", "svhn", "pictures"), "test_32x32.mat does not exist: give the folder of train"),
+        (("digest", "mnist", "pictures"), "kind is 'mnist'; it must be one of folder, cifar10"),
         (("verify", f"nowhere/latents/{'0' * 64}"), "there is no store"),
         (("stats", f"pictures/latents/{'0' * 64}"), "is not sealed"),
     ],
