@@ -239,7 +239,6 @@ def report(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None
 def evaluation_of(plan: Plan) -> Job:
     """What the evaluation of a config is asked, everything before it being sealed."""
     source = list_images(plan)
-    check_sets(plan)
     extractor = require_sealed(plan, extractor_job(plan, source))
     trained = require_sealed(plan, train_job(plan, latents_of(plan)))
     samples = require_sealed(plan, samples_job(plan, trained, extractor))
