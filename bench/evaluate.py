@@ -169,13 +169,13 @@ def compare(case: Case, folder: Path) -> None:
 
 # -- adaptive compute ---------------------------------------------------------------------------
 
-LEARNT = TrainConfig(images=12_800, learning_rate=2e-3, warmup_images=640, decay_fraction=0.5)
+LEARNT = TrainConfig(images=6_400, learning_rate=2e-3, warmup_images=640, decay_fraction=0.5)
 """Enough that gradients become shorter on the way down."""
 ADAPTIVE = GenerateConfig(
-    samples=384,
+    samples=256,
     keep_images=0,
     trajectory_points=1,
-    sampler=SamplerConfig(step_size=0.006, updates=100, batch_size=32),
+    sampler=SamplerConfig(step_size=0.015, updates=40, batch_size=32),
 )
 
 
@@ -219,6 +219,6 @@ def main() -> None:
         print(f"-- {case.name}", flush=True)
         with tempfile.TemporaryDirectory() as folder:
             compare(case, Path(folder))
-    print("-- adaptive compute, 384 samples in 32 slots, one thread", flush=True)
+    print("-- adaptive compute, 256 samples in 32 slots, one thread", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         adaptive(Path(folder))
