@@ -77,10 +77,10 @@ class Night:
         }
 
     def due(self, deployment: str, parameters: dict[str, Any]) -> None:
-        """Have a schedule of a deployment fire in a few seconds, and not again this year."""
+        """Have a schedule of a deployment fire soon, and not again this year."""
         found = self.api._post("/deployments/filter", {"limit": 200})
         which = next(one["id"] for one in found if one["name"] == deployment)
-        at = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=4)
+        at = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=20)
         schedule = {"interval": 365 * 24 * 3600, "anchor_date": at.isoformat()}
         body = [{"schedule": schedule, "active": True, "parameters": parameters}]
         self.api._post(f"/deployments/{which}/schedules", body)  # type: ignore[arg-type]
@@ -106,7 +106,7 @@ class Night:
         for pid in descendants(self.leader("worker")):
             kill(pid)
 
-    def training(self) -> Record | str | None:
+    def training(self) -> str | None:
         """Digest of a training that has a checkpoint and no record yet."""
         keys = self.store.list("train/")
         digests = {key.split("/")[1] for key in keys if "/checkpoints/" in key}
@@ -158,7 +158,9 @@ def night(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Night]:
 
 def test_in_the_morning_all_is_done_once(night: Night) -> None:
     pictures(night.pictures)
-    state = ended(night.api, start_deployment(night.api, "weekly", {"config": night.config}))
+    state = ended(
+        night.api, start_deployment(night.api, "weekly", {"config": night.config}), seconds=400
+    )
     assert state["type"] == "COMPLETED", night.log()[-6000:]
     (first,) = champion.history(night.store, MODEL)
 
@@ -169,7 +171,7 @@ def test_in_the_morning_all_is_done_once(night: Night) -> None:
         (night.pictures / "new" / name).rmdir()
     (night.pictures / "new").rmdir()
     night.due("weekly", {"config": night.config})
-    digest = until(night.training, night)
+    digest = until(night.training, night, seconds=240)
     night.kill_worker()
     before = checkpoint.newest(night.store, digest)
     assert before is not None
