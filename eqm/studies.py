@@ -241,7 +241,7 @@ STEPS_AGAINST_QUALITY = Study(
 
 G_MIN = 10 / math.sqrt(4096)
 """The paper's threshold on B/2, whose latents have 4,096 entries, for one of one entry."""
-THRESHOLDS = (4.0, 2.0, 1.0, 0.5)
+THRESHOLDS = (8.0, 4.0, 2.0, 1.0)
 
 
 def _adaptive_rows(base: Base) -> list[StudyRow]:
@@ -276,7 +276,7 @@ ADAPTIVE = Study(
     "percent of the field evaluations of 250 steps",
     rows=_adaptive_rows,
     notes=(
-        "Thresholds are 4, 2, 1 and 1/2 times the paper's 10, scaled by the root of the entries "
+        "Thresholds are 8, 4, 2 and 1 times the paper's 10, scaled by the root of the entries "
         "of a latent. No sample takes more than N updates, all at the base's step size.",
     ),
 )

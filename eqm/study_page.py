@@ -72,9 +72,11 @@ def _markdown(
     yield f"FD is {name}: lower is better.{floor} {_intervals(table.seeds)}"
     yield ""
     if any(row.published is not None for row in asked.rows) or asked.others:
-        yield f"**Published** figures are of another protocol: {asked.published_as}. Data, models, "
-        yield "features and numbers of samples differ from those here, so only the order of rows "
-        yield "can be held against ours, and no figure against another."
+        yield (
+            f"**Published** figures are of another protocol: {asked.published_as}. Data, models, "
+            "features and numbers of samples differ from those here, so only the order of rows "
+            "can be held against ours, and no figure against another."
+        )
         yield ""
     for note in asked.notes:
         yield f"* {note}"
