@@ -71,7 +71,7 @@ class Night:
             "checkpoints": {"every_images": 3200},
             "continue_images": 64_000,
             "generate": {"samples": 128, "sampler": {"updates": 4}},
-            "evaluate": {"ood_images": 20, "grid_rows": 1},
+            "evaluate": {"ood": {"images": 20}, "grid_rows": 1},
             "policy": {"minimum_samples": 40, "maximum_distance_ratio": 1000.0},
             "threads": 1,
         }

@@ -49,8 +49,10 @@ samples = 128
 updates = 4
 
 [evaluate]
-ood_images = 20
 grid_rows = 1
+
+[evaluate.ood]
+images = 20
 
 [policy]
 minimum_samples = 40
