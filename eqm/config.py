@@ -13,7 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
 
-from eqm.errors import ConfigError
+from eqm.errors import ConfigError, require
+from eqm.policy import MethodScore, PolicyConfig
 from eqm.records import Ref, from_json, to_json
 
 ALGORITHMS = {
@@ -39,12 +40,6 @@ PROGRAMS = {
     "study": "eqm.study",
 }
 """Stage -> module that is run as a program, ``python -m MODULE CONFIG.json``."""
-
-
-def require(ok: bool, name: str, value: object, rule: str) -> None:
-    """Refuse a value in words: its name, itself, and the rule it breaks. Raises ConfigError."""
-    if not ok:
-        raise ConfigError(f"{name} is {value!r}; it must be {rule}")
 
 
 def _known(config: Any, section: str) -> None:
@@ -623,7 +618,6 @@ SetKind: TypeAlias = Literal[
     "svhn",
     "dtd",
 ]
-MethodScore: TypeAlias = Literal["gradient_norm", "descent_length", "energy"]
 Baseline: TypeAlias = Literal[
     "pixel_gaussian", "pixel_pca", "feature_gaussian", "feature_neighbours"
 ]
@@ -752,35 +746,6 @@ class EvaluateConfig:
         _positive(self, "evaluate", "neighbours", "grid_rows")
         day = self.as_of
         require(day is None or _is_day(day), "evaluate.as_of", day, "a day, as 2026-01-31")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PolicyConfig:
-    """What a candidate must show to become champion."""
-
-    name: str = "default"
-    minimum_samples: int = 50_000
-    maximum_distance: float | None = None
-    """Frechet distance to the training images; null: no absolute bound."""
-    maximum_distance_ratio: float = 1.0
-    """Distance of the candidate over that of the champion, at the same protocol."""
-    minimum_recall: float = 0.0
-    minimum_precision: float = 0.0
-    minimum_label_agreement: float = 0.0
-    minimum_auroc: dict[str, float] = field(default_factory=dict)
-    """OOD set -> least AUROC of the model's main score; "set/score" names another of its scores."""
-
-    def __post_init__(self) -> None:
-        _positive(self, "policy", "minimum_samples", "maximum_distance_ratio")
-        for name in ("minimum_recall", "minimum_precision", "minimum_label_agreement"):
-            value = getattr(self, name)
-            require(0 <= value <= 1, f"policy.{name}", value, "from 0 to 1")
-        for name, value in self.minimum_auroc.items():
-            _, slash, score = name.partition("/")
-            known = get_args(MethodScore)
-            rule = f"the name of a set, or set/score with a score of {known}"
-            require(not slash or score in known, "policy.minimum_auroc", name, rule)
-            require(0 <= value <= 1, f"policy.minimum_auroc.{name}", value, "from 0 to 1")
 
 
 # -- the whole, and one stage of it -------------------------------------------------------------
@@ -1117,7 +1082,7 @@ def tiny() -> PipelineConfig:
     )
 
 
-OPEN_TABLES = {"minimum_auroc"}
+OPEN_TABLES = {"minimum_auroc", "metrics", "ood"}
 
 PRESETS: dict[str, Callable[[], PipelineConfig]] = {
     "demo": demo,

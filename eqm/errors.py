@@ -14,6 +14,12 @@ class ConfigError(EqmError, ValueError):
     """A configuration value is unknown, of the wrong type or out of range."""
 
 
+def require(ok: bool, name: str, value: object, rule: str) -> None:
+    """Refuse a value in words: its name, itself, and the rule it breaks. Raises ConfigError."""
+    if not ok:
+        raise ConfigError(f"{name} is {value!r}; it must be {rule}")
+
+
 class DataError(EqmError, ValueError):
     """The user's images, shards or manifests cannot be used as they are."""
 

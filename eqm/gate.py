@@ -6,12 +6,14 @@ promoted. Rows that only inform (``gated`` is False) are never read. Pure; calle
 promotion.
 """
 
+import datetime
+import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, cast
 
-from eqm.config import PolicyConfig
+from eqm.policy import MetricRule, OODRule, PolicyConfig
 from eqm.records import Decision, Evaluation, Metric, OODRow, Reason, Ref, to_json
 
 NEVER_NEGATIVE = ("distance", "distance_endless", "distance_held_out", "nearest")
@@ -20,6 +22,7 @@ FRACTIONS = ("precision", "recall", "label_agreement")
 MEASURES = ("auroc", "aupr", "fpr95")
 """How the names of a row's measures begin."""
 MOST_KEYS_TOLD = 8
+MOST_CLOCKS_DIFFER_DAYS = 1 / 24
 
 
 def decide(
@@ -29,19 +32,27 @@ def decide(
     *,
     champion: Evaluation | None = None,
     champion_ref: Ref | None = None,
+    studies: Mapping[str, Ref] | None = None,
+    evaluated: datetime.datetime | None = None,
+    now: datetime.datetime | None = None,
 ) -> Decision:
     """Hold a candidate against the policy and the champion; it is promoted if every check passes.
 
-    ``champion`` and its ref come together. Raises ValueError if only one of them is given.
+    ``champion`` and its ref come together. ``studies`` are those that are sealed for the candidate,
+    by name. ``evaluated`` and ``now``, both with a time zone, say how old the evaluation is. Raises
+    ValueError if only one of champion and its ref is given.
     """
     if (champion is None) != (champion_ref is None):
         raise ValueError("champion and champion_ref go together: give both, or neither")
+    sealed = {name: ref for name, ref in (studies or {}).items() if name in policy.required_studies}
     reasons = (
         _samples(candidate, policy),
         _numbers(candidate),
-        *_distance(candidate, policy),
-        *_floors(candidate, policy),
+        *_bounds(candidate, policy),
         *_separations(candidate, policy),
+        *_floors(candidate, policy),
+        *_studies(sealed, policy),
+        *_freshness(policy, evaluated, now),
         *_against(candidate, candidate_ref, policy, champion, champion_ref),
     )
     return Decision(
@@ -50,6 +61,7 @@ def decide(
         candidate=candidate_ref,
         champion=champion_ref,
         reasons=reasons,
+        studies=sealed,
     )
 
 
@@ -81,6 +93,7 @@ def _samples(candidate: Evaluation, policy: PolicyConfig) -> Reason:
 def _numbers(candidate: Evaluation) -> Reason:
     checked = list(_values(candidate))
     wrong = [f"{name} is {value!r}" for name, value, valid in checked if not valid(value)]
+    wrong += list(_intervals(candidate))
     text = "; ".join(wrong) if wrong else f"all {len(checked)} numbers are finite and in range"
     return Reason(check="numbers", passed=not wrong, text=text)
 
@@ -114,6 +127,15 @@ def _read_as(row: OODRow) -> str:
     return row.name if row.role == "main" else f"{row.name}/{row.score}"
 
 
+def _intervals(candidate: Evaluation) -> Iterator[str]:
+    """What is wrong with the intervals themselves."""
+    for key, metric in candidate.metrics.items():
+        if (metric.low is None) != (metric.high is None):
+            yield f"the interval of {key} has one end"
+        elif metric.low is not None and metric.high is not None and metric.low > metric.high:
+            yield f"the interval of {key} goes from {metric.low!r} down to {metric.high!r}"
+
+
 def _range_of(key: str) -> Callable[[float], bool]:
     if key in FRACTIONS:
         return _fraction
@@ -128,39 +150,56 @@ def _fraction(value: float) -> bool:
     return 0 <= value <= 1
 
 
-def _distance(candidate: Evaluation, policy: PolicyConfig) -> Iterator[Reason]:
-    metric, most = candidate.metrics.get("distance"), policy.maximum_distance
-    if metric is None:
-        # Without it, neither this champion nor the next candidate could be compared with any other.
-        yield _lacking("distance")
-    elif most is not None:
-        have, limit = _apart(metric.value, most)
-        text = f"{metric.name} is {have}; the policy allows at most {limit}"
-        yield Reason(check="distance", passed=metric.value <= most, text=text)
-
-
-def _floors(candidate: Evaluation, policy: PolicyConfig) -> Iterator[Reason]:
-    floors = {
-        "recall": policy.minimum_recall,
-        "precision": policy.minimum_precision,
-        "label_agreement": policy.minimum_label_agreement,
-    }
-    for key, least in floors.items():
-        if least == 0:
-            continue
+def _bounds(candidate: Evaluation, policy: PolicyConfig) -> Iterator[Reason]:
+    """The absolute bounds of every metric that the policy names."""
+    for key, rule in sorted(policy.rules.items()):
         metric = candidate.metrics.get(key)
-        yield _lacking(key) if metric is None else _at_least(key, metric, least)
+        if metric is None:
+            # Without a distance, neither this champion nor the next candidate could be compared.
+            yield _lacking(key, candidate)
+            continue
+        if rule.maximum is not None:
+            yield _at_most(key, metric, rule.maximum, rule)
+        if rule.minimum is not None:
+            yield _at_least(key, metric, rule.minimum, rule)
 
 
-def _at_least(key: str, metric: Metric, least: float) -> Reason:
-    have, limit = _apart(metric.value, least)
-    text = f"{metric.name} is {have}; the policy asks for at least {limit}"
-    return Reason(check=key, passed=metric.value >= least, text=text)
+def _at_most(key: str, metric: Metric, most: float, rule: MetricRule) -> Reason:
+    value, what = (metric.value, metric.name) if rule.by == "point" else _end(metric, "upper")
+    if value is None:
+        return Reason(check=key, passed=False, text=what)
+    have, limit = _apart(value, most)
+    text = f"{what} is {have}; the policy allows at most {limit}"
+    return Reason(check=key, passed=value <= most, text=text)
 
 
-def _lacking(key: str) -> Reason:
-    text = f"the policy needs {key}, and the evaluation has no such metric"
+def _at_least(key: str, metric: Metric, least: float, rule: MetricRule) -> Reason:
+    value, what = (metric.value, metric.name) if rule.by == "point" else _end(metric, "lower")
+    if value is None:
+        return Reason(check=key, passed=False, text=what)
+    have, limit = _apart(value, least)
+    text = f"{what} is {have}; the policy asks for at least {limit}"
+    return Reason(check=key, passed=value >= least, text=text)
+
+
+def _end(metric: Metric, which: str) -> tuple[float | None, str]:
+    """An end of the interval of a metric, and what to call it; None and why, if there is none."""
+    value = metric.high if which == "upper" else metric.low
+    if value is None:
+        return None, f"the policy reads the interval of {metric.name}, and it has none"
+    return value, f"the {which} end of the 95 % interval of {metric.name}"
+
+
+def _lacking(key: str, candidate: Evaluation) -> Reason:
+    hint = _closest(key, candidate.metrics)
+    text = f"the policy needs {key}, and the evaluation has no such metric ({hint})"
     return Reason(check=key, passed=False, text=text)
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"did you mean {close[0]!r}?" if close else f"it has {', '.join(names) or 'none'}"
 
 
 def _separations(candidate: Evaluation, policy: PolicyConfig) -> Iterator[Reason]:
@@ -187,6 +226,68 @@ def _separation(name: str, rows: list[OODRow], least: float) -> Reason:
     return Reason(check=check, passed=rows[0].auroc >= least, text=text)
 
 
+def _floors(candidate: Evaluation, policy: PolicyConfig) -> Iterator[Reason]:
+    """The floors of OOD sets, by the lower end of the interval unless the policy says otherwise."""
+    for name, floor in sorted(policy.ood.items()):
+        rows = [row for row in candidate.ood if name in _names(row)]
+        if floor.by == "point":
+            yield _separation(name, rows, floor.minimum_auroc)
+        else:
+            yield _surely_apart(name, rows, floor)
+
+
+def _surely_apart(name: str, rows: list[OODRow], floor: OODRule) -> Reason:
+    plain = _separation(name, rows, floor.minimum_auroc)
+    if len(rows) != 1 or not rows[0].gated:
+        return plain
+    have, limit = _apart(rows[0].auroc_low, floor.minimum_auroc)
+    text = (
+        f"the lower end of the 95 % interval of the AUROC of {name} is {have}; the policy asks for "
+        f"at least {limit}"
+    )
+    return Reason(check=plain.check, passed=rows[0].auroc_low >= floor.minimum_auroc, text=text)
+
+
+# -- evidence beside the evaluation -------------------------------------------------------------
+
+
+def _studies(sealed: Mapping[str, Ref], policy: PolicyConfig) -> Iterator[Reason]:
+    for name in policy.required_studies:
+        ref = sealed.get(name)
+        text = (
+            f"the policy needs study {name}, which is not sealed for this model: run "
+            f"`eqm study {name}`"
+            if ref is None
+            else f"study {name} is sealed for this model ({ref.digest[:12]})"
+        )
+        yield Reason(check=f"study {name}", passed=ref is not None, text=text)
+
+
+def _freshness(
+    policy: PolicyConfig, evaluated: datetime.datetime | None, now: datetime.datetime | None
+) -> Iterator[Reason]:
+    most = policy.maximum_age_days
+    if most is None:
+        return
+    check = "freshness"
+    if evaluated is None or now is None:
+        text = "the policy limits the age of an evaluation, and nobody knows when this one was made"
+        yield Reason(check=check, passed=False, text=text)
+        return
+    days = (now - evaluated) / datetime.timedelta(days=1)
+    # Clocks of two machines may differ a little; a date far ahead says nothing about age.
+    if days < -MOST_CLOCKS_DIFFER_DAYS:
+        text = f"the evaluation is dated {evaluated:%Y-%m-%d}, which is yet to come: mend the clock"
+        yield Reason(check=check, passed=False, text=text)
+        return
+    # Whole days: a decision that is made again on the same day is the same decision.
+    text = (
+        f"the evaluation is of {evaluated:%Y-%m-%d}, judged on {now:%Y-%m-%d}; the policy allows "
+        f"{most:g} days"
+    )
+    yield Reason(check=check, passed=days <= most, text=text)
+
+
 # -- against the champion -----------------------------------------------------------------------
 
 
@@ -206,7 +307,8 @@ def _against(
     else:
         text = f"both were measured under protocol {candidate.protocol_digest[:12]}"
         yield Reason(check="protocol", passed=True, text=text)
-        yield _ratio(candidate.metrics.get("distance"), champion.metrics.get("distance"), policy)
+        for key, rule in sorted(policy.rules.items()):
+            yield from _comparisons(key, rule, candidate, champion)
 
 
 def _incomparable(candidate: Evaluation, champion: Evaluation) -> str:
@@ -219,24 +321,64 @@ def _incomparable(candidate: Evaluation, champion: Evaluation) -> str:
     )
 
 
-def _ratio(candidate: Metric | None, champion: Metric | None, policy: PolicyConfig) -> Reason:
+def _comparisons(
+    key: str, rule: MetricRule, candidate: Evaluation, champion: Evaluation
+) -> Iterator[Reason]:
+    check = "champion" if key == "distance" else f"champion {key}"
+    mine, theirs = candidate.metrics.get(key), champion.metrics.get(key)
+    for bound, value in rule.comparisons.items():
+        passed, text = _compared(key, mine, theirs, bound, value, rule.against)
+        yield Reason(check=check, passed=passed, text=text)
+
+
+def _compared(
+    key: str,
+    candidate: Metric | None,
+    champion: Metric | None,
+    bound: str,
+    value: float,
+    against: str,
+) -> tuple[bool, str]:
+    """Whether a candidate's metric is within a bound that the champion sets, and why."""
     if candidate is None or champion is None:
         who = "candidate" if candidate is None else "champion"
-        text = f"cannot be compared: the {who} has no distance"
-    elif not _not_negative(champion.value):
-        text = f"cannot be compared: the champion's {champion.name} is {champion.value!r}"
-    elif candidate.name != champion.name:
-        text = f"cannot be compared: {candidate.name} is not {champion.name}"
-    else:
-        # A product, not a quotient: a champion at distance 0 is compared as well.
-        limit = policy.maximum_distance_ratio * champion.value
-        have, most = _apart(candidate.value, limit)
-        text = (
-            f"{candidate.name} is {have}; the policy allows at most {most}, "
-            f"{policy.maximum_distance_ratio:g} times the champion's {champion.value:.4g}"
+        return False, f"cannot be compared: the {who} has no {key}"
+    if candidate.name != champion.name:
+        return False, f"cannot be compared: {candidate.name} is not {champion.name}"
+    lower = bound in ("maximum_ratio", "maximum_increase")
+    mine, what = candidate.value, candidate.name
+    base, whose = champion.value, "the champion's"
+    if against != "point":
+        worse, what = _end(candidate, "upper" if lower else "lower")
+        if worse is None:
+            return False, what
+        mine = worse
+    if against == "apart":
+        better, told = _end(champion, "lower" if lower else "upper")
+        if better is None:
+            return False, f"cannot be compared: of the champion, {told}"
+        base, whose = better, f"the {'lower' if lower else 'upper'} end of the champion's,"
+    if not _range_of(key)(base):
+        return False, f"cannot be compared: the champion's {champion.name} is {base!r}"
+    if bound.endswith("ratio") and base < 0:
+        return False, (
+            f"cannot be compared: {whose} {base:.4g} is below 0, of which no ratio can be asked; "
+            "let the policy give a margin"
         )
-        return Reason(check="champion", passed=candidate.value <= limit, text=text)
-    return Reason(check="champion", passed=False, text=text)
+    # A product, not a quotient: a champion at distance 0 is compared as well.
+    sign = -1 if bound == "maximum_decrease" else 1
+    limit = value * base if bound.endswith("ratio") else base + sign * value
+    have, told_limit = _apart(mine, limit)
+    told_bound = f"{value:g} times" if bound.endswith("ratio") else f"{value:g} {_SIDE[sign]}"
+    asked = "allows at most" if lower else "asks for at least"
+    text = f"{what} is {have}; the policy {asked} {told_limit}, {told_bound} {whose} {base:.4g}"
+    strict = against == "apart"
+    if lower:
+        return (mine < limit if strict else mine <= limit), text
+    return (mine > limit if strict else mine >= limit), text
+
+
+_SIDE = {1: "above", -1: "below"}
 
 
 def _apart(a: float, b: float) -> tuple[str, str]:

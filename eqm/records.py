@@ -466,6 +466,8 @@ class Decision:
     champion: Ref | None
     """Evaluation record of the champion it was compared with."""
     reasons: tuple[Reason, ...]
+    studies: dict[str, Ref] = field(default_factory=dict)
+    """Sealed studies of the candidate that the policy asked for, by name."""
 
 
 # -- studies ------------------------------------------------------------------------------------

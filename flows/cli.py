@@ -34,6 +34,10 @@ SetOption = Annotated[
     list[str] | None,
     typer.Option("--set", help="Change one setting: --set train.images=50000. Repeatable."),
 ]
+PolicyOption = Annotated[
+    Path | None,
+    typer.Option("--policy", help="A policy file of its own (docs/policy.toml) to judge by."),
+]
 DryRunOption = Annotated[
     bool, typer.Option("--dry-run", help="Print the resolved config as JSON and start nothing.")
 ]
@@ -165,10 +169,13 @@ def _remedy(finding: Any) -> str:
 
 @app.command()
 def pipeline(
-    config: ConfigArgument = "demo", set_: SetOption = None, dry_run: DryRunOption = False
+    config: ConfigArgument = "demo",
+    set_: SetOption = None,
+    policy: PolicyOption = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Run all stages: images to decision. Sealed stages are verified and skipped."""
-    result = _flow("flows.pipeline", "pipeline", config, set_, dry_run)
+    result = _flow("flows.pipeline", "pipeline", config, _with(set_, policy), dry_run)
     if result:
         _summary(result)
 
@@ -191,16 +198,20 @@ def train(
 
 @app.command()
 def evaluate(
-    config: ConfigArgument = "demo", set_: SetOption = None, dry_run: DryRunOption = False
+    config: ConfigArgument = "demo",
+    set_: SetOption = None,
+    policy: PolicyOption = None,
+    dry_run: DryRunOption = False,
 ) -> None:
     """Generate samples, measure, judge and report; promotes nothing."""
-    _said("report", _flow("flows.evaluate", "evaluate", config, set_, dry_run))
+    _said("report", _flow("flows.evaluate", "evaluate", config, _with(set_, policy), dry_run))
 
 
 @app.command()
 def promote(
     config: ConfigArgument = "demo",
     set_: SetOption = None,
+    policy: PolicyOption = None,
     dry_run: DryRunOption = False,
     despite_rollback: Annotated[
         bool, typer.Option("--despite-rollback", help="Also a model that was rolled back.")
@@ -208,7 +219,7 @@ def promote(
 ) -> None:
     """Judge the evaluated model; make it champion if the policy is met."""
     more = {"despite_rollback": despite_rollback}
-    promoted = _flow("flows.promote", "promote", config, set_, dry_run, **more)
+    promoted = _flow("flows.promote", "promote", config, _with(set_, policy), dry_run, **more)
     if promoted is not None:
         out.print("champion" if promoted else "not promoted: the reasons are above")
         raise typer.Exit(0 if promoted else 1)
@@ -489,6 +500,12 @@ def changes_of(settings: list[str] | None) -> dict[str, Any]:
             # A bare word is a string, as in --set source.kind=folder.
             changes[name.strip()] = value
     return changes
+
+
+def _with(settings: list[str] | None, policy: Path | None) -> list[str]:
+    """Settings of --set, with the policy file as one of them; a path is a JSON string."""
+    given = [] if policy is None else [f"policy={json.dumps(str(policy.absolute()))}"]
+    return [*given, *(settings or [])]
 
 
 def _prepare() -> None:

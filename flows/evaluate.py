@@ -116,6 +116,14 @@ def refused_after_rollback(decision: Decision, taken_back: champion.Entry) -> De
     return replace(decision, promote=False, reasons=(*decision.reasons, reason))
 
 
+def ended(record: Record) -> datetime.datetime | None:
+    """When a result was sealed, by the clock of the machine that made it."""
+    try:
+        return datetime.datetime.fromisoformat(str(record.provenance.get("ended")))
+    except ValueError:
+        return None
+
+
 @stage
 def judge(plan: Plan, evaluation: Record, despite_rollback: bool = False) -> Decision:
     """Hold the evaluation against the policy and the champion."""
@@ -133,6 +141,8 @@ def judge(plan: Plan, evaluation: Record, despite_rollback: bool = False) -> Dec
         plan.config.policy,
         champion=None if against is None else dossier.evaluation_of(against),
         champion_ref=None if against is None else against.ref,
+        evaluated=ended(evaluation),
+        now=datetime.datetime.now(datetime.UTC),
     )
     taken_back = champion.withdrawn(entries).get(evaluation.inputs["train"].content)
     if taken_back is not None and not despite_rollback:

@@ -26,11 +26,13 @@ from eqm.config import (
     StudyStage,
     TrainStage,
     pipeline_config,
+    replace,
     with_settings,
 )
 from eqm.errors import ConfigError, DataError
 from eqm.images import ImageSource, open_source
-from eqm.records import Record, Ref, to_json
+from eqm.policy import PolicyConfig
+from eqm.records import Record, Ref, from_json, to_json
 from eqm.registry import check
 from eqm.stage import job_digest, listing_key, verify
 from eqm.storage import Store, open_store
@@ -97,8 +99,27 @@ class Plan:
 
 
 def read_config(config: str | Mapping[str, Any], changes: Changes = None) -> PipelineConfig:
-    """A name of a preset or recipe, a TOML file or a table, with changes. Raises ConfigError."""
-    return with_settings(pipeline_config(_table(config)), changes or {})
+    """A name of a preset or recipe, a TOML file or a table, with changes. Raises ConfigError.
+
+    The policy may be the name of a file of its own, beside the config that names it.
+    """
+    table, rest = dict(_table(config)), dict(changes or {})
+    folder = Path(config).parent if isinstance(config, str) else Path()
+    file = None
+    if isinstance(table.get("policy"), str):
+        file = folder / table.pop("policy")
+    if isinstance(rest.get("policy"), str):
+        file = Path(rest.pop("policy"))
+    found = pipeline_config(table)
+    if file is not None:
+        # As a whole: floors of a preset that the file does not name are not meant.
+        found = replace(found, policy=read_policy(file))
+    return with_settings(found, rest)
+
+
+def read_policy(path: Path) -> PolicyConfig:
+    """A policy from a TOML file of its own. Raises ConfigError."""
+    return from_json(PolicyConfig, _toml(path, "policy"), "policy")
 
 
 def _table(config: str | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -115,12 +136,16 @@ def _table(config: str | Mapping[str, Any]) -> Mapping[str, Any]:
             f"config {config!r} is neither a preset ({', '.join(PRESETS)}), nor one of `eqm "
             "recipes`, nor a .toml file"
         )
+    return _toml(path, "config")
+
+
+def _toml(path: Path, what: str) -> dict[str, Any]:
     try:
         return tomllib.loads(path.read_text())
     except OSError as error:
-        raise ConfigError(f"config {config} cannot be read: {error.strerror}") from error
+        raise ConfigError(f"{what} {path} cannot be read: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"config {config} is not TOML: {error}") from error
+        raise ConfigError(f"{what} {path} is not TOML: {error}") from error
 
 
 def store_of(settings: Settings) -> Store:

@@ -1,15 +1,16 @@
 """The gate refuses for every reason it should, says why, and never promotes what is worse."""
 
 import dataclasses
+import datetime
 import math
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eqm.config import PolicyConfig
 from eqm.errors import ConfigError
 from eqm.gate import decide, differences
+from eqm.policy import MetricRule, OODRule, PolicyConfig
 from eqm.records import Evaluation, Metric, OODRow, Ref, from_json, to_json
 
 CANDIDATE = Ref(stage="evaluation", digest="a" * 64, content="b" * 64)
@@ -256,8 +257,207 @@ def test_differences_name_the_setting():
     assert differences({"a": {"b": 1}}, {"a": 1}) == ["a"]
 
 
-unit = st.floats(0, 1)
+# -- any metric, with intervals -----------------------------------------------------------------
+
+
+def measured(**values):
+    """An evaluation whose metrics are (low, value, high), or values alone."""
+    metrics = {"distance": Metric(name="FD", value=6.0)}
+    for key, value in values.items():
+        low, point, high = value if isinstance(value, tuple) else (None, value, None)
+        metrics[key] = Metric(name=key.upper(), value=point, low=low, high=high)
+    return dataclasses.replace(evaluation(), metrics=metrics)
+
+
+def ruled(candidate, champion=None, **rule):
+    rule = MetricRule(**rule)
+    policy = PolicyConfig(minimum_samples=1, maximum_distance_ratio=2.0, metrics={"fid": rule})
+    decision = judged(candidate, champion, policy)
+    assert decision.promote == (not failed(decision))
+    return failed(decision)
+
+
+ABSOLUTE = {
+    "value below": ({"maximum": 5.0}, (4.0, 5.0, 6.0), None),
+    "value above": ({"maximum": 4.9}, (4.0, 5.0, 6.0), "FID is 5; the policy allows at most 4.9"),
+    "upper end below": ({"maximum": 6.0, "by": "interval"}, (4.0, 5.0, 6.0), None),
+    "upper end above": (
+        {"maximum": 5.5, "by": "interval"},
+        (4.0, 5.0, 6.0),
+        "the upper end of the 95 % interval of FID is 6; the policy allows at most 5.5",
+    ),
+    "lower end below": (
+        {"minimum": 4.5, "by": "interval"},
+        (4.0, 5.0, 6.0),
+        "the lower end of the 95 % interval of FID is 4; the policy asks for at least 4.5",
+    ),
+    "value above least": ({"minimum": 4.5}, (4.0, 5.0, 6.0), None),
+    "no interval": ({"minimum": 1.0, "by": "interval"}, 5.0, "interval of FID, and it has none"),
+}
+
+
+@pytest.mark.parametrize(("rule", "value", "text"), ABSOLUTE.values(), ids=ABSOLUTE.keys())
+def test_bounds_of_any_metric(rule, value, text):
+    told = ruled(measured(fid=value), **rule)
+    assert (told == {}) if text is None else (text in told["fid"])
+
+
+MINE, WIDE = (5.0, 5.2, 5.4), (4.0, 5.0, 6.0)
+AGAINST = {
+    "no worse by value": ({"maximum_ratio": 1.1}, MINE, 5.0, None),
+    "worse by value": ({"maximum_ratio": 1.0}, MINE, 5.0, "at most 5, 1 times the champion's 5"),
+    "surely no worse": ({"maximum_ratio": 1.1, "against": "interval"}, MINE, 5.0, None),
+    "not surely": ({"maximum_ratio": 1.05, "against": "interval"}, MINE, 5.0, "of FID is 5.4;"),
+    "within a margin": ({"maximum_increase": 0.2}, MINE, 5.0, None),
+    "beyond it": ({"maximum_increase": 0.1}, MINE, 5.0, "5.1, 0.1 above the champion's 5"),
+    "margin of nothing": ({"maximum_increase": 0.0}, 5.0, 5.0, None),
+    "apart": ({"maximum_ratio": 1.0, "against": "apart"}, (3.0, 3.5, 3.9), WIDE, None),
+    "touching": (
+        {"maximum_ratio": 1.0, "against": "apart"},
+        (3.0, 3.5, 4.0),
+        WIDE,
+        "1 times the lower end of the champion's, 4",
+    ),
+    "overlapping": ({"maximum_ratio": 1.0, "against": "apart"}, MINE, WIDE, "5.4; the policy"),
+    "champion without": (
+        {"maximum_ratio": 1.0, "against": "apart"},
+        MINE,
+        5.0,
+        "of the champion, the policy reads the interval of FID, and it has none",
+    ),
+    "candidate without": (
+        {"maximum_ratio": 1.0, "against": "interval"},
+        5.0,
+        WIDE,
+        "the policy reads the interval of FID, and it has none",
+    ),
+    "higher is better": ({"minimum_ratio": 1.0}, MINE, 5.0, None),
+    "and is not": ({"minimum_ratio": 1.1}, MINE, 5.0, "asks for at least 5.5, 1.1 times"),
+    "a little lower": ({"maximum_decrease": 0.5}, (4.4, 4.6, 4.8), 5.0, None),
+    "too low by its end": (
+        {"maximum_decrease": 0.5, "against": "interval"},
+        (4.4, 4.6, 4.8),
+        5.0,
+        "the lower end of the 95 % interval of FID is 4.4; the policy asks for at least 4.5, 0.5 "
+        "below the champion's 5",
+    ),
+    "of a negative": ({"maximum_ratio": 1.0}, 0.1, -0.1, "let the policy give a margin"),
+    "champion without it": ({"maximum_ratio": 1.0}, 5.0, math.nan, "champion's FID is nan"),
+}
+
+
+@pytest.mark.parametrize(("rule", "mine", "theirs", "text"), AGAINST.values(), ids=AGAINST.keys())
+def test_any_metric_against_the_champion(rule, mine, theirs, text):
+    told = ruled(measured(fid=mine), measured(fid=theirs), **rule)
+    assert (told == {}) if text is None else (text in told["champion fid"]), told
+
+
+def test_unknown_metrics_are_refused_with_a_hint():
+    assert "did you mean 'fid'?" in ruled_by(measured(fid=5.0), "fdi")["fdi"]
+    assert "it has distance, fid" in ruled_by(measured(fid=5.0), "precision")["precision"]
+
+
+def ruled_by(candidate, key):
+    policy = PolicyConfig(minimum_samples=1, metrics={key: MetricRule(maximum=1.0)})
+    return failed(judged(candidate, None, policy))
+
+
+def test_a_champion_without_the_metric_is_told():
+    told = ruled(measured(fid=5.0), measured(), maximum_ratio=1.0)
+    assert told == {"champion fid": "cannot be compared: the champion has no fid"}
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "text"),
+    [(4.0, None, "has one end"), (6.0, 4.0, "goes from 6.0 down to 4.0"), (math.nan, 6.0, "nan")],
+)
+def test_an_interval_must_be_one(low, high, text):
+    assert text in ruled(measured(fid=(low, 5.0, high)), maximum=9.0)["numbers"]
+
+
+def test_a_comparison_in_the_table_takes_the_place_of_the_short_one():
+    rule = MetricRule(maximum_increase=1.0)
+    policy = PolicyConfig(minimum_samples=1, metrics={"distance": rule})
+    decision = judged(evaluation(distance=6.9), evaluation(distance=6.0), policy)
+    assert decision.promote
+    assert [r.check for r in decision.reasons].count("champion") == 1
+
+
 distances = st.floats(0, 1e6)
+ends = st.tuples(distances, distances, distances).map(lambda three: tuple(sorted(three)))
+
+
+@given(mine=ends, theirs=ends, ratio=st.floats(0.1, 3))
+def test_intervals_only_make_it_harder(mine, theirs, ratio):
+    """What is shown to be better is not worse, and what is shown not to be worse has a value so."""
+    ways = {
+        way: not ruled(measured(fid=mine), measured(fid=theirs), maximum_ratio=ratio, against=way)
+        for way in ("point", "interval", "apart")
+    }
+    assert ways["apart"] <= ways["interval"] <= ways["point"]
+    assert ways["apart"] == (mine[2] < ratio * theirs[0])
+
+
+# -- floors by interval, studies, age -----------------------------------------------------------
+
+
+def test_floors_are_held_by_the_lower_end():
+    def asked(least, by="interval", **changes):
+        rule = {"photographs": OODRule(minimum_auroc=least, by=by)}
+        policy = PolicyConfig(minimum_samples=1, ood=rule)
+        return failed(judged(evaluation(**changes), None, policy))
+
+    assert asked(0.93) == {}
+    assert "lower end" in asked(0.94)["auroc photographs"]
+    assert asked(0.94, by="point") == {}
+    assert "0 such rows" in asked(0.5, ood=())["auroc photographs"]
+    informs = (row(gated=False),)
+    assert "only informs" in asked(0.5, ood=informs)["auroc photographs"]
+
+
+def test_required_studies_are_evidence():
+    policy = PolicyConfig(minimum_samples=1, required_studies=("samplers", "ablation"))
+    sealed = Ref(stage="study", digest="5" * 64, content="6" * 64)
+    studies = {"samplers": sealed, "other": sealed}
+    decision = decide(evaluation(), CANDIDATE, policy, studies=studies)
+    assert not decision.promote
+    assert failed(decision) == {
+        "study ablation": "the policy needs study ablation, which is not sealed for this model: "
+        "run `eqm study ablation`"
+    }
+    assert decision.studies == {"samplers": sealed}
+    both = decide(evaluation(), CANDIDATE, policy, studies={**studies, "ablation": sealed})
+    assert both.promote
+    assert from_json(type(both), to_json(both)) == both
+
+
+NOON = datetime.datetime(2026, 3, 10, 12, tzinfo=datetime.UTC)
+
+
+@pytest.mark.parametrize(
+    ("days", "text"),
+    [
+        (0.0, None),
+        (7.0, None),
+        (7.01, "is of 2026-03-03, judged on 2026-03-10; the policy allows 7 days"),
+        (-0.02, None),
+        (-2.0, "is dated 2026-03-12, which is yet to come"),
+        (None, "nobody knows when"),
+    ],
+)
+def test_age(days, text):
+    policy = PolicyConfig(minimum_samples=1, maximum_age_days=7)
+    when = None if days is None else NOON - datetime.timedelta(days=days)
+    decision = decide(evaluation(), CANDIDATE, policy, evaluated=when, now=NOON)
+    assert decision.promote == (text is None)
+    assert text is None or text in failed(decision)["freshness"]
+
+
+def test_age_is_not_asked_for_unless_the_policy_does():
+    assert "freshness" not in {r.check for r in judged(evaluation()).reasons}
+
+
+unit = st.floats(0, 1)
 
 
 @given(mine=distances, other=distances, ratio=st.floats(0.1, 3))
