@@ -119,9 +119,10 @@ def refused_after_rollback(decision: Decision, taken_back: champion.Entry) -> De
 def ended(record: Record) -> datetime.datetime | None:
     """When a result was sealed, by the clock of the machine that made it."""
     try:
-        return datetime.datetime.fromisoformat(str(record.provenance.get("ended")))
+        found = datetime.datetime.fromisoformat(str(record.provenance.get("ended")))
     except ValueError:
         return None
+    return found if found.tzinfo else None
 
 
 @stage
