@@ -11,6 +11,7 @@ Pure: nothing here touches the world. Read by every module.
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
 import math
@@ -77,7 +78,7 @@ def from_json(cls: type[T], data: Json, where: str = "config") -> T:
     for key in table:
         if key not in known:
             raise ConfigError(_unknown_key(str(key), where, list(known)))
-    hints = get_type_hints(cls)
+    hints = _hints(cls)
     values = {key: _decode(hints[key], item, f"{where}.{key}") for key, item in table.items()}
     missing = [
         name
@@ -89,6 +90,9 @@ def from_json(cls: type[T], data: Json, where: str = "config") -> T:
     if missing:
         raise ConfigError(f"{where} lacks {', '.join(missing)}: add it")
     return cls(**values)
+
+
+_hints = functools.cache(get_type_hints)
 
 
 def _unknown_key(key: str, where: str, known: list[str]) -> str:

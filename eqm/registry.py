@@ -374,23 +374,36 @@ class Registry:
         with _errors(self.uri):
             version = self._find(model, source, tags["eqm.content"])
             if version is None:
-                version = self._create(model, source, tags, run_digest)
+                self._create(model, source, tags, run_digest)
+                # Not the answer to that: where one got lost on the way, MLflow's client asked for
+                # a second version, and of several the first one counts, for everybody.
+                version = self._find(model, source, tags["eqm.content"])
+            if version is None:
+                raise TrackingError(
+                    f"MLflow at {_public(self.uri)} made a version of {model} and does not find it"
+                )
             self._set_alias(model, "candidate", version.number)
         return version
+
+    def find(self, model: str, *, source: str, content: str) -> Version | None:
+        """The version that points to a sealed record; None if there is none."""
+        with _errors(self.uri):
+            return self._find(model, source, content)
 
     def _find(self, model: str, source: str, content: str) -> Version | None:
         query = f"name = '{model}' and tags.`eqm.content` = '{content}'"
         found = map(_version, self._client.search_model_versions(query))
         # In another store, equal content is another version.
-        return next((version for version in found if version.source == source), None)
+        same = (version for version in found if version.source == source)
+        return min(same, key=lambda version: version.number, default=None)
 
-    def _create(self, model: str, source: str, tags: Mapping[str, str], run_digest: str) -> Version:
+    def _create(self, model: str, source: str, tags: Mapping[str, str], run_digest: str) -> None:
         from mlflow.exceptions import MlflowException
 
         with contextlib.suppress(MlflowException):
             # It exists; were it another error, the next call would tell.
             self._client.create_registered_model(model)
-        made = self._client.create_model_version(
+        self._client.create_model_version(
             model,
             source=FOLDER + source if source.startswith("/") else source,
             run_id=self._run_of(run_digest),
@@ -398,7 +411,6 @@ class Registry:
             # No files are copied, so it is ready at once; waiting for that is said in a log.
             await_creation_for=0,
         )
-        return _version(made)
 
     def has_finished(self, run_digest: str) -> bool:
         """Whether MLflow shows the run of a training as ended, which it does once it has it all."""
@@ -422,6 +434,18 @@ class Registry:
                 return _version(self._client.get_model_version_by_alias(model, alias))
             except MlflowException as error:
                 if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+                    return None
+                raise
+
+    def find_number(self, model: str, number: int) -> Version | None:
+        """One version; None if it is not there."""
+        from mlflow.exceptions import MlflowException
+
+        with _errors(self.uri):
+            try:
+                return _version(self._client.get_model_version(model, str(number)))
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
                     return None
                 raise
 

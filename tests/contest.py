@@ -1,0 +1,199 @@
+"""What tests of promotion share: versions that may become champion, and a registry in memory."""
+
+import dataclasses
+import fcntl
+import json
+from pathlib import Path
+from typing import Any
+
+from eqm import champion, stage
+from eqm.config import Job, Runtime
+from eqm.records import Decision, Reason, Record, Ref
+from eqm.registry import Version
+from eqm.stage import Outcome
+
+
+class MemoryRegistry:
+    """The few calls of eqm.registry.Registry that a promotion makes, without a server."""
+
+    def __init__(self) -> None:
+        self.versions: dict[str, dict[int, Version]] = {}
+        self.aliases: dict[tuple[str, str], int] = {}
+
+    def register(
+        self, model: str, *, source: str, tags: dict[str, str], run_digest: str
+    ) -> Version:
+        found = self.find(model, source=source, content=tags["eqm.content"])
+        if found is None:
+            versions = self.versions.setdefault(model, {})
+            number = len(versions) + 1
+            found = Version(model=model, number=number, source=source, tags=dict(tags))
+            versions[number] = found
+        return found
+
+    def find(self, model: str, *, source: str, content: str) -> Version | None:
+        for version in self.versions.get(model, {}).values():
+            if (version.source, version.tags.get("eqm.content")) == (source, content):
+                return version
+        return None
+
+    def find_number(self, model: str, number: int) -> Version | None:
+        return self.versions.get(model, {}).get(number)
+
+    def by_number(self, model: str, number: int) -> Version:
+        return self.versions[model][number]
+
+    def by_alias(self, model: str, alias: str) -> Version | None:
+        number = self.aliases.get((model, alias))
+        return None if number is None else self.versions[model][number]
+
+    def point(self, model: str, alias: str, number: int) -> None:
+        self.aliases[model, alias] = number
+
+    def unpoint(self, model: str, alias: str) -> None:
+        self.aliases.pop((model, alias), None)
+
+    def tag(self, version: Version, tags: dict[str, str]) -> None:
+        known = self.versions[version.model][version.number]
+        new = dataclasses.replace(known, tags={**known.tags, **tags})
+        self.versions[version.model][version.number] = new
+
+
+class FileRegistry:
+    """A registry in a file, which several processes share: each call is one step."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.touch()
+
+    def __getattr__(self, name: str) -> Any:
+        def call(*given: Any, **named: Any) -> Any:
+            with self.path.open("r+") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                held = _loaded(file.read())
+                answer = getattr(held, name)(*given, **named)
+                file.seek(0)
+                file.write(_dumped(held))
+                file.truncate()
+            return answer
+
+        return call
+
+
+def _loaded(text: str) -> MemoryRegistry:
+    held = MemoryRegistry()
+    for version in json.loads(text or "{}").get("versions", []):
+        held.versions.setdefault(version["model"], {})[version["number"]] = Version(**version)
+    for model, alias, number in json.loads(text or "{}").get("aliases", []):
+        held.aliases[model, alias] = number
+    return held
+
+
+def _dumped(held: MemoryRegistry) -> str:
+    versions = [vars(v) for of_model in held.versions.values() for v in of_model.values()]
+    aliases = [[model, alias, number] for (model, alias), number in held.aliases.items()]
+    return json.dumps({"versions": versions, "aliases": aliases})
+
+
+class Bench:
+    """A model with versions that may become champion."""
+
+    def __init__(self, store: Any, registry: Any, model: str) -> None:
+        self.store, self.registry, self.model = store, registry, model
+        self.trained: dict[int, Record] = {}
+        self.evaluated: dict[int, Ref] = {}
+
+    def trains(self) -> Version:
+        """Seal another training, and register it."""
+        weights = f"weights {len(self.trained)}".encode()
+        runtime = Runtime(store=self.store.uri, device="cpu", threads=1)
+        config: dict[str, Any] = {
+            "network": {},
+            "objective": {},
+            "train": {"seed": len(self.trained)},
+        }
+        job = Job(stage="train", config=config, inputs={}, runtime=runtime)
+        record = stage.run(job, lambda _: Outcome(outputs={"ema.safetensors": weights}))
+        version = self.registers(record)
+        self.trained[version.number] = record
+        return version
+
+    def beside(self, model: str, registry: Any | None = None, store: Any | None = None) -> "Bench":
+        """Another model in the same store, with the same trainings registered."""
+        other = Bench(store or self.store, registry or self.registry, model)
+        for number, record in self.trained.items():
+            other.registers(record)
+            other.trained[number] = record
+        other.evaluated = self.evaluated
+        return other
+
+    def registers(self, record: Record) -> Version:
+        return self.registry.register(
+            self.model,
+            source=self.store.where(f"train/{record.digest}"),
+            tags={"eqm.content": record.content},
+            run_digest=record.digest,
+        )
+
+    def evidence(self, number: int) -> Ref:
+        """Sealed evaluation of a version."""
+        if number not in self.evaluated:
+            self.evaluated[number] = self.evaluates(number)
+        return self.evaluated[number]
+
+    def evaluates(self, number: int) -> Ref:
+        record = Record(
+            stage="evaluation",
+            algorithm=1,
+            config={},
+            inputs={"train": self.trained[number].ref},
+            outputs={},
+            values={"number": number},
+        )
+        return self.store.seal(record).ref
+
+    def judged(self, version: Version, *, promote: bool = True) -> Decision:
+        standing = champion.current(self.store, self.model)
+        return Decision(
+            promote=promote,
+            policy={"name": "test"},
+            candidate=self.evidence(version.number),
+            champion=standing.evaluation if standing else None,
+            reasons=(
+                Reason(check="distance", passed=promote, text="distance is 9; at most 5"),
+                Reason(check="numbers", passed=True, text="all finite"),
+            ),
+        )
+
+    def promotes(
+        self,
+        version: Version,
+        decision: Decision | None = None,
+        train: Ref | None = None,
+        by: str = "a test",
+    ) -> champion.Entry:
+        report = f"reports/{version.number}.html"
+        self.store.write_once(report, f"<p>report {version.number}".encode())
+        return champion.promote(
+            self.store,
+            self.registry,
+            version=version,
+            train=train or self.trained[version.number].ref,
+            decision=decision or self.judged(version),
+            report=report,
+            provenance={"by": by},
+        )
+
+    def rolls_back(self, by: str = "a test") -> champion.Entry:
+        return champion.rollback(self.store, self.registry, self.model, {"by": by})
+
+    def repairs(self, *, every: bool = False) -> list[str]:
+        return champion.repair(self.store, self.registry, self.model, every=every)
+
+    def shown(self) -> int | None:
+        found = self.registry.by_alias(self.model, "champion")
+        return found.number if found else None
+
+    def moves(self) -> list[tuple[int, str, int]]:
+        entries = champion.history(self.store, self.model)
+        return [(e.number, e.action, e.version) for e in entries]

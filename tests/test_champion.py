@@ -1,0 +1,207 @@
+"""The champion's history on a registry in memory: who may move it, and what is noticed of edits."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from contest import Bench, MemoryRegistry
+
+from eqm import champion
+from eqm.errors import DataError, IntegrityError
+from eqm.records import note_to_bytes, sha256
+from eqm.storage import LocalStore
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(LocalStore(tmp_path / "store"), MemoryRegistry(), "eqm-test")
+
+
+# -- what is no evidence ------------------------------------------------------------------------
+
+
+def test_a_negative_decision_moves_nothing(bench: Bench) -> None:
+    version = bench.trains()
+    with pytest.raises(DataError, match=r"may not be promoted: distance is 9; at most 5$"):
+        bench.promotes(version, bench.judged(version, promote=False))
+    assert bench.moves() == []
+    assert bench.shown() is None
+
+
+def test_another_content_than_was_registered_is_not_promoted(bench: Bench) -> None:
+    version = bench.trains()
+    other = dataclasses.replace(bench.trained[version.number].ref, content="0" * 64)
+    with pytest.raises(DataError, match=r"registered for content .* 000000000000 is to be"):
+        bench.promotes(version, train=other)
+    lying = dataclasses.replace(version, tags={"eqm.content": "0" * 64})
+    with pytest.raises(DataError, match="evaluate this model"):
+        bench.promotes(lying, train=other)
+    assert bench.moves() == []
+
+
+def test_the_evaluation_of_another_model_is_no_evidence(bench: Bench) -> None:
+    one, two = bench.trains(), bench.trains()
+    with pytest.raises(DataError, match=r"version 2 .* is of train .*: evaluate this model"):
+        bench.promotes(two, bench.judged(one))
+    assert bench.moves() == []
+    assert bench.shown() is None
+
+
+def test_edited_metrics_are_no_evidence(bench: Bench) -> None:
+    version = bench.trains()
+    decision = bench.judged(version)
+    path = bench.store.root / f"evaluation/{decision.candidate.digest}/record.json"
+    path.write_text(path.read_text().replace('"number": 1', '"number": 2'))
+    with pytest.raises(IntegrityError, match="does not match its own digest"):
+        bench.promotes(version, decision)
+    assert bench.moves() == []
+
+
+def test_a_decision_that_contradicts_its_reasons_is_none(bench: Bench) -> None:
+    version = bench.trains()
+    lying = dataclasses.replace(bench.judged(version, promote=False), promote=True)
+    with pytest.raises(DataError, match="may not be promoted: distance is 9"):
+        bench.promotes(version, lying)
+    assert bench.moves() == []
+
+
+def test_what_was_rolled_back_is_known_as_such(bench: Bench) -> None:
+    for _ in range(3):
+        bench.promotes(bench.trains())
+    bench.rolls_back()
+
+    def taken_back() -> dict[str, int]:
+        entries = champion.history(bench.store, bench.model)
+        return {content: e.version for content, e in champion.withdrawn(entries).items()}
+
+    assert taken_back() == {bench.trained[3].content: 3}
+    bench.rolls_back()
+    assert set(taken_back().values()) == {2, 3}
+    bench.promotes(bench.registry.by_number(bench.model, 3))
+    assert set(taken_back().values()) == {2}, "promoted again, it stands"
+
+
+def test_a_changed_entry_is_refused(bench: Bench) -> None:
+    bench.promotes(bench.trains())
+    bench.promotes(bench.trains())
+    path = bench.store.root / f"history/{bench.model}/00000002.json"
+    path.write_text(path.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(IntegrityError, match=r"00000002\.json does not match its own digest"):
+        bench.repairs()
+
+
+# -- the chain ----------------------------------------------------------------------------------
+
+
+def moved(bench: Bench, count: int = 4) -> list[Path]:
+    for _ in range(count):
+        bench.promotes(bench.trains())
+    return sorted((bench.store.root / f"history/{bench.model}").iterdir())
+
+
+def rewritten(path: Path, **changes: Any) -> None:
+    """An entry changed by somebody who knows how digests are made."""
+    body = json.loads(path.read_bytes())
+    del body["digest"]
+    path.write_bytes(note_to_bytes({**body, **changes}))
+
+
+def fault(bench: Bench) -> str:
+    found = champion.examine(bench.store, bench.model)
+    with pytest.raises(IntegrityError, match="is broken") as told:
+        champion.history(bench.store, bench.model)
+    assert found.faults[0] in str(told.value)
+    before = bench.shown()
+    with pytest.raises(IntegrityError):
+        bench.rolls_back()
+    assert bench.shown() == before
+    return found.faults[0]
+
+
+def test_every_entry_holds_the_digest_of_the_one_before(bench: Bench) -> None:
+    paths = moved(bench)
+    entries = champion.history(bench.store, bench.model)
+    before = [None, *(sha256(path.read_bytes()) for path in paths)]
+    assert [entry.previous for entry in entries] == before[:-1]
+
+
+def test_an_entry_rewritten_with_its_digest_breaks_the_chain(bench: Bench) -> None:
+    paths = moved(bench)
+    rewritten(paths[1], at="2020-01-01T00:00:00+00:00")
+    assert "00000003.json: it follows entry" in fault(bench)
+
+
+def test_a_lost_entry_is_missed(bench: Bench) -> None:
+    moved(bench)[1].unlink()
+    told = fault(bench)
+    assert "00000002.json is missing" in told
+    assert "restore the entry from a copy" in told
+
+
+def test_an_entry_under_another_number_is_noticed(bench: Bench) -> None:
+    paths = moved(bench)
+    rewritten(paths[3], number=7)
+    assert "00000004.json: it says that it is move 7" in fault(bench)
+
+
+def test_another_decision_is_not_the_one_of_the_evidence(bench: Bench) -> None:
+    paths = moved(bench)
+    decision = json.loads(paths[3].read_bytes())["decision"]
+    rewritten(paths[3], decision={**decision, "policy": {"name": "lenient"}})
+    assert "its decision is not the one of its evidence" in fault(bench)
+
+
+def test_what_no_program_wrote_is_named(bench: Bench) -> None:
+    paths = moved(bench, 2)
+    paths[1].write_bytes(b"[]")
+    assert "00000002.json is damaged" in fault(bench)
+    rewritten(paths[0], schema="eqm-history/9")
+    assert "a newer eqm wrote it" in fault(bench)
+
+
+def test_evidence_that_is_gone_or_changed_is_told(bench: Bench) -> None:
+    moved(bench, 2)
+    first, second = champion.history(bench.store, bench.model)
+    assert champion.missing_evidence(bench.store, first) == []
+    (bench.store.root / first.report).write_bytes(b"<p>better")
+    (told,) = champion.missing_evidence(bench.store, first)
+    assert "reports/1.html was changed after it" in told
+    (bench.store.root / second.report).unlink()
+    (bench.store.root / f"evaluation/{second.evaluation.digest}/record.json").unlink()
+    assert len(champion.missing_evidence(bench.store, second)) == 2
+
+
+# -- entries of before there was a chain --------------------------------------------------------
+
+
+def as_before(path: Path) -> None:
+    """Rewrite an entry as the first schema had it."""
+    body = json.loads(path.read_bytes())
+    for name in ("digest", "schema", "evidence", "previous"):
+        del body[name]
+    path.write_bytes(note_to_bytes(body))
+
+
+def test_old_entries_are_read_and_gone_on_from(bench: Bench) -> None:
+    paths = moved(bench, 2)
+    for path in paths:
+        as_before(path)
+    entries = champion.history(bench.store, bench.model)
+    assert [(e.schema, e.evidence, e.previous) for e in entries] == [
+        ("eqm-history/1", None, None)
+    ] * 2
+    entry = bench.promotes(bench.trains())
+    assert entry.previous == sha256(paths[1].read_bytes())
+    assert bench.rolls_back().version == 2
+    assert bench.shown() == 2
+    assert bench.repairs(every=True) == []
+    # One that is put in later, in the old form, is noticed all the same.
+    as_before(bench.store.root / f"history/{bench.model}/00000003.json")
+    assert "follows entry" in fault(bench)
+
+
+def test_an_old_entry_behind_a_new_one_is_refused(bench: Bench) -> None:
+    as_before(moved(bench, 2)[1])
+    assert "it is of an older schema than the one before" in fault(bench)
