@@ -232,6 +232,61 @@ def rollback(config: ConfigArgument = "demo", set_: SetOption = None) -> None:
 
 
 @app.command()
+def history(
+    config: ConfigArgument = "demo",
+    set_: SetOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Set alias and tags in MLflow again from the history.")
+    ] = False,
+) -> None:
+    """Show every move of the champion, and verify the chain and its evidence."""
+    from eqm import champion
+    from eqm.records import to_json
+    from eqm.registry import Registry
+    from flows.plan import make_plan
+
+    _prepare()
+    plan = make_plan(config, changes_of(set_), tracked=repair)
+    found = champion.examine(plan.store, plan.model_name)
+    faults = list(found.faults)
+    for entry in found.entries:
+        faults += champion.missing_evidence(plan.store, entry)
+    told: list[str] = []
+    if repair:
+        registry = Registry(plan.mlflow_uri)
+        told = champion.repair(plan.store, registry, plan.model_name, every=True)
+    if as_json:
+        entries = [
+            {**to_json(entry), "sha256": key}
+            for entry, key in zip(found.entries, found.digests, strict=True)
+        ]
+        whole = {"model": plan.model_name, "entries": entries, "faults": faults, "repaired": told}
+        sys.stdout.write(json.dumps(whole, indent=1) + "\n")
+    else:
+        _show_history(plan.model_name, found.entries, faults, told)
+    if faults:
+        raise typer.Exit(1)
+
+
+def _show_history(model: str, entries: list[Any], faults: list[str], told: list[str]) -> None:
+    table = Table("move", "when", "what", "version", "evaluation", "by", "revision", box=None)
+    for entry in entries:
+        by, revision = (entry.provenance.get(name) or "" for name in ("by", "git_revision"))
+        words = (str(entry.number), entry.at, entry.action, str(entry.version))
+        table.add_row(*words, entry.evaluation.digest[:12], _plain(str(by)), str(revision)[:12])
+    if entries:
+        out.print(table)
+    for line in told:
+        out.print(f"repaired: {_plain(line)}", soft_wrap=True)
+    for fault in faults:
+        err.print(f"[bold red]broken:[/] {_plain(fault)}", highlight=False, soft_wrap=True)
+    if not faults:
+        whole = "the chain is whole and its evidence is there" if entries else "no champion yet"
+        out.print(f"{model}: {len(entries)} moves; {whole}", soft_wrap=True)
+
+
+@app.command()
 def report(
     config: ConfigArgument = "demo",
     set_: SetOption = None,

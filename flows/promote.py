@@ -3,18 +3,37 @@
 Wraps eqm.gate and eqm.champion. Locally: ``eqm promote demo``, ``eqm rollback demo``.
 """
 
+import getpass
+import os
+import socket
 from typing import Any
 
 from prefect import flow
+from prefect.runtime import flow_run
 
 from eqm import champion
 from eqm.records import Decision, Record
 from eqm.registry import Registry, Version
-from eqm.stage import open_ref
+from eqm.stage import git_revision, open_ref
 from flows.evaluate import Report, evaluation_of, judge, publish
 from flows.plan import Plan, make_plan, require_sealed
 from flows.prefect_tools import logged, stage
 from flows.train import register_model
+
+
+def whoever() -> dict[str, Any]:
+    """Who moves the champion, and with which program: provenance of an entry of its history."""
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):
+        # In a container nobody may have a name.
+        user = str(os.getuid())
+    return {
+        "by": user,
+        "machine": socket.gethostname(),
+        "flow_run": flow_run.get_name(),
+        "git_revision": git_revision(),
+    }
 
 
 @stage
@@ -23,9 +42,8 @@ def promote_model(
 ) -> champion.Entry | None:
     """Move ``champion`` to the candidate where the decision says so."""
     registry = Registry(plan.mlflow_uri)
-    repaired = champion.repair(plan.store, registry, plan.model_name)
-    if repaired:
-        logged(f"repaired: {repaired}")
+    for line in champion.repair(plan.store, registry, plan.model_name):
+        logged(f"repaired: {line}")
     standing = champion.current(plan.store, plan.model_name)
     if standing is not None and standing.evaluation == decision.candidate:
         logged(f"{version.model} version {standing.version} is champion already")
@@ -40,6 +58,7 @@ def promote_model(
         train=trained.ref,
         decision=decision,
         report=report.key,
+        provenance=whoever(),
     )
     logged(f"{version.model} version {version.number} is champion (history {entry.number})")
     return entry
@@ -69,6 +88,6 @@ def rollback(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | No
     """Make the champion before this one champion again; returns its version."""
     plan = make_plan(config, changes)
     registry = Registry(plan.mlflow_uri)
-    entry = champion.rollback(plan.store, registry, plan.model_name)
+    entry = champion.rollback(plan.store, registry, plan.model_name, whoever())
     logged(f"{plan.model_name}: version {entry.version} is champion again ({entry.number})")
     return entry.version

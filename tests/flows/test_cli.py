@@ -12,6 +12,7 @@ from pathlib import Path
 import chain
 import pytest
 import torch
+from contest import Bench, MemoryRegistry
 from deployed import pictures
 from PIL import Image
 from safetensors.torch import load_file
@@ -22,12 +23,13 @@ from eqm.autoencoder import identity
 from eqm.config import NetworkConfig, SourceConfig
 from eqm.images import open_source
 from eqm.model import reconstructed
+from eqm.storage import LocalStore
 from flows import cli, clusters, settings
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 COMMANDS = [
     *("up", "down", "status", "env", "doctor", "backup", "restore", "secrets"),
-    *("pipeline", "encode", "train", "evaluate", "promote", "rollback"),
+    *("pipeline", "encode", "train", "evaluate", "promote", "rollback", "history"),
     *("report", "sample", "ema", "study", "recipes", "import-official", "export-official"),
 ]
 
@@ -92,6 +94,42 @@ def refused(told: Told, *parts: str) -> None:
 def port_of_nobody() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+# -- the champion -------------------------------------------------------------------------------
+
+
+def test_history_is_shown_and_verified(run, tmp_path: Path, monkeypatch) -> None:
+    store = LocalStore(tmp_path / "store")
+    bench = Bench(store, MemoryRegistry(), "eqm-digits")
+    monkeypatch.setenv("EQM_STORE", store.uri)
+    told = run("history", "demo")
+    assert (told.status, told.out) == (0, "eqm-digits: 0 moves; no champion yet\n")
+    for _ in range(2):
+        bench.promotes(bench.trains())
+    bench.rolls_back()
+    told = run("history", "demo")
+    assert told.status == 0
+    assert "3 moves; the chain is whole and its evidence is there" in told.out
+    assert [line.split()[2] for line in told.out.splitlines()[1:4]] == [
+        "promote",
+        "promote",
+        "rollback",
+    ]
+    assert "a test" in told.out
+    found = json.loads(run("history", "demo", "--json").out)
+    assert found["faults"] == []
+    assert [e["version"] for e in found["entries"]] == [1, 2, 1]
+    assert found["entries"][2]["previous"] == found["entries"][1]["sha256"]
+
+    (store.root / "reports/2.html").write_text("<p>better")
+    (store.root / "history/eqm-digits/00000001.json").write_text("{}")
+    told = run("history", "demo")
+    assert told.status == 1
+    assert "broken: " in told.err
+    assert "00000001.json" in told.err
+    assert "reports/2.html was changed" in told.err
+    assert "the chain is whole" not in told.out
 
 
 # -- help ---------------------------------------------------------------------------------------
