@@ -432,7 +432,7 @@ def reconstructed(
     Raises as :func:`load`; ConfigError for a length that no power function has, and where the
     error expected is above ``maximum_error``; DataError where the snapshots do not suffice.
     """
-    store, record = _sealed(uri, mlflow_uri=mlflow_uri, cache=cache)
+    store, record = sealed(uri, mlflow_uri=mlflow_uri, cache=cache)
     # The last weights bring what is not trained, and is no average.
     base = from_record(store, record, weights="raw")
     kept = snapshots_of(record)
@@ -460,7 +460,8 @@ def reconstructed(
     return base, plan
 
 
-def _sealed(uri: str, *, mlflow_uri: str | None, cache: Path | None) -> tuple[Store, Record]:
+def sealed(uri: str, *, mlflow_uri: str | None, cache: Path | None) -> tuple[Store, Record]:
+    """Store and record of a sealed training or a registered model. Raises as :func:`load`."""
     if uri.startswith("models:/"):
         return _registered(uri, mlflow_uri, cache=cache)
     return open_record(uri, cache=cache)

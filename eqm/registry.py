@@ -6,6 +6,7 @@ checked against digests in the store, and the champion is what the history in th
 """
 
 import contextlib
+import hmac
 import json
 import math
 import os
@@ -20,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eqm.errors import IntegrityError, MissingError, TrackingError
+from eqm.errors import EqmError, IntegrityError, MissingError, TrackingError
 from eqm.events import CURVES, Event, EventLog
 from eqm.records import Blob, canonical_bytes, from_json
 
@@ -37,6 +38,8 @@ MIRRORED = "eqm.mirrored"
 AWAY_SECONDS = 10.0
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for what MLflow has not yet taken."""
+INVALID = 1000
+"""MLflow's number of INVALID_PARAMETER_VALUE."""
 FOLDER = "eqm://"
 """Before the path of a record in a folder: MLflow takes bare paths for its own, and refuses."""
 
@@ -508,3 +511,36 @@ def _version(entity: Any) -> Version:
         source=entity.source.removeprefix(FOLDER),
         tags=dict(entity.tags),
     )
+
+
+# -- scoring ------------------------------------------------------------------------------------
+
+
+def scoring_application(folder: Path, *, token: str | None) -> Any:
+    """MLflow's scoring server of the model in a folder, as an ASGI application.
+
+    With ``token``, calls must bring it as ``Authorization: Bearer TOKEN``.
+    """
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    from mlflow.pyfunc import load_model, scoring_server
+
+    application = scoring_server.init(load_model(str(folder)))
+    if token is not None:
+        from starlette.responses import PlainTextResponse
+
+        @application.middleware("http")
+        async def only_with_token(request: Any, call_next: Any) -> Any:
+            brought = request.headers.get("authorization", "").encode()
+            if not hmac.compare_digest(brought, f"Bearer {token}".encode()):
+                told = "bring the token, as Authorization: Bearer TOKEN\n"
+                return PlainTextResponse(told, status_code=401)
+            return await call_next(request)
+
+    return application
+
+
+def refusal(error: EqmError) -> Exception:
+    """What a scoring server answers with status 400 and the words of an error."""
+    from mlflow.exceptions import MlflowException
+
+    return MlflowException(str(error), error_code=INVALID)

@@ -351,6 +351,61 @@ def sample(
     out.print(f"{to}: {len(images)} samples, {cost:.0f} field evaluations each")
 
 
+@app.command()
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS or a sealed train record.")
+    ] = "models:/eqm-digits@champion",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5001,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="File with a token that every call must bring; needed off loopback."),
+    ] = None,
+    updates: Annotated[int, typer.Option(min=1, help="Descent updates.")] = 249,
+    step_size: Annotated[float, typer.Option(min=1e-9, help="Descent step size.")] = 0.003,
+) -> None:
+    """Answer calls with images for labels and seeds, as MLflow's scoring server does."""
+    _prepare()
+    import uvicorn
+
+    from eqm.config import SamplerConfig
+    from eqm.serving import application
+    from flows.settings import current_settings
+
+    token = _token(host, token_file)
+    settings = current_settings()
+    served = application(
+        model,
+        SamplerConfig(updates=updates, step_size=step_size),
+        token=token,
+        mlflow_uri=settings.mlflow_uri,
+        cache=settings.home / "cache",
+    )
+    _say(f"{model}: POST http://{host}:{port}/invocations")
+    uvicorn.run(served, host=host, port=port, log_level="warning")
+
+
+def _token(host: str, file: Path | None) -> str | None:
+    """The token that calls must bring; None on loopback without a file. Raises ConfigError."""
+    from eqm.errors import ConfigError
+
+    if file is None:
+        if host in ("127.0.0.1", "::1", "localhost"):
+            return None
+        raise ConfigError(
+            f"--host is {host!r}, where others can call: give --token-file, or serve on 127.0.0.1 "
+            "behind something that asks who calls"
+        )
+    try:
+        token = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--token-file {file} cannot be read: {error}") from error
+    if len(token) < 16:
+        raise ConfigError(f"--token-file {file} holds fewer than 16 characters: make it longer")
+    return token
+
+
 def _rows(classes: tuple[str, ...], asked: list[int] | None) -> tuple[list[int], list[str]]:
     """Rows of the grid and their names; a model without labels has one. Raises ConfigError."""
     from eqm.errors import ConfigError

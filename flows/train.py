@@ -7,6 +7,7 @@ from typing import Any
 
 from prefect import flow
 
+from eqm import serving
 from eqm.records import Record
 from eqm.records import digest as digest_of
 from eqm.registry import Registry, Version
@@ -48,6 +49,10 @@ def register_model(plan: Plan, trained: Record) -> Version:
         "eqm.git_revision": revision,
     }
     source = plan.store.where(f"train/{trained.digest}")
+    described = serving.files_of(plan.store, trained, plan.config.generate.sampler)
+    for name, data in described.items():
+        # By these MLflow knows what it is: its pages show the signature, its server loads it.
+        plan.store.write_once(f"train/{trained.digest}/{name}", data)
     version = registry.register(
         plan.model_name, source=source, tags=tags, run_digest=trained.digest
     )

@@ -30,7 +30,8 @@ PROJECT = Path(__file__).resolve().parent.parent.parent
 COMMANDS = [
     *("up", "down", "status", "env", "doctor", "backup", "restore", "secrets"),
     *("pipeline", "encode", "train", "evaluate", "promote", "rollback", "history"),
-    *("report", "sample", "ema", "study", "recipes", "import-official", "export-official"),
+    *("report", "sample", "serve", "ema", "study", "recipes"),
+    *("import-official", "export-official"),
 ]
 
 
