@@ -32,6 +32,7 @@ from flows.plan import (
     train_job,
 )
 from flows.prefect_tools import day_due, link, logged, page, stage, tell
+from flows.study import sealed_studies
 from flows.train import latents_of, register_model, train_model
 
 
@@ -142,6 +143,9 @@ def judge(plan: Plan, evaluation: Record, despite_rollback: bool = False) -> Dec
         plan.config.policy,
         champion=None if against is None else dossier.evaluation_of(against),
         champion_ref=None if against is None else against.ref,
+        studies=sealed_studies(plan, evaluation.inputs["train"])
+        if plan.config.policy.required_studies
+        else {},
         evaluated=ended(evaluation),
         now=datetime.datetime.now(datetime.UTC),
     )
