@@ -105,7 +105,7 @@ class PolicyConfig:
     metrics: dict[str, MetricRule] = field(default_factory=dict)
     """Metric -> bounds, for any metric that evaluations have; beside the short settings above."""
     ood: dict[str, OODRule] = field(default_factory=dict)
-    """OOD set, or set/score, -> floor, by the lower end of the interval unless it says otherwise."""
+    """OOD set, or set/score, -> floor."""
     required_studies: tuple[str, ...] = ()
     """Studies that must be sealed for the candidate."""
     maximum_age_days: float | None = None

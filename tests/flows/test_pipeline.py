@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import boto3
+import mlflow
+import numpy as np
 import pytest
 from deployed import ended, pictures, start_deployment
 from mlflow import MlflowClient
@@ -204,6 +207,37 @@ def test_mlflow_shows_the_run_and_the_model(ran: Ran) -> None:
     kept = artifacts(client, run.info.run_id)
     assert any(path.endswith(".png") for path in kept), kept
     assert {"report/report.html", "report/report.json"} <= set(kept)
+
+
+def test_mlflow_shows_the_signature_and_loads_the_model(
+    ran: Ran, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = f"name={MODEL}&version=1&path=MLmodel"
+    with urllib.request.urlopen(f"{ran.mlflow_uri}/model-versions/get-artifact?{asked}") as page:
+        described = json.loads(page.read())
+    assert '"name": "labels"' in described["signature"]["inputs"]
+    assert "[-1, 1, 8, 8]" in described["signature"]["outputs"]
+    assert described["metadata"]["eqm.content"] == ran.result["train"]
+
+    monkeypatch.setenv("MLFLOW_ALLOW_PICKLE_DESERIALIZATION", "false")
+    served = mlflow.pyfunc.load_model(f"models:/{MODEL}@champion")
+    labels, seeds = np.array([3, 7]), np.array([0, 1])
+    images = served.predict({"labels": labels, "seeds": seeds}, params={"updates": 2})
+    model = eqm.load(f"models:/{MODEL}@champion", mlflow_uri=ran.mlflow_uri)
+    settings = open_ref(ran.store, ran.record("samples").ref).config["generate"]["sampler"]
+    rule = eqm.NAG(step_size=settings["step_size"], momentum=settings["momentum"])
+    expected = eqm.sample(model, labels=[3, 7], seeds=[0, 1], updates=2, rule=rule)
+    np.testing.assert_array_equal(images, expected.images().cpu().numpy())
+
+
+def test_the_history_of_the_pipeline_is_whole(ran: Ran) -> None:
+    found = champion.examine(ran.store, MODEL)
+    assert found.faults == []
+    for entry in found.entries:
+        assert champion.missing_evidence(ran.store, entry) == []
+        assert {"by", "machine", "flow_run", "git_revision"} <= set(entry.provenance)
+        assert entry.provenance["flow_run"]
+    assert ran.standing().evidence is not None
 
 
 def artifacts(client: MlflowClient, run_id: str, folder: str | None = None) -> list[str]:
