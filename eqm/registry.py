@@ -38,6 +38,8 @@ MIRRORED = "eqm.mirrored"
 AWAY_SECONDS = 10.0
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for what MLflow has not yet taken."""
+NAME_LENGTH, VALUE_LENGTH = 250, 6000
+"""Characters that MLflow takes of a parameter; it refuses a whole batch for one that is longer."""
 INVALID = 1000
 """MLflow's number of INVALID_PARAMETER_VALUE."""
 FOLDER = "eqm://"
@@ -293,11 +295,17 @@ def _open_run(
         client.update_run(run.info.run_id, status="RUNNING")
     # MLflow refuses another value, and what it shows may be of a program that wrote it otherwise.
     shown = run.data.params
-    given = [Param(n, str(value)[:6000]) for n, value in params.items() if n not in shown]
+    known = {_fitting(name, NAME_LENGTH): str(value) for name, value in params.items()}
+    given = [Param(n, _fitting(v, VALUE_LENGTH)) for n, v in known.items() if n not in shown]
     for start in range(0, len(given), 100):
         # Each time: whoever made the run may have been stopped before this.
         client.log_batch(run.info.run_id, params=given[start : start + 100])
     return run.info.run_id, _mark_of(client, run)
+
+
+def _fitting(text: str, length: int) -> str:
+    """A text that MLflow takes; of a longer one the beginning, and a digest of all of it."""
+    return text if len(text) <= length else f"{text[: length - 9]}~{sha256(text.encode())[:8]}"
 
 
 def _first_run(client: Any, experiments: list[str], digest: str) -> Any:

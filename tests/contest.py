@@ -2,15 +2,28 @@
 
 import dataclasses
 import fcntl
+import itertools
 import json
+import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from eqm import champion, stage
+from eqm.champion import Entry, LostRaceError
 from eqm.config import Job, Runtime
-from eqm.records import Decision, Reason, Record, Ref
+from eqm.errors import DataError
+from eqm.records import Decision, Reason, Record, Ref, to_json
 from eqm.registry import Version
 from eqm.stage import Outcome
+
+CANDIDATES = 3
+MOVES = 5
+"""Of a schedule."""
+CALLS = {"promote": 36, "rollback": 26}
+"""Calls of a move that are numbered; one that makes fewer is not cut off."""
+WATCHED = ("read", "write_once", "list", "get", "record", "find_number", "find", "by_alias")
+CHANGING = ("point", "unpoint", "tag")
 
 
 class MemoryRegistry:
@@ -197,3 +210,120 @@ class Bench:
     def moves(self) -> list[tuple[int, str, int]]:
         entries = champion.history(self.store, self.model)
         return [(e.number, e.action, e.version) for e in entries]
+
+
+class Killed(BaseException):
+    """The program ends here, as by kill -9."""
+
+
+class Watched:
+    """A store or a registry whose every call is announced before it is made."""
+
+    def __init__(self, inner: Any, announce: Callable[[str], None]) -> None:
+        self._inner, self._announce = inner, announce
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._inner, name)
+        if name not in (*WATCHED, *CHANGING):
+            return found
+
+        def call(*given: Any, **named: Any) -> Any:
+            self._announce(name)
+            return found(*given, **named)
+
+        return call
+
+
+class Schedule:
+    """A seeded run of moves of one champion, some of which are cut off or met by another move."""
+
+    def __init__(self, seed: int, bench: Bench, reached: set[tuple[str, int]]) -> None:
+        self.seed, self.bench, self.reached = seed, bench, reached
+        self.chance = random.Random(seed)
+        self.names = itertools.count()
+        self.known: list[Entry] = []
+        self.promised: list[Entry] = []
+        """What was said to be done."""
+        self.open: set[str] = set()
+        """Moves that were killed: they may be done or not."""
+
+    def run(self) -> None:
+        for _ in range(MOVES):
+            killed = self.moves()
+            self.check_history()
+            if not killed:
+                assert self.bench.shown() == self.expected(), f"schedule {self.seed}"
+        # The next program, whatever it is, begins with this.
+        self.bench.repairs()
+        assert self.bench.shown() == self.expected(), f"schedule {self.seed}"
+        assert self.bench.repairs(every=True) == [], f"schedule {self.seed}"
+
+    def moves(self) -> bool:
+        """Make a move; whether it was killed."""
+        kind = self.chance.choice(("promote", "promote", "rollback"))
+        event = self.chance.choice(("kill", "kill", "meet", "none"))
+        at, count = self.chance.randrange(CALLS[kind]), itertools.count()
+
+        def announce(_: str) -> None:
+            number = next(count)
+            if number == at and event == "kill":
+                self.reached.add((kind, at))
+                raise Killed
+            if number == at and event == "meet":
+                self.make(self.chance.choice(("promote", "rollback")), self.bench)
+
+        watched = Bench(
+            Watched(self.bench.store, announce),
+            Watched(self.bench.registry, announce),
+            self.bench.model,
+        )
+        watched.trained = self.bench.trained
+        return self.make(kind, watched)
+
+    def make(self, kind: str, bench: Bench) -> bool:
+        name = f"move {next(self.names)}"
+        try:
+            if kind == "promote":
+                version = self.candidate()
+                decision = self.bench.judged(version)
+                done = bench.promotes(version, decision, by=name)
+            else:
+                done = bench.rolls_back(by=name)
+        except Killed:
+            self.open.add(name)
+            return True
+        except (LostRaceError, DataError):
+            return False
+        self.promised.append(done)
+        return False
+
+    def candidate(self) -> Version:
+        number = self.chance.randrange(CANDIDATES) + 1
+        return self.bench.registry.by_number(self.bench.model, number)
+
+    def check_history(self) -> None:
+        """Nothing that was there has changed, what was promised is there, and nothing else."""
+        entries = champion.history(self.bench.store, self.bench.model)
+        told = f"schedule {self.seed}: {[(e.number, e.action, e.version) for e in entries]}"
+        assert entries[: len(self.known)] == self.known, told
+        assert all(entry in entries for entry in self.promised), told
+        others = [e.provenance["by"] for e in entries if e not in self.promised]
+        assert set(others) <= self.open, told
+        assert len(set(others)) == len(others), told
+        standing: list[Entry] = []
+        for entry in entries:
+            judged_against = entry.decision["champion"]
+            if entry.action == "promote":
+                before = to_json(standing[-1].evaluation) if standing else None
+                assert judged_against == before, f"{told}: judged against another champion"
+                standing.append(entry)
+            else:
+                standing.pop()
+        self.known = entries
+
+    def expected(self) -> int | None:
+        """The version that a stack of promotions ends in."""
+        stack: list[int] = []
+        for entry in self.known:
+            stack = [*stack, entry.version] if entry.action == "promote" else stack[:-1]
+        return stack[-1] if stack else None

@@ -9,7 +9,7 @@ from typing import Any
 
 import boto3
 import pytest
-from contest import Bench
+from contest import CANDIDATES, Bench, Schedule
 from mlflow import MlflowClient
 
 from eqm import champion, stage
@@ -193,6 +193,20 @@ def test_a_race_for_one_number_has_one_winner(
     assert "00000003.json" in str(lost)
     assert champion.history(bench.store, bench.model)[2:] == [won]
     assert bench.shown() == won.version
+
+
+def test_schedules_on_real_services(mlflow_environment: dict[str, str], tmp_path: Path) -> None:
+    """As the thousand of tests/test_promotion.py, on S3 and MLflow themselves."""
+    registry = Registry(mlflow_environment["MLFLOW_TRACKING_URI"])
+    model = f"eqm-contest-{os.getpid()}"
+    store = open_store(f"s3://eqm/{model}", cache=tmp_path / "cache")
+    first = Bench(store, registry, model)
+    for _ in range(CANDIDATES):
+        first.trains()
+    for seed in (3, 4, 9):
+        bench = first.beside(f"{model}-{seed}")
+        Schedule(seed, bench, set()).run()
+        assert bench.moves()
 
 
 # -- the alias mirrors the history --------------------------------------------------------------

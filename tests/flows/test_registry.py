@@ -125,6 +125,22 @@ def test_two_at_once_register_one_model(registry: Registry, uri: str, model: str
         assert candidate in found
 
 
+def test_an_answer_that_got_lost_makes_no_second_version(
+    registry: Registry, uri: str, model: str
+) -> None:
+    """MLflow commits and then answers 500: its client asks again, and all see the same version."""
+    registered(registry, f"{model}-other", "c0")
+    with relay(uri) as way:
+        way.lose_answers_to = "model-versions/create"
+        version = registered(Registry(way.uri), model, "c1")
+    assert way.lost == 1
+    assert version.number == 1
+    assert registered(registry, model, "c1").number == 1
+    candidate = registry.by_alias(model, "candidate")
+    assert candidate is not None
+    assert candidate.number == 1
+
+
 def test_evidence_joins_the_run_of_the_training(registry: Registry, uri: str, model: str) -> None:
     assert registry.add_evidence("e" * 64, metrics={"eval/x": 1.0}, files={}) is None
     digest = f"{model}-digest"
@@ -162,6 +178,19 @@ def test_points_and_files_arrive_with_the_times_of_the_log(uri: str, model: str,
     assert set(run.data.metrics) == {"loss", "images_per_second", "latent_distance"}
     assert artifacts(uri, mirror.run_id, "samples") == [GRID]
     assert "".join(capfd.readouterr()) == ""
+
+
+def test_parameters_longer_than_mlflow_takes_are_shown_in_part(uri: str, model: str) -> None:
+    names = ["n" * 250, "n" * 251, "n" * 300, "long"]
+    params = {**dict.fromkeys(names, "x"), "long": "v" * 7000}
+    mirror = opened(uri, model, "d", a_log(64), params=params)
+    mirror.close("FINISHED")
+    again = opened(uri, model, "d", a_log(64), params=params)
+    again.close("FINISHED")
+    found = MlflowClient(uri).get_run(str(mirror.run_id)).data.params
+    assert len(found) == 4
+    assert found["n" * 250] == "x"
+    assert (len(found["long"]), found["long"][:5991]) == (6000, "v" * 5991)
 
 
 def test_what_no_checkpoint_holds_is_not_shown_yet(uri: str, model: str) -> None:
@@ -403,6 +432,9 @@ def in_threads(*programs) -> list:
 class Way:
     uri: str
     open: bool = True
+    lose_answers_to: str = ""
+    """The first answer to a call with this in its path is 500, though it was carried out."""
+    lost: int = 0
 
 
 @contextlib.contextmanager
@@ -424,6 +456,9 @@ def relay(uri: str) -> Iterator[Way]:
                     status, data, kind = answer.status, answer.read(), answer.headers
             except urllib.error.HTTPError as error:
                 status, data, kind = error.code, error.read(), error.headers
+            if way.lose_answers_to and way.lose_answers_to in self.path and not way.lost:
+                way.lost += 1
+                status, data = 500, b"{}"
             self.send_response(status)
             self.send_header("Content-Type", kind.get("Content-Type", "text/plain"))
             self.send_header("Content-Length", str(len(data)))
