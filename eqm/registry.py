@@ -23,7 +23,7 @@ from typing import Any
 
 from eqm.errors import EqmError, IntegrityError, MissingError, TrackingError
 from eqm.events import CURVES, Event, EventLog
-from eqm.records import Blob, canonical_bytes, from_json
+from eqm.records import Blob, canonical_bytes, from_json, sha256
 
 UNREACHABLE = (
     "MLflow at {uri} cannot be reached ({error}): start the embedded services with `eqm up`, "
