@@ -305,7 +305,7 @@ def _open_run(
 
 def _fitting(text: str, length: int) -> str:
     """A text that MLflow takes; of a longer one the beginning, and a digest of all of it."""
-    return text if len(text) <= length else f"{text[: length - 9]}~{sha256(text.encode())[:8]}"
+    return text if len(text) <= length else f"{text[: length - 9]}-{sha256(text.encode())[:8]}"
 
 
 def _first_run(client: Any, experiments: list[str], digest: str) -> Any:
