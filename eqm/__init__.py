@@ -14,7 +14,8 @@ Modules in the order in which a datum meets them:
     model official registry                the trained model, ours and others'
     rules sampler sampling                 descent, and what it is good for
     generate samples                       samples of a model -> a sealed set, and out of it again
-    features adm statistics reference      what is known of the real images
+    features vision_transformer            images -> features
+    adm statistics reference               what is known of the real images
     frechet intervals measures ood outliers evaluate   numbers
     gate report                            decision and page
 

@@ -29,6 +29,7 @@ from eqm.errors import DataError, IntegrityError
 from eqm.precision import full_precision
 from eqm.records import Record, canonical_bytes, digest, from_json, sha256
 from eqm.storage import Store
+from eqm.vision_transformer import dinov2_from_state
 
 T = TypeVar("T")
 
@@ -251,14 +252,15 @@ def extractor_from_bytes(weights: bytes, config: bytes) -> SmallCNN:
 
 def load_extractor(record: Record, store: Store, device: torch.device) -> FeatureExtractor:
     """The extractor of a sealed "extractor" record. Raises StoreError, IntegrityError."""
-    if record.values["kind"] == "inception":
+    kind = record.values["kind"]
+    if kind in PRETRAINED:
         (blob,) = record.outputs.values()
         # The name decides how the file is parsed; its digest has been checked twice by then.
         (name,) = record.outputs
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / name
             path.write_bytes(store.get(blob))
-            return inception_extractor(path, blob.sha256, device=device)
+            return PRETRAINED[kind](path, blob.sha256, device=device)
     files = {name: store.get(blob) for name, blob in record.outputs.items()}
     network = extractor_from_bytes(files["weights.safetensors"], files["config.json"])
     return CNNExtractor(network.to(device), record.values["name"])
@@ -275,19 +277,8 @@ def inception_extractor(
     file that is missing or holds other tensors or more than tensors, IntegrityError for another
     digest, which is checked before anything is parsed.
     """
-    if not weights_path.is_file():
-        raise DataError(
-            f"there are no Inception weights at {weights_path}: give the path of a file"
-        )
-    data = weights_path.read_bytes()
-    found = sha256(data)
-    if found != expected_sha256:
-        raise IntegrityError(
-            f"{weights_path} has SHA-256 {found}, but {expected_sha256} is expected: "
-            "fetch the file again, or correct the digest if you trust this file"
-        )
-    parse = _from_safetensors if weights_path.suffix == ".safetensors" else _from_restricted_pickle
-    return _InceptionExtractor(parse(data, str(weights_path)), found, str(weights_path), device)
+    state = _state(weights_path, expected_sha256, "Inception")
+    return _InceptionExtractor(state, expected_sha256, str(weights_path), device)
 
 
 class _InceptionExtractor:
@@ -340,7 +331,138 @@ class _InceptionExtractor:
         return Activations(features, logits, _channels_last(seen[0]))
 
 
+# -- vision transformers ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Pixels:
+    """How a vision transformer wants its images."""
+
+    side_px: int
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    """Of pixels in [0, 1]."""
+
+
+class _TransformerExtractor:
+    """Class tokens of a frozen vision transformer, its images made as torch-fidelity makes them."""
+
+    def __init__(
+        self,
+        network: nn.Module,
+        name: str,
+        weights_sha256: str,
+        pixels: _Pixels,
+        device: torch.device | str,
+    ) -> None:
+        import torch_fidelity
+
+        architecture = {"kind": name, "torch_fidelity": torch_fidelity.__version__}
+        self.name = name
+        self.digest = _digest(architecture, weights_sha256)
+        self._network = network.float().eval().requires_grad_(False).to(device)
+        self._pixels, self._device = pixels, device
+        blank = torch.zeros(1, 3, 1, 1, dtype=torch.uint8)
+        self.dimension = self(blank).shape[1]
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features float32 (B, D) of uint8 images (B, 1 or 3, H, W)."""
+        return self.activations(images).features
+
+    def activations(self, images: Tensor) -> Activations:
+        """Features alone: it has no classifier."""
+        from torch_fidelity.interpolate_compat_tensorflow import (
+            interpolate_bilinear_2d_like_tensorflow1x as resized,
+        )
+        from torchvision.transforms.functional import normalize
+
+        _check_uint8(images)
+        _check_shape(images, (1, 3), smallest_px=1)
+        colour = images.to(self._device).expand(-1, 3, -1, -1).float()
+        look = self._pixels
+        mean, std = ([255 * value for value in values] for values in (look.mean, look.std))
+        with torch.no_grad(), full_precision():
+            x = resized(colour, size=(look.side_px, look.side_px), align_corners=False)
+            return Activations(self._network(normalize(x, mean, std)))
+
+
+def dinov2_extractor(
+    weights_path: Path, expected_sha256: str, *, device: torch.device | str = "cpu"
+) -> FeatureExtractor:
+    """DINOv2 as torch-fidelity has it, from a released file such as dinov2_vits14_pretrain.pth.
+
+    Raises as ``inception_extractor``.
+    """
+    state = _state(weights_path, expected_sha256, "DINOv2")
+    name, network = dinov2_from_state(state, str(weights_path))
+    pixels = _Pixels(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return _TransformerExtractor(network, name, expected_sha256, pixels, device)
+
+
+CLIP_NAMES = {(32, 224): "clip-vit-b-32", (16, 224): "clip-vit-b-16", (14, 224): "clip-vit-l-14"}
+"""Patch and image size in px -> torch-fidelity's name."""
+
+
+def clip_extractor(
+    weights_path: Path, expected_sha256: str, *, device: torch.device | str = "cpu"
+) -> FeatureExtractor:
+    """CLIP's vision transformer as torch-fidelity has it, from a state dict of plain tensors.
+
+    Their names begin with ``visual.``; those of the text side are not looked at. The file that
+    OpenAI released is a program (TorchScript), which is never run: save its state dict. Raises as
+    ``inception_extractor``.
+    """
+    from torch_fidelity.feature_extractor_clip import CLIPVisual, convert_weights
+
+    place = str(weights_path)
+    state = _state(weights_path, expected_sha256, "CLIP")
+    seen = {key: value for key, value in state.items() if key.startswith("visual.")}
+    try:
+        width, _, _, patch = seen["visual.conv1.weight"].shape
+        positions = len(seen["visual.positional_embedding"]) - 1
+        dimension = seen["visual.proj"].shape[1]
+    except (KeyError, ValueError, IndexError) as error:
+        raise DataError(f"{place} holds no vision transformer of CLIP (visual.…)") from error
+    side = patch * round(positions**0.5)
+    if (patch, side) not in CLIP_NAMES:
+        raise DataError(f"{place}: patches of {patch} px in {side} px are no CLIP that is known")
+    depth = sum(key.endswith(".attn.in_proj_weight") for key in seen)
+    with torch.random.fork_rng(devices=[]), _in_words(place):
+        network = CLIPVisual(dimension, side, depth, width, patch)
+        # To half precision and back, as released: weights of more digits lose them in both.
+        convert_weights(network)
+        network.load_state_dict(seen)
+    pixels = _Pixels(
+        side, (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+    )
+    name = CLIP_NAMES[patch, side]
+    return _TransformerExtractor(network.visual, name, expected_sha256, pixels, device)
+
+
+PRETRAINED = {
+    "inception": inception_extractor,
+    "dinov2": dinov2_extractor,
+    "clip": clip_extractor,
+}
+"""Kind of extractor (config.ExtractorConfig) -> what makes it of a local file and its digest."""
+
+
 # -- weights ------------------------------------------------------------------------------------
+
+
+def _state(path: Path, expected_sha256: str, what: str) -> dict[str, Tensor]:
+    """Tensors of a file of weights, checked against its digest before it is parsed."""
+    if not path.is_file():
+        raise DataError(f"there are no {what} weights at {path}: give the path of a file")
+    data = path.read_bytes()
+    found = sha256(data)
+    if found != expected_sha256:
+        raise IntegrityError(
+            f"{path} has SHA-256 {found}, but {expected_sha256} is expected: "
+            "fetch the file again, or correct the digest if you trust this file"
+        )
+    parse = _from_safetensors if path.suffix == ".safetensors" else _from_restricted_pickle
+    return parse(data, str(path))
 
 
 def _digest(architecture: dict[str, Any], weights_sha256: str) -> str:

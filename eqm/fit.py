@@ -39,11 +39,11 @@ from eqm.config import (
 )
 from eqm.errors import DataError
 from eqm.features import (
+    PRETRAINED,
     CNNExtractor,
     SmallCNN,
     SmallCNNConfig,
     extractor_to_bytes,
-    inception_extractor,
 )
 from eqm.images import ImageSource, checked_source, mirrored
 from eqm.latents import mean_latents
@@ -282,8 +282,8 @@ def reconstructed(autoencoder: Autoencoder, images: Tensor) -> Tensor:
 def extractor_outcome(context: Context, source: ImageSource) -> Outcome:
     """Fit or check the feature extractor of the config."""
     config = context.config.extractor
-    if config.kind == "inception":
-        return inception_outcome(config.pretrained)
+    if config.kind != "fit":
+        return pretrained_outcome(config.kind, config.pretrained)
     network = fit_extractor(context, source, config.fit)
     extractor = CNNExtractor(network, f"{source.kind}-cnn")
     weights, architecture = extractor_to_bytes(network, network.config)
@@ -300,18 +300,18 @@ def extractor_outcome(context: Context, source: ImageSource) -> Outcome:
     )
 
 
-def inception_outcome(file: PretrainedFile) -> Outcome:
-    """Weights of somebody else, sealed as they are once they prove to be Inception's."""
+def pretrained_outcome(kind: str, file: PretrainedFile) -> Outcome:
+    """Weights of somebody else, sealed as they are once they prove to be of that kind."""
     data = read_pretrained(file)
     name = "weights.safetensors" if file.uri.endswith(".safetensors") else "weights.pth"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(data)
-        extractor = inception_extractor(path, file.sha256)
+        extractor = PRETRAINED[kind](path, file.sha256)
     return Outcome(
         outputs={name: data},
         values={
-            "kind": "inception",
+            "kind": kind,
             "name": extractor.name,
             "digest": extractor.digest,
             "dimension": extractor.dimension,

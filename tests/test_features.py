@@ -12,18 +12,24 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch_fidelity import FeatureExtractorInceptionV3
+from torch_fidelity.feature_extractor_clip import CLIPVisual, FeatureExtractorCLIP
+from torch_fidelity.feature_extractor_dinov2 import FeatureExtractorDinoV2
+from torchvision.models import VisionTransformer
 
 from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.features import (
     CNNExtractor,
     SmallCNN,
     SmallCNNConfig,
+    clip_extractor,
+    dinov2_extractor,
     extract,
     extractor_from_bytes,
     extractor_to_bytes,
     inception_extractor,
     signed,
 )
+from eqm.vision_transformer import DINOv2
 
 CONFIG = SmallCNNConfig(channels=1, classes=10, width=8, dimension=16)
 
@@ -294,6 +300,133 @@ def test_extract_refuses_nothing_and_features_that_are_not_finite():
 
     with pytest.raises(DataError, match=r"broken gives NaN or infinity for 1 of 2 .*number 1:"):
         extract(Broken(), [images(2)])
+
+
+# -- vision transformers ------------------------------------------------------------------------
+
+
+def scaled(state, seed=0):
+    """Seeded values for every tensor, so that none is what it was initialised with."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def drawn(name, value):
+        noise = torch.randn(value.shape, generator=generator)
+        return noise / value[0].numel() ** 0.5 if value.ndim > 1 else 1 + 0.1 * noise
+
+    return {name: drawn(name, value) for name, value in state.items()}
+
+
+def saved(folder, state):
+    path = folder / "weights.pth"
+    torch.save(state, path)
+    return path, sha256_of(path)
+
+
+def reference_of_dinov2(state, images):
+    """torchvision's transformer with the same weights, layer scales multiplied into them."""
+    model = VisionTransformer(224, 14, 12, 6, 384, 1536)
+    model.heads = torch.nn.Identity()
+    grid = state["pos_embed"][:, 1:].reshape(1, 37, 37, 384).permute(0, 3, 1, 2)
+    scale = (16 + 0.1) / 37
+    small = F.interpolate(grid, scale_factor=(scale, scale), mode="bicubic")
+    assert small.shape[2:] == (16, 16)
+    positions = small.permute(0, 2, 3, 1).reshape(1, 256, 384)
+    theirs = {
+        "class_token": state["cls_token"],
+        "encoder.pos_embedding": torch.cat([state["pos_embed"][:, :1], positions], dim=1),
+    }
+    for kind in ("weight", "bias"):
+        theirs[f"conv_proj.{kind}"] = state[f"patch_embed.proj.{kind}"]
+        theirs[f"encoder.ln.{kind}"] = state[f"norm.{kind}"]
+        for i in range(12):
+            ours, block = f"blocks.{i}", f"encoder.layers.encoder_layer_{i}"
+            first, second = (state[f"{ours}.ls{k}.gamma"] for k in (1, 2))
+            if kind == "weight":
+                first, second = first[:, None], second[:, None]
+            theirs |= {
+                f"{block}.ln_1.{kind}": state[f"{ours}.norm1.{kind}"],
+                f"{block}.ln_2.{kind}": state[f"{ours}.norm2.{kind}"],
+                f"{block}.self_attention.in_proj_{kind}": state[f"{ours}.attn.qkv.{kind}"],
+                f"{block}.self_attention.out_proj.{kind}": state[f"{ours}.attn.proj.{kind}"]
+                * first,
+                f"{block}.mlp.0.{kind}": state[f"{ours}.mlp.fc1.{kind}"],
+                f"{block}.mlp.3.{kind}": state[f"{ours}.mlp.fc2.{kind}"] * second,
+            }
+    model.load_state_dict(theirs)
+    return model.eval()(images)
+
+
+def test_dinov2_is_the_transformer_that_torch_fidelity_feeds(tmp_path, monkeypatch):
+    state = scaled(DINOv2(384, 12, gated=False).state_dict())
+    state["pos_embed"] *= 20
+    extractor = dinov2_extractor(*saved(tmp_path, state))
+    assert (extractor.name, extractor.dimension) == ("dinov2-vit-s-14", 384)
+    fed = []
+
+    class Hub(torch.nn.Module):
+        def forward(self, x):
+            fed.append(x)
+            return reference_of_dinov2(state, x)
+
+    monkeypatch.setattr(torch.hub, "load", lambda *_: Hub())
+    library = FeatureExtractorDinoV2("dinov2-vit-s-14", ["dinov2"])
+    x = images(2, 3, 40, 56)
+    found = extractor(x)
+    (truth,) = library(x)
+    assert fed[0].shape == (2, 3, 224, 224)
+    assert found.std() > 0.1
+    assert torch.allclose(found, truth, atol=2e-4)
+    assert (found - found[:1]).abs().max() > 0.1
+    assert extractor.activations(x).tensors().keys() == {"features"}
+    gray = images(1, 1, 16, 16)
+    assert torch.equal(extractor(gray), extractor(gray.repeat(1, 3, 1, 1)))
+
+
+def test_the_largest_dinov2_has_gates():
+    """The layout of its file; too large to run here."""
+    with torch.device("meta"):
+        state = DINOv2(1536, 40, gated=True).state_dict()
+    assert sum(v.numel() for v in state.values()) == pytest.approx(1136e6, rel=2e-3)
+    assert state["blocks.39.mlp.w12.weight"].shape == (8192, 1536)
+    assert state["blocks.39.mlp.w3.weight"].shape == (1536, 4096)
+    block = DINOv2(64, 1, gated=True).blocks[0].mlp
+    x = torch.randn(2, 64, generator=torch.Generator().manual_seed(0))
+    first, second = block.w12(x).split(block.w3.in_features, dim=1)
+    truth = block.w3(first * torch.sigmoid(first) * second)
+    assert torch.allclose(block(x), truth, atol=1e-6)
+
+
+def test_clip_equals_the_library(tmp_path):
+    made = CLIPVisual(512, 224, 12, 768, 32)
+    state = {key: v.half().float() for key, v in scaled(made.state_dict(), seed=1).items()}
+    extractor = clip_extractor(*saved(tmp_path, {**state, "text_projection": torch.ones(2, 512)}))
+    assert (extractor.name, extractor.dimension) == ("clip-vit-b-32", 512)
+
+    class Released:
+        """In place of a TorchScript file, of which the library reads the state dict alone."""
+
+        def state_dict(self):
+            return {**state, "text_projection": torch.ones(2, 512)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.jit, "load", lambda *_, **__: Released())
+        library = FeatureExtractorCLIP("clip-vit-b-32", ["clip"], "weights.pt")
+    x = images(2, 3, 40, 56)
+    assert torch.equal(extractor(x), library(x)[0])
+    assert extractor(x).std() > 0.1
+
+
+@pytest.mark.parametrize("make", [dinov2_extractor, clip_extractor])
+def test_other_weights_are_no_transformer(make, state, tmp_path):
+    path, digest = saved(tmp_path, {"fc.bias": state["fc.bias"]})
+    with pytest.raises(DataError, match=r"holds no (weights of DINOv2|vision transformer of CLIP)"):
+        make(path, digest)
+    with pytest.raises(IntegrityError, match="has SHA-256"):
+        make(path, "0" * 64)
+    path, digest = saved(tmp_path, {"bomb": Bomb(tmp_path / "ran")})
+    with pytest.raises(DataError, match="code in a file is never run"):
+        make(path, digest)
+    assert not (tmp_path / "ran").exists()
 
 
 # -- Inception ----------------------------------------------------------------------------------
