@@ -29,7 +29,7 @@ from eqm.config import (
     replace,
     with_settings,
 )
-from eqm.errors import ConfigError, DataError
+from eqm.errors import ConfigError, DataError, TrackingError
 from eqm.images import ImageSource, open_source
 from eqm.policy import PolicyConfig
 from eqm.records import Record, Ref, from_json, to_json
@@ -175,9 +175,24 @@ def make_plan(
     store.list("history/")
     plan = Plan(checked, settings, store, make_launcher(settings))
     if tracked:
-        # Now, not after an hour of encoding.
-        check(plan.mlflow_uri)
+        _ask_mlflow(plan)
     return plan
+
+
+def _ask_mlflow(plan: Plan) -> None:
+    """Refuse an MLflow that is away now, not after an hour of encoding: a person can mend it.
+
+    A run that nobody watches goes on: training does without it, and what needs it waits.
+    """
+    from flows.prefect_tools import is_deployed, logged
+
+    uri = plan.mlflow_uri
+    try:
+        check(uri)
+    except TrackingError as error:
+        if not is_deployed():
+            raise
+        logged(f"warning: {error}")
 
 
 def make_launcher(settings: Settings) -> Launcher:

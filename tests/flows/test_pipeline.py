@@ -298,7 +298,7 @@ def test_the_second_run_launches_nothing(ran: Ran) -> None:
     assert told.returncode == 0, said
     assert ran.launched() == before
     assert "starting" not in said
-    assert said.count("sealed and verified, skipped") == 6
+    assert said.count("sealed and verified, skipped") == 7
     assert f"{MODEL} version 1: champion" in told.stdout
     assert page in told.stdout
     assert Path(ran.result["report"]).read_bytes() == report

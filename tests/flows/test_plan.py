@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from eqm.errors import ConfigError
+from eqm.errors import ConfigError, TrackingError
 from flows.plan import make_plan, read_config
 
 
@@ -33,3 +33,17 @@ def test_how_training_runs_is_told_to_it_and_is_in_no_digest(
 def test_a_checkpoint_at_no_time_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is 0; it must be greater than 0"):
         read_config("demo", {name: 0})
+
+
+def test_mlflow_that_is_away_ends_a_run_that_somebody_watches_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    with pytest.raises(TrackingError, match="127.0.0.1:9 cannot be reached"):
+        make_plan("demo")
+    monkeypatch.setattr("flows.prefect_tools.is_deployed", lambda: True)
+    with caplog.at_level("INFO", "eqm.flows"):
+        make_plan("demo")
+    assert "127.0.0.1:9 cannot be reached" in caplog.text
