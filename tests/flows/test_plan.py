@@ -36,7 +36,7 @@ def test_a_checkpoint_at_no_time_is_refused(name: str) -> None:
 
 
 def test_mlflow_that_is_away_ends_a_run_that_somebody_watches_alone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
@@ -44,5 +44,8 @@ def test_mlflow_that_is_away_ends_a_run_that_somebody_watches_alone(
     with pytest.raises(TrackingError, match=r"127\.0\.0\.1:9 cannot be reached"):
         make_plan("demo")
     monkeypatch.setattr("flows.prefect_tools.is_deployed", lambda: True)
+    said: list[str] = []
+    monkeypatch.setattr("flows.prefect_tools.logged", said.append)
     make_plan("demo")
-    assert "127.0.0.1:9 cannot be reached" in capfd.readouterr().err
+    (line,) = said
+    assert "127.0.0.1:9 cannot be reached" in line
