@@ -24,6 +24,8 @@ from eqm.ood import wilson
 GROUPS = 16
 T_975 = 2.131449545559323
 """97.5 % point of Student's t with GROUPS - 1 degrees of freedom."""
+ENDLESS_REACH = 1.2
+"""By simulation: without it, 92 % of the intervals of an extrapolated distance hold the truth."""
 LEAST_SAMPLES = 8 * GROUPS
 """With fewer, groups are too small for their variance to mean anything."""
 
@@ -44,11 +46,11 @@ class FrechetIntervals:
     plain: Interval
     """As the field reports it, at this number of samples: biased up by about 1/N."""
     endless: Interval
-    """What the line over 1/N reaches at 0 (FD-infinity: Chong and Forsyth 2020, section 4).
+    """What the curve over 1/N reaches at 0 (FD-infinity: Chong and Forsyth 2020, section 4).
 
-    Theirs goes through 15 sizes; here through all samples and halves of them, for in smaller parts
-    the bias is no longer a line: with 16 samples a dimension, eighths put the end 11 % of the bias
-    too low, halves 1 %.
+    Theirs is a line through 15 sizes. With few samples a dimension the bias is none: at 2 of them,
+    a line through all samples and halves of them ends 15 % of the bias too low. So it is a parabola
+    through all samples, three quarters and halves, which stays within 4 %.
     """
 
 
@@ -66,13 +68,18 @@ def frechet_intervals(samples: ArrayLike, reference: Gaussian) -> FrechetInterva
 
     plain = distance(range(GROUPS))
     reach = T_975 * _jackknife_error(distance)
+    quarters = [range(k * GROUPS // 4, (k + 1) * GROUPS // 4) for k in range(4)]
+    most = np.mean([distance([i for i in range(GROUPS) if i not in q]) for q in quarters])
     half = GROUPS // 2
-    halves = (distance(range(half)) + distance(range(half, GROUPS))) / 2
-    endless = 2 * plain - halves
-    # The samples are the same ones, so what is uncertain about the one is so about the other.
+    halves = np.mean([distance(range(half)), distance(range(half, GROUPS))])
+    # Lagrange's weights at 0 of a parabola through 1/N times 1, 4/3 and 2.
+    endless = float(8 * plain - 9 * most + 2 * halves)
+    # The samples are the same ones, so what is uncertain about the one is so about the other, and
+    # the extrapolation adds a little.
+    wide = ENDLESS_REACH * reach
     return FrechetIntervals(
         Interval(plain, max(plain - reach, 0.0), plain + reach),
-        Interval(max(endless, 0.0), max(endless - reach, 0.0), max(endless + reach, 0.0)),
+        Interval(max(endless, 0.0), max(endless - wide, 0.0), max(endless + wide, 0.0)),
     )
 
 

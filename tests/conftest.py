@@ -51,7 +51,9 @@ def _as_torch_was() -> Iterator[None]:
     products = [knob.fp32_precision for knob in knobs]
     deterministic = torch.are_deterministic_algorithms_enabled()
     yield
-    torch.use_deterministic_algorithms(deterministic)
+    # Where it changed: the call alone imports a compiler, for seconds.
+    if torch.are_deterministic_algorithms_enabled() != deterministic:
+        torch.use_deterministic_algorithms(deterministic)
     for knob, value in zip(knobs, products, strict=True):
         knob.fp32_precision = value
 

@@ -22,6 +22,7 @@ from eqm.intervals import (
     score_interval,
     share_interval,
 )
+from eqm.ood import NORMAL_975
 
 RUNS = 60
 ENOUGH = 0.9
@@ -39,20 +40,24 @@ def simulated(dimension, count, *, shift, stretch=1.1):
     return truth, [frechet_intervals(samples, reference) for samples in sets]
 
 
-@pytest.mark.parametrize(("dimension", "count"), [(6, 1500), (16, 512), (32, 500)])
+@pytest.mark.parametrize(
+    ("dimension", "count"), [(8, 800), (16, 512), (32, 500), (16, 128), (32, 128), (64, 128)]
+)
 def test_intervals_hold_the_truth(dimension, count):
+    """From 0.01 to 0.5 dimensions a sample."""
     truth, found = simulated(dimension, count, shift=0.2)
-    expected = np.mean([one.plain.value for one in found])
-    assert np.mean([one.plain.low <= expected <= one.plain.high for one in found]) >= ENOUGH
-    assert np.mean([one.endless.low <= truth <= one.endless.high for one in found]) >= ENOUGH
-    # An interval that holds everything says nothing: widths are those of the spread.
-    spread = np.std([one.plain.value for one in found])
-    width = np.mean([one.plain.high - one.plain.low for one in found])
-    assert 3 * spread < width < 6 * spread
+    plain, endless = ([getattr(one, kind) for one in found] for kind in ("plain", "endless"))
+    for ends, middle in ((plain, np.mean([one.value for one in plain])), (endless, truth)):
+        assert np.mean([one.low <= middle <= one.high for one in ends]) >= ENOUGH
+        # An interval that holds everything says nothing: widths are those of the spread.
+        spread = 2 * NORMAL_975 * np.std([one.value for one in ends])
+        assert 0.75 * spread < np.mean([one.high - one.low for one in ends]) < 2 * spread
 
 
-def test_the_bias_of_few_samples_is_gone():
-    truth, found = simulated(32, 500, shift=0.05)
+@pytest.mark.parametrize(("dimension", "count"), [(32, 500), (32, 128), (64, 128)])
+@pytest.mark.parametrize("shift", [0.05, 0.2])
+def test_the_bias_of_few_samples_is_gone(dimension, count, shift):
+    truth, found = simulated(dimension, count, shift=shift)
     bias = np.mean([one.plain.value for one in found]) - truth
     left = np.mean([one.endless.value for one in found]) - truth
     assert bias > 0.3
