@@ -32,6 +32,7 @@ from eqm.config import SourceConfig
 from eqm.errors import ConfigError, DataError
 from eqm.files import File, Files, Tree, checked_path, open_files
 from eqm.listing import Place, Places, Table, held_out
+from eqm.matlab import struct_fields
 from eqm.pictures import FORMATS, decode_picture, digits, in_mode
 from eqm.rows import Rows
 
@@ -451,30 +452,20 @@ def unpacked_gzip(data: bytes, where: str) -> bytes:
 
 def synsets_of(meta: bytes, where: str) -> dict[int, str]:
     """Devkit id -> WordNet id, from the bytes of meta.mat. Raises DataError."""
-    # A MATLAB file holds numbers, text and structs of them; nothing in it is run.
-    from scipy.io import loadmat
-    from scipy.io.matlab import MatReadError
-
     try:
-        found: Any = loadmat(io.BytesIO(meta), variable_names=["synsets"], squeeze_me=True)
-        table = np.atleast_1d(found["synsets"])
-        pairs = list(zip(table["ILSVRC2012_ID"].tolist(), table["WNID"].tolist(), strict=True))
-    except (
-        *(MatReadError, OSError, ValueError, TypeError, KeyError, IndexError, EOFError),
-        *(NotImplementedError, OverflowError, MemoryError, AttributeError, zlib.error),
-    ) as error:
-        reason = str(error) or type(error).__name__
-        raise DataError(f"{where} is no table of synsets ({reason}): {AS_DISTRIBUTED}") from error
+        pairs = struct_fields(meta, where, name="synsets", fields=("ILSVRC2012_ID", "WNID"))
+    except DataError as error:
+        raise DataError(f"{where} is no table of synsets: {error}") from error
     synsets: dict[int, str] = {}
     for number, synset in pairs:
-        whole = isinstance(number, int | float) and float(number).is_integer() and number > 0
+        whole = isinstance(number, float) and number.is_integer() and number > 0
         named = isinstance(synset, str) and SYNSET.fullmatch(f"{synset}.tar") is not None
         if not whole or not named or int(number) in synsets or synset in synsets.values():
             raise DataError(
                 f"{where} has synset {synset!r} with id {number!r}; ids are different whole "
                 f"numbers, synsets like n01440764: {AS_DISTRIBUTED}"
             )
-        synsets[int(number)] = synset
+        synsets[int(number)] = str(synset)
     return synsets
 
 

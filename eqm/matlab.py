@@ -1,9 +1,9 @@
-"""Plain numeric arrays out of MATLAB 5 files, which others made.
+"""Plain numbers, and structs of numbers and lines of text, out of MATLAB 5 files that others made.
 
 Read here and not by scipy, whose reader dies of a segmentation fault, and the whole process with
-it, where a single bit of a file is wrong. What is read is little: arrays of numbers. Of cells,
-structs, objects and functions nothing is, and a size that a file claims is held against the bytes
-that are there before anything is made of it. Pure. Called by image_sets.
+it, where a single bit of a file is wrong. What is read is little; of cells, objects and functions
+nothing is, and a size that a file claims is held against the bytes that are there before anything
+is made of it. Pure. Called by image_sets and layouts.
 
     file      128 bytes of header, then elements
     element   type and size (uint32 each), data; within an array padded to 8 bytes, and of at most
@@ -39,6 +39,9 @@ NUMERIC = {
 OTHER = {
     **{1: "cell", 2: "struct", 3: "object", 4: "char", 5: "sparse", 16: "function", 17: "opaque"},
 }
+STRUCT, CHAR = 2, 4
+TEXT = {2: "u1", 4: "u2", 16: "u1", 17: "u2"}
+"""Type of an element of text -> how a code unit lies in it."""
 COMPLEX, LOGICAL = 0x0800, 0x0200
 LARGEST_ARRAY_BYTES = 2**31
 LONGEST_NAME = 63
@@ -123,37 +126,140 @@ class _Part(NamedTuple):
     data: memoryview
 
 
-def _array(content: memoryview, order: str, here: str) -> tuple[str, NDArray[Any]]:
-    parts = _parts(content, order, here)
+class _Head(NamedTuple):
+    """What every array begins with."""
+
+    kind: int
+    special: str
+    """"complex" or "logical"; empty for others."""
+    shape: tuple[int, ...]
+    name: str
+    """Empty within a struct."""
+
+
+def _head(parts: Iterator[_Part], order: str, here: str) -> _Head:
     flags, dimensions, name = (next(parts, None) for _ in range(3))
     if flags is None or flags.kind != UINT32 or len(flags.data) != 8:
         _refuse(here, "an array without flags")
     if dimensions is None or dimensions.kind != INT32 or name is None or name.kind != INT8:
         _refuse(here, "an array without dimensions or name")
     written = bytes(name.data)
-    if not (0 < len(written) <= LONGEST_NAME and written.isascii() and written.isalnum()):
+    if len(written) > LONGEST_NAME or not (
+        (written.isascii() and written.isalnum()) or not written
+    ):
         _refuse(here, f"an array has the name {written[:80]!r}")
     shown = repr(written.decode())
-    (bits, _) = struct.unpack(f"{order}II", flags.data)
-    kind = bits & 0xFF
-    if kind not in NUMERIC or bits & (COMPLEX | LOGICAL):
-        known = "complex" if bits & COMPLEX else "logical" if bits & LOGICAL else OTHER.get(kind)
-        raise DataError(
-            f"{here}: {shown} is of class {known or kind!r}, and only plain numbers are read: save "
-            "the numbers alone"
-        )
     if len(dimensions.data) % 4 or not 2 <= len(dimensions.data) // 4 <= MOST_DIMENSIONS:
         _refuse(here, f"{shown} has dimensions of {len(dimensions.data)} bytes")
     shape = struct.unpack(f"{order}{len(dimensions.data) // 4}i", dimensions.data)
-    numbers = next(parts, None)
-    if numbers is None or numbers.kind not in STORED or next(parts, None) is not None:
+    if min(shape) < 0:
+        _refuse(here, f"{shown} has dimensions {shape}")
+    (bits, _) = struct.unpack(f"{order}II", flags.data)
+    special = "complex" if bits & COMPLEX else "logical" if bits & LOGICAL else ""
+    return _Head(bits & 0xFF, special, shape, written.decode())
+
+
+def _array(content: memoryview, order: str, here: str) -> tuple[str, NDArray[Any]]:
+    """Name and numbers of an array that stands in the file itself."""
+    parts = _parts(content, order, here)
+    head = _head(parts, order, here)
+    if not head.name:
+        _refuse(here, "an array has the name b''")
+    return head.name, _numbers(head, parts, order, here)
+
+
+def _numbers(head: _Head, parts: Iterator[_Part], order: str, here: str) -> NDArray[Any]:
+    shown = repr(head.name)
+    if head.kind not in NUMERIC or head.special:
+        known = head.special or OTHER.get(head.kind, head.kind)
+        raise DataError(
+            f"{here}: {shown} is of class {known!r}, and only plain numbers are read: save the "
+            "numbers alone"
+        )
+    stored, data = _values(head, parts, order, here)
+    return (
+        np.frombuffer(data, stored)
+        .reshape(head.shape, order="F")
+        .astype(NUMERIC[head.kind], copy=False)
+    )
+
+
+def _values(
+    head: _Head, parts: Iterator[_Part], order: str, here: str
+) -> tuple[np.dtype[Any], memoryview]:
+    """How the values of an array are stored, and their bytes: the last part, of its size."""
+    shown, values = repr(head.name), next(parts, None)
+    known = TEXT if head.kind == CHAR else STORED
+    if values is None or values.kind not in known or next(parts, None) is not None:
         _refuse(here, f"{shown} is no array with one element of numbers")
-    stored = np.dtype(f"{order}{STORED[numbers.kind]}")
-    if min(shape) < 0 or math.prod(shape) * stored.itemsize != len(numbers.data):
-        what = f"{shown} claims {math.prod(shape)} numbers of {stored.itemsize} bytes ({shape})"
-        _refuse(here, f"{what}, and has {len(numbers.data)} bytes")
-    values = np.frombuffer(numbers.data, dtype=stored).reshape(shape, order="F")
-    return written.decode(), values.astype(NUMERIC[kind], copy=False)
+    stored = np.dtype(f"{order}{known[values.kind]}")
+    if math.prod(head.shape) * stored.itemsize != len(values.data):
+        claims = f"{math.prod(head.shape)} numbers of {stored.itemsize} bytes ({head.shape})"
+        _refuse(here, f"{shown} claims {claims}, and has {len(values.data)} bytes")
+    return stored, values.data
+
+
+# -- an array of structs ------------------------------------------------------------------------
+
+
+def struct_fields(
+    data: bytes, where: str, *, name: str, fields: tuple[str, ...]
+) -> list[tuple[float | str, ...]]:
+    """These fields, each one number or a line of text, of every struct of an array of structs.
+
+    What other fields hold, and other arrays, is passed over unread. Raises DataError.
+    """
+    order = _byte_order(data, where)
+    for at, content in _arrays(data, order, where):
+        here = f"{where} at byte {at}"
+        parts = _parts(content, order, here)
+        head = _head(parts, order, here)
+        if head.name == name:
+            return _structs(head, parts, order, here, fields)
+    raise DataError(f"{where} holds no array {name!r}: {COPY_AGAIN}")
+
+
+def _structs(
+    head: _Head, parts: Iterator[_Part], order: str, here: str, fields: tuple[str, ...]
+) -> list[tuple[float | str, ...]]:
+    if head.kind != STRUCT:
+        _refuse(here, f"{head.name!r} is no array of structs")
+    length, names = next(parts, None), next(parts, None)
+    if length is None or length.kind != INT32 or len(length.data) != 4:
+        _refuse(here, f"{head.name!r} does not say how long the names of its fields are")
+    (width,) = struct.unpack(f"{order}i", length.data)
+    if names is None or names.kind != INT8 or width < 1 or len(names.data) % width:
+        _refuse(here, f"{head.name!r} has fields without names")
+    raw = bytes(names.data)
+    known = [raw[i : i + width].split(b"\0")[0] for i in range(0, len(raw), width)]
+    try:
+        places = [known.index(field.encode()) for field in fields]
+    except ValueError:
+        held = ", ".join(field.decode("ascii", "replace") for field in known)
+        _refuse(here, f"the structs of {head.name!r} have the fields {held[:200]}")
+    values = list(parts)
+    if len(values) != math.prod(head.shape) * len(known):
+        _refuse(here, f"{head.name!r} has {len(values)} values of {len(known)} fields")
+    rows = range(0, len(values), len(known))
+    return [tuple(_scalar(values[row + at], order, here) for at in places) for row in rows]
+
+
+def _scalar(part: _Part, order: str, here: str) -> float | str:
+    if part.kind != MATRIX:
+        _refuse(here, f"a field of type {part.kind}")
+    parts = _parts(part.data, order, here)
+    head = _head(parts, order, here)
+    if head.kind == CHAR and not head.special and head.shape[0] == 1:
+        stored, data = _values(head, parts, order, here)
+        # One code unit a character in all of these, as long as it is ASCII.
+        codes = np.frombuffer(data, stored)
+        if len(codes) and codes.max() > 127:
+            _refuse(here, "a text with other characters than ASCII's")
+        return "".join(map(chr, codes.tolist()))
+    numbers = _numbers(head, parts, order, here)
+    if numbers.size != 1:
+        _refuse(here, f"a field of {numbers.size} numbers where one must be")
+    return float(numbers.reshape(()))
 
 
 def _parts(content: memoryview, order: str, here: str) -> Iterator[_Part]:

@@ -211,7 +211,10 @@ def test_files_that_are_no_matlab_5_are_refused(tmp_path):
         "longer": (mat(element(15, zlib.compress(x + bytes(2**24))), y), "unpacks to other than"),
         "zlib": (mat(element(15, b"nothing that zlib made"), y), "compressed array is damaged"),
         "zlib cut": (mat(element(15, packed[:-9]), y), "a compressed array unpacks to other"),
-        "negative": (mat(array((-32, -32, 3, 2), bytes(6144)), y), "claims 6144 numbers"),
+        "negative": (
+            mat(array((-32, -32, 3, 2), bytes(6144)), y),
+            "has dimensions .-32, -32, 3, 2",
+        ),
         "complex": (mat(array((1, 2), b"12", kind=9 | 0x800), y), "'X' is of class 'complex'"),
         "logical": (mat(array((1, 2), b"12", kind=9 | 0x200), y), "'X' is of class 'logical'"),
         "function": (mat(array((1, 2), b"12", kind=16), y), "'X' is of class 'function'"),

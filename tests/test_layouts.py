@@ -294,6 +294,26 @@ def test_a_table_of_one_synset_is_a_table() -> None:
     assert layouts.synsets_of(stream.getvalue(), "x") == {1: "n02084071"}
 
 
+@pytest.mark.parametrize("compressed", [False, True])
+def test_a_table_of_synsets_with_one_wrong_bit_is_read_or_refused(compressed: bool):
+    """Scipy's reader dies of some of these, and the process with it."""
+    whole = scipy.io.loadmat(io.BytesIO(meta_mat()))["synsets"]
+    stream = io.BytesIO()
+    scipy.io.savemat(stream, {"synsets": whole}, do_compression=compressed)
+    good = stream.getvalue()
+    assert layouts.synsets_of(good, "x") == {**DEVKIT_IDS, 4: "n00001740"}
+    refused = 0
+    for at in range(124, len(good)):
+        for bit in range(8):
+            wrong = bytearray(good)
+            wrong[at] ^= 1 << bit
+            try:
+                layouts.synsets_of(bytes(wrong), "x")
+            except DataError:
+                refused += 1
+    assert refused > len(good)
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
