@@ -200,7 +200,7 @@ STEP_SIZE = Study(
     published_as="Figure 7: FID of EqM-B/2, 80 epochs of ImageNet 256 px, 250 steps",
     rows=_step_size_rows,
     notes=(
-        "Figure 7 also has SiT-B/2, whose FID is 37.11 at 1 / N and above 120 at every other "
+        "Figure 7 also has SiT-B/2, whose FID is 37.11 at 1 / N and 120 or more at every other "
         "step size: flow matching ends at gamma 1, and this project refuses another end.",
     ),
     x_label="step size x updates",

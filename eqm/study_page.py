@@ -117,7 +117,10 @@ def _verdict(asked: StudyStage, table: StudyTable) -> Iterator[str]:
         found[where].append(row.label)
     if len(table.rows) < 2:
         return
-    yield f"Against the first row, {table.rows[0].label}:"
+    yield (
+        f"Against the first row, {table.rows[0].label}, by 95 % intervals of the differences, each "
+        "for itself:"
+    )
     yield ""
     for what, labels in found.items():
         yield f"* {what}: {'; '.join(labels) if labels else 'none'}"
