@@ -5,7 +5,7 @@ Called by verification.
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eqm.records import Json, canonical_bytes
+
+Table = dict[Any, Any]
 
 ABSENT = "(absent)"
 CONTEXT_BYTES = 60
@@ -51,15 +53,15 @@ def of_values(
     """Leaves of two JSON values that differ, each under its dotted name.
 
     Numbers with a fraction may differ by ``tolerance``, relative to the greater one or to 1; at 0,
-    equal is what has equal canonical JSON. Everything else must be equal.
+    equal is what has the same JSON. Everything else must be equal.
     """
-    if isinstance(sealed, Mapping) and isinstance(again, Mapping):
-        a, b = cast("Mapping[str, Any]", sealed), cast("Mapping[str, Any]", again)
-        names = sorted({*a, *b})
+    if isinstance(sealed, dict) and isinstance(again, dict):
+        left, right = cast("Table", sealed), cast("Table", again)
+        dot = "." if place else ""
         return [
             found
-            for name in names
-            for found in _of_entries(a, b, name, f"{place}.{name}".lstrip("."), tolerance)
+            for name in sorted({*left, *right})
+            for found in _of_entries(left, right, name, f"{place}{dot}{name}", tolerance)
         ]
     if isinstance(sealed, list) and isinstance(again, list):
         left, right = (dict(enumerate(cast("list[Any]", items))) for items in (sealed, again))
@@ -68,21 +70,26 @@ def of_values(
             for i in sorted({*left, *right})
             for found in _of_entries(left, right, i, f"{place}[{i}]", tolerance)
         ]
-    if canonical_bytes(sealed) == canonical_bytes(again) or _near(sealed, again, tolerance):
+    if _same(sealed, again) or _near(sealed, again, tolerance):
         return []
     return [Difference(place=place, sealed=sealed, found=again)]
 
 
-def _of_entries(
-    a: Mapping[Any, Any], b: Mapping[Any, Any], key: Any, place: str, tolerance: float
-) -> list[Difference]:
+def _of_entries(a: Table, b: Table, key: Any, place: str, tolerance: float) -> list[Difference]:
     if key not in a or key not in b:
         return [Difference(place=place, sealed=a.get(key, ABSENT), found=b.get(key, ABSENT))]
     return of_values(a[key], b[key], place, tolerance=tolerance)
 
 
+def _same(a: Json, b: Json) -> bool:
+    """Whether leaves have the same JSON: 1 is not 1.0, and 0.0 is not -0.0."""
+    if type(a) is not type(b) or a != b:
+        return False
+    return not isinstance(a, float) or math.copysign(1, a) == math.copysign(1, b)
+
+
 def _near(a: Json, b: Json, tolerance: float) -> bool:
-    if not (isinstance(a, float) and isinstance(b, float)):
+    if not (tolerance and isinstance(a, float) and isinstance(b, float)):
         return False
     return math.isclose(a, b, rel_tol=tolerance, abs_tol=tolerance)
 
@@ -102,8 +109,9 @@ def of_bytes(sealed: bytes, again: bytes, place: str) -> list[Difference]:
     """The first byte at which two texts differ, with what is around it."""
     if sealed == again:
         return []
-    pairs = enumerate(zip(sealed, again, strict=False))
-    at = next((i for i, (a, b) in pairs if a != b), min(len(sealed), len(again)))
+    shorter = min(len(sealed), len(again))
+    a, b = (np.frombuffer(data, dtype=np.uint8)[:shorter] for data in (sealed, again))
+    at = int(next(iter(np.flatnonzero(a != b)), shorter))
     start = max(0, at - CONTEXT_BYTES)
     shown = [data[start : at + CONTEXT_BYTES].decode(errors="replace") for data in (sealed, again)]
     return [Difference(place=f"{place}, byte {at}", sealed=shown[0], found=shown[1])]

@@ -55,6 +55,7 @@ def render_html(report: ReportInput) -> bytes:
         page.el("meta", name="viewport", content="width=device-width, initial-scale=1"),
         page.el("meta", name="color-scheme", content="light dark"),
         page.el("meta", http_equiv="Content-Security-Policy", content=page.POLICY),
+        [page.el("meta", name="eqm-evaluation", content=r.digest) for r in report.chain[-1:]],
         page.el("title", f"{report.title} · {report.model_name}"),
         page.el("style", page.Html(page.STYLE)),
     )

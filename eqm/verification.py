@@ -7,8 +7,10 @@ their seeds; the decision; and the bytes of JSON and page, rendered again. Calle
 
 import functools
 import json
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from eqm import dossier, gate
 from eqm.config import PolicyConfig, Runtime, replace
@@ -16,7 +18,7 @@ from eqm.discrepancies import Check, Difference, of_bytes, of_documents, of_valu
 from eqm.errors import DataError, EqmError, IntegrityError
 from eqm.recomputation import check_numbers, compute_again
 from eqm.records import Decision, Record, Ref, from_json, to_json
-from eqm.report import SCHEMA, render_json, report_key
+from eqm.report import SCHEMA, ReportInput, render_json, report_key
 from eqm.report_page import render_html
 from eqm.stage import open_ref
 from eqm.storage import Store, record_key
@@ -38,27 +40,47 @@ class Stored:
 
 @dataclass(frozen=True)
 class Renderer:
-    """Renders reports of one evaluation, each once."""
+    """Renders reports of one evaluation again, each once."""
 
     store: Store
     evaluation: Record
-    _made: dict[str, tuple[bytes, bytes]] = field(default_factory=dict)
+    _made: dict[tuple[str, str], bytes] = field(default_factory=dict)
 
-    def __call__(
-        self, title: str, model_name: str, decision: Decision | None
-    ) -> tuple[bytes, bytes]:
-        """JSON and page."""
-        key = report_key(self.evaluation.digest, title, model_name, decision)
+    def json(self, asked: "Asked") -> bytes:
+        """The numbers."""
+        return self._once("json", render_json, asked)
+
+    def page(self, asked: "Asked") -> bytes:
+        """The page."""
+        return self._once("page", render_html, asked)
+
+    def _once(self, kind: str, render: Callable[[ReportInput], bytes], asked: "Asked") -> bytes:
+        key = kind, asked.key(self.evaluation)
         if key not in self._made:
-            content = dossier.collect(
-                self.store,
-                self.evaluation,
-                title=title,
-                model_name=model_name,
-                decision=decision,
-            )
-            self._made[key] = render_json(content), render_html(content)
+            self._made[key] = render(self._content(asked))
         return self._made[key]
+
+    def _content(self, asked: "Asked") -> ReportInput:
+        return dossier.collect(
+            self.store,
+            self.evaluation,
+            title=asked.title,
+            model_name=asked.model_name,
+            decision=asked.decision,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a report is of, beside its evaluation: it cannot be computed from anything else."""
+
+    title: str
+    model_name: str
+    decision: Decision | None
+
+    def key(self, evaluation: Record) -> str:
+        """Where the report lies."""
+        return report_key(evaluation.digest, self.title, self.model_name, self.decision)
 
 
 def verify(
@@ -190,47 +212,85 @@ def stored_report(store: Store, key: str) -> Stored:
     return Stored(key=stem, data=store.read(f"{stem}.json"), page=store.read(f"{stem}.html"))
 
 
+def stored_as(store: Store, path: Path) -> tuple[str, Stored, Check]:
+    """The evaluation and the stored report of a file, .json or .html, and where they differ.
+
+    Of several reports of an evaluation it is the one that is most like the file. Raises DataError
+    for a file that is no report, or whose evaluation has none in the store.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: give a report's .json or .html")
+    data = path.read_bytes()
+    is_page = path.suffix == ".html"
+    evaluation = _evaluation_in_page(data) if is_page else _evaluation_in_json(data)
+    if evaluation is None:
+        raise DataError(f"{path} is no report of this program: give its .json or .html")
+
+    def compared(report: Stored) -> list[Difference]:
+        if is_page:
+            return of_bytes(data, report.page, path.name)
+        return of_documents(data, report.data, path.name)
+
+    closest = min(stored_reports(store, evaluation), key=lambda report: len(compared(report)))
+    text = f"{path.name} against {store.where(closest.key)}{path.suffix}"
+    return (
+        evaluation,
+        closest,
+        Check(name="file", text=text, differences=tuple(compared(closest))),
+    )
+
+
+def _evaluation_in_page(data: bytes) -> str | None:
+    found = re.search(rb'<meta name="eqm-evaluation" content="([0-9a-f]{64})">', data)
+    return found[1].decode() if found else None
+
+
+def _evaluation_in_json(data: bytes) -> str | None:
+    try:
+        digest = json.loads(data)["chain"][-1]["digest"]
+    except (ValueError, LookupError, TypeError):
+        return None
+    return digest if isinstance(digest, str) and re.fullmatch("[0-9a-f]{64}", digest) else None
+
+
 def check_report(report: Stored, renderer: Renderer) -> list[Check]:
     """Name, decision, JSON and page of a report against its evaluation."""
-    evaluation, what = renderer.evaluation, f"report {report.key.rpartition('/')[2]}"
+    what = f"report {report.key.rpartition('/')[2]}"
     try:
-        title, model_name, decision = _asked(report.data)
-    except (ValueError, KeyError, EqmError) as error:
-        wrong = Difference(place="JSON", sealed=f"no {SCHEMA} ({error})", found=SCHEMA)
+        asked = _asked(report.data)
+    except (ValueError, LookupError, TypeError, EqmError) as error:
+        wrong = Difference(place="JSON", sealed=f"no {SCHEMA}: {error}", found=SCHEMA)
         return [Check(name="JSON", text=what, differences=(wrong,))]
-    named = report_key(evaluation.digest, title, model_name, decision)
-    wrong = of_values(report.key, named, "title, model or decision (the report's name)")
+    wrong = of_values(report.key, asked.key(renderer.evaluation), "title, model or decision")
+    text = f"{what}: the digest of its title, model and decision"
     checks = [
-        Check(name="name", text=f"{what}: digest of what it is of", differences=tuple(wrong)),
-        check_decision(renderer, decision),
+        Check(name="name", text=text, differences=tuple(wrong)),
+        check_decision(renderer, asked.decision),
     ]
     try:
-        data, page = renderer(title, model_name, decision)
+        differences = of_documents(report.data, renderer.json(asked), "JSON")
+        text = f"{what}: {len(report.data):,} bytes, rendered again"
+        checks.append(Check(name="JSON", text=text, differences=tuple(differences)))
+        # Of what is not this report any more there is no page to compare with.
+        if not wrong:
+            differences = of_bytes(report.page, renderer.page(asked), "page")
+            text = f"{what}: {len(report.page):,} bytes, rendered again"
+            checks.append(Check(name="page", text=text, differences=tuple(differences)))
     except EqmError as error:
-        return [*checks, _impossible("JSON", "rendered again", error)]
-    return [
-        *checks,
-        Check(
-            name="JSON",
-            text=f"{what}: {len(report.data):,} bytes, rendered again",
-            differences=tuple(of_documents(report.data, data, "JSON")),
-        ),
-        Check(
-            name="page",
-            text=f"{what}: {len(report.page):,} bytes, rendered again",
-            differences=tuple(of_bytes(report.page, page, "page")),
-        ),
-    ]
+        checks.append(_impossible("JSON", "rendered again", error))
+    return checks
 
 
-def _asked(data: bytes) -> tuple[str, str, Decision | None]:
-    """What a report is of, beside its evaluation: not to be computed from anything else."""
+def _asked(data: bytes) -> Asked:
     body = json.loads(data)
-    if not isinstance(body, Mapping):
-        raise ValueError("it is no table")
+    if body["schema"] != SCHEMA:
+        raise ValueError(f"schema is {body['schema']!r}")
     decision = body["decision"]
-    parsed = None if decision is None else from_json(Decision, decision, "decision")
-    return str(body["title"]), str(body["model"]), parsed
+    return Asked(
+        title=body["title"],
+        model_name=body["model"],
+        decision=None if decision is None else from_json(Decision, decision, "decision"),
+    )
 
 
 def check_decision(renderer: Renderer, decision: Decision | None) -> Check:

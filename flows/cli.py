@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows import data, recovery, samples, study_command
+from flows import data, recovery, reports, samples, study_command
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -23,6 +23,7 @@ app = typer.Typer(
 )
 app.add_typer(data.app, name="data")
 app.add_typer(samples.app, name="samples")
+app.add_typer(reports.app, name="report")
 app.command("study")(study_command.run_study)
 out = Console()
 err = Console(stderr=True)
@@ -284,26 +285,6 @@ def _show_history(model: str, entries: list[Any], faults: list[str], told: list[
     if not faults:
         whole = "the chain is whole and its evidence is there" if entries else "no champion yet"
         out.print(f"{model}: {len(entries)} moves; {whole}", soft_wrap=True)
-
-
-@app.command()
-def report(
-    config: ConfigArgument = "demo",
-    set_: SetOption = None,
-    to: Annotated[Path, typer.Option(help="File to write.")] = Path("report.html"),
-) -> None:
-    """Fetch the report on which the champion was promoted."""
-    from eqm import champion
-    from eqm.errors import DataError
-    from flows.plan import make_plan
-
-    _prepare()
-    plan = make_plan(config, changes_of(set_), tracked=False)
-    standing = champion.current(plan.store, plan.model_name)
-    if standing is None:
-        raise DataError(f"{plan.model_name} has no champion yet: run `eqm pipeline` first")
-    to.write_bytes(plan.store.read(standing.report))
-    out.print(f"{plan.model_name} version {standing.version}: {to}")
 
 
 @app.command()

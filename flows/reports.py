@@ -1,0 +1,164 @@
+"""``eqm report``: fetch the report of the champion, and verify any report there is.
+
+What is verified is the business of eqm.verification; here is how it is asked and answered.
+"""
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from typer.core import TyperGroup
+
+FETCH = "fetch"
+MOST_DIFFERENCES = 12
+"""Of a check, that are shown to people; --json gives all."""
+
+
+class FetchUnlessNamed(TyperGroup):
+    """``eqm report demo`` is ``eqm report fetch demo``."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Put the command in where none is named."""
+        if not args or (args[0] not in self.commands and args[0] not in ("--help", "-h")):
+            args = [FETCH, *args]
+        return super().parse_args(ctx, args)
+
+
+app = typer.Typer(
+    cls=FetchUnlessNamed,
+    help="Fetch the report on which the champion was promoted, or verify a report.",
+)
+out = Console()
+err = Console(stderr=True)
+
+ConfigArgument = Annotated[
+    str, typer.Argument(help="A preset (demo, tiny) or a TOML file with what differs from it.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change one setting: --set train.images=50000. Repeatable."),
+]
+
+
+@app.command(FETCH)
+def fetch(
+    config: ConfigArgument = "demo",
+    set_: SetOption = None,
+    to: Annotated[Path, typer.Option(help="File to write; .json gives the numbers.")] = Path(
+        "report.html"
+    ),
+) -> None:
+    """Fetch the report on which the champion was promoted."""
+    from eqm.verification import stored_report
+
+    plan, standing = _champion(config, set_)
+    report = stored_report(plan.store, standing.report)
+    to.write_bytes(report.data if to.suffix == ".json" else report.page)
+    out.print(f"{plan.model_name} version {standing.version}: {to}", soft_wrap=True)
+
+
+@app.command()
+def verify(
+    report: Annotated[
+        str,
+        typer.Argument(
+            metavar="REPORT",
+            help="A config (its champion's report), an evaluation (first digits of its digest), "
+            "or a file (.json, .html).",
+        ),
+    ] = "demo",
+    set_: SetOption = None,
+    seeds: Annotated[int, typer.Option(min=0, help="Samples to make again.")] = 4,
+    exact: Annotated[
+        bool,
+        typer.Option("--exact", help="Make them in their whole batches: equal to the last bit."),
+    ] = False,
+    source_uri: Annotated[
+        str | None, typer.Option(help="Where the images lie, unless a config says it.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="All differences, as JSON.")] = False,
+) -> None:
+    """Compute a report again from what is sealed; exit status 1 if anything differs."""
+    from eqm.config import Runtime
+    from eqm.verification import stored_as, stored_report, stored_reports
+    from eqm.verification import verify as checks_of
+
+    checks = []
+    if Path(report).suffix in (".json", ".html"):
+        store = _store()
+        evaluation, stored, check = stored_as(store, Path(report))
+        checks, reports = [check], [stored]
+    elif re.fullmatch("[0-9a-f]{8,64}", report):
+        store = _store()
+        evaluation = _whole_digest(store, report)
+        reports = stored_reports(store, evaluation)
+    else:
+        plan, standing = _champion(report, set_)
+        store, evaluation = plan.store, standing.evaluation.digest
+        reports = [stored_report(store, standing.report)]
+        source_uri = source_uri or plan.config.source_uri
+    runtime = Runtime(store=store.uri, source_uri=source_uri, device=device)
+    checks += checks_of(store, evaluation, runtime, reports=reports, seeds=seeds, exact=exact)
+    passed = all(check.passed for check in checks)
+    _tell_json(checks, passed) if as_json else _tell(checks, passed)
+    raise typer.Exit(0 if passed else 1)
+
+
+def _champion(config: str, settings: list[str] | None) -> Any:
+    """Plan of a config, and its standing champion. Raises DataError before the first."""
+    from eqm import champion
+    from eqm.errors import DataError
+    from flows.cli import changes_of
+    from flows.plan import make_plan
+    from flows.settings import activate
+
+    activate()
+    plan = make_plan(config, changes_of(settings), tracked=False)
+    standing = champion.current(plan.store, plan.model_name)
+    if standing is None:
+        raise DataError(f"{plan.model_name} has no champion yet: run `eqm pipeline` first")
+    return plan, standing
+
+
+def _store() -> Any:
+    from flows.plan import store_of
+    from flows.settings import activate
+
+    return store_of(activate())
+
+
+def _whole_digest(store: Any, digits: str) -> str:
+    """The one evaluation whose digest begins so. Raises DataError."""
+    from eqm.errors import DataError
+
+    keys = store.list(f"evaluation/{digits}")
+    found = sorted({key.split("/")[1] for key in keys if key.endswith("/record.json")})
+    if len(found) != 1:
+        what = "no evaluation" if not found else f"{len(found)} evaluations"
+        raise DataError(f"{what} in {store.uri} begins with {digits}: give more of its digits")
+    return found[0]
+
+
+def _tell(checks: list[Any], passed: bool) -> None:
+    from eqm.discrepancies import told
+
+    for check in checks:
+        mark = "[green]pass   [/]" if check.passed else "[bold red]differs[/]"
+        out.print(f"{mark} {check.name:<9}{escape(check.text)}", highlight=False, soft_wrap=True)
+        for line in told(check.differences, MOST_DIFFERENCES):
+            out.print(f"          {escape(line)}", highlight=False, soft_wrap=True)
+    meaning = "something differs: docs/reports.md says what it may mean"
+    out.print("nothing differs" if passed else meaning)
+
+
+def _tell_json(checks: list[Any], passed: bool) -> None:
+    from eqm.records import to_json
+
+    body = [{"passed": check.passed, **to_json(check)} for check in checks]
+    sys.stdout.write(json.dumps({"passed": passed, "checks": body}, indent=1) + "\n")
