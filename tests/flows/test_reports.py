@@ -1,0 +1,109 @@
+"""``eqm report``: the words it is asked with, and its exit status."""
+
+import json
+import os
+from collections.abc import Iterator
+
+import chain
+import pytest
+from typer.testing import CliRunner
+
+from eqm import champion, dossier, gate, verification
+from eqm.recomputation import compute_again
+from eqm.records import to_json
+from eqm.report import render_json, report_key
+from eqm.report_page import render_html
+from eqm.storage import LocalStore
+from flows import cli
+
+MODEL = "eqm-tiny"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> chain.Chain:
+    return chain.build(tmp_path_factory.getbasetemp() / "chain")
+
+
+@pytest.fixture
+def store(tiny, tmp_path, monkeypatch) -> Iterator[LocalStore]:
+    """A store with a report and a champion in it, and this process pointed at it."""
+    before = dict(os.environ)
+    for name in before:
+        if name.startswith(("EQM_", "AWS_", "MLFLOW_", "PREFECT_")):
+            monkeypatch.delenv(name)
+    store = chain.copied(tiny, tmp_path / "store", without=())
+    os.environ["EQM_HOME"], os.environ["EQM_STORE"] = str(tmp_path / "home"), store.uri
+    record = tiny["evaluation"]
+    decision = gate.decide(dossier.evaluation_of(record), record.ref, tiny.config.policy)
+    content = dossier.collect(store, record, title="t", model_name=MODEL, decision=decision)
+    key = report_key(record.digest, "t", MODEL, decision)
+    store.write_once(f"{key}.json", render_json(content))
+    store.write_once(f"{key}.html", render_html(content))
+    entry = champion.Entry(
+        number=1,
+        action="promote",
+        version=3,
+        train=record.inputs["train"],
+        evaluation=record.ref,
+        decision=to_json(decision),
+        report=f"{key}.html",
+        at="2026-01-01T00:00:00+00:00",
+    )
+    store.write_once(f"history/{MODEL}/00000001.json", champion.note_to_bytes(entry))
+    yield store
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def eqm(*words: str):
+    return CliRunner().invoke(cli.app, ["report", *words])
+
+
+@pytest.fixture
+def computed_once(tiny, store, monkeypatch) -> None:
+    again = compute_again(
+        store, tiny["evaluation"], tiny.job("evaluation").runtime, seeds=0, exact=False
+    )
+    monkeypatch.setattr(verification, "compute_again", lambda *_, **__: again)
+
+
+@pytest.mark.usefixtures("computed_once")
+def test_a_report_is_verified_by_config_digest_and_file(tiny, store, tmp_path):
+    digest, page, numbers = tiny["evaluation"].digest, tmp_path / "r.html", tmp_path / "r.json"
+    for words in (["tiny", "--to", str(page)], ["fetch", "tiny", "--to", str(numbers)]):
+        assert eqm(*words).exit_code == 0
+    (stored,) = verification.stored_reports(store, digest)
+    assert (page.read_bytes(), numbers.read_bytes()) == (stored.page, stored.data)
+    for target in ("tiny", digest, digest[:8], str(page), str(numbers)):
+        told = eqm("verify", target)
+        assert told.exit_code == 0, told.output
+        assert "nothing differs" in told.output
+        assert "differs " not in told.output
+
+    body = json.loads(numbers.read_bytes())
+    body["evaluation"]["metrics"]["distance"]["value"] += 1
+    numbers.write_text(json.dumps(body))
+    told = eqm("verify", str(numbers))
+    assert told.exit_code == 1
+    assert "evaluation.metrics.distance.value: sealed" in told.output
+    assert "docs/reports.md" in told.output
+    machine = eqm("verify", str(numbers), "--json")
+    assert machine.exit_code == 1
+    found = json.loads(machine.stdout)
+    assert not found["passed"]
+    failed = [check for check in found["checks"] if not check["passed"]]
+    assert [c["name"] for c in failed] == ["file"]
+    assert failed[0]["differences"][0]["place"] == "evaluation.metrics.distance.value"
+
+
+def test_what_is_asked_for_must_be_there(store, tmp_path):
+    for words, text in (
+        (["verify", "ffffffff"], "no evaluation in"),
+        (["verify", str(tmp_path / "none.json")], "does not exist"),
+        (["verify", "nonsense"], "neither a preset"),
+        (["demo"], "no champion yet"),
+        (["verify", "demo"], "no champion yet"),
+    ):
+        told = eqm(*words)
+        assert told.exit_code != 0
+        assert text in str(told.exception), words
