@@ -153,7 +153,11 @@ figcaption { color: var(--soft); font-size: 13px; }
 .film figure { flex: 0 1 64px; } .film figcaption { text-align: center; margin-top: 4px; }
 .panels { display: grid; gap: 22px 32px; margin-top: 18px;
   grid-template-columns: repeat(auto-fit, minmax(min(400px, 100%), 1fr)); }
-figure svg { width: 100%; height: auto; }
+figure svg { width: 100%; height: auto; max-width: 620px; }
+.scroll:has(.published) { border: 1px dashed var(--faint); border-radius: 12px; padding: 2px 16px; }
+.published tr:last-child > * { border-bottom: 0; }
+.published td { white-space: normal !important; }
+.published :is(th, td:nth-child(3)) { white-space: nowrap !important; }
 .key { margin-right: 16px; overflow-wrap: anywhere; }
 .key::before { content: ""; display: inline-block; width: 10px; height: 10px; margin-right: 6px;
   border-radius: 3px; background: var(--sample); }

@@ -113,7 +113,7 @@ def _tile(metric: Metric, *more: page.Child, kind: str = "tile") -> page.Html:
     value = page.el("p", page.number(metric.value), class_="big")
     sure: page.Child = ()
     if metric.low is not None:
-        sure = page.el("p", _interval(metric), class_="small")
+        sure = page.el("p", f"{PERCENT_95} interval ", _interval(metric), class_="small")
     return page.el(
         "div", page.el("p", metric.name, class_="label"), value, sure, real, *more, class_=kind
     )
@@ -209,6 +209,7 @@ def _metrics(report: ReportInput) -> page.Html:
             metric.name,
             page.number(metric.value),
             _interval(metric),
+            page.number(report.evaluation.samples if metric.n is None else metric.n),
             DASH if metric.beside is None else page.number(metric.beside),
             BETTER.get(key, DASH),
             metric.note,
@@ -220,7 +221,7 @@ def _metrics(report: ReportInput) -> page.Html:
         "for held-out images: what a perfect model would show. Intervals tell what other samples "
         "of the same model would give; the images they are compared with are taken as given."
     )
-    heads = ("metric", "samples", f"{PERCENT_95} interval", "real images", "better", "note")
+    heads = ("metric", "value", f"{PERCENT_95} interval", "n", "real images", "better", "note")
     return page.section(
         "Metrics", note, page.table("Metrics of the samples", heads, rows, "numbers")
     )
@@ -293,28 +294,27 @@ def _reading(change: Change) -> page.Child:
 
 def _published(report: ReportInput) -> page.Html:
     departures = published.departures(report.evaluation)
-    same = "This evaluation was made under that protocol: the numbers may be compared with its FID."
-    other = (
-        "This evaluation has another protocol, so none of its numbers may be compared with these ("
-        + "; ".join(departures)
-        + ")."
-    )
-    note = f"Published numbers, not measured here: {published.PROTOCOL}. "
+    note: list[page.Child] = [f"Published numbers, not measured here: {published.PROTOCOL}. "]
     rows: list[Sequence[page.Child]] = [
-        (s.system, s.family, f"{s.fid:.2f}", DASH, s.sampler, s.guidance, s.source)
+        (s.system, s.family, f"{s.fid:.2f}", s.sampler, s.guidance, s.source)
         for s in published.SYSTEMS
     ]
     measured = report.evaluation.metrics.get("distance")
+    if departures:
+        apart = (
+            "None of this evaluation's numbers may be compared with them: its protocol is another"
+        )
+        note += [page.el("b", apart), " (", "; ".join(departures), ")."]
+    else:
+        same = "This evaluation was made under that protocol: its FID may be compared with them."
+        note.append(page.el("b", same))
     if not departures and measured is not None:
-        value, sure = page.number(measured.value), _interval(measured)
+        value = (page.number(measured.value), " (", _interval(measured), ")")
         how = "as under Protocol, below"
-        rows.insert(0, (report.model_name, "this report", value, sure, how, how, "measured here"))
-    heads = ("system", "family", "FID", f"{PERCENT_95} interval", "sampler", "guidance", "source")
-    return page.section(
-        "Published systems",
-        (note, page.el("b", other if departures else same)),
-        page.table("Published systems", heads, rows, "numbers published"),
-    )
+        rows.insert(0, (report.model_name, "this report", value, how, how, "measured here"))
+    heads = ("system", "family", "FID", "sampler", "guidance", "source")
+    table = page.table("Published systems", heads, rows, "numbers published")
+    return page.section("Published systems", note, table)
 
 
 # -- lineage and protocol -----------------------------------------------------------------------
