@@ -458,7 +458,7 @@ def test_nothing_is_compared_across_protocols():
 IMAGENET = {
     "images": {"kind": "imagenet", "image_size_px": 256},
     "extractor": {"name": "inception-v3-compat"},
-    "reference": "ADM: VIRTUAL_imagenet256_labeled.npz",
+    "reference_images": {"file": "a" * 64},
 }
 
 
@@ -469,7 +469,7 @@ IMAGENET = {
         ({"images": {"kind": "digits", "image_size_px": 256}}, "images: digits, not imagenet"),
         ({"images": {"kind": "imagenet", "image_size_px": 64}}, "image size: 64, not 256"),
         ({"extractor": {"name": "digits-cnn"}}, "features: digits-cnn, not inception-v3-compat"),
-        ({"reference": "training images"}, "reference: training images, not ADM's statistics"),
+        ({"reference_images": {"file": None}}, "the source's own images, not a reference batch"),
     ],
 )
 def test_published_numbers_of_another_protocol_are_set_apart(changes, departure):

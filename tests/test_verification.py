@@ -140,7 +140,7 @@ def test_an_untouched_report_is_verified(store, evaluated, runtime):
         *("name", "decision", "JSON", "page"),
     ]
     assert differing(checks) == []
-    assert "6 records" in checks[1].text
+    assert "7 records" in checks[1].text
     assert "equal to the last bit" in checks[2].text
 
 
