@@ -469,7 +469,10 @@ IMAGENET = {
         ({"images": {"kind": "digits", "image_size_px": 256}}, "images: digits, not imagenet"),
         ({"images": {"kind": "imagenet", "image_size_px": 64}}, "image size: 64, not 256"),
         ({"extractor": {"name": "digits-cnn"}}, "features: digits-cnn, not inception-v3-compat"),
-        ({"reference_images": {"file": None}}, "the source's own images, not a reference batch"),
+        (
+            {"reference_images": {"file": None}},
+            "reference: the source's own images, not a reference batch of ADM",
+        ),
     ],
 )
 def test_published_numbers_of_another_protocol_are_set_apart(changes, departure):
