@@ -13,18 +13,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eqm import dossier, gate
-from eqm.config import PolicyConfig, Runtime, replace
+from eqm.config import Runtime, replace
 from eqm.discrepancies import Check, Difference, of_bytes, of_documents, of_values
 from eqm.errors import DataError, EqmError, IntegrityError
+from eqm.policy import PolicyConfig
 from eqm.recomputation import check_numbers, compute_again
-from eqm.records import Decision, Record, Ref, from_json, to_json
+from eqm.records import Decision, Record, Ref, digest, from_json, to_json
 from eqm.report import SCHEMA, ReportInput, render_json, report_key
 from eqm.report_page import render_html
 from eqm.stage import open_ref
 from eqm.storage import Store, record_key
 
-UNKNOWN_CHECKS = ("rollback",)
-"""Reasons of a decision that come from the history, not from evaluation and policy."""
+KEPT_CHECKS = ("rollback", "freshness")
+"""Reasons that come from the history and from the day of the judgement: they are not made again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +46,7 @@ class Renderer:
     store: Store
     evaluation: Record
     _made: dict[tuple[str, str], bytes] = field(default_factory=dict)
+    _decisions: dict[str, Decision] = field(default_factory=dict)
 
     def json(self, asked: "Asked") -> bytes:
         """The numbers."""
@@ -53,6 +55,13 @@ class Renderer:
     def page(self, asked: "Asked") -> bytes:
         """The page."""
         return self._once("page", render_html, asked)
+
+    def judged(self, decision: Decision) -> Decision:
+        """What the policy of a decision says of the same evaluations."""
+        key = digest(decision)
+        if key not in self._decisions:
+            self._decisions[key] = _judged(self.store, self.evaluation, decision)
+        return self._decisions[key]
 
     def _once(self, kind: str, render: Callable[[ReportInput], bytes], asked: "Asked") -> bytes:
         key = kind, asked.key(self.evaluation)
@@ -298,7 +307,7 @@ def check_decision(renderer: Renderer, decision: Decision | None) -> Check:
     if decision is None:
         return Check(name="decision", text="none was made")
     try:
-        again = _judged(renderer, decision)
+        again = renderer.judged(decision)
     except EqmError as error:
         return _impossible("decision", "made again", error)
     wrong = of_values(to_json(decision), to_json(again), "decision")
@@ -306,16 +315,18 @@ def check_decision(renderer: Renderer, decision: Decision | None) -> Check:
     return Check(name="decision", text=text, differences=tuple(wrong))
 
 
-def _judged(renderer: Renderer, decision: Decision) -> Decision:
-    record, against = renderer.evaluation, decision.champion
-    champion = None if against is None else open_ref(renderer.store, against)
+def _judged(store: Store, record: Record, decision: Decision) -> Decision:
+    against = decision.champion
+    champion = None if against is None else open_ref(store, against)
     found = gate.decide(
         dossier.evaluation_of(record),
         record.ref,
         from_json(PolicyConfig, decision.policy, "policy"),
         champion=None if champion is None else dossier.evaluation_of(champion),
         champion_ref=against,
+        studies=decision.studies,
     )
-    kept = tuple(r for r in decision.reasons if r.check in UNKNOWN_CHECKS)
-    reasons = (*found.reasons, *kept)
+    made = iter([r for r in found.reasons if r.check not in KEPT_CHECKS])
+    placed = [r if r.check in KEPT_CHECKS else next(made, None) for r in decision.reasons]
+    reasons = (*(r for r in placed if r is not None), *made)
     return replace(found, promote=all(r.passed for r in reasons), reasons=reasons)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from eqm import champion, dossier, gate, verification
 from eqm.recomputation import compute_again
-from eqm.records import to_json
+from eqm.records import note_to_bytes, to_json
 from eqm.report import render_json, report_key
 from eqm.report_page import render_html
 from eqm.storage import LocalStore
@@ -47,9 +47,11 @@ def store(tiny, tmp_path, monkeypatch) -> Iterator[LocalStore]:
         evaluation=record.ref,
         decision=to_json(decision),
         report=f"{key}.html",
+        evidence=None,
+        previous=None,
         at="2026-01-01T00:00:00+00:00",
     )
-    store.write_once(f"history/{MODEL}/00000001.json", champion.note_to_bytes(entry))
+    store.write_once(f"history/{MODEL}/00000001.json", note_to_bytes(entry))
     yield store
     os.environ.clear()
     os.environ.update(before)
