@@ -10,8 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eqm.champion import Entry
+from eqm.model import spec_from_bytes
 from eqm.records import Blob, Decision, Evaluation, Record, from_json
 from eqm.report import ReportInput
+from eqm.samples import config_of, labels_of
 from eqm.stage import open_ref
 from eqm.storage import Store
 
@@ -57,6 +59,7 @@ def collect(
     trained = open_ref(store, record.inputs["train"])
     path = _arrays(store, samples.outputs["trajectory.safetensors"])
     scores = _arrays(store, record.outputs["ood-scores.safetensors"])
+    sample_images = _images(store, record.outputs["sample-images.safetensors"])
     generated = samples.config["generate"]
     first = generated["first_seed"]
     return ReportInput(
@@ -67,7 +70,7 @@ def collect(
         champion=evaluation_of(open_ref(store, compared)) if compared else None,
         chain=chain_of(store, record),
         history=json.loads(store.get(trained.outputs["history.json"])),
-        sample_images=_images(store, record.outputs["sample-images.safetensors"]),
+        sample_images=sample_images,
         real_images=_images(store, record.outputs["real-images.safetensors"]),
         class_names=tuple(record.values["classes"]),
         ood_scores=_by_score(scores),
@@ -78,7 +81,20 @@ def collect(
             "labels": generated["labels"],
             "seeds": f"{first} to {first + generated['samples'] - 1}",
         },
+        sample_seeds=seeds_shown(store, samples, trained, sample_images.shape[:2]),
     )
+
+
+def seeds_shown(
+    store: Store, samples: Record, trained: Record, grid: tuple[int, ...]
+) -> list[list[int]]:
+    """Seeds of the first samples of each class, as in the grid (K, R, ...) of an evaluation."""
+    classes, rows = grid
+    config = config_of(samples)
+    kept = range(config.first_seed, config.first_seed + int(samples.values["images_kept"]))
+    spec = spec_from_bytes(store.get(trained.outputs["model.json"]), trained.digest[:12])
+    labels = labels_of(config, kept, len(spec.classes)).numpy()
+    return [[kept[i] for i in np.flatnonzero(labels == k)[:rows]] for k in range(classes)]
 
 
 def _by_score(sealed: dict[str, NDArray[Any]]) -> dict[str, dict[str, list[float]]]:

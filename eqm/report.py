@@ -79,6 +79,8 @@ class ReportInput:
     trajectory_updates: Sequence[int] = ()
     generated_with: Mapping[str, Any] = field(default_factory=dict)
     """Settings of the sampler, and seeds."""
+    sample_seeds: Sequence[Sequence[int]] = ()
+    """Seeds of the samples of each class that is shown."""
 
     def __post_init__(self) -> None:
         check_images(self.sample_images, 5, "samples")

@@ -148,17 +148,37 @@ def _samples(report: ReportInput) -> page.Html:
     rows = [
         (
             name,
-            page.picture(strip_png(made, cell_px=CELL_PX), f"{len(made)} samples of class {name}"),
+            (
+                page.picture(
+                    strip_png(made, cell_px=CELL_PX), f"{len(made)} samples of class {name}"
+                ),
+                _seeds(report, number),
+            ),
             page.picture(
                 strip_png(real, cell_px=CELL_PX), f"{len(real)} real images of class {name}"
             ),
         )
-        for name, made, real in triples
+        for number, (name, made, real) in enumerate(triples)
     ]
     heads = ("class", "samples", "real, held out")
-    return page.section(
-        "Samples", note, page.table("Samples and real images by class", heads, rows, "grid")
-    )
+    table = page.table("Samples and real images by class", heads, rows, "grid")
+    return page.section("Samples", note, table, _command(report))
+
+
+def _seeds(report: ReportInput, row: int) -> page.Html:
+    """Seeds of the samples of a row, from left to right."""
+    if row >= len(report.sample_seeds):
+        return page.Html("")
+    return page.el("p", "seeds ", ", ".join(map(str, report.sample_seeds[row])), class_="small")
+
+
+def _command(report: ReportInput) -> page.Html:
+    """How any of the samples is made again."""
+    samples = next((record for record in report.chain if record.stage == "samples"), None)
+    if samples is None or not report.sample_seeds:
+        return page.Html("")
+    line = f"eqm samples remake {samples.digest[:16]} --seed SEED"
+    return page.el("p", "Any of the samples is made again by ", page.code(line), class_="small")
 
 
 def _descent(report: ReportInput) -> page.Html:

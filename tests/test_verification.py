@@ -16,11 +16,13 @@ from eqm.checkpoint import tensors_from_bytes, tensors_to_bytes
 from eqm.config import Runtime
 from eqm.discrepancies import apart, of_bytes, of_documents, of_values, told
 from eqm.errors import DataError
+from eqm.generate import remake
 from eqm.recomputation import Again, check_numbers, check_samples, compute_again, is_same_kind
 from eqm.records import record_to_bytes, to_json
 from eqm.report import render_json, report_key
 from eqm.report_page import render_html
 from eqm.samples import config_of, part_of
+from eqm.stage import open_ref
 from eqm.storage import LocalStore, record_key
 from eqm.verification import Renderer, Stored, check_chain, check_report, stored_as, verify
 
@@ -83,6 +85,18 @@ def renderer(store, evaluated) -> Renderer:
 def report(store, evaluated) -> Stored:
     (found,) = verification.stored_reports(store, evaluated.digest)
     return found
+
+
+def test_seeds_on_the_page_make_its_pictures_again(store, evaluated):
+    samples = open_ref(store, evaluated.inputs["samples"])
+    shown = dossier.collect(store, evaluated, title="t", model_name="m", decision=None)
+    assert len(shown.sample_seeds) == len(shown.sample_images)
+    for seeds, images in list(zip(shown.sample_seeds, shown.sample_images, strict=True))[:3]:
+        made = remake(store, samples, seeds, exact=True)["images"]
+        assert torch.equal(made, torch.from_numpy(images))
+    page = render_html(shown).decode()
+    assert f"eqm samples remake {samples.digest[:16]} --seed" in page
+    assert ", ".join(map(str, shown.sample_seeds[2])) in page
 
 
 def copied(store, folder, without=()):
