@@ -102,6 +102,28 @@ LocalLauncher.run = run
 """
 
 
+STUDY = """
+import json, sys
+from pathlib import Path
+from flows.settings import activate
+activate()
+{before}
+from eqm import studies
+from eqm.config import StudyRow
+from eqm.studies import Study
+rows = [
+    StudyRow(label="as it is", changes={{}}, published=32.85),
+    StudyRow(label="one update", changes={{"generate.sampler.updates": 1}}),
+]
+studies.STUDIES = (
+    Study(name="Small", title="Small", asks="Which?", published_as="T", rows=lambda base: rows),
+)
+from flows.study import study
+result = study(name="Small", config=sys.argv[1], seeds=1)
+Path(sys.argv[2]).write_text(json.dumps(result))
+"""
+
+
 class Ran:
     """A pipeline that has run once, from an empty store."""
 
@@ -140,8 +162,10 @@ class Ran:
         return eqm_command("pipeline", str(self.config))
 
 
-def run_flow(config: Path, to: Path, environ: Any, *, before: str = "") -> dict[str, Any]:
-    line = [sys.executable, "-c", FLOW.format(before=before), str(config), str(to)]
+def run_flow(
+    config: Path, to: Path, environ: Any, *, before: str = "", flow: str = FLOW
+) -> dict[str, Any]:
+    line = [sys.executable, "-c", flow.format(before=before), str(config), str(to)]
     told = subprocess.run(
         line, cwd=PROJECT, env=dict(environ), capture_output=True, text=True, check=False
     )
@@ -238,6 +262,27 @@ def test_the_history_of_the_pipeline_is_whole(ran: Ran) -> None:
         assert {"by", "machine", "flow_run", "git_revision"} <= set(entry.provenance)
         assert entry.provenance["flow_run"]
     assert ran.standing().evidence is not None
+
+
+def test_a_study_of_the_model_is_shown_by_mlflow_and_prefect(ran: Ran, tmp_path: Path) -> None:
+    before = ran.launched()
+    result = run_flow(
+        ran.config, tmp_path / "told.json", os.environ, before=STAGES_IN_THIS_PROCESS, flow=STUDY
+    )
+    # The row that changes nothing is the pipeline's own model, samples and evaluation.
+    assert set(ran.launched()) - set(before) <= {"samples.json", "evaluation.json", "study.json"}
+    record = ran.store.record("study", result["study"])
+    assert record is not None
+    assert record.inputs["00-00"].content == ran.result["evaluation"]
+    page = ran.store.read(result["page"].removeprefix("s3://eqm/store/"))
+    client = MlflowClient(ran.mlflow_uri)
+    run = client.get_run(str(client.get_model_version_by_alias(MODEL, "champion").run_id))
+    assert "study/Small/01/distance" in run.data.metrics
+    kept = client.download_artifacts(run.info.run_id, "studies/Small.md", str(tmp_path))
+    assert Path(kept).read_bytes() == page
+    api = PrefectApi(os.environ["PREFECT_API_URL"], os.environ)
+    shown = api._post("/artifacts/filter", {"artifacts": {"key": {"any_": ["study-small"]}}})
+    assert [one["data"] for one in shown] == [page.decode()]
 
 
 def artifacts(client: MlflowClient, run_id: str, folder: str | None = None) -> list[str]:
