@@ -77,6 +77,7 @@ def test_streams_and_their_values_stay():
         "FIT_DATUM": 9,
         "FIT_NOISE": 10,
         "LANGEVIN": 11,
+        "DIRECTION": 12,
     }
 
 

@@ -148,7 +148,12 @@ def test_of_torch_fidelity_only_the_network_is_used() -> None:
         for path in (PROJECT / folder).glob("*.py")
         for name in re.findall(r"torch_fidelity\.(\w+)", path.read_text())
     }
-    assert used == {"FeatureExtractorInceptionV3", "__version__"}
+    assert used == {
+        "FeatureExtractorInceptionV3",
+        "__version__",
+        "feature_extractor_clip",
+        "interpolate_compat_tensorflow",
+    }
 
 
 # -- results of Prefect -------------------------------------------------------------------------

@@ -317,7 +317,7 @@ def test_no_mlflow_is_one_message(make) -> None:
         make(CLOSED)
     assert "127.0.0.1:9 cannot be reached" in str(told.value)
     assert "`eqm up`" in str(told.value)
-    with pytest.raises(TrackingError, match="MLFLOW_TRACKING_URI"):
+    with pytest.raises(TrackingError, match="'nonsense': it must be an http:// address"):
         make("nonsense")
 
 
