@@ -30,7 +30,7 @@ test: .venv/installed ## run all tests but those marked slow or gpu
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope
 
 slow: .venv/installed ## run the tests marked slow
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m slow
 
 chaos: .venv/installed ## kill ranks, torchrun, the flow and S3 in a training, and compare bits
 	PYTHONPATH=tests:. $(BIN)/python tests/chaos.py

@@ -94,7 +94,9 @@ class Runs:
         assert f"stopped at image {stop:,} of" in ended.stderr, ended.stderr
 
 
-@pytest.fixture(scope="module", params=list(PARTS))
+@pytest.fixture(
+    scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+)
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp(request.param), request.param)
 

@@ -534,9 +534,8 @@ def blobs(store: LocalStore) -> set[str]:
     return {path.name for path in kept}
 
 
-@pytest.mark.parametrize(
-    "place", ["folder", pytest.param("s3", marks=[pytest.mark.services, pytest.mark.slow])]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["folder", pytest.param("s3", marks=pytest.mark.services)])
 def test_ten_kills_of_two_that_race_change_no_bit(
     tmp_path: Path, place: str, request: pytest.FixtureRequest
 ) -> None:

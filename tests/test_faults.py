@@ -318,6 +318,7 @@ MIX = (
 )
 
 
+@pytest.mark.slow
 def test_a_process_that_is_stopped_among_faults_of_all_kinds(
     tiny: chain.Chain, tmp_path: Path, proxied: Proxied
 ) -> None:

@@ -25,6 +25,8 @@ from eqm.stage import job_digest
 from eqm.storage import LocalStore
 
 ROOT = Path(__file__).parent.parent
+
+pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 PROGRAM = ["-m", "eqm.train"]
 BATCH, UPDATES = 32, 300

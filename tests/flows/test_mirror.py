@@ -128,6 +128,7 @@ def marked(client: MlflowClient, digest: str) -> int:
     return json.loads(runs[0].data.tags["eqm.mirrored"])["images_seen"] if runs else -1
 
 
+@pytest.mark.slow
 def test_killed_both_and_started_again_mlflow_has_what_the_log_has(
     latents: chain.Chain, tmp_path: Path, server: Server
 ) -> None:

@@ -80,7 +80,7 @@ class Night:
         """Have a schedule of a deployment fire soon, and not again this year."""
         found = self.api._post("/deployments/filter", {"limit": 200})
         which = next(one["id"] for one in found if one["name"] == deployment)
-        at = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=20)
+        at = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=75)
         schedule = {"interval": 365 * 24 * 3600, "anchor_date": at.isoformat()}
         body = [{"schedule": schedule, "active": True, "parameters": parameters}]
         self.api._post(f"/deployments/{which}/schedules", body)  # type: ignore[arg-type]

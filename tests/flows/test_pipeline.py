@@ -378,6 +378,7 @@ def test_one_changed_bit_is_refused(ran: Ran) -> None:
     eqm.load(f"models:/{MODEL}@champion", mlflow_uri=ran.mlflow_uri)
 
 
+@pytest.mark.slow
 def test_a_night_looks_at_the_champion_once(ran: Ran, tmp_path: Path) -> None:
     standing, client = ran.standing(), MlflowClient(ran.mlflow_uri)
     run_id = client.get_model_version_by_alias(MODEL, "champion").run_id
@@ -410,6 +411,7 @@ def pipeline(config):
 # -- elsewhere ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_an_empty_store_gets_the_same_contents(ran: Ran, tmp_path: Path) -> None:
     config = tmp_path / "other.toml"
     config.write_text(SMALL.replace(NAME, "test-other"))
@@ -497,6 +499,7 @@ def from_json_record(store: Store, key: str) -> Record:
 # -- a successor, and the way back --------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_successor_is_compared_under_its_own_protocol_and_stays_rolled_back(
     ran: Ran, tmp_path: Path
 ) -> None:

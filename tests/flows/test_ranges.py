@@ -30,6 +30,7 @@ def test_no_worker_is_refused() -> None:
         encode.fn(workers=0)
 
 
+@pytest.mark.slow
 @pytest.mark.services
 @pytest.mark.timeout(400)
 def test_a_deployed_run_shares_its_shards_among_flow_runs(

@@ -69,6 +69,7 @@ def by(plan: Plan, launcher: InThisProcess) -> Plan:
     return Plan(plan.config, plan.settings, plan.store, launcher)
 
 
+@pytest.mark.slow
 def test_a_study_that_is_killed_goes_on_and_starts_nothing_twice(plan: Plan) -> None:
     killed = InThisProcess(dies_at=5)
     with pytest.raises(StageError, match="killed"):

@@ -77,6 +77,7 @@ def pipeline(config):
 """
 
 
+@pytest.mark.slow
 def test_weeks_of_a_folder(all_environment: dict[str, str], tmp_path: Path) -> None:
     pictures(tmp_path / "pictures")
     pictures(tmp_path / "more", seed=1)

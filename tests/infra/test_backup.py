@@ -386,6 +386,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callabl
         one.down()
 
 
+@pytest.mark.slow
 @pytest.mark.services
 @pytest.mark.timeout(300)
 def test_a_home_is_destroyed_and_comes_back_on_other_ports(
