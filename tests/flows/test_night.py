@@ -107,11 +107,11 @@ class Night:
             kill(pid)
 
     def training(self) -> str | None:
-        """Digest of a training that has a checkpoint and no record yet."""
+        """Digest of a training that has a whole checkpoint and no record yet."""
         keys = self.store.list("train/")
         digests = {key.split("/")[1] for key in keys if "/checkpoints/" in key}
         open_ones = [d for d in digests if f"train/{d}/record.json" not in keys]
-        return next(iter(open_ones), None)
+        return next((d for d in open_ones if checkpoint.newest(self.store, d)), None)
 
 
 def descendants(pid: int) -> list[int]:
