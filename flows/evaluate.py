@@ -301,10 +301,13 @@ def reevaluate_champion(
     standing = champion.current(plan.store, plan.model_name)
     if standing is None:
         raise DataError(f"{plan.model_name} has no champion yet: run `eqm pipeline` first")
-    source = list_images(plan)
     check_sets(plan)
+    # By the extractor, and against the images, of the promotion, whatever came since: with others
+    # there were nothing to compare the night with.
+    promotion = open_ref(plan.store, standing.evaluation)
+    source = promotion.inputs["source"]
     trained = open_ref(plan.store, standing.train)
-    extractor = fit_extractor(plan, source)
+    extractor = open_ref(plan.store, promotion.inputs["extractor"])
     samples = generate_samples(plan, trained, extractor)
     reference = look_at_images(plan, source, extractor)
     evaluation = evaluate_model(plan, source, trained, extractor, samples, reference)
