@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from flows import data, recovery, reports, samples, study_command
+from flows.options import ConfigArgument, SetOption
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -28,13 +29,6 @@ app.command("study")(study_command.run_study)
 out = Console()
 err = Console(stderr=True)
 
-ConfigArgument = Annotated[
-    str, typer.Argument(help="A preset (demo, tiny) or a TOML file with what differs from it.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Change one setting: --set train.images=50000. Repeatable."),
-]
 PolicyOption = Annotated[
     Path | None,
     typer.Option("--policy", help="A policy file of its own (docs/policy.toml) to judge by."),

@@ -14,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from flows.options import ConfigArgument, SetOption
+
 FETCH = "fetch"
 MOST_DIFFERENCES = 12
 """Of a check, that are shown to people; --json gives all."""
@@ -35,14 +37,6 @@ app = typer.Typer(
 )
 out = Console()
 err = Console(stderr=True)
-
-ConfigArgument = Annotated[
-    str, typer.Argument(help="A preset (demo, tiny) or a TOML file with what differs from it.")
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option("--set", help="Change one setting: --set train.images=50000. Repeatable."),
-]
 
 
 @app.command(FETCH)

@@ -41,7 +41,8 @@ def simulated(dimension, count, *, shift, stretch=1.1):
 
 
 @pytest.mark.parametrize(
-    ("dimension", "count"), [(8, 800), (16, 512), (32, 500), (16, 128), (32, 128), (64, 128)]
+    ("dimension", "count"),
+    [(6, 1500), (8, 800), (16, 512), (32, 500), (16, 128), (32, 128), (64, 128)],
 )
 def test_intervals_hold_the_truth(dimension, count):
     """From 0.01 to 0.5 dimensions a sample."""
@@ -52,6 +53,8 @@ def test_intervals_hold_the_truth(dimension, count):
         # An interval that holds everything says nothing: widths are those of the spread.
         spread = 2 * NORMAL_975 * np.std([one.value for one in ends])
         assert 0.75 * spread < np.mean([one.high - one.low for one in ends]) < 2 * spread
+    width = np.mean([one.high - one.low for one in plain])
+    assert 3 * np.std([one.value for one in plain]) < width < 6 * np.std([o.value for o in plain])
 
 
 @pytest.mark.parametrize(("dimension", "count"), [(32, 500), (32, 128), (64, 128)])
