@@ -388,6 +388,16 @@ def test_scores_that_are_others_are_named(store, evaluated, again):
         assert found.place == f"outputs.ood-scores.safetensors: {name}"
 
 
+@pytest.mark.parametrize(("factor", "equal"), [(1 + 1e-13, True), (1 + 1e-9, False)])
+def test_scores_may_round_and_no_more(store, evaluated, again, factor, equal):
+    scores = tensors_from_bytes(again.outputs["ood-scores.safetensors"])
+    moved = {name: values * factor for name, values in scores.items()}
+    outputs = {**again.outputs, "ood-scores.safetensors": tensors_to_bytes(moved)}
+    found = check_numbers(store, evaluated, replace(again, outputs=outputs)).differences
+    named = {f"outputs.ood-scores.safetensors: {name}" for name in scores}
+    assert {one.place for one in found} == (set() if equal else named)
+
+
 def test_an_evaluation_of_another_algorithm_is_not_verified_by_this_one(store, evaluated, runtime):
     with pytest.raises(DataError, match=r"sealed by algorithm 0, .*with the revision"):
         compute_again(store, replace(evaluated, algorithm=0), runtime, seeds=0, exact=False)
