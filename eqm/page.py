@@ -140,6 +140,10 @@ thead th { color: var(--soft); font-weight: 500; font-size: 13px; white-space: n
 tbody th { font-weight: 600; }
 .numbers td:not(:last-child) { white-space: nowrap; }
 .numbers td:last-child { color: var(--soft); }
+.dense :is(th, td) { padding-right: 12px; } .dense tbody th { overflow-wrap: normal; }
+.dense td:nth-child(2) { white-space: normal !important; min-width: 8em; }
+.dense td .small { display: block; }
+.dense .whisker { width: 64px; } .dense td { overflow-wrap: normal; }
 .grid tbody th { width: 1%; overflow-wrap: break-word; padding-right: 18px;
   vertical-align: middle; }
 .grid td { width: 50%; vertical-align: middle; padding: 4px 11px 4px 0; border: 0; }

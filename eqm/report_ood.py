@@ -45,13 +45,13 @@ def ood_section(report: ReportInput) -> page.Html:
     return page.section(
         "Out of distribution",
         note,
-        page.table("The main score", _heads(), [_row(row) for row in main], "numbers"),
+        page.table("The main score", _heads(), [_row(row) for row in main], "numbers dense"),
         _histograms(named, report.ood_scores.get(main[0].score, {}) if main else {}),
         _map(rows, report.ood_scores),
         page.el(
             "details",
             page.el("summary", "All measures of all scores"),
-            page.table("All scores", _heads(), [_row(row) for row in rows], "numbers"),
+            page.table("All scores", _heads(), [_row(row) for row in rows], "numbers dense"),
         ),
     )
 
