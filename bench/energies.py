@@ -24,8 +24,8 @@ from eqm.learner import Learner
 from eqm.network import Transformer
 from eqm.objective import Corrupted
 
-BATCH, ROUNDS = 4, 3
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+BATCH, ROUNDS = (128, 7) if DEVICE.type == "cuda" else (4, 3)
 SIDES = ("implicit", "double", "directional")
 
 

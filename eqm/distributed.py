@@ -1,7 +1,8 @@
 """Rank, world size, device and collectives: the only reader of RANK and friends.
 
 A program asks :func:`connect` once. Alone it is a world of one; under ``torchrun`` it joins the
-others (NCCL on CUDA, gloo on CPU). Collectives here carry tensors only: nothing is pickled. One
+others (NCCL on CUDA, gloo on CPU; on a GPU also where it is the only one, so that what runs on many
+is what ran on one). Collectives here carry tensors only: nothing is pickled. One
 that breaks off, or does not end in time, is told with the ranks that do not answer.
 """
 
@@ -39,7 +40,7 @@ class World:
     size: int
     device: torch.device
     group: ProcessGroup | None = None
-    """Of all ranks, with the time-out of collectives; None for a world of one."""
+    """Of all ranks, with the time-out of collectives; None for a process that is alone."""
     store: Store | None = None
     """What the ranks met at; it is on the first one's machine, or where torchrun has put it."""
 
@@ -58,7 +59,7 @@ class World:
 
         Raises PeerError where another rank does not come, or is gone.
         """
-        if self.size > 1:
+        if self.size > 1 or self.group is not None:
             began = time.monotonic()
             try:
                 dist.all_reduce(flat, group=self.group)
@@ -97,6 +98,28 @@ class World:
         if self.is_first:
             told += torch.tensor(list(text.encode()), dtype=torch.int64, device=self.device)
         return bytes(self.sum_(told).tolist()).decode() if size else ""
+
+
+class OnItsWay:
+    """A number () of a device, which the host asks for later: the device goes on meanwhile.
+
+    Asked for at once, the host would wait until all that was given to the device is done, and the
+    device then for the host.
+    """
+
+    def __init__(self, number: torch.Tensor) -> None:
+        # Into page-locked memory, where it is from a GPU.
+        self._number = number.detach().to("cpu", non_blocking=True)
+        self._arrived = None
+        if number.device.type == "cuda":
+            self._arrived = torch.cuda.Event()
+            self._arrived.record()
+
+    def value(self) -> float:
+        """The number, as soon as it is there."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return float(self._number)
 
 
 def _reason(error: RuntimeError) -> str:
@@ -148,8 +171,10 @@ def connect(
     chosen = pick_device(device, local)
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // here))
     if chosen.type == "cuda":
+        # cuBLAS adds in a fixed order only in workspaces that it is told of before its first call.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.set_device(chosen)
-    if size == 1:
+    if size == 1 and (chosen.type == "cpu" or "RANK" not in os.environ):
         yield World(rank, size, chosen)
         return
     end_with_parent()

@@ -47,6 +47,7 @@ from eqm.features import (
 )
 from eqm.images import ImageSource, checked_source, mirrored
 from eqm.latents import mean_latents
+from eqm.precision import deterministic
 from eqm.randomness import Stream, normal, uniform
 from eqm.shards import Int64
 from eqm.stage import Context, Outcome
@@ -166,17 +167,6 @@ def seeded(seed: int) -> Iterator[None]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield
-
-
-@contextlib.contextmanager
-def deterministic() -> Iterator[None]:
-    """Choose kernels that add in a fixed order, where there are such."""
-    before = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before)
 
 
 # -- stage "autoencoder" ------------------------------------------------------------------------

@@ -29,7 +29,7 @@ from eqm.batches import Batch, batches
 from eqm.checkpoint import Position, TrainState
 from eqm.compute import blocks_of, check_micro_batch, prepare, slow_bfloat16
 from eqm.config import Runtime, TrainConfig, TrainStage
-from eqm.distributed import World
+from eqm.distributed import OnItsWay, World
 from eqm.errors import DataError, EqmError
 from eqm.events import EventLog, log_of, restore
 from eqm.first_weights import first_network
@@ -39,7 +39,7 @@ from eqm.latents import sample_latents
 from eqm.learner import FLAGS, Learner, diverged, learning_rate
 from eqm.model import Model, ModelSpec
 from eqm.objective import Corrupted
-from eqm.precision import choose_products
+from eqm.precision import choose_deterministic, choose_products
 from eqm.progress import Progress
 from eqm.randomness import Stream, normal
 from eqm.records import Blob, Record
@@ -87,6 +87,8 @@ class Run:
     log: EventLog = field(default_factory=EventLog)
     """Of the first rank; that of another stays empty."""
     stopwatch: gauges.Stopwatch = field(default_factory=gauges.Stopwatch)
+    stops: OnItsWay | None = None
+    """How many ranks wanted to stop at the last update, on GPUs that are several."""
 
     @cached_property
     def tally(self) -> Tensor:
@@ -255,7 +257,10 @@ def begin_log(run: Run) -> None:
 
 
 def step(run: Run, batch: Batch, stop: bool) -> bool:
-    """One optimiser update; returns whether any rank wants to stop."""
+    """One optimiser update; returns whether any rank wants to stop.
+
+    GPUs that are several are asked one update later, for the answer to be there without waiting.
+    """
     # A mean over the global batch, whatever the number of ranks.
     losses = accumulate(run, batch)
     loss = losses.sum() / run.config.batch_size
@@ -273,7 +278,12 @@ def step(run: Run, batch: Batch, stop: bool) -> bool:
     run.since_report.append(torch.stack([loss, norm]))
     # What was skipped, or is about to be refused, is in no mean.
     run.tally.add_(torch.where((loss + norm).isfinite(), told, torch.zeros_like(told)))
-    return bool(stops > 0) if run.world.size > 1 else stop
+    if run.world.size == 1:
+        return stop
+    if run.world.device.type == "cpu":
+        return bool(stops > 0)
+    before, run.stops = run.stops, OnItsWay(stops)
+    return before is not None and before.value() > 0
 
 
 def accumulate(run: Run, batch: Batch) -> Tensor:
@@ -580,7 +590,7 @@ def grids_of(log: EventLog) -> dict[str, Blob]:
 
 def program(context: Context) -> Outcome | None:
     """Train to the end of the config; the first rank returns the outcome."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    choose_deterministic()
     # Until the record is sealed: nobody begins the run again between its end and its seal.
     mine = context.until_sealed.enter_context(only_trainer(context))
     run = setup(context, mine)
