@@ -146,7 +146,7 @@ tbody th { font-weight: 600; }
 .dense .whisker { width: 64px; } .dense td { overflow-wrap: normal; }
 .grid tbody th { width: 1%; overflow-wrap: break-word; padding-right: 18px;
   vertical-align: middle; }
-.grid td { width: 50%; vertical-align: middle; padding: 4px 11px 4px 0; border: 0; }
+.grid td { width: 50%; vertical-align: top; padding: 4px 11px 4px 0; border: 0; }
 .grid th { border: 0; } .grid td + td { padding: 4px 0 4px 11px; }
 .grid thead th:last-child { padding-left: 11px; }
 img { display: block; max-width: 100%; height: auto; image-rendering: pixelated; }
