@@ -25,7 +25,7 @@ ALGORITHMS = {
     "samples": 4,
     "reference": 1,
     "evaluation": 4,
-    "study": 1,
+    "study": 2,
 }
 """Stage -> number that is raised when the stage's output for the same input would change."""
 
@@ -1016,9 +1016,13 @@ class StudyStage:
     """Published rows that nothing here corresponds to."""
     rows: tuple[StudyRow, ...]
     seeds: int
-    """Repetitions of each row; input "<row>-<repetition>" is an evaluation."""
+    """Repetitions of each row; input "<row>-<repetition>" is an evaluation, unless it failed."""
     base: dict[str, Any]
     """Tables of the config that the rows change."""
+    outliers: bool = False
+    """Whether its table tells what lies out of distribution as well."""
+    failed: dict[str, str] = field(default_factory=dict[str, str])
+    """Name of an input that there is none of -> why: that training or its samples diverged."""
 
     def __post_init__(self) -> None:
         _positive(self, "study", "seeds")

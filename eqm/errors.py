@@ -24,6 +24,10 @@ class DataError(EqmError, ValueError):
     """The user's images, shards or manifests cannot be used as they are."""
 
 
+class DivergedError(DataError):
+    """A training or its samples ran off to infinity, and would again: it is what was asked for."""
+
+
 class IntegrityError(EqmError):
     """Bytes do not match the digest under which they were sealed."""
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from eqm import model, sampling, starts
 from eqm.checkpoint import tensors_from_bytes, tensors_to_bytes
 from eqm.config import GenerateConfig, replace
-from eqm.errors import DataError
+from eqm.errors import DataError, DivergedError
 from eqm.features import FeatureExtractor, load_extractor
 from eqm.latent_set import LatentSet
 from eqm.model import Model
@@ -219,11 +219,11 @@ def look_at(
 
 
 def _check_sound(config: GenerateConfig, seeds: Sequence[int], found: Samples) -> None:
-    """Refuse samples that blew up. Raises DataError."""
+    """Refuse samples that blew up. Raises DivergedError."""
     odd = [seeds[int(i)] for i in found.diverged.nonzero()]
     if odd:
         more = "…" if len(odd) > 5 else ""
-        raise DataError(
+        raise DivergedError(
             f"{len(odd)} of {len(seeds)} samples diverged (seeds "
             f"{', '.join(map(str, odd[:5]))}{more}): lower generate.sampler.step_size "
             f"({config.sampler.step_size}); GD is stable below 2 (1 - a) / multiplier"

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from eqm import objective
 from eqm.config import ObjectiveConfig, TrainConfig
 from eqm.ema import EMA, PowerEMA
-from eqm.errors import ConfigError, DataError
+from eqm.errors import ConfigError, DataError, DivergedError
 from eqm.field import Field
 from eqm.gradients import FlatGradient
 from eqm.network import check_labels, uncompiled
@@ -334,7 +334,9 @@ def _refuse_divergence(losses: Tensor, norms: Tensor, batch_size: int) -> None:
     odd = (~(losses.isfinite() & norms.isfinite())).nonzero()
     if len(odd):
         update = int(odd[0])
-        raise DataError(diverged(float(losses[update]), float(norms[update]), update * batch_size))
+        raise DivergedError(
+            diverged(float(losses[update]), float(norms[update]), update * batch_size)
+        )
 
 
 def diverged(loss: float, norm: float, first_image: int) -> str:

@@ -501,10 +501,27 @@ class StudyTableRow:
 
     label: str
     metrics: dict[str, Estimate]
-    evaluations: Estimate
+    """None where a repetition failed: a mean of those that went well would flatter the row."""
+    evaluations: Estimate | None
     """Field evaluations a sample."""
     against_first: Estimate | None
     """Distance less that of the first row, in pairs; None for the first row itself."""
+    failed: dict[str, str] = field(default_factory=dict[str, str])
+    """Number of a repetition, from 1 -> why it diverged."""
+    distances: tuple[float | None, ...] = ()
+    """Of a row that failed: those of its other repetitions."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StudyScore:
+    """How well one score of one row's models tells one set of images from held-out ones."""
+
+    row: str
+    """Label of the row; empty for a baseline, which knows of no model."""
+    score: str
+    name: str
+    """Of the set."""
+    auroc: Estimate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -518,3 +535,5 @@ class StudyTable:
     rows: tuple[StudyTableRow, ...]
     protocols_differ_in: tuple[str, ...]
     """Settings that rows change and protocols name; all else of the protocols is equal."""
+    outliers: tuple[StudyScore, ...] = ()
+    """What lies out of distribution, where the study asks for it."""

@@ -21,9 +21,25 @@ from eqm import distributed
 from eqm.config import ALGORITHMS, Job, stage_config
 from eqm.disk import disk_errors
 from eqm.distributed import World
-from eqm.errors import ConfigError, DataError, EqmError, IntegrityError, MissingError
+from eqm.errors import (
+    ConfigError,
+    DataError,
+    DivergedError,
+    EqmError,
+    IntegrityError,
+    MissingError,
+)
 from eqm.progress import Progress
-from eqm.records import Blob, Record, Ref, from_json, stage_digest, to_json
+from eqm.records import (
+    Blob,
+    Record,
+    Ref,
+    from_json,
+    note_from_bytes,
+    note_to_bytes,
+    stage_digest,
+    to_json,
+)
 from eqm.storage import Store, open_store
 
 EXIT_REFUSED = 2
@@ -85,6 +101,13 @@ class Unfinished:
     message: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class Divergence:
+    """That a stage ran off to infinity, in its own words."""
+
+    message: str
+
+
 Program = Callable[[Context], Outcome | Unfinished | None]
 """The work of a stage; ranks other than the first may return None."""
 Afterwards = Callable[[Context, Record], None]
@@ -101,6 +124,27 @@ def job_digest(job: Job) -> str:
     if job.stage not in ALGORITHMS:
         raise ConfigError(f"stage is {job.stage!r}; it must be one of {', '.join(ALGORITHMS)}")
     return stage_digest(job.stage, ALGORITHMS[job.stage], job.config, job.inputs)
+
+
+def divergence(store: Store, job: Job) -> str | None:
+    """Why a job that is not sealed diverged, in its own words; None where it never did.
+
+    It is kept beside what the stage left, so whoever launched it learns of it, wherever it ran.
+    Raises IntegrityError, StoreError.
+    """
+    digest = job_digest(job)
+    if store.record(job.stage, digest) is not None:
+        return None
+    key = divergence_key(job.stage, digest)
+    try:
+        return note_from_bytes(Divergence, store.read(key), store.where(key)).message
+    except MissingError:
+        return None
+
+
+def divergence_key(stage: str, digest: str) -> str:
+    """Where a stage that diverged says so."""
+    return f"{stage}/{digest}/diverged.json"
 
 
 def open_ref(store: Store, ref: Ref) -> Record:
@@ -215,7 +259,13 @@ def run_part(job: Job, program: Program, *, afterwards: Afterwards | None = None
                 afterwards(context, record)
             return record
         began = _now()
-        outcome = program(context)
+        try:
+            outcome = program(context)
+        except DivergedError as error:
+            # Of several ranks whichever is first: each tells of its own samples.
+            note = note_to_bytes(Divergence(message=str(error)))
+            store.write_once(divergence_key(job.stage, context.digest), note)
+            raise
         if world.is_first and outcome is None:
             raise AssertionError("the first rank must return what the stage made")
         if world.first_says(isinstance(outcome, Unfinished)):

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from eqm.config import StudyStage, study_input
 from eqm.dossier import evaluation_of
-from eqm.records import Evaluation, Record, canonical_bytes, to_json
+from eqm.records import Evaluation, canonical_bytes, to_json
 from eqm.stage import Context, Outcome, open_ref
 from eqm.stage import main as stage_main
 from eqm.study_table import summarise
@@ -31,11 +31,11 @@ def program(context: Context) -> Outcome | None:
         return None
     asked: StudyStage = context.config
     cells = [
-        [_cell(context, context.input(study_input(i, k))) for k in range(asked.seeds)]
+        [_cell(context, study_input(i, k)) for k in range(asked.seeds)]
         for i in range(len(asked.rows))
     ]
-    table = summarise(asked, [[cell.evaluation for cell in row] for row in cells])
-    seconds = [_mean([cell.seconds for cell in row]) for row in cells]
+    table = summarise(asked, [[cell and cell.evaluation for cell in row] for row in cells])
+    seconds = [_mean([cell and cell.seconds for cell in row]) for row in cells]
     return Outcome(
         outputs={"table.json": canonical_bytes(table)},
         values={"table": to_json(table)},
@@ -44,7 +44,11 @@ def program(context: Context) -> Outcome | None:
     )
 
 
-def _cell(context: Context, record: Record) -> Cell:
+def _cell(context: Context, name: str) -> Cell | None:
+    """One cell; None where it failed, as the config says."""
+    if name in context.config.failed:
+        return None
+    record = context.input(name)
     samples = open_ref(context.store, record.inputs["samples"])
     taken: dict[str, float] = samples.provenance.get("seconds") or {}
     return Cell(evaluation_of(record), taken.get("sampler"))

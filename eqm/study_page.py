@@ -12,6 +12,7 @@ from typing import Any
 from eqm.config import StudyRow, StudyStage
 from eqm.figures import FAINT, INK, REAL, SAMPLE, figure_svg
 from eqm.records import Estimate, Record, StudyTable, from_json, to_json
+from eqm.report_ood import SCORE_NAMES
 from eqm.study_table import MAIN, table_of
 
 SCHEMA = 1
@@ -67,10 +68,11 @@ def _markdown(
     yield from (f"# {asked.title}", "", asked.asks, "", f"![{name} of each row]({picture})", "")
     yield from _verdict(asked, table)
     yield from ("## Numbers", "", *_numbers(asked, table, seconds), "")
-    beside = table.rows[0].metrics[MAIN].beside
+    beside = _beside(table)
     floor = "" if beside is None else f" Real held-out images have {_figure(beside)}."
     yield f"FD is {name}: lower is better.{floor} {_intervals(table.seeds)}"
     yield ""
+    yield from _failures(table)
     if any(row.published is not None for row in asked.rows) or asked.others:
         yield (
             f"**Published** figures are of another protocol: {asked.published_as}. Data, models, "
@@ -80,6 +82,8 @@ def _markdown(
         yield ""
     for note in asked.notes:
         yield f"* {note}"
+    if table.outliers:
+        yield from ("", "## Out of distribution", "", *_outliers(table))
     yield from ("", "## What was run", "", *_base(asked), "", *_changes(asked.rows), "")
     if table.protocols_differ_in:
         different = ", ".join(f"`{n}`" for n in table.protocols_differ_in)
@@ -103,11 +107,33 @@ def _intervals(seeds: int) -> str:
     )
 
 
+def _beside(table: StudyTable) -> float | None:
+    """What real held-out images have; the same for all rows."""
+    return next((row.metrics[MAIN].beside for row in table.rows if row.metrics), None)
+
+
+def _failures(table: StudyTable) -> Iterator[str]:
+    """Which cells diverged, and what they said of it."""
+    told = [(row.label, k, why) for row in table.rows for k, why in row.failed.items()]
+    if told:
+        yield "**Diverged**, so that their rows have no means:"
+        yield ""
+        yield from (f"* {label}, repetition {k}: {why}" for label, k, why in told)
+        yield ""
+
+
 def _verdict(asked: StudyStage, table: StudyTable) -> Iterator[str]:
     """Which rows can be told from the first, by the intervals of their differences."""
+    if table.rows[0].failed:
+        yield f"The first row, {table.rows[0].label}, diverged: no row is held against it."
+        yield ""
+        return
     found = {"lower (better)": [], "higher (worse)": [], "not told apart from it": []}
     for row in table.rows[1:]:
         difference = row.against_first
+        if row.failed:
+            found.setdefault("diverged", []).append(row.label)
+            continue
         if difference is None or difference.low is None or difference.high is None:
             return
         below, above = difference.high < 0, difference.low > 0
@@ -139,13 +165,18 @@ def _numbers(
     yield _line(heads)
     yield _line(["---"] + ["--:"] * (len(heads) - 1))
     for row, found, took in zip(asked.rows, table.rows, seconds, strict=True):
+        published = "" if row.published is None else f"{row.published:g}"
+        if found.failed:
+            many = f"diverged in {len(found.failed)} of {table.seeds}"
+            yield _line([row.label, many, *[""] * (len(heads) - 3), published])
+            continue
         cells = [row.label, _within(found.metrics[MAIN])]
         cells.append("" if found.against_first is None else _within(found.against_first, sign=True))
         cells += [_figure(found.metrics[key].value) for key in keys if key != MAIN]
-        cells.append(_figure(found.evaluations.value))
+        cells.append("" if found.evaluations is None else _figure(found.evaluations.value))
         if timed:
             cells.append("" if took is None else f"{took:.1f}")
-        cells.append("" if row.published is None else f"{row.published:g}")
+        cells.append(published)
         yield _line(cells)
     for other in asked.others:
         cells = [f"{other.label} (published alone)"] + [""] * (len(heads) - 2)
@@ -187,12 +218,45 @@ def _short(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
+def _outliers(table: StudyTable) -> Iterator[str]:
+    """A line for each score of each row and each baseline, a column for each set."""
+    intervals = (
+        f"Means of {table.seeds} repetitions with Student's 95 % intervals; a baseline, which "
+        "knows of no model, has DeLong's, of other images."
+        if table.seeds > 1
+        else "Intervals are DeLong's, of other images (95 %)."
+    )
+    yield (
+        "AUROC of held-out images against other sets: 0.5 is chance, below it a score has the "
+        f"wrong sign. {intervals}"
+    )
+    yield ""
+    sets = list(dict.fromkeys(one.name for one in table.outliers))
+    yield _line(["models", "score", *sets])
+    yield _line(["---", "---"] + ["--:"] * len(sets))
+    found = {(one.row, one.score, one.name): one.auroc for one in table.outliers}
+    for row, score in dict.fromkeys((one.row, one.score) for one in table.outliers):
+        cells = [found.get((row, score, name)) for name in sets]
+        shown = ["" if cell is None else _share(cell) for cell in cells]
+        yield _line([row or "baseline", SCORE_NAMES.get(score, score), *shown])
+
+
+def _share(found: Estimate) -> str:
+    if found.low is None or found.high is None:
+        return f"{found.value:.2f}"
+    return f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f})"
+
+
 def _repetitions(table: StudyTable) -> Iterator[str]:
     yield f"{table.names[MAIN]}, each with what other samples of the same model would give (95 %)."
     yield ""
     yield _line(["row", *(str(k + 1) for k in range(table.seeds))])
     yield _line(["---"] + ["--:"] * table.seeds)
     for row in table.rows:
+        if row.failed:
+            left = ("diverged" if value is None else _figure(value) for value in row.distances)
+            yield _line([row.label, *left])
+            continue
         found = row.metrics[MAIN]
         ends = zip(found.values, found.lows, found.highs, strict=True)
         yield _line([row.label, *(_span(v, low, high) for v, low, high in ends)])
@@ -238,7 +302,7 @@ def draw(asked: StudyStage, table: StudyTable) -> str:
 
 
 def _floor(axis: Any, table: StudyTable, line: Any) -> None:
-    beside = table.rows[0].metrics[MAIN].beside
+    beside = _beside(table)
     if beside is not None:
         line(beside, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
 
@@ -246,6 +310,10 @@ def _floor(axis: Any, table: StudyTable, line: Any) -> None:
 def _rows(axis: Any, asked: StudyStage, table: StudyTable) -> None:
     places = range(len(table.rows))
     for place, row in zip(places, table.rows, strict=True):
+        if row.failed:
+            at = {"transform": axis.get_yaxis_transform(), "va": "center", "fontsize": 7}
+            axis.text(0.02, place, "diverged", color=FAINT, **at)
+            continue
         found = row.metrics[MAIN]
         if found.low is not None and found.high is not None:
             axis.plot([found.low, found.high], [place, place], color=SAMPLE, linewidth=1.2)
@@ -269,7 +337,7 @@ def _lines(axis: Any, asked: StudyStage, table: StudyTable) -> None:
         mine = [
             (row.x, found.metrics[MAIN])
             for row, found in zip(asked.rows, table.rows, strict=True)
-            if row.series == series
+            if row.series == series and not found.failed
         ]
         mine.sort(key=lambda point: point[0] or 0.0)
         x, y = [at for at, _ in mine], [found.value for _, found in mine]
@@ -278,8 +346,17 @@ def _lines(axis: Any, asked: StudyStage, table: StudyTable) -> None:
             if found.low is not None and found.high is not None:
                 axis.plot([at, at], [found.low, found.high], color=colour, linewidth=0.8)
             axis.plot([at] * len(found.values), found.values, "_", color=FAINT, markersize=5)
+        lost = [
+            row.x
+            for row, found in zip(asked.rows, table.rows, strict=True)
+            if row.series == series and found.failed
+        ]
+        # At the top: where they ran off to.
+        top = {"transform": axis.get_xaxis_transform(), "clip_on": False}
+        axis.plot(lost, [1.0] * len(lost), "x", color=colour, markersize=5, **top)
     _floor(axis, table, axis.axhline)
-    axis.set_xlabel(f"{asked.x_label} (dashed: real held-out images)")
+    crosses = "; x: diverged" if any(row.failed for row in table.rows) else ""
+    axis.set_xlabel(f"{asked.x_label} (dashed: real held-out images{crosses})")
     _legend(axis, asked)
 
 

@@ -30,7 +30,7 @@ from eqm.checkpoint import Position, TrainState
 from eqm.compute import blocks_of, check_micro_batch, prepare, slow_bfloat16
 from eqm.config import Runtime, TrainConfig, TrainStage
 from eqm.distributed import OnItsWay, World
-from eqm.errors import DataError, EqmError
+from eqm.errors import DataError, DivergedError, EqmError
 from eqm.events import EventLog, log_of, restore
 from eqm.first_weights import first_network
 from eqm.frechet import Gaussian
@@ -346,8 +346,8 @@ def figures_of(run: Run, loss: float, norm: float) -> dict[str, float]:
 def guarded(run: Run) -> Tensor:
     """(loss, gradient norm) of the updates since the last point that were finite, (U, 2) float64.
 
-    Raises DataError, naming the update, for one that was not where training is to stop, and where
-    no other is left. Those that were skipped are told, and counted in the history.
+    Raises DivergedError, naming the update, for one that was not where training is to stop, and
+    where no other is left. Those that were skipped are told, and counted in the history.
     """
     found = torch.stack(run.since_report).double().cpu()
     finite = found.isfinite().all(dim=1)
@@ -356,7 +356,7 @@ def guarded(run: Run) -> Tensor:
     skipping = run.config.on_nonfinite == "skip"
     if odd and not (skipping and bool(finite.any())):
         loss, norm = found[odd[0]].tolist()
-        raise DataError(diverged(loss, norm, begun[odd[0]]))
+        raise DivergedError(diverged(loss, norm, begun[odd[0]]))
     if skipping:
         run.history.setdefault("skipped", []).append(float(len(odd)))
     if odd and run.world.is_first:
@@ -376,7 +376,7 @@ def updates_begun(run: Run) -> list[int]:
 
 
 def refuse_divergence(run: Run) -> None:
-    """What a checkpoint must not come after, where training is to stop: raises DataError."""
+    """What a checkpoint must not come after, where training is to stop: raises DivergedError."""
     if run.since_report and run.config.on_nonfinite == "stop":
         guarded(run)
 
@@ -448,7 +448,7 @@ def persist(run: Run, *, durable: bool = True) -> None:
     """Begin to make the state durable, once a position, and wait for that where it is asked.
 
     Where it fails, or something before it did, all ranks raise what the first one met. Raises
-    DataError for a run that has diverged.
+    DivergedError for a run that has diverged.
     """
     refuse_divergence(run)
     state = None

@@ -15,11 +15,11 @@ from prefect import flow
 
 from eqm import studies, study_page
 from eqm.config import Job, StudyStage, replace, study_input, with_settings
-from eqm.errors import DataError
+from eqm.errors import DataError, DivergedError, EqmError
 from eqm.records import Record, Ref, note_from_bytes, note_to_bytes
 from eqm.registry import Registry
 from eqm.shards import manifest_of
-from eqm.stage import job_digest, open_ref
+from eqm.stage import divergence, divergence_key, job_digest, open_ref
 from eqm.studies import Base
 from eqm.study_table import table_of
 from flows.plan import (
@@ -76,7 +76,11 @@ class Ground:
 
 
 def run_study(plan: Plan, name: str, *, seeds: int, do: Ensure = run_stage) -> Record:
-    """The sealed table of a study; whatever of it is missing is made. Raises ConfigError."""
+    """The sealed table of a study; whatever of it is missing is made.
+
+    A training or samples that diverge cost their row its means, and nothing else. Raises
+    ConfigError, and DataError where no row is left whole.
+    """
     asked_for = studies.study(name)
     ground = _ground(plan, do)
     base = _base(plan, ground.latents)
@@ -84,13 +88,21 @@ def run_study(plan: Plan, name: str, *, seeds: int, do: Ensure = run_stage) -> R
     # Every config is checked before the first hour is spent.
     plans = [[_cell_plan(plan, asked, i, k) for i in range(len(asked.rows))] for k in range(seeds)]
     cells: dict[str, Ref] = {}
+    failed: dict[str, str] = {}
     trained: dict[str, Record] = {}
     for k, of_one in enumerate(plans):
         for i, cell in enumerate(of_one):
             logged(f"study {name}: {asked.rows[i].label}, repetition {k + 1} of {seeds}")
-            model, evaluation = _measure(cell, ground, do)
+            try:
+                model, evaluation = _measure(cell, ground, do)
+            except DivergedError as error:
+                # It is what this row came to; the others can be told all the same.
+                failed[study_input(i, k)] = str(error)
+                logged(f"study {name}: {asked.rows[i].label} has failed: {error}")
+                continue
             cells[study_input(i, k)] = evaluation.ref
             trained[model.digest] = model
+    asked = replace(asked, failed=failed)
     record = do(plan, study_job(plan, asked, cells), 1)
     for digest in sorted(trained):
         _index(plan, digest, asked, record)
@@ -117,11 +129,30 @@ def _cell_plan(plan: Plan, asked: StudyStage, row: int, repetition: int) -> Plan
 
 
 def _measure(cell: Plan, ground: Ground, do: Ensure) -> tuple[Record, Record]:
-    """The model and the evaluation of a cell."""
-    trained = do(cell, train_job(cell, ground.latents), cell.processes)
-    samples = do(cell, samples_job(cell, trained, ground.extractor), cell.processes)
+    """The model and the evaluation of a cell. Raises DivergedError."""
+    trained = _or_diverged(cell, train_job(cell, ground.latents), do)
+    samples = _or_diverged(cell, samples_job(cell, trained, ground.extractor), do)
     job = evaluation_job(cell, ground.source, trained, ground.extractor, samples, ground.reference)
     return trained, do(cell, job, 1)
+
+
+def _or_diverged(cell: Plan, job: Job, do: Ensure) -> Record:
+    """What a training or sampling made. Raises DivergedError where it ran off, now or before.
+
+    Every other failure (a killed program, a store that is away) says nothing of the row.
+    """
+    before = divergence(cell.store, job)
+    if before is not None:
+        key = cell.store.where(divergence_key(job.stage, job_digest(job)))
+        logged(f"{job.stage} {job_digest(job)[:12]}: diverged before; delete {key} to try it again")
+        raise DivergedError(f"{job.stage}: {before}")
+    try:
+        return do(cell, job, cell.processes)
+    except EqmError as error:
+        found = divergence(cell.store, job)
+        if found is None:
+            raise
+        raise DivergedError(f"{job.stage}: {found}") from error
 
 
 # -- which studies there are of a model ---------------------------------------------------------
@@ -201,7 +232,7 @@ def tell(plan: Plan, shown: Shown) -> None:
     """Add the pages and numbers to the MLflow run of the model that was studied."""
     record, table = shown.record, table_of(shown.record)
     name = table.study
-    first = open_ref(plan.store, record.inputs[study_input(0, 0)])
+    first = open_ref(plan.store, record.inputs[min(record.inputs)])
     numbers = {
         f"study/{name}/{i:02d}/{key}": found.value
         for i, row in enumerate(table.rows)

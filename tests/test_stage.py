@@ -10,7 +10,7 @@ import pytest
 
 from eqm import stage
 from eqm.config import Job, Runtime
-from eqm.errors import ConfigError, DataError, IntegrityError
+from eqm.errors import ConfigError, DataError, DivergedError, IntegrityError
 from eqm.records import Ref, to_json
 from eqm.stage import Context, Outcome
 from eqm.storage import LocalStore
@@ -48,6 +48,30 @@ def test_a_failed_stage_seals_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         stage.run(a_job(tmp_path), fails)
     assert LocalStore(tmp_path / "store").list("latents/") == []
+
+
+def test_a_stage_that_diverged_says_so_beside_what_it_left(tmp_path: Path) -> None:
+    def runs_off(_: stage.Context) -> stage.Outcome:
+        raise DivergedError("loss nan: lower it")
+
+    store, job = LocalStore(tmp_path / "store"), a_job(tmp_path)
+    assert stage.divergence(store, job) is None
+    for _ in range(2):
+        with pytest.raises(DivergedError, match="loss nan"):
+            stage.run(job, runs_off)
+        assert stage.divergence(store, job) == "loss nan: lower it"
+    # It was tried again elsewhere, and went well.
+    stage.run(job, makes(b"data"))
+    assert stage.divergence(store, job) is None
+
+
+def test_a_stage_that_failed_otherwise_is_not_called_diverged(tmp_path: Path) -> None:
+    def fails(_: stage.Context) -> stage.Outcome:
+        raise DataError("no images")
+
+    with pytest.raises(DataError, match="no images"):
+        stage.run(a_job(tmp_path), fails)
+    assert stage.divergence(LocalStore(tmp_path / "store"), a_job(tmp_path)) is None
 
 
 def test_inputs_are_checked_before_use(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The arithmetic of studies in closed form, what stands in one table, and how it looks."""
 
+import dataclasses
 import math
 from pathlib import Path
 
@@ -14,12 +15,13 @@ from eqm.config import (
     StudyRow,
     StudyStage,
     demo,
+    replace,
     tiny,
     with_settings,
 )
 from eqm.errors import ConfigError, DataError
 from eqm.recipes import recipe
-from eqm.records import Evaluation, Metric, Record, to_json
+from eqm.records import Evaluation, Metric, OODRow, Record, StudyTable, to_json
 from eqm.studies import Base
 from eqm.study_table import mean_interval, summarise
 
@@ -124,6 +126,83 @@ def test_protocols_that_differ_in_what_no_row_changes_are_no_table() -> None:
         summarise(asked(1), [[evaluation(2.0)], [evaluation(3.0, noise=1.0)]])
 
 
+FAILED = "train: loss nan: training has diverged"
+
+
+def with_a_failure(number: int = 1) -> tuple[StudyStage, StudyTable]:
+    """Three repetitions of two rows; the second repetition of one row diverged."""
+    stage = replace(asked(3), failed={f"0{number}-01": FAILED})
+    cells = [
+        [evaluation(v) for v in (1.0, 5.0, 9.0)],
+        [evaluation(v, step=0.2) for v in (2.0, 6.5, 10.5)],
+    ]
+    row = [cell if k != 1 else None for k, cell in enumerate(cells[number])]
+    return stage, summarise(stage, [row if i == number else cells[i] for i in range(2)])
+
+
+def test_a_row_that_diverged_has_no_mean_and_the_others_have_theirs() -> None:
+    _, table = with_a_failure()
+    whole, failed = table.rows
+    assert whole.metrics["distance"].value == 5.0
+    assert (failed.metrics, failed.evaluations, failed.against_first) == ({}, None, None)
+    assert failed.failed == {"2": FAILED}
+    assert failed.distances == (2.0, None, 10.5)
+
+
+def test_nothing_is_held_against_a_first_row_that_diverged() -> None:
+    _, table = with_a_failure(0)
+    assert table.rows[0].failed == {"2": FAILED}
+    assert table.rows[1].against_first is None
+    assert table.names == {"distance": "FD[toy]-10", "recall": "recall[toy]-10"}
+
+
+def test_a_study_of_which_all_rows_diverged_is_refused_with_the_reason() -> None:
+    stage = replace(asked(1), failed={"00-00": FAILED, "01-00": FAILED})
+    with pytest.raises(DataError, match=rf"no row has all its repetitions.*{FAILED}"):
+        summarise(stage, [[None], [None]])
+
+
+def scored(*areas: float) -> list[Evaluation]:
+    """Evaluations of several repetitions, whose energy has these areas; a baseline has 0.75."""
+    fields = {f.name: 0.5 for f in dataclasses.fields(OODRow) if f.type in (float, "float")}
+    common = {**fields, "name": "constant", "count": 30, "held_out": 30, "gated": False}
+
+    def one(score: str, role: str, area: float) -> OODRow:
+        ends = {"auroc": area, "auroc_low": area - 0.125, "auroc_high": area + 0.125}
+        return OODRow(**{**common, "score": score, "role": role, **ends})
+
+    return [
+        replace(
+            evaluation(1.0),
+            ood=(one("energy", "main", area), one("pixel_gaussian", "baseline", 0.75)),
+        )
+        for area in areas
+    ]
+
+
+def test_what_lies_outside_is_told_for_each_row_and_once_for_baselines() -> None:
+    stage = replace(asked(3), outliers=True)
+    table = summarise(stage, [scored(0.5, 0.625, 0.75), scored(0.875, 1.0, 0.9375)])
+    found = {(one.row, one.score): one.auroc for one in table.outliers}
+    assert list(found) == [("one", "energy"), ("a|b", "energy"), ("", "pixel_gaussian")]
+    energy, wide, baseline = found.values()
+    assert (energy.value, energy.values) == (0.625, (0.5, 0.625, 0.75))
+    reach = T_975_OF_2 * 0.125 / math.sqrt(3)
+    assert energy.low == pytest.approx(0.625 - reach)
+    assert energy.lows == (0.375, 0.5, 0.625)
+    assert wide.high == 1.0
+    # No repetition changes it, so its interval is that of other images.
+    assert (baseline.value, baseline.low, baseline.high) == (0.75, 0.625, 0.875)
+    assert summarise(asked(3), [scored(0.5, 0.6, 0.7)] * 2).outliers == ()
+
+
+def test_repetitions_that_were_scored_otherwise_are_no_table() -> None:
+    stage = replace(asked(2), outliers=True)
+    one, other = scored(0.5, 0.75)
+    with pytest.raises(DataError, match="different scores or sets"):
+        summarise(stage, [[one, replace(other, ood=other.ood[:1])], [one, other]])
+
+
 # -- what rows are asked ------------------------------------------------------------------------
 
 
@@ -219,3 +298,43 @@ def test_a_picture_stands_alone_and_carries_no_date() -> None:
     assert svg.startswith('<svg xmlns="http://www.w3.org/2000/svg"')
     assert "another protocol" in svg
     assert "matplotlib" not in svg
+
+
+def page_of(stage: StudyStage, table: StudyTable) -> dict[str, bytes]:
+    made = replace(record(), config=to_json(stage), values={"table": to_json(table)})
+    return study_page.render(made, [None, None], picture="x.svg")
+
+
+@pytest.mark.parametrize("x_label", ["", "steps"])
+def test_a_page_says_what_diverged_and_shows_the_rest(x_label: str) -> None:
+    stage, table = with_a_failure()
+    rows = tuple(replace(row, x=1.0 + i, series="GD") for i, row in enumerate(stage.rows))
+    made = page_of(replace(stage, x_label=x_label, rows=rows), table)
+    page = made["md"].decode()
+    heads = next(line for line in page.splitlines() if line.startswith("| row | FD"))
+    row = next(
+        line for line in page.splitlines() if line.startswith("| a\\|b | diverged in 1 of 3")
+    )
+    assert row.count(" | ") + row.count("|  |") >= 1
+    assert len(row.replace("\\|", "").split("|")) == len(heads.split("|"))
+    assert f"* a|b, repetition 2: {FAILED}" in page
+    assert "| a\\|b | 2 | diverged | 10.5 |" in page
+    assert "* diverged: a|b" in page
+    assert "diverged" in made["svg"].decode()
+
+
+def test_a_page_whose_first_row_diverged_holds_nothing_against_it() -> None:
+    page = page_of(*with_a_failure(0))["md"].decode()
+    assert "The first row, one, diverged: no row is held against it." in page
+    assert "lower (better)" not in page
+    assert "Real held-out images have 0.5" in page
+
+
+def test_a_page_shows_what_lies_outside() -> None:
+    stage = replace(asked(3), outliers=True)
+    table = summarise(stage, [scored(0.5, 0.625, 0.75), scored(0.875, 1.0, 0.9375)])
+    page = page_of(stage, table)["md"].decode()
+    assert "| models | score | constant |" in page
+    assert "| one | energy | 0.62 (0.31 to 0.94) |" in page
+    assert "| baseline | Gaussian on pixels | 0.75 (0.62 to 0.88) |" in page
+    assert "Out of distribution" not in page_of(*with_a_failure())["md"].decode()

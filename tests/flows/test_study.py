@@ -9,8 +9,8 @@ import chain
 import pytest
 
 from eqm import studies, study
-from eqm.config import Job, StudyRow
-from eqm.errors import ConfigError, IntegrityError, StageError
+from eqm.config import Job, StudyRow, with_settings
+from eqm.errors import ConfigError, DataError, IntegrityError, StageError
 from eqm.records import to_json
 from eqm.stage import job_digest, run
 from eqm.studies import Base, Study
@@ -128,6 +128,59 @@ def test_the_pages_of_a_study_are_made_once_and_are_the_same(plan: Plan, tmp_pat
         "small.json",
     }
     assert "(small.svg)" in (folder / "small.md").read_text()
+
+
+class Told(InThisProcess):
+    """Whose failures come as those of a launched program do, in words alone."""
+
+    def run(self, job: Job, *, processes: int) -> None:
+        try:
+            super().run(job, processes=processes)
+        except DataError as error:
+            raise StageError(str(error)) from None
+
+
+def test_rows_that_diverge_are_told_and_the_others_go_on(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wild = [
+        StudyRow(label="training runs off", changes={"train.learning_rate": 1e30}),
+        StudyRow(label="samples run off", changes={"generate.sampler.step_size": 1e6}),
+    ]
+
+    def all_rows(base: Base) -> list[StudyRow]:
+        first, second = rows(base)
+        return [first, *wild, second]
+
+    mixed = Study(**{**vars(SMALL), "name": "mixed", "rows": all_rows})
+    monkeypatch.setattr(studies, "STUDIES", (mixed,))
+    record = run_study(by(plan, Told()), "mixed", seeds=1)
+    table = table_of(record)
+    base, training, samples, half = table.rows
+    assert base.metrics
+    assert half.metrics
+    assert half.against_first is not None
+    assert list(training.failed) == list(samples.failed) == ["1"]
+    assert "train: " in training.failed["1"]
+    assert "training has diverged" in training.failed["1"]
+    assert "samples: 20 of 20 samples diverged" in samples.failed["1"]
+    assert record.config["failed"] == {
+        "01-00": training.failed["1"],
+        "02-00": samples.failed["1"],
+    }
+    assert set(record.inputs) == {"00-00", "03-00"}
+    assert "| training runs off | diverged in 1 of 1 |" in show(plan, record).texts["md"].decode()
+
+    again = Told()
+    assert run_study(by(plan, again), "mixed", seeds=1) == record
+    assert again.begun == []
+
+
+def test_a_failure_that_is_no_divergence_ends_a_study(plan: Plan) -> None:
+    config = with_settings(plan.config, {"train.seed": 77})
+    other = Plan(config, plan.settings, plan.store, InThisProcess(dies_at=0))
+    with pytest.raises(StageError, match="killed"):
+        run_study(other, "small", seeds=1)
 
 
 def test_a_study_of_more_seeds_is_the_one_that_counts(plan: Plan, tmp_path: Path) -> None:
