@@ -27,7 +27,7 @@ from eqm.samples import (
     labels_of,
     parts_of,
 )
-from eqm.stage import Context, job_digest, stage_config
+from eqm.stage import Context, divergence_key, job_digest, stage_config
 from eqm.storage import Store, record_key
 
 PINNED = [8, 5, 2, 7, 0, 4, 5, 5, 7, 3, 7, 7]
@@ -329,7 +329,9 @@ def test_divergence_is_told_with_its_seeds(tiny: chain.Chain, tmp_path: Path) ->
     job = fresh(tiny, tmp_path, first_seed=3, sampler__step_size=1e9)
     with pytest.raises(DataError, match=r"20 of 20 samples diverged \(seeds 3, 4, 5, 6, 7.*lower"):
         chain.run(job)
-    assert store_of(job).list(f"samples/{job_digest(job)}/") == []
+    # Nothing of the samples, and why.
+    note = divergence_key("samples", job_digest(job))
+    assert store_of(job).list(f"samples/{job_digest(job)}/") == [note]
 
 
 def test_settings_of_the_sampler_are_in_the_digest(tiny: chain.Chain, tmp_path: Path) -> None:
