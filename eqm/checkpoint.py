@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -281,7 +282,9 @@ def _write_file(store: Store, digest: str, at: Position, end: str, data: bytes) 
 def prune(store: Store, digest: str, *, keep: int, mine: lease.Held) -> None:
     """Delete all checkpoints and parts of such but the newest ``keep`` that count.
 
-    Those of later holders are left alone, and those of schema 1, whose files are shared blobs.
+    Also all snapshots but the one of the greatest token at each position, which is the only one
+    that is read: what a replaced holder commits late is among the others, once this one has its
+    own. Those of later holders are left alone, and those of schema 1, whose files are shared blobs.
     Raises LostLeaseError before anything is deleted, StoreError.
     """
     # What was committed before this is known to whoever takes the lease over after it.
@@ -291,9 +294,17 @@ def prune(store: Store, digest: str, *, keep: int, mine: lease.Held) -> None:
     for at, end in _listed(store, digest):
         if at not in kept and 0 < at.token <= mine.token:
             doomed.append((end != "json", _key(digest, at, end)))
+    for at in _superseded(store, digest, mine.token):
+        doomed.append((False, _key(digest, at, "json", "snapshots")))
     for _, key in sorted(doomed):
         # Commits are first, so that no commit ever names a file that is gone.
         store.delete(key)
+
+
+def _superseded(store: Store, digest: str, token: int) -> list[Position]:
+    """Snapshots beside which one of a greater token stands, up to a token."""
+    there = sorted(at for at, _ in _listed(store, digest, "snapshots") if 0 < at.token <= token)
+    return [one for one, then in pairwise(there) if one.images_seen == then.images_seen]
 
 
 # -- finding and reading ------------------------------------------------------------------------
@@ -383,6 +394,17 @@ def _load(store: Store, digest: str, at: Position) -> TrainState:
     curve = json.loads(_verified(store, _key(digest, at, CURVE), commit.files[CURVE]))
     # A damaged log costs no training: whoever goes on with the log reads it, and tells.
     return _from_flat(tensors, images_seen=at.images_seen, curve=curve, events=commit.events)
+
+
+def log_segments(commit: bytes, where: str) -> list[Blob]:
+    """Where the log up to a checkpoint is kept (eqm.events): it names further blobs.
+
+    ``commit`` are the bytes of its commit, of any schema that is known. Raises IntegrityError.
+    """
+    if _schema(commit, where) in MIGRATIONS:
+        # They kept none.
+        return []
+    return list(note_from_bytes(Commit, commit, where).events.values())
 
 
 def _schema(commit: bytes, where: str) -> str:
@@ -525,8 +547,10 @@ def read_snapshot(store: Store, digest: str, images_seen: int) -> SnapshotCommit
     replaced process writes late is never read. Raises IntegrityError, naming what to delete, if it
     or a file of it is damaged or lost.
     """
-    there = [at for at, _ in _listed(store, digest, "snapshots") if at.images_seen == images_seen]
-    key = _key(digest, max(there, default=Position(images_seen, 0)), "json", "snapshots")
+    key = _key(digest, _read_at(store, digest, images_seen), "json", "snapshots")
+    if not store.exists(key):
+        # Another one took its place since it was listed, or it was never there.
+        key = _key(digest, _read_at(store, digest, images_seen), "json", "snapshots")
     where = store.where(key)
     try:
         commit = note_from_bytes(SnapshotCommit, store.read(key), where)
@@ -543,6 +567,12 @@ def read_snapshot(store: Store, digest: str, images_seen: int) -> SnapshotCommit
             f"checkpoints from image {images_seen:,} on, and start the run again"
         ) from error
     return commit
+
+
+def _read_at(store: Store, digest: str, images_seen: int) -> Position:
+    """Which of the snapshots of a position is read."""
+    there = [at for at, _ in _listed(store, digest, "snapshots") if at.images_seen == images_seen]
+    return max(there, default=Position(images_seen, 0))
 
 
 # -- tensors <-> bytes --------------------------------------------------------------------------

@@ -6,12 +6,14 @@ enough:
 
 * *blobs* that nothing names: an attempt was killed before it sealed, or lost a race;
 * *abandoned* stages: not sealed, and nothing of them written since, not even their lease;
-* *scaffolding* of sealed stages: checkpoints of a training and parts of samples. What they hold is
-  in the record.
+* *scaffolding* of sealed stages: checkpoints and commits of snapshots of a training, and parts of
+  samples. What they hold is in the record.
 
 A name is any digest that stands anywhere in a kept JSON, so a kind of record that this module has
-never heard of keeps its blobs too. A stage that stores bytes which are there already makes them
-count as new (``Store.put``), so what is about to be named is never old. Called by flows.
+never heard of keeps its blobs too; or in a list that such a JSON names: a manifest names shards,
+the log of a training that is under way names pictures. A stage that stores bytes which are there
+already makes them count as new (``Store.put``), so what is about to be named is never old. Called
+by flows.
 """
 
 import datetime
@@ -20,6 +22,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 
+from eqm import checkpoint
 from eqm.config import ALGORITHMS
 from eqm.errors import ConfigError, IntegrityError, MissingError
 from eqm.records import Blob, note_to_bytes, record_from_bytes
@@ -29,11 +32,12 @@ SCHEMA = "eqm-cleaning/1"
 LEAST_SECONDS = 24 * 3600.0
 """Younger than this nothing is touched: a stage may be about to name it."""
 BLOBS = "blobs/sha256/"
-SCAFFOLDING = {"train": ("checkpoints",), "samples": ("parts",)}
+SCAFFOLDING = {"train": ("checkpoints", "snapshots"), "samples": ("parts",)}
 """Stage -> folders that serve until its seal."""
 UNITS = {"h": 3600.0, "d": 24 * 3600.0, "w": 7 * 24 * 3600.0}
 READERS = 16
 """Keys that are read at once."""
+COMMIT = re.compile(r"train/[0-9a-f]{64}/checkpoints/[\d-]+\.json")
 NAME = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
@@ -204,18 +208,19 @@ def _names_in(store: Store, key: str) -> set[str]:
         # Pruned while we looked; what took its place is new.
         return set()
     found = {name.decode() for name in NAME.findall(data)}
-    if key.endswith("/record.json"):
-        for blob in _lists_of(data, store.where(key)):
-            found |= {name.decode() for name in NAME.findall(_listed(store, blob, key))}
+    for blob in _lists_of(key, data, store.where(key)):
+        found |= {name.decode() for name in NAME.findall(_listed(store, blob, key))}
     return found
 
 
-def _lists_of(data: bytes, where: str) -> Iterator[Blob]:
-    """JSON blobs of a record, such as a manifest, which names its shards."""
-    record = record_from_bytes(data, where)
-    for name, blob in {**record.outputs, **record.logs}.items():
-        if name.endswith(".json"):
-            yield blob
+def _lists_of(key: str, data: bytes, where: str) -> Iterator[Blob]:
+    """Blobs that name others: JSON of a record, as a manifest; the log that a checkpoint keeps."""
+    if key.endswith("/record.json"):
+        record = record_from_bytes(data, where)
+        named = {**record.outputs, **record.logs}
+        yield from (blob for name, blob in named.items() if name.endswith(".json"))
+    elif COMMIT.fullmatch(key):
+        yield from checkpoint.log_segments(data, where)
 
 
 def _listed(store: Store, blob: Blob, key: str) -> bytes:
@@ -224,7 +229,7 @@ def _listed(store: Store, blob: Blob, key: str) -> bytes:
     except MissingError as error:
         raise IntegrityError(
             f"{store.where(blob.key)}, named by {key}, is gone, so that what it named cannot be "
-            "told: restore it, or delete the record, before anything is cleaned"
+            "told: restore it, or delete the other, before anything is cleaned"
         ) from error
 
 

@@ -440,6 +440,70 @@ def test_snapshots_of_the_greater_token_are_read(tmp_path: Path) -> None:
         assert all(torch.equal(found[name], a) for name, a in KEPT[track.sigma_rel].items())
 
 
+def keep_snapshots(store: Store, held: lease.Held, images: int, sigma: float) -> None:
+    """Make a snapshot durable as a training does, without the checkpoint after it."""
+    writer = Writer(store, RUN, keep=1, mine=held)
+    writer.snapshot(images, {sigma: a_state(images).ema})
+    writer.wait()
+    writer.close()
+
+
+def test_snapshots_that_a_replaced_holder_commits_late_go_once_there_are_others(
+    any_store: Store,
+) -> None:
+    store = any_store
+    first = takes_over(store)
+    keep_snapshots(store, first, 64, 0.1)
+    write(store, first, 64)
+    first.release()
+    second = takes_over(store)
+    # It slept, and writes on by the token that it had: an older position, and one to come.
+    zombie = a_state(9).ema
+    for images in (128, 192):
+        checkpoint.save_snapshot(store, RUN, images, {0.1: zombie}, token=first.token)
+    keep_snapshots(store, second, 128, 0.1)
+    write(store, second, 128)
+    left = [key.rpartition("/")[2] for key in store.list(f"train/{RUN}/snapshots/")]
+    # The first stands, though its writer is gone: no other has it. So does the last, unread yet.
+    assert left == [f"{64:012d}-000001.json", f"{128:012d}-000002.json", f"{192:012d}-000001.json"]
+    # Also one that is written after its position was passed goes, with the next checkpoint.
+    checkpoint.save_snapshot(store, RUN, 128, {0.1: zombie}, token=first.token)
+    keep_snapshots(store, second, 192, 0.1)
+    write(store, second, 192)
+    left = [key.rpartition("/")[2] for key in store.list(f"train/{RUN}/snapshots/")]
+    assert left == [f"{64:012d}-000001.json", f"{128:012d}-000002.json", f"{192:012d}-000002.json"]
+    for images in (64, 128, 192):
+        (track,) = checkpoint.read_snapshot(store, RUN, images).tracks
+        assert store.get(track.tensors) == checkpoint.tensors_to_bytes(a_state(images).ema)
+
+
+def test_a_replaced_holder_deletes_no_snapshot(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    old = takes_over(store)
+    checkpoint.save_snapshot(store, RUN, 128, KEPT, token=1)
+    old.release()
+    new = takes_over(store)
+    checkpoint.save_snapshot(store, RUN, 128, KEPT, token=new.token)
+    before = store.list("")
+    with pytest.raises(lease.LostLeaseError):
+        checkpoint.prune(store, RUN, keep=1, mine=old)
+    assert store.list("") == before
+
+
+def test_a_snapshot_that_is_replaced_while_it_is_looked_for_is_found(tmp_path: Path) -> None:
+    class Replaced(LocalStore):
+        def list(self, prefix: str) -> list[str]:
+            found = super().list(prefix)
+            if f"{prefix}{128:012d}-000001.json" in found:
+                checkpoint.save_snapshot(LocalStore(self.root), RUN, 128, KEPT, token=2)
+                self.delete(f"{prefix}{128:012d}-000001.json")
+            return found
+
+    store = Replaced(tmp_path)
+    checkpoint.save_snapshot(store, RUN, 128, {0.1: a_state(9).ema}, token=1)
+    assert len(checkpoint.read_snapshot(store, RUN, 128).tracks) == len(KEPT)
+
+
 # -- snapshots ----------------------------------------------------------------------------------
 
 

@@ -1,5 +1,6 @@
 """What may be deleted from a store, and what must never be: a whole chain, aged, in pieces."""
 
+import dataclasses
 import datetime
 import os
 import time
@@ -8,13 +9,14 @@ from pathlib import Path
 import boto3
 import chain
 import pytest
+import torch
 
-from eqm import checkpoint, clean, lease
+from eqm import checkpoint, clean, lease, train
 from eqm.clean import survey, sweep
-from eqm.config import replace
+from eqm.config import SamplerConfig, replace
 from eqm.errors import ConfigError, IntegrityError
 from eqm.records import Record
-from eqm.stage import open_ref, verify
+from eqm.stage import job_digest, open_ref, verify
 from eqm.storage import LocalStore, open_store
 
 NOW = datetime.datetime.now(datetime.UTC)
@@ -165,6 +167,64 @@ def test_an_abandoned_training_goes_and_one_that_lives_stays(
     # What it was built on is as it was, and it begins anew.
     again = replace(tiny.job("train"), runtime=replace(tiny.job("train").runtime, store=store.uri))
     assert chain.run(again).content == tiny["train"].content
+
+
+def test_pictures_of_a_training_that_lives_stay(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = chain.untrained(
+        *(tiny, tmp_path), grid_every_images=64, grid_sampler=SamplerConfig(updates=1)
+    )
+    step = train.step
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "step", lambda run, batch, _: step(run, batch, run.images_seen >= 64))
+        with pytest.raises(train.InterruptedTraining):
+            chain.run(job)
+    store, digest = chain.store_of(job), job_digest(job)
+    age(store)
+    fix = checkpoint.terms(store, digest)
+    with lease.held(store, checkpoint.lease_key(digest), seconds=30, fix=fix) as mine:
+        mine.check()
+        assert sweep(store, older_than_seconds=MONTH, now=NOW).condemned["abandoned"] == ()
+    record = chain.run(job)
+    pictures = {name for name in record.logs if name.endswith(".png")}
+    assert len(pictures) == 10
+    verify(store, record)
+    for name in pictures:
+        assert store.get(record.logs[name]).startswith(b"\x89PNG")
+
+
+def test_a_log_that_is_lost_ends_it(store: LocalStore, tiny: chain.Chain) -> None:
+    folder = unsealed(store, tiny)
+    (*_, commit) = [key for key in store.list(f"{folder}/checkpoints/") if clean.COMMIT.match(key)]
+    for blob in checkpoint.log_segments(store.read(commit), commit):
+        store.delete(blob.key)
+    store.write_once(f"{folder}/alive.json", b"{}")
+    with pytest.raises(IntegrityError, match=r"named by train/.* is gone.*restore it"):
+        sweep(store, older_than_seconds=MONTH, now=NOW)
+
+
+def test_snapshots_go_with_the_seal_but_not_what_they_hold(
+    tiny: chain.Chain, tmp_path: Path
+) -> None:
+    job = chain.untrained(tiny, tmp_path)
+    averages = {"ema_power": [0.1], "ema_snapshot_images": 320}
+    config = {**job.config, "train": {**job.config["train"], **averages}}
+    job = dataclasses.replace(job, config=config)
+    record, store = chain.run(job), chain.store_of(job)
+    folder = f"train/{record.digest}/snapshots/"
+    late = {0.1: {"a": torch.zeros(3)}}
+    key = checkpoint.save_snapshot(store, record.digest, 640, late, token=7)
+    ours = checkpoint.read_snapshot(store, record.digest, 640).tracks[0].tensors
+    age(store)
+    gone = sweep(store, older_than_seconds=MONTH, now=NOW)
+    assert key in gone.keys
+    assert store.list(folder) == []
+    assert not store.holds(ours)
+    verify(store, record)
+    named = [blob for name, blob in record.outputs.items() if name.startswith("snapshots/")]
+    assert len(named) == 2
+    assert all(store.holds(blob) for blob in named)
 
 
 def test_commits_go_before_what_they_name(store: LocalStore, tiny: chain.Chain) -> None:
