@@ -12,13 +12,24 @@ import chain
 import pytest
 import torch
 
-from eqm import checkpoint, distributed, train
-from eqm.config import ComputeConfig, Job, ObjectiveConfig, TrainStage, replace, with_settings
+from eqm import checkpoint, distributed, glimpse, train
+from eqm.config import (
+    ComputeConfig,
+    Job,
+    ObjectiveConfig,
+    SamplerConfig,
+    TrainStage,
+    replace,
+    with_settings,
+)
 from eqm.distributed import World
 from eqm.errors import ConfigError
+from eqm.events import events_of
+from eqm.latent_set import open_manifest
+from eqm.model import from_record
 from eqm.records import from_json, to_json
 from eqm.sharding import check_shardable
-from eqm.stage import job_digest
+from eqm.stage import job_digest, open_ref
 from eqm.storage import LocalStore
 
 ROOT = Path(__file__).parent.parent
@@ -32,10 +43,12 @@ EVERYTHING = {
     "ema_power": [0.1],
     "ema_snapshot_images": HALF,
 }
+FEW = SamplerConfig(updates=2)
 PLAN: dict[str, list[tuple[ComputeConfig, int | None]]] = {
     "ddp": [(ComputeConfig(), None)],
     "fsdp2": [(SHARED, None)],
     "ddp, then fsdp2": [(ComputeConfig(), HALF), (SHARED, None)],
+    "fsdp2, looked at": [(SHARED, HALF), (SHARED, None)],
     "fsdp2, then ddp": [(SHARED, HALF), (ComputeConfig(), None)],
     "fsdp2, then alone": [(SHARED, HALF)],
     "ddp, dot": [(ComputeConfig(), None)],
@@ -65,8 +78,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
     for number, (name, steps) in enumerate(PLAN.items()):
         store = chain.copied(made, folder / str(number), without=("train", "samples", "evaluation"))
         jobs[name] = settings(name, chain.elsewhere(made.job("train"), store.root))
+        looks = {"grid_every_images": 4 * BATCH, "grid_sampler": FEW} if "looked" in name else {}
         for compute, end in steps:
-            runtime = replace(jobs[name].runtime, compute=compute)
+            runtime = replace(jobs[name].runtime, compute=compute, **looks)
             attempts.append([to_json(replace(jobs[name], runtime=runtime)), end])
     plan = folder / "plan.json"
     plan.write_text(json.dumps(attempts))
@@ -135,6 +149,24 @@ def test_an_energy_trains_by_differences_of_shared_weights(runs: dict[str, Job])
 
 def test_shared_weights_in_half_precision_train_nearly_alike(runs: dict[str, Job]) -> None:
     check_alike(runs["fsdp2, bf16"], runs["ddp, bf16"], loss=2e-2, weights=2e-2)
+
+
+def test_samples_of_shared_weights_are_looked_at_on_the_way(runs: dict[str, Job]) -> None:
+    """Two attempts, one of which ends between two looks: as if nobody had looked."""
+    check_alike(runs["fsdp2, looked at"], runs["fsdp2"])
+    store = LocalStore(Path(runs["fsdp2, looked at"].runtime.store))
+    record = store.record("train", job_digest(runs["fsdp2, looked at"]))
+    assert record is not None
+    looks = [e for e in events_of(store.get(record.logs["events.jsonl"]), "log") if e.blobs]
+    assert [event.images_seen for event in looks] == [4 * BATCH, 8 * BATCH, 12 * BATCH]
+    # The last one is of what was sealed: whole weights, put together of both processes' rows.
+    data = open_manifest(open_ref(store, record.inputs["latents"]), store)
+    seen = glimpse.take(from_record(store, record), FEW, glimpse.reference(data, seed=0))
+    assert store.get(looks[-1].blobs["grid.png"]) == seen.grid
+    assert looks[-1].figures["latent_distance"] == pytest.approx(seen.distance, rel=1e-9)
+    assert looks[0].figures["latent_distance"] != looks[-1].figures["latent_distance"]
+    grids = {name for name in record.logs if name.endswith("grid.png")}
+    assert grids == {f"samples-{event.images_seen:012d}-grid.png" for event in looks}
 
 
 def test_provenance_says_how_it_was_computed(runs: dict[str, Job]) -> None:
