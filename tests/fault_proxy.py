@@ -108,13 +108,29 @@ class Answer:
 class FaultProxy:
     """Passes requests on to ``target`` and spoils some of them. A context manager."""
 
-    def __init__(self, target: str, *faults: Fault, seed: int = 0) -> None:
+    def __init__(
+        self,
+        target: str,
+        *faults: Fault,
+        seed: int = 0,
+        keep: str | None = None,
+        keep_host: bool = True,
+    ) -> None:
+        """``keep``: bodies of what is put under keys with this pattern are kept in ``kept``.
+
+        ``keep_host=False`` tells the server its own address, for one that answers to no other.
+        """
         split = urlsplit(target)
         self.target = (split.hostname or "", split.port or 80)
         self.faults = list(faults)
         self.seed = seed
         self.seen: list[Seen] = []
+        self.flying: list[Seen] = []
+        """What has come and is not answered yet."""
+        self.kept: dict[str, bytes] = {}
         self.watches: list[Watch] = []
+        self._keep = keep
+        self.host = None if keep_host else split.netloc
         self._lock = threading.Lock()
         self._asked: Counter[Seen] = Counter()
         self._suffered: Counter[Seen] = Counter()
@@ -160,6 +176,16 @@ class FaultProxy:
     def count(self, kind: str) -> int:
         """How often a fault occurred."""
         return sum(one.fault == kind for one in list(self.seen))
+
+    def under_way(self, method: str, key: str) -> bool:
+        """Whether such a request has come and is not answered yet."""
+        fits = Fault("slow", method=method, key=key).fits
+        return any(fits(one) for one in list(self.flying))
+
+    def keep_body(self, request: Seen, body: bytes) -> None:
+        """Keep what is put, where that was asked for."""
+        if self._keep and request.method == "PUT" and re.search(self._keep, request.name):
+            self.kept[request.key] = body
 
     def requests(self, method: str = "", key: str = "") -> list[Seen]:
         """What was asked for so far."""
@@ -254,6 +280,14 @@ class _Handler(BaseHTTPRequestHandler):
         split = urlsplit(self.path)
         key = unquote(split.path).lstrip("/").partition("/")[2]
         request = Seen(self.command, key, unquote(split.query), self.headers.get("Range", ""))
+        self.proxy.keep_body(request, body)
+        self.proxy.flying.append(request)
+        try:
+            self._serve(request, body)
+        finally:
+            self.proxy.flying.remove(request)
+
+    def _serve(self, request: Seen, body: bytes) -> None:
         fault = self.proxy.chosen(request)
         kind = fault.kind if fault else ""
         if self.proxy.alert(request, "before"):
@@ -268,7 +302,7 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self._ask_server(request, fault, body)
 
-    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = _pass_on
+    do_GET = do_PUT = do_POST = do_HEAD = do_DELETE = do_PATCH = _pass_on
 
     def _ask_server(self, request: Seen, fault: Fault | None, body: bytes) -> None:
         kind = fault.kind if fault else ""
@@ -299,8 +333,9 @@ class _Handler(BaseHTTPRequestHandler):
         try:
             server.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
+                told = self.proxy.host if name.lower() == "host" else None
                 if name.lower() not in HOP_BY_HOP:
-                    server.putheader(name, value)
+                    server.putheader(name, told or value)
             server.endheaders(body)
             answer = server.getresponse()
             return Answer(answer.status, answer.getheaders(), answer.read())
@@ -310,6 +345,10 @@ class _Handler(BaseHTTPRequestHandler):
     def _reply(self, answer: Answer, body: bytes | None = None, *, framed: bool = True) -> None:
         """Send an answer; with another body under the old headers where one is given."""
         self.send_response_only(answer.status)
+        told = {name.lower() for name, _ in answer.headers}
+        if "content-length" not in told and framed and self.command != "HEAD":
+            # It came in chunks.
+            self.send_header("Content-Length", str(len(answer.body)))
         for name, value in answer.headers:
             if name.lower() not in (*HOP_BY_HOP, *(() if framed else ("content-length",))):
                 self.send_header(name, value)
