@@ -32,7 +32,7 @@ test: .venv/installed ## run all tests but those marked slow or gpu
 slow: .venv/installed ## run the tests marked slow
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope -m slow
 
-chaos: .venv/installed ## kill ranks, torchrun, the flow and S3 in a training, and compare bits
+chaos: .venv/installed ## kill ranks, torchrun, the flow and S3 in a training, compare bits (hours)
 	PYTHONPATH=tests:. $(BIN)/python tests/chaos.py
 
 check: .venv/installed ## ruff, format, import rules, types, known holes
