@@ -1,13 +1,15 @@
 """What checkpoints cost a training: ``python -m bench.checkpointing [--seconds 60] [--writes 2]``.
 
 S/2 at 256 tokens (with a GPU, B/2) takes steps, and begins a checkpoint every so many seconds into
-a store in a folder. Printed: the share of time for which the loop stood still, and the median step
-beside a write against one without.
+a store in a folder. Printed: the share of time for which the loop stood still, the median step
+beside a write against one without, what a write costs in seconds of cores, and for how long at most
+it kept Python's lock to itself, in which no other thread can begin anything.
 """
 
 import argparse
 import statistics
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +57,37 @@ def training() -> tuple[Callable[[], None], Callable[[], TrainState]]:
     return step, state
 
 
+class Lock:
+    """How long a thread that wakes every millisecond had to wait at most. A context manager."""
+
+    def __enter__(self) -> "Lock":
+        self.longest_seconds = 0.0
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+        self._thread.start()
+        return self
+
+    def _look(self) -> None:
+        last = time.perf_counter()
+        while not self._end.wait(0.001):
+            now = time.perf_counter()
+            self.longest_seconds = max(self.longest_seconds, now - last)
+            last = now
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+def cost(state: TrainState, folder: Path) -> tuple[float, float]:
+    """Seconds of cores of one write with nothing beside it, and of Python's lock at a time."""
+    with Lock() as lock:
+        began = time.thread_time()
+        checkpoint.save(LocalStore(folder), RUN, state)
+        seconds = time.thread_time() - began
+    return seconds, lock.longest_seconds
+
+
 def measure(folder: Path, every_seconds: float, writes: int) -> None:
     """Train for so many intervals, each of which ends with a checkpoint, and print."""
     step, state = training()
@@ -88,6 +121,11 @@ def measure(folder: Path, every_seconds: float, writes: int) -> None:
     print(
         f"step {statistics.median(plain):.3f} s, beside a write x {ratio:.3f} "
         f"({len(plain)} and {len(beside)} steps)"
+    )
+    seconds, lock = cost(state(), folder / "alone")
+    print(
+        f"one write: {seconds:.2f} s of a core, {seconds / 60:.1%} of one with one a minute; it "
+        f"kept Python's lock for {1e3 * lock:.0f} ms at most"
     )
 
 

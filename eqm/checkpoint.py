@@ -29,8 +29,9 @@ from eqm.storage import Store
 
 SCHEMA = "eqm-checkpoint/2"
 SNAPSHOT_SCHEMA = "eqm-snapshot/1"
-FILE_BYTES = 512 * 2**20
-"""Tensors of one file, at most; one tensor that alone is larger has a file of its own."""
+FILE_BYTES = 32 * 2**20
+"""Tensors of one file, at most; one tensor that alone is larger has a file of its own. Training
+waits for Python's lock while a file's bytes are put together: a tenth of a second for so many."""
 CURVE = "curve.json"
 CURVE_FIELDS = ("history", "pending")
 """Fields of TrainState that are JSON; all others are tensors."""
