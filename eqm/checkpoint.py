@@ -397,17 +397,6 @@ def _load(store: Store, digest: str, at: Position) -> TrainState:
     return _from_flat(tensors, images_seen=at.images_seen, curve=curve, events=commit.events)
 
 
-def log_segments(commit: bytes, where: str) -> list[Blob]:
-    """Where the log up to a checkpoint is kept (eqm.events): it names further blobs.
-
-    ``commit`` are the bytes of its commit, of any schema that is known. Raises IntegrityError.
-    """
-    if _schema(commit, where) in MIGRATIONS:
-        # They kept none.
-        return []
-    return list(note_from_bytes(Commit, commit, where).events.values())
-
-
 def _schema(commit: bytes, where: str) -> str:
     try:
         return str(json.loads(commit)["schema"])

@@ -15,7 +15,7 @@ from eqm import checkpoint, clean, lease, train
 from eqm.clean import survey, sweep
 from eqm.config import SamplerConfig, replace
 from eqm.errors import ConfigError, IntegrityError
-from eqm.records import Record
+from eqm.records import Record, note_from_bytes
 from eqm.stage import job_digest, open_ref, verify
 from eqm.storage import LocalStore, open_store
 
@@ -197,11 +197,22 @@ def test_pictures_of_a_training_that_lives_stay(
 def test_a_log_that_is_lost_ends_it(store: LocalStore, tiny: chain.Chain) -> None:
     folder = unsealed(store, tiny)
     (*_, commit) = [key for key in store.list(f"{folder}/checkpoints/") if clean.COMMIT.match(key)]
-    for blob in checkpoint.log_segments(store.read(commit), commit):
+    for blob in note_from_bytes(checkpoint.Commit, store.read(commit), commit).events.values():
         store.delete(blob.key)
     store.write_once(f"{folder}/alive.json", b"{}")
     with pytest.raises(IntegrityError, match=r"named by train/.* is gone.*restore it"):
         sweep(store, older_than_seconds=MONTH, now=NOW)
+
+
+def test_a_commit_that_is_damaged_ends_it(store: LocalStore, tiny: chain.Chain) -> None:
+    folder = unsealed(store, tiny)
+    (*_, commit) = [key for key in store.list(f"{folder}/checkpoints/") if clean.COMMIT.match(key)]
+    store.write_once(f"{folder}/alive.json", b"{}")
+    for damaged in (b"[]", b"{", b'{"events": {"events-0..1": 7}}'):
+        (store.root / commit).chmod(0o644)
+        (store.root / commit).write_bytes(damaged)
+        with pytest.raises(IntegrityError, match=r"train/.*json is damaged .*restore it"):
+            sweep(store, older_than_seconds=MONTH, now=NOW)
 
 
 def test_snapshots_go_with_the_seal_but_not_what_they_hold(
