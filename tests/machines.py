@@ -52,7 +52,11 @@ class Machines:
         )
         self.holders.append(child)
         assert child.stdout is not None
-        assert child.stdout.readline() == b"here\n", "no network namespace can be made here"
+        if child.stdout.readline() != b"here\n":
+            raise OSError(
+                f"no network namespace can be made here ({' '.join(line[:3])} failed): be root, or "
+                "allow namespaces of users (sysctl user.max_user_namespaces)"
+            )
 
     def __exit__(self, *_: object) -> None:
         for holder in self.holders:
