@@ -1,9 +1,9 @@
 """What containers run that is no plain command of MLflow or Prefect: ``python -m infra.cluster``.
 
 ``s3`` is the SeaweedFS of the embedded stack, with S3 alone open to other containers. ``setup``
-makes the bucket and the work pool and registers the deployments, then ends; doing it again changes
-nothing. Addresses and credentials come from the environment, under the names that boto3, MLflow and
-Prefect know. One whose secret is missing does not start.
+makes the bucket, the work pool and the alarms and registers the deployments, then ends; doing it
+again changes nothing. Addresses and credentials come from the environment, under the names that
+boto3, MLflow and Prefect know. One whose secret is missing does not start.
 """
 
 import os
@@ -14,7 +14,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from eqm.errors import EqmError
-from infra import deployments, local, ports
+from infra import alarms, deployments, local, ports
 from infra.credentials import make_credentials
 from infra.files import make_private_folder
 from infra.services import s3_service
@@ -38,7 +38,7 @@ def s3(environ: Mapping[str, str]) -> None:
 
 
 def setup(environ: Mapping[str, str], project: Path = local.PROJECT) -> None:
-    """Make bucket, work pool and deployments. Raises ServiceError."""
+    """Make bucket, work pool, deployments and alarms. Raises ServiceError."""
     stack = Stack(
         home=Path(_needed(environ, "EQM_HOME")),
         embedded=frozenset(),
@@ -50,10 +50,13 @@ def setup(environ: Mapping[str, str], project: Path = local.PROJECT) -> None:
         prefect_api_url=_needed(environ, "PREFECT_API_URL"),
     )
     local.make_bucket(stack)
-    deployments.PrefectApi(str(stack.prefect_api_url), environ).make_pool()
+    target = alarms.target_of(environ)
+    api = deployments.PrefectApi(str(stack.prefect_api_url), environ)
+    api.make_pool()
     log = stack.home / "logs" / "deploy.log"
     deployments.deploy_all(project, log=log, environment=environ)
-    sys.stdout.write("bucket, work pool and deployments are there\n")
+    alarms.register(api, target)
+    sys.stdout.write("bucket, work pool, deployments and alarms are there\n")
 
 
 def _needed(environ: Mapping[str, str], name: str) -> str:

@@ -29,7 +29,7 @@ from flows.settings import read_settings
 from infra import cluster, health, services
 from infra.credentials import environment_file, make_credentials
 from infra.ports import PREFERRED
-from infra.stack import ServiceError
+from infra.stack import ServiceError, Stack
 
 INFRA = Path(__file__).parents[2] / "infra"
 PROJECT = INFRA.parent
@@ -331,6 +331,76 @@ def test_settings_of_the_cluster_are_understood(
     settings = read_settings({**config, **pod})
     assert settings.cluster is not None
     assert settings.s3_endpoint == config["AWS_ENDPOINT_URL_S3"]
+
+
+# -- what survives what -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def told(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
+    """What the embedded server and worker are told, by whose names Prefect survives a restart."""
+    root = tmp_path_factory.mktemp("embedded")
+    stack = Stack(home=root, embedded=frozenset(), prefect_api_url="http://127.0.0.1:4200/api")
+    server = services.prefect_service(root, PREFERRED["prefect"], make_credentials(root), {})
+    worker = services.worker_service(root, stack, {})
+    names = {
+        "prefect": (
+            "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE",
+            "PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS",
+        ),
+        "worker": ("PREFECT_CLIENT_MAX_RETRIES", "PREFECT_WORKER_QUERY_SECONDS"),
+    }
+    described = {"prefect": server, "worker": worker}
+    return {one: {n: described[one].telling[n] for n in wanted} for one, wanted in names.items()}
+
+
+def keeps(command: list[str], name: str) -> None:
+    """The command is a keeper of a worker, and both have the name."""
+    assert command[:4] == ["python", "-m", "infra.keeper", name]
+    assert command[4:7] == ["prefect", "worker", "start"]
+    assert f"--name={name}" in command
+    assert "--with-healthcheck" in command
+
+
+def test_the_worker_of_compose_has_a_keeper(
+    compose: dict[str, Any], told: dict[str, dict[str, str]]
+) -> None:
+    worker, server = compose["services"]["worker"], compose["services"]["prefect"]
+    # With a name of its own, compose starts one container at most.
+    keeps(worker["command"], worker["container_name"])
+    assert told["worker"].items() <= worker["environment"].items()
+    assert told["prefect"].items() <= server["environment"].items()
+    assert server["environment"]["PREFECT_HOME"].startswith("/data/")
+    assert server["volumes"] == ["prefect:/data"]
+    assert {"prefect", "worker"} <= set(compose["volumes"])
+    for name, one in compose["services"].items():
+        assert one["restart"] == ("no" if name == "setup" else "unless-stopped")
+
+
+def test_the_worker_of_the_cluster_has_a_keeper(
+    objects: dict[str, list[dict[str, Any]]], told: dict[str, dict[str, str]]
+) -> None:
+    base = {(one["kind"], one["metadata"]["name"]): one for one in objects["base"]}
+    worker = base["Deployment", "eqm-worker"]["spec"]
+    keeps(worker["template"]["spec"]["containers"][0]["command"], "eqm-worker")
+    assert (worker["replicas"], worker["strategy"]) == (1, {"type": "Recreate"})
+    assert told["worker"].items() <= base["ConfigMap", "eqm"]["data"].items()
+    pod = base["Deployment", "eqm-prefect"]["spec"]["template"]["spec"]
+    (server,) = pod["containers"]
+    given = {one["name"]: one.get("value") for one in server["env"]}
+    assert told["prefect"].items() <= given.items()
+    assert str(given["PREFECT_HOME"]).startswith("/data/")
+    assert {"name": "data", "mountPath": "/data"} in server["volumeMounts"]
+    (claim,) = [one["persistentVolumeClaim"] for one in pod["volumes"] if one["name"] == "data"]
+    assert ("PersistentVolumeClaim", claim["claimName"]) in base
+
+
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_what_hangs_is_started_again(name: str, objects: dict[str, list[dict[str, Any]]]) -> None:
+    for one in objects[name]:
+        if one["kind"] in ("Deployment", "StatefulSet"):
+            for container in one["spec"]["template"]["spec"]["containers"]:
+                assert {"startupProbe", "readinessProbe", "livenessProbe"} <= set(container)
 
 
 # -- work pool ----------------------------------------------------------------------------------
