@@ -3,8 +3,10 @@
 Wraps ``python -m eqm.fit`` and ``python -m eqm.encode``. Locally: ``eqm encode demo``. With
 ``workers`` the shards are cut into ranges that run as deployments of their own, on every machine
 that serves the work pool; whatever is missing after them is encoded here, and the set is sealed.
+A run that is cancelled, fails or crashes cancels its ranges.
 """
 
+import time
 from typing import Any
 
 from prefect import flow, task
@@ -29,13 +31,15 @@ from flows.plan import (
     sealed,
     source_ref,
 )
-from flows.prefect_tools import logged, stage
+from flows.prefect_tools import cancel_children, logged, run_id, stage, unfinished_children
 
 open_plan = stage(make_plan)
 """``make_plan`` for runs that nobody watches: services that are away are waited for."""
 
 RANGE_DEPLOYMENT = "encode-range/encode-range"
 POLL_SECONDS = 2.0
+ENDING_SECONDS = 90.0
+"""Given to ranges of an earlier start of the same run, which were cancelled, to end."""
 
 
 @stage
@@ -68,7 +72,12 @@ def fit(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None = 
     return plan.store.where(f"autoencoder/{made.digest}")
 
 
-@flow(name="encode")
+def _cancel_ranges(flow: Any, flow_run: Any, state: Any) -> None:
+    """Where the process of a run is gone, its worker calls this."""
+    cancel_children(flow_run.id)
+
+
+@flow(name="encode", on_cancellation=[_cancel_ranges], on_crashed=[_cancel_ranges])
 def encode(
     config: str | dict[str, Any] = "demo",
     changes: dict[str, Any] | None = None,
@@ -106,17 +115,37 @@ def fan_out(
     changes: Changes,
     workers: int,
 ) -> None:
-    """Encode on the work pool. What fails there is left for whoever encodes the rest."""
+    """Encode on the work pool. What fails there is left for whoever encodes the rest.
+
+    Whatever ends this before its ranges have ended (cancelled, interrupted, an error) cancels them.
+    """
     if sealed(plan, latents_job(plan, source, autoencoder)) is not None:
         return
     given: dict[str, Any] = {"config": config, "changes": changes, "source": source.digest}
     parts = ranges(_shards(plan, source), workers)
+    _end_earlier()
     logged(f"{workers} workers asked for: {len(parts)} ranges of shards on the work pool")
-    running = [encode_on_pool.submit(given, part) for part in parts]
-    for (first, end), one in zip(parts, running, strict=True):
-        state = one.result()
-        if state != "COMPLETED":
-            logged(f"shards {first} to {end - 1} ended {state}: what is missing is encoded here")
+    try:
+        running = [encode_on_pool.submit(given, part) for part in parts]
+        for (first, end), one in zip(parts, running, strict=True):
+            state = one.result()
+            if state != "COMPLETED":
+                logged(
+                    f"shards {first} to {end - 1} ended {state}: what is missing is encoded here"
+                )
+    except BaseException:
+        # Those who wait for the ranges are threads of this process: it could not end before them.
+        cancel_children(run_id())
+        raise
+
+
+def _end_earlier() -> None:
+    """Cancel ranges that an earlier start of this run left, and see them end: they have locks."""
+    cancel_children(run_id())
+    deadline = time.monotonic() + ENDING_SECONDS
+    while (left := unfinished_children(run_id())) and time.monotonic() < deadline:
+        logged(f"{len(left)} ranges of an earlier start of this run are ending")
+        time.sleep(POLL_SECONDS)
 
 
 def _shards(plan: Plan, source: Ref) -> int:

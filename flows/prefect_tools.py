@@ -10,11 +10,15 @@ import datetime
 import logging
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
+from uuid import UUID
 
-from prefect import get_run_logger, task
+from prefect import get_client, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import FlowRun
 from prefect.exceptions import MissingContextError
 from prefect.runtime import deployment, flow_run
+from prefect.states import Cancelling
 
 from eqm.errors import EqmError, MissingError, StoreError, TrackingError
 
@@ -83,6 +87,32 @@ def day_due() -> datetime.date:
     """Day (UTC) on which this run was due, which may be before the one on which it is run."""
     due = flow_run.scheduled_start_time if is_deployed() else None
     return (due or datetime.datetime.now(datetime.UTC)).astimezone(datetime.UTC).date()
+
+
+def run_id() -> UUID | None:
+    """Id of the flow run that this is; None outside of one."""
+    return UUID(flow_run.id) if flow_run.id else None
+
+
+UNFINISHED = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING")
+
+
+def unfinished_children(parent: UUID | None) -> list[FlowRun]:
+    """Runs that a run asked for, and that have not ended; none outside of a flow run."""
+    if parent is None:
+        return []
+    asked = {"parent_flow_run_id": {"any_": [parent]}, "state": {"type": {"any_": UNFINISHED}}}
+    with get_client(sync_client=True) as client:
+        return client.read_flow_runs(flow_run_filter=FlowRunFilter.model_validate(asked))
+
+
+def cancel_children(parent: UUID | None) -> None:
+    """Cancel what a run asked for and what has not ended; it ends a little later."""
+    with get_client(sync_client=True) as client:
+        for child in unfinished_children(parent):
+            if child.state is None or child.state.type.value != "CANCELLING":
+                logged(f"run {child.name} ({child.id}) is cancelled with the run that asked for it")
+                client.set_flow_run_state(child.id, Cancelling(message="Its parent has ended."))
 
 
 def page(key: str, markdown: str, text: str) -> None:

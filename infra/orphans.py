@@ -65,6 +65,9 @@ class Orphans:
 
     def _mend(self, run: Run) -> None:
         kind, starts = run["state"]["type"], run["run_count"]
+        # Nobody waits for them any more: started again, it asks for its own.
+        for name in self._api.cancel_children(run["id"]):
+            self._say(f"run {name} is cancelled: the process of its parent {run['name']} is gone")
         if kind == "CANCELLING":
             self._set(run, "CANCELLED", "Cancelled", "its process is gone")
         elif starts < MOST_STARTS:

@@ -16,7 +16,7 @@ from flows import settings
 from infra import local
 from infra.stack import External, Stack
 
-SERVICES = re.compile("s3_environment|mlflow_environment|all_environment|local.up")
+SERVICES = re.compile("s3_environment|mlflow_environment|all_environment|local.up|own_home")
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -142,3 +142,32 @@ def test_a_slot_is_free_again(api: PrefectApi, orphans: Orphans) -> None:
     free = api._send("GET", f"/v2/concurrency_limits/{limit}", None)["active_slots"]
     finish(api, run)
     assert free == 0
+
+
+def test_what_a_lost_run_asked_for_is_cancelled(api: PrefectApi, orphans: Orphans) -> None:
+    parent, other = taken(api, "RUNNING"), taken(api, "RUNNING", worker="another-machine")
+    mine, begun, theirs = (child(api, run) for run in (parent, parent, other))
+    api.set_state(begun, kind="RUNNING", name="Running", message="")
+    orphans.look(worker_since=LATER)
+    found = [shown(api, run) for run in (mine, begun, theirs)]
+    finish(api, parent, other, mine, begun, theirs)
+    assert found == [
+        ("CANCELLED", "Cancelled"),
+        ("CANCELLING", "Cancelling"),
+        ("SCHEDULED", "Scheduled"),
+    ]
+
+
+def child(api: PrefectApi, parent: str) -> str:
+    """A run that another asked for, as `run_deployment` makes it; its id."""
+    task = {"flow_run_id": parent, "task_key": "asks", "dynamic_key": uuid.uuid4().hex}
+    asked = api._post("/task_runs/", task)["id"]
+    found = api._post("/deployments/filter", {"limit": 200})
+    which = next(one for one in found if one["name"] == "encode-range")
+    far = {"scheduled_time": (LATER + datetime.timedelta(days=300)).isoformat()}
+    body = {
+        "state": {"type": "SCHEDULED", "state_details": far},
+        "parent_task_run_id": asked,
+        "enforce_parameter_schema": False,
+    }
+    return api._post(f"/deployments/{which['id']}/create_flow_run", body)["id"]
