@@ -109,8 +109,11 @@ class Home:
 
     def kill_everything(self) -> None:
         """Every process that has to do with this home, at once, as when a machine loses power."""
-        for pid in self.processes():
-            kill(pid)
+        deadline = time.monotonic() + 30
+        while left := self.processes():
+            assert time.monotonic() < deadline, left
+            for pid in left:
+                kill(pid)
 
     def processes(self) -> list[int]:
         """Processes that name this home in their environment or on their command line."""

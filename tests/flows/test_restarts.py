@@ -53,7 +53,6 @@ def test_a_machine_that_lost_power_goes_on_where_it_was(home: Home) -> None:
     run = start_deployment(home.api, "weekly", {"config": config})
     digest = home.until(home.training, seconds=240)
     home.kill_everything()
-    assert not home.processes()
 
     home.up()
     state = ended(home.api, run, seconds=300)
