@@ -19,13 +19,15 @@ from pathlib import Path
 import torch
 
 from bench.timing import alternate, show
-from eqm.config import NetworkConfig, ObjectiveConfig, TrainConfig
+from eqm.compute import prepare
+from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig
 from eqm.learner import Learner
 from eqm.network import Transformer
 from eqm.objective import Corrupted
+from eqm.precision import choose_products
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-BATCH, ROUNDS = (128, 7) if DEVICE.type == "cuda" else (4, 3)
+BATCH, ROUNDS = (128, 5) if DEVICE.type == "cuda" else (4, 3)
 SIDES = ("implicit", "double", "directional")
 
 
@@ -40,23 +42,25 @@ def network() -> Transformer:
     return found.to(DEVICE)
 
 
-def training(side: str, *, compiled: bool = False) -> tuple[Learner, Corrupted]:
+def training(
+    side: str, *, compiled: bool = False, fused: bool = False
+) -> tuple[Learner, Corrupted]:
     """A learner, and what it is given: noise in the place of latents."""
     way = "double" if side == "implicit" else side
     energy = "implicit" if side == "implicit" else "dot"
     objective = ObjectiveConfig(energy=energy, backward=way)  # type: ignore[arg-type]
+    choose_products("float32", DEVICE)
     net = network()
+    prepare(net, ComputeConfig(compile=compiled, fused=fused), objective, DEVICE)
     learner = Learner(net, objective, TrainConfig(batch_size=BATCH), device=DEVICE)
-    if compiled:
-        learner.field.network = torch.compile(net)
     x = torch.randn(BATCH, 4, 32, 32, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     numbers = torch.arange(BATCH, device=DEVICE)
     return learner, learner.corrupted(x, numbers, numbers)
 
 
-def stepper(side: str, *, compiled: bool = False) -> Callable[[], None]:
+def stepper(side: str, *, compiled: bool = False, fused: bool = False) -> Callable[[], None]:
     """One update, as a function."""
-    learner, at = training(side, compiled=compiled)
+    learner, at = training(side, compiled=compiled, fused=fused)
 
     def step() -> None:
         learner.backward(at)
@@ -137,7 +141,9 @@ def main() -> None:
     sides = {side: stepper(side) for side in SIDES}
     if shutil.which("c++") or shutil.which("g++"):
         for side in ("implicit", "directional"):
-            sides[f"{side}, compiled"] = stepper(side, compiled=True)
+            on_gpu = DEVICE.type == "cuda"
+            name = f"{side}, compiled" + (", fused" if on_gpu else "")
+            sides[name] = stepper(side, compiled=True, fused=on_gpu)
     show(alternate(sides, rounds=ROUNDS), base="implicit")
     show_memory()
 

@@ -2,19 +2,25 @@
 
 The plain side is the recipe of the released script, written here: fp32 without autocast, torch's
 default optimiser, one EMA call a weight, ``loss.item()`` at every step. Both sides train the same
-network on the same latents; ours draws its noise by image number, which the plain one does not. On
-a CPU, S/2 and B/2 at 256 tokens; with a GPU, B/2 and XL/2. FLOPs are those of matrix products and
-attention, 2 a multiply-add, three forwards a step, nothing recomputed; a machine's peak is what its
-own matrix products reach here.
+network on the same latents; ours draws its noise by image number, which the plain one does not.
+That both have one loss is seen in float64 first. On a CPU, S/2 and B/2 at 256 tokens, batches
+alike. With a GPU, B/2 and XL/2: the plain side in TF32 with the largest batch that fits, ours with
+256 images an update, with kernels that add in a fixed order and with the quickest. FLOPs are those
+of matrix products and attention, 2 a multiply-add, three forwards a step, nothing recomputed; a
+CPU's peak is what its own matrix products reach here, a GPU's what its data sheet says of bfloat16.
 """
 
 import copy
+import functools
+import gc
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,34 +29,59 @@ from torch.nn import functional as F
 from bench.energies import DEVICE, _held, _peak
 from bench.timing import alternate, show
 from eqm import flops
-from eqm.config import NetworkConfig, ObjectiveConfig, TrainConfig
+from eqm.compute import prepare
+from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig
 from eqm.learner import Learner
 from eqm.network import Transformer
+from eqm.precision import choose_deterministic, choose_products
+from eqm.randomness import Stream, normal
 
 ON_GPU = DEVICE.type == "cuda"
-CASES = {"B": 64, "XL": 32} if ON_GPU else {"S": 16, "B": 8}
-"""Size -> batch."""
-ROUNDS = 3
+CASES = {"B": 256, "XL": 256} if ON_GPU else {"S": 16, "B": 8}
+"""Size -> batch of ours. On a GPU the plain side takes the largest that fits."""
+MICRO_BATCH = {"XL": 128}
+"""Size -> images of one backward on a GPU, where not all of the batch fit."""
+LARGEST = {"B": (512, 448, 384, 320, 256, 192, 128), "XL": (112, 104, 96, 88, 80, 64, 48, 32)}
+"""Size -> batches that the plain side is tried with."""
+ROUNDS, STEPS = 3, 6
 TOKENS, CLASSES, DECAY = 256, 1000, 0.9999
 HAS_BF16 = ON_GPU or "avx512_bf16" in Path("/proc/cpuinfo").read_text()
 
 
-def network(size: str) -> Transformer:
-    """A network of the paper at 256 px."""
+@functools.cache
+def _drawn(size: str) -> Transformer:
     found = Transformer(NetworkConfig.size(size, patch=2), size=32, channels=4, classes=CLASSES)
     found.initialise(0)
-    return found.to(DEVICE)
+    return found
+
+
+def network(size: str) -> Transformer:
+    """A network of the paper at 256 px."""
+    return copy.deepcopy(_drawn(size)).to(DEVICE)
 
 
 def latents(batch: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Latents and labels, always the same."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(batch, 4, 32, 32, generator=generator).to(DEVICE)
-    return x, torch.arange(batch, device=DEVICE)
+    return x, torch.arange(batch, device=DEVICE) % CLASSES
+
+
+def plain_loss(
+    net: Transformer,
+    x: torch.Tensor,
+    eps: torch.Tensor,
+    gamma: torch.Tensor,
+    labels: torch.Tensor,
+) -> torch.Tensor:
+    """The released recipe's mean loss; gamma (B, 1, 1, 1)."""
+    goal = (eps - x) * 4 * torch.clamp((1 - gamma) / 0.2, max=1)
+    return F.mse_loss(net(gamma * x + (1 - gamma) * eps, labels), goal)
 
 
 def plain(size: str, batch: int) -> Callable[[], None]:
     """The released recipe."""
+    choose_products("tf32" if ON_GPU else "float32", DEVICE)
     net = network(size)
     average = copy.deepcopy(net).requires_grad_(False)
     optimiser = torch.optim.AdamW(net.parameters(), lr=1e-4, weight_decay=0)
@@ -58,10 +89,8 @@ def plain(size: str, batch: int) -> Callable[[], None]:
 
     def step() -> None:
         gamma = torch.rand(batch, 1, 1, 1, device=DEVICE)
-        eps = torch.randn_like(x)
-        goal = (eps - x) * 4 * torch.clamp((1 - gamma) / 0.2, max=1)
         dropped = torch.where(torch.rand(batch, device=DEVICE) < 0.1, CLASSES, labels)
-        loss = F.mse_loss(net(gamma * x + (1 - gamma) * eps, dropped), goal)
+        loss = plain_loss(net, x, torch.randn_like(x), gamma, dropped)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -74,39 +103,70 @@ def plain(size: str, batch: int) -> Callable[[], None]:
 
 
 def ours(
-    size: str, batch: int, *, half: bool = False, compiled: bool = False
+    size: str,
+    batch: int,
+    *,
+    half: bool = False,
+    compiled: bool = False,
+    fused: bool = False,
+    in_order: bool = ON_GPU,
 ) -> Callable[[], None]:
-    """What eqm.train does between two batches."""
-    net = network(size)
+    """What eqm.train does between two batches; ``in_order``: by kernels that always add alike."""
+    torch.use_deterministic_algorithms(False)
+    if in_order:
+        choose_deterministic()
     config = TrainConfig(
         batch_size=batch, learning_rate=1e-4, precision="bfloat16" if half else "float32"
     )
-    learner = Learner(net, ObjectiveConfig(), config, device=DEVICE)
-    if compiled:
-        for block in net.blocks:
-            block.compile()
+    choose_products(config.precision, DEVICE)
+    net, objective = network(size), ObjectiveConfig()
+    micro = MICRO_BATCH.get(size) if ON_GPU else None
+    prepare(net, ComputeConfig(compile=compiled, fused=fused), objective, DEVICE)
+    learner = Learner(net, objective, config, device=DEVICE, micro_batch=micro)
     x, labels = latents(batch)
     numbers = torch.arange(batch, device=DEVICE)
 
     def step() -> None:
-        learner.backward(learner.corrupted(x, labels, numbers))
-        learner.apply(learner.gradient(), images_seen=0)
+        loss = learner.backward(learner.corrupted(x, labels, numbers)).mean()
+        learner.apply(learner.gradient(), images_seen=0, loss=loss)
         numbers.add_(batch)
-        if ON_GPU:
-            torch.cuda.synchronize()
 
     return step
 
 
-SIDES: dict[str, Callable[[str, int], Callable[[], None]]] = {"plain": plain, "ours": ours}
+def same_loss(size: str) -> float:
+    """Relative difference of the two sides' losses of the same images, in float64."""
+    net, batch = network(size).double(), 4
+    net.initialise(0, zero_head=False)
+    config = TrainConfig(batch_size=batch, label_dropout=0.0)
+    learner = Learner(net, ObjectiveConfig(), config, device=DEVICE)
+    x, labels = latents(batch)
+    numbers = torch.arange(batch, device=DEVICE)
+    one = learner.backward(learner.corrupted(x.double(), labels, numbers)).mean()
+    eps = normal(config.seed, Stream.EPS, numbers, tuple(x.shape[1:]), torch.float64)
+    gamma = learner.levels(numbers, torch.float64).view(-1, 1, 1, 1)
+    with torch.no_grad():
+        other = plain_loss(net, x.double(), eps, gamma, labels)
+    return float((one - other).abs() / other)
+
+
+Make = Callable[[str, int], Callable[[], None]]
+SIDES: dict[str, Make] = {"plain": plain, "ours": ours}
 if HAS_BF16:
-    SIDES["ours, bf16"] = lambda size, batch: ours(size, batch, half=True)
+    SIDES["ours, bf16"] = functools.partial(ours, half=True)
 if shutil.which("c++") or shutil.which("g++"):
-    SIDES["ours, compiled"] = lambda size, batch: ours(size, batch, compiled=True)
+    SIDES["ours, compiled"] = functools.partial(ours, compiled=True)
     if HAS_BF16:
-        SIDES["ours, bf16, compiled"] = lambda size, batch: ours(
-            size, batch, half=True, compiled=True
-        )
+        SIDES["ours, bf16, compiled"] = functools.partial(ours, half=True, compiled=True)
+if ON_GPU:
+    whole = functools.partial(ours, half=True, compiled=True, fused=True)
+    SIDES = {
+        "plain, TF32": plain,
+        "ours, bf16": functools.partial(ours, half=True),
+        "ours, bf16, compiled": functools.partial(ours, half=True, compiled=True),
+        "ours, bf16, compiled, fused": whole,
+        "the same, in any order": functools.partial(whole, in_order=False),
+    }
 
 
 def work(size: str) -> float:
@@ -148,20 +208,90 @@ def memory(side: str, size: str, batch: int) -> float:
     return json.loads(done.stdout.splitlines()[-1]) / 2**20
 
 
+# -- on a GPU -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Found:
+    """What one side of a case came to on a GPU."""
+
+    batch: int
+    seconds: list[float]
+    """Of a step, in each round."""
+    peak_bytes: int = 0
+
+
+def timed(make: Make, size: str, batch: int) -> tuple[float, int]:
+    """Seconds of a step, in the mean of STEPS after two, and the most memory that was held."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    step = make(size, batch)
+    step()
+    step()
+    torch.cuda.synchronize()
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        step()
+    torch.cuda.synchronize()
+    return (time.perf_counter() - began) / STEPS, torch.cuda.max_memory_allocated()
+
+
+def largest(make: Make, size: str) -> int:
+    """The largest batch that fits."""
+    for batch in LARGEST[size]:
+        try:
+            timed(make, size, batch)
+        except torch.OutOfMemoryError:
+            continue
+        return batch
+    raise MemoryError(f"not even {LARGEST[size][-1]} images of {size}/2 fit")
+
+
+def compare_on_gpu(size: str, batch: int, peak: float) -> None:
+    """Measure all sides in turn, ROUNDS times, and print. They do not fit beside each other."""
+    found = {name: Found(batch, []) for name in SIDES}
+    base, *_ = SIDES
+    found[base].batch = largest(SIDES[base], size)
+    for _ in range(ROUNDS):
+        for name, make in SIDES.items():
+            seconds, held = timed(make, size, found[name].batch)
+            found[name].seconds.append(seconds)
+            found[name].peak_bytes = held
+    reference = found[base].batch / statistics.median(found[base].seconds)
+    for name, side in found.items():
+        rates = sorted(side.batch / s for s in side.seconds)
+        rate = statistics.median(rates)
+        print(
+            f"{name:28} batch {side.batch:3}  {rate:7.1f} images/s ({rates[0]:.1f} to "
+            f"{rates[-1]:.1f})  x {rate / reference:.2f}  MFU {rate * work(size) / peak:.1%}  "
+            f"{side.peak_bytes / 2**30:.1f} GiB",
+            flush=True,
+        )
+
+
+def compare_on_cpu(size: str, batch: int, peak: float) -> None:
+    """Measure all sides in alternating steps, and print."""
+    sides = {name: make(size, batch) for name, make in SIDES.items()}
+    seconds = alternate(sides, rounds=ROUNDS)
+    show(seconds, base="plain")
+    for name, values in seconds.items():
+        rate = batch / statistics.median(values)
+        used = memory(name, size, batch)
+        share = rate * work(size) / peak
+        print(f"{name:32} {rate:9.3g} images/s  MFU {share:.1%}  {used:,.0f} MiB", flush=True)
+
+
 def main() -> None:
     """Measure and print."""
     peak = machine_flops()
-    print(f"bfloat16 in this processor: {HAS_BF16}; peak {peak / 1e9:,.0f} GFLOP/s")
+    name = torch.cuda.get_device_name() if ON_GPU else "this processor"
+    print(
+        f"{name}: bfloat16 {HAS_BF16}, peak {peak / 1e12:,.3f} TFLOP/s, torch {torch.__version__}"
+    )
     for size, batch in CASES.items():
-        print(f"-- {size}/2, batch {batch}")
-        sides = {name: make(size, batch) for name, make in SIDES.items()}
-        seconds = alternate(sides, rounds=ROUNDS)
-        show(seconds, base="plain")
-        for name, values in seconds.items():
-            rate = batch / sorted(values)[len(values) // 2]
-            share = rate * work(size) / peak
-            used = memory(name, size, batch)
-            print(f"{name:32} {rate:9.3g} images/s  MFU {share:.1%}  {used:,.0f} MiB")
+        print(f"-- {size}/2, losses apart by {same_loss(size):.1e} in float64", flush=True)
+        (compare_on_gpu if ON_GPU else compare_on_cpu)(size, batch, peak)
 
 
 if __name__ == "__main__":

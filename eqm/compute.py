@@ -1,4 +1,4 @@
-"""How a network's blocks are run in training: kept or computed again, as they are or compiled.
+"""How a network's blocks are run in training: kept or computed again, compiled, by own kernels.
 
 Applied from outside: a network's module says what it computes, not how. Weights keep their names.
 Called by train, before it builds what is trained.
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from eqm.config import ComputeConfig, ObjectiveConfig, TrainConfig, require
+from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig, require
 from eqm.errors import ConfigError
 
 Forward = Callable[..., Tensor]
@@ -24,12 +24,14 @@ def prepare(
     """Make the blocks of a network run as asked, in place.
 
     Raises ConfigError for a network without blocks, for compiled blocks where there is no compiler,
-    and for what cannot be done with an energy that is differentiated twice.
+    for kernels that are not of this device or network, and for what cannot be done with an energy
+    that is differentiated twice.
     """
     double = objective.energy != "implicit" and objective.backward == "double"
     for name, cannot in (
         ("compile", "compiled code has no double backward"),
         ("checkpointing", "what a double backward computes again is not what it had kept"),
+        ("fused", "these kernels have no double backward"),
     ):
         if double and getattr(compute, name):
             raise ConfigError(
@@ -39,8 +41,11 @@ def prepare(
     if compute.compile:
         check_compiler(device)
     for block in blocks_of(network, compute):
+        forward = fused_forward(network, device) if compute.fused else type(block).forward
         if compute.compile:
-            block.forward = compiled(type(block)).__get__(block)
+            forward = compiled(forward)
+        if compute.compile or compute.fused:
+            block.forward = forward.__get__(block)
         if compute.checkpointing:
             # Not around __call__: hooks on a block see its tokens once, and not again going back.
             block.forward = functools.partial(_recomputed, block.forward)
@@ -51,7 +56,8 @@ def blocks_of(network: nn.Module, compute: ComputeConfig) -> list[nn.Module]:
     found = getattr(network, "blocks", None)
     if found is not None:
         return list(cast(nn.ModuleList, found))
-    for name, default in (("checkpointing", False), ("compile", False), ("parallel", "ddp")):
+    usual = {"checkpointing": False, "compile": False, "fused": False, "parallel": "ddp"}
+    for name, default in usual.items():
         value = getattr(compute, name)
         rule = f"{default!r} for a U-Net: only transformers have the blocks it is about"
         require(value == default, f"compute.{name}", value, rule)
@@ -59,9 +65,25 @@ def blocks_of(network: nn.Module, compute: ComputeConfig) -> list[nn.Module]:
 
 
 @functools.cache
-def compiled(kind: type[nn.Module]) -> Any:
-    """The compiled forward of a kind of block: one for all, for they differ in weights alone."""
-    return torch.compile(kind.forward, dynamic=False)
+def compiled(forward: Forward) -> Any:
+    """The compiled forward of blocks: one for all, for they differ in weights alone."""
+    return torch.compile(forward, dynamic=False)
+
+
+def fused_forward(network: nn.Module, device: torch.device) -> Any:
+    """The forward of a transformer's block by our kernels. Raises ConfigError where they are not.
+
+    They are for layer norm and GPUs of NVIDIA.
+    """
+    rule = "false, as these kernels are written for GPUs of NVIDIA, and this trains on a CPU"
+    require(device.type == "cuda", "compute.fused", True, rule)
+    rule = "false with network.rms_norm: these kernels are of layer norm"
+    config = cast(NetworkConfig, network.config)
+    require(not config.rms_norm, "compute.fused", True, rule)
+    # Its compiler is not everywhere where torch is, and takes a second.
+    from eqm.kernels import block_forward
+
+    return block_forward
 
 
 def _recomputed(forward: Forward, *args: Tensor) -> Tensor:

@@ -769,6 +769,9 @@ class ComputeConfig:
     """Whether the backward computes each block's activations again in place of keeping them."""
     compile: bool = False
     """Whether torch.compile makes kernels of the blocks; on a CPU it needs a C++ compiler."""
+    fused: bool = False
+    """Whether norms, modulations, gates and residuals of a transformer's blocks are kernels of ours
+    (eqm.kernels); on GPUs of NVIDIA alone."""
     timeout_seconds: float = 600.0
     """How long ranks wait for one that stalls before they end, and name it."""
 

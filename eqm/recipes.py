@@ -17,6 +17,7 @@ from eqm.config import (
     INCEPTION_SHA256,
     AutoencoderConfig,
     CheckpointConfig,
+    ComputeConfig,
     ExtractorConfig,
     GenerateConfig,
     NetworkConfig,
@@ -39,6 +40,7 @@ UPDATES_AN_EPOCH = IMAGENET_IMAGES // 256
 HALF_LIFE = math.log(0.5) / math.log(0.9999) * 256
 """In images, of an average that keeps 0.9999 of itself at every update of 256 images."""
 EVERY_EPOCH = CheckpointConfig(every_images=1_280_000, grid_every_images=12_800_000)
+ON_GPUS = ComputeConfig(compile=True, fused=True)
 UNKNOWN_DIGEST = "0" * 64
 """In place of the digest of a file that only its owner has: refused when the file is read."""
 
@@ -65,6 +67,7 @@ EDIT = {
     "autoencoder.pretrained.sha256": "yours: sha256sum of its diffusion_pytorch_model.safetensors",
     "extractor.pretrained.uri": "torch-fidelity's file, on this machine",
     "processes": "GPUs of this machine",
+    "compute.fused": "kernels for GPUs of NVIDIA: false elsewhere",
     "train.ema_half_life_images": "ln 0.5 / ln 0.9999 * 256: a decay of 0.9999 an update of 256",
 }
 """Dotted name of a setting -> what is said beside it."""
@@ -189,6 +192,7 @@ def _imagenet_config(
         ),
         policy=PolicyConfig(name=name),
         checkpoints=EVERY_EPOCH,
+        compute=ON_GPUS,
         processes=8,
     )
 

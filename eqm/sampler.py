@@ -288,7 +288,7 @@ def _begin(plan: _Plan, constraint: _Constraint, start: Tensor, numbers: Tensor 
     x = start.clone()
     finite, size = norms(x).isfinite(), norms(constraint.free(x))
     count, zero = torch.zeros_like(finite, dtype=torch.int64), torch.zeros_like(size)
-    named = torch.arange(len(x)) if numbers is None else numbers
+    named = torch.arange(len(x), device=x.device) if numbers is None else numbers
     return _State(
         x=x,
         memory=plan.rule.begin(x, named.to(x.device)),

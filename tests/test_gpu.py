@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -44,6 +45,7 @@ from eqm.rules import NAG
 from eqm.sampler import Descent, GradientNormBelow, descend, start_noise
 from eqm.sharding import Shards
 from eqm.stage import job_digest
+from eqm.storage import LocalStore
 
 pytestmark = pytest.mark.gpu
 
@@ -134,18 +136,21 @@ def test_float32_training_is_that_of_the_cpu(kind: str) -> None:
     assert torch.allclose(ours[0], cpus[0], rtol=1e-4 if kind == "implicit" else 5e-3)
 
 
-@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize(
+    "asked", [{}, {"compile": True}, {"fused": True}, {"compile": True, "fused": True}]
+)
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
-def test_the_same_training_twice_has_the_same_bits(precision: str, compile: bool) -> None:
+def test_the_same_training_twice_has_the_same_bits(precision: str, asked: dict[str, bool]) -> None:
     choose_products(precision, GPU)
-    compute = ComputeConfig(compile=compile)
+    compute = ComputeConfig(**asked)  # type: ignore[arg-type]
     one, other = (trained(learner(compute=compute, precision=precision)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
 def test_compiled_bfloat16_trains_as_float32_does() -> None:
     whole = trained(learner())[0]
-    half = trained(learner(compute=ComputeConfig(compile=True), precision="bfloat16"))[0]
+    compute = ComputeConfig(compile=True, fused=True)
+    half = trained(learner(compute=compute, precision="bfloat16"))[0]
     assert torch.allclose(whole, half, rtol=2e-2)
 
 
@@ -158,7 +163,8 @@ def test_parts_of_a_batch_and_recomputed_blocks_give_the_same_gradient() -> None
         return of.gradient().double()
 
     whole = gradient()
-    for asked in ({"micro_batch": 4}, {"checkpointing": True}, {"compile": True}):
+    kernels = {"fused": True}, {"fused": True, "compile": True}
+    for asked in ({"micro_batch": 4}, {"checkpointing": True}, {"compile": True}, *kernels):
         assert float((gradient(**asked) - whole).norm() / whole.norm()) < 1e-5, asked
 
 
@@ -244,9 +250,12 @@ def test_descents_are_those_of_the_cpu(stops: bool) -> None:
 
 @contextlib.contextmanager
 def one_rank(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    address = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29555"}
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    address = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     for name, value in address.items():
-        monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name, str(value))
     with connect("cuda") as world:
         yield world
 
@@ -346,7 +355,7 @@ def test_one_nccl_rank_killed_and_started_again_has_the_same_bits(
 
 
 def test_training_on_a_gpu_is_told_in_figures(tiny: chain.Chain, tmp_path: Path) -> None:
-    job = on_gpu(tiny, tmp_path, compile=True)
+    job = on_gpu(tiny, tmp_path, compile=True, fused=True)
     record = ended(job, tmp_path)
     log = events_of(chain.store_of(job).get(record.logs["events.jsonl"]), "log")
     figures = next(e.figures for e in reversed(log) if e.kind == "metrics")
@@ -367,18 +376,25 @@ def test_the_cpu_goes_on_where_the_gpu_was_killed(tiny: chain.Chain, tmp_path: P
 
 def test_latents_and_samples_made_on_the_gpu_are_those_of_the_cpu(tmp_path: Path) -> None:
     """By the small autoencoder, whose convolutions are taken in float32 on both."""
-    changes = {"autoencoder.kind": "fit", "source.image_size_px": 16, "generate.samples": 20}
+    changes = {
+        "autoencoder.kind": "fit",
+        "autoencoder.fit.images": 640,
+        "source.image_size_px": 16,
+        "generate.samples": 20,
+    }
     made = chain.build(tmp_path / "cpu", changes, until="samples")
-    again = chain.copied(made, tmp_path / "gpu", without=("latents", "samples", "evaluation"))
     found = {}
     for name in ("latents", "samples"):
-        job = chain.elsewhere(made.job(name, device="cuda"), again.root)
-        found[name] = chain.run(job)
+        store = chain.copied(made, tmp_path / name, without=(name, "evaluation"))
+        found[name] = chain.run(chain.elsewhere(made.job(name, device="cuda"), store.root))
         assert found[name].provenance["device"].startswith("cuda")
-    assert found["latents"].values["images"] == made["latents"].values["images"]
+    assert found["samples"].values["samples"] == made["samples"].values["samples"]
     here, there = (
         read_batch(open_manifest(record, store), 0, 0, 64).moments.float()
-        for record, store in ((made["latents"], made.store), (found["latents"], again))
+        for record, store in (
+            (made["latents"], made.store),
+            (found["latents"], LocalStore(tmp_path / "latents")),
+        )
     )
     assert float((here - there).abs().max()) < 1e-2
 
