@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type_hints
 
 from eqm.errors import ConfigError, require
+from eqm.names import kind_of
 from eqm.policy import MethodScore, PolicyConfig
 from eqm.records import Ref, from_json, to_json
 
@@ -264,6 +265,15 @@ class ReferenceConfig:
         count, rule = self.file_images, "at least 2 with reference.file, else null"
         ok = count is None or (count >= 2 and self.file is not None)
         require(ok, "reference.file_images", count, rule)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FurtherConfig:
+    """Another extractor, under which the same samples are measured as well: ``[further.NAME]``."""
+
+    extractor: ExtractorConfig
+    reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    """What is kept of the real images as it sees them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -808,6 +818,10 @@ class PipelineConfig:
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     extractor: ExtractorConfig = field(default_factory=ExtractorConfig)
     reference: ReferenceConfig = field(default_factory=ReferenceConfig)
+    further: dict[str, FurtherConfig] = field(default_factory=dict)
+    """Name -> another extractor, whose numbers stand beside those of the main one: "fd_NAME" beside
+    "distance" (eqm.names). Without any, every digest is what it would be if there were no such
+    table."""
     encode: EncodeConfig = field(default_factory=EncodeConfig)
     network: NetworkConfig = field(default_factory=NetworkConfig)
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
@@ -856,6 +870,13 @@ class PipelineConfig:
             self.train.batch_size,
             f"a multiple of processes ({self.processes})",
         )
+        for name in self.further:
+            require(_is_plain_name(name), "further", name, "lower-case letters, digits and dashes")
+        for key in self.policy.metrics:
+            extractor = kind_of(key)[1]
+            known = extractor is None or extractor in self.further
+            rule = f"of an extractor of [further] ({', '.join(self.further) or 'there are none'})"
+            require(known, "policy.metrics", key, rule)
         gated = sorted(one.name for one in self.evaluate.ood.sets if one.gated)
         for name in self.policy.minimum_auroc:
             read = name.partition("/")[0]
@@ -1089,7 +1110,7 @@ def tiny() -> PipelineConfig:
     )
 
 
-OPEN_TABLES = {"minimum_auroc", "metrics", "ood"}
+OPEN_TABLES = {"minimum_auroc", "metrics", "ood", "further"}
 
 PRESETS: dict[str, Callable[[], PipelineConfig]] = {
     "demo": demo,

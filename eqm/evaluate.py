@@ -6,7 +6,7 @@ eqm.outliers.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,9 +19,10 @@ from eqm import images, measures, model, outliers
 from eqm.checkpoint import tensors_to_bytes
 from eqm.config import EvaluationStage, SamplerConfig
 from eqm.errors import DataError
-from eqm.features import load_extractor
+from eqm.features import column, load_extractor
 from eqm.images import ImageSource
 from eqm.measures import Samples
+from eqm.names import further_input, further_inputs, further_key
 from eqm.outliers import Subject
 from eqm.records import Evaluation, Record, from_json, to_json
 from eqm.samples import columns, kept_images
@@ -55,6 +56,10 @@ def program(context: Context) -> Outcome | None:
         listing=context.listing(),
     )
     reference = reference_for(context, record)
+    further = {
+        name: reference_for(context, record, name)
+        for name in further_inputs(context.job.inputs, "reference")
+    }
     # First, for it reads files that may be missing or damaged.
     rows, scores = outliers.out_of_distribution(
         stage.evaluate.ood,
@@ -66,8 +71,14 @@ def program(context: Context) -> Outcome | None:
         ),
         context.progress,
     )
-    samples = sealed_samples(context, record)
+    sealed = columns(context.store, record)
+    kept = torch.cat(list(kept_images(context.store, record)))
+    samples = sealed_samples(sealed, kept)
     metrics = measures.measure(samples, reference, neighbours=stage.evaluate.neighbours)
+    for name, of_name in further.items():
+        seen = sealed_samples(sealed, kept[:0], further=name)
+        found = measures.measure(seen, of_name, neighbours=stage.evaluate.neighbours)
+        metrics |= {further_key(kind, name): metric for kind, metric in found.items()}
     outputs = {"ood-scores.safetensors": tensors_to_bytes(scores)}
     if len(samples.images):
         near = measures.nearest_training_images(samples.images, reference)
@@ -77,7 +88,13 @@ def program(context: Context) -> Outcome | None:
             {name: torch.from_numpy(value) for name, value in vars(near).items()}
         )
     evaluation = Evaluation(
-        protocol=protocol(stage, reference.record, record, source.digest),
+        protocol=protocol(
+            stage,
+            reference.record,
+            record,
+            source.digest,
+            further={name: of_name.record for name, of_name in further.items()},
+        ),
         samples=len(samples),
         metrics=metrics,
         ood=rows,
@@ -108,44 +125,75 @@ def program(context: Context) -> Outcome | None:
 # -- what is measured ---------------------------------------------------------------------------
 
 
-def reference_for(context: Context, samples: Record) -> Reference:
-    """The sealed reference; DataError if another extractor looked at the samples."""
-    record = context.input("reference")
-    if record.inputs["extractor"] != samples.inputs["extractor"]:
+def reference_for(context: Context, samples: Record, further: str | None = None) -> Reference:
+    """The sealed reference, or that of a further extractor.
+
+    Raises DataError if another extractor looked at the samples.
+    """
+
+    def named(stage: str) -> str:
+        return stage if further is None else further_input(stage, further)
+
+    record = context.input(named("reference"))
+    looked = samples.inputs.get(named("extractor"))
+    if looked is None:
+        raise DataError(
+            f"samples {samples.digest[:12]} were not looked at by further extractor {further!r}: "
+            f"generate them with [further.{further}] in the config"
+        )
+    if record.inputs["extractor"] != looked:
         raise DataError(
             f"reference {record.digest[:12]} was made with extractor "
             f"{record.inputs['extractor'].digest[:12]}, the samples with "
-            f"{samples.inputs['extractor'].digest[:12]}: their features cannot be compared; make "
+            f"{looked.digest[:12]}: their features cannot be compared; make "
             "both with one extractor"
         )
     return open_reference(context.store, record)
 
 
-def sealed_samples(context: Context, record: Record) -> Samples:
-    """Activations and labels of all samples, and the images that were kept."""
-    sealed = columns(context.store, record)
-    kept = torch.cat(list(kept_images(context.store, record)))
-    logits, spatial = sealed.get("logits"), sealed.get("spatial")
+def sealed_samples(
+    sealed: Mapping[str, Tensor], images: Tensor, *, further: str | None = None
+) -> Samples:
+    """Samples of their columns (eqm.samples.columns) and the images that were kept of them.
+
+    Activations are those of the main extractor, unless a further one is named.
+    """
+    logits = sealed.get(column("logits", further))
+    spatial = sealed.get(column("spatial", further))
     return Samples(
-        features=sealed["features"].numpy(),
+        features=sealed[column("features", further)].numpy(),
         logits=None if logits is None else logits.numpy(),
         spatial=None if spatial is None else spatial.numpy(),
         labels=sealed["labels"].numpy(),
-        images=kept.numpy(),
+        images=images.numpy(),
     )
 
 
 def protocol(
-    stage: EvaluationStage, reference: Record, samples: Record, source: str
+    stage: EvaluationStage,
+    reference: Record,
+    samples: Record,
+    source: str,
+    *,
+    further: Mapping[str, Record] | None = None,
 ) -> dict[str, Any]:
-    """All that must be equal for two evaluations to be comparable."""
+    """All that must be equal for two evaluations to be comparable.
+
+    ``further``: references under further extractors. Without any the protocol says nothing of them,
+    as it did before there were any.
+    """
     how = dict(samples.config["generate"])
     # Seeds are not part of it: the same protocol may be run on others.
     for name in ("keep_images", "trajectory_points", "first_seed"):
         how.pop(name)
     how["sampler"] = {k: v for k, v in how["sampler"].items() if k != "batch_size"}
     looked = reference.values
+    others = {
+        name: {"extractor": record.values["extractor"], "reference_images": _kept_of(record)}
+        for name, record in (further or {}).items()
+    }
     return {
+        **({"further": others} if others else {}),
         "images": {"source": source, **to_json(stage.source)},
         "extractor": looked["extractor"],
         "generate": how,
@@ -153,8 +201,12 @@ def protocol(
         "ood": outliers.protocol(stage.evaluate.ood),
         "pixels": "clamp(127.5 x + 128, 0, 255), truncated to uint8",
         "reference": "training images; beside: held-out images",
-        "reference_images": {name: looked[name] for name in ("images", "keep_features", "file")},
+        "reference_images": _kept_of(reference),
     }
+
+
+def _kept_of(reference: Record) -> dict[str, Any]:
+    return {name: reference.values[name] for name in ("images", "keep_features", "file")}
 
 
 # -- pictures -----------------------------------------------------------------------------------

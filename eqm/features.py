@@ -26,8 +26,10 @@ from torch import Tensor, nn
 
 from eqm.config import INCEPTION_SHA256, require
 from eqm.errors import DataError, IntegrityError
+from eqm.names import further_inputs
 from eqm.precision import full_precision
-from eqm.records import Record, canonical_bytes, digest, from_json, sha256
+from eqm.records import Record, Ref, canonical_bytes, digest, from_json, sha256
+from eqm.stage import open_ref
 from eqm.storage import Store
 from eqm.vision_transformer import dinov2_from_state
 
@@ -264,6 +266,26 @@ def load_extractor(record: Record, store: Store, device: torch.device) -> Featur
     files = {name: store.get(blob) for name, blob in record.outputs.items()}
     network = extractor_from_bytes(files["weights.safetensors"], files["config.json"])
     return CNNExtractor(network.to(device), record.values["name"])
+
+
+def load_extractors(
+    inputs: Mapping[str, Ref], store: Store, device: torch.device
+) -> dict[str, FeatureExtractor]:
+    """All extractors among the inputs of a stage, by what their columns begin with.
+
+    That is nothing for the main one and "NAME/" for further ones (:func:`column`). Raises as
+    ``load_extractor`` and ``open_ref``.
+    """
+    refs = {None: inputs["extractor"], **further_inputs(inputs, "extractor")}
+    return {
+        column("", name): load_extractor(open_ref(store, ref), store, device)
+        for name, ref in refs.items()
+    }
+
+
+def column(of: str, further: str | None) -> str:
+    """How activations ("features") are called where those of several extractors lie together."""
+    return of if further is None else f"{further}/{of}"
 
 
 def inception_extractor(

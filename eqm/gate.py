@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, cast
 
+from eqm.names import kind_of
 from eqm.policy import MetricRule, OODRule, PolicyConfig
 from eqm.records import Decision, Evaluation, Metric, OODRow, Reason, Ref, to_json
 
@@ -137,6 +138,7 @@ def _intervals(candidate: Evaluation) -> Iterator[str]:
 
 
 def _range_of(key: str) -> Callable[[float], bool]:
+    key, _ = kind_of(key)
     if key in FRACTIONS:
         return _fraction
     return _not_negative if key in NEVER_NEGATIVE else math.isfinite

@@ -1,16 +1,17 @@
 """Stage "samples": a trained model and seeds -> samples. ``python -m eqm.generate CONFIG.json``
 
-Decoder output streams into feature extraction; activations of all samples and the first images are
-sealed. Work is cut into parts of one batch, each committed create-once: interrupted, it goes on at
-the part where it was. Sample s is a function of (model, s), so parts may be made anywhere, in any
-order, and any sample can be made again (:func:`remake`). What is sealed is read by eqm.samples.
+Decoder output streams into feature extraction, by every extractor in the same pass; activations of
+all samples and the first images are sealed. Work is cut into parts of one batch, each committed
+create-once: interrupted, it goes on at the part where it was. Sample s is a function of (model, s),
+so parts may be made anywhere, in any order, and any sample can be made again (:func:`remake`). What
+is sealed is read by eqm.samples.
 """
 
 import contextlib
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -25,7 +26,7 @@ from eqm import model, sampling, starts
 from eqm.checkpoint import tensors_from_bytes, tensors_to_bytes
 from eqm.config import GenerateConfig, replace
 from eqm.errors import DataError, DivergedError
-from eqm.features import FeatureExtractor, load_extractor
+from eqm.features import FeatureExtractor, load_extractors
 from eqm.latent_set import LatentSet
 from eqm.model import Model
 from eqm.records import Blob, Record, note_from_bytes, note_to_bytes
@@ -61,7 +62,7 @@ def program(context: Context) -> Outcome | None:
     """Generate what is missing; the first rank returns the outcome."""
     config: GenerateConfig = context.config.generate
     trained = model.from_record(context.store, context.input("train")).to(context.world.device)
-    extractor = load_extractor(context.input("extractor"), context.store, context.world.device)
+    extractors = load_extractors(context.job.inputs, context.store, context.world.device)
     held = starts.held_out_of(context.store, context.input("train"), config.noise_level)
     parts = parts_of(config)
     mine = parts[context.world.rank :: context.world.size]
@@ -73,7 +74,7 @@ def program(context: Context) -> Outcome | None:
         Commits(context) as commits,
     ):
         for part, found in clock.within("sampler", found_in_parts(config, trained, missing, held)):
-            made = make(config, trained, extractor, seeds_of(config, part), found, clock, held)
+            made = make(config, trained, extractors, seeds_of(config, part), found, clock, held)
             made[IMAGES] = made[IMAGES][: max(0, config.keep_images - part.first)]
             commits.add(part, made, clock.take())
             bar.advance(part.count)
@@ -189,7 +190,7 @@ def _joined(rows: list[tuple[int, Samples, int]]) -> Samples:
 def make(
     config: GenerateConfig,
     trained: Model,
-    extractor: FeatureExtractor,
+    extractors: Mapping[str, FeatureExtractor],
     seeds: Sequence[int],
     found: Samples,
     clock: "Clock",
@@ -198,7 +199,7 @@ def make(
     """Samples from where their descents ended: activations, images, labels and what they cost."""
     _check_sound(config, seeds, found)
     return {
-        **look_at(trained, extractor, found.latents, clock),
+        **look_at(trained, extractors, found.latents, clock),
         "labels": _labels(config, trained, seeds, held),
         "evaluations": found.evaluations,
         "gradient_norms": found.gradient_norms,
@@ -206,16 +207,24 @@ def make(
 
 
 def look_at(
-    trained: Model, extractor: FeatureExtractor, latents: Tensor, clock: "Clock"
+    trained: Model, extractors: Mapping[str, FeatureExtractor], latents: Tensor, clock: "Clock"
 ) -> dict[str, Tensor]:
-    """Images of latents, and what the extractor makes of them; some at a time."""
+    """Images of latents, and what each extractor makes of them under its prefix; some at a time."""
     pieces: list[dict[str, Tensor]] = []
     for some in latents.split(max(1, PIXELS_AT_ONCE // trained.spec.latent.image_size_px**2)):
         with clock.counting("decoder"):
             images = trained.autoencoder.decode(some.float())
         with clock.counting("extractor"):
-            pieces.append({IMAGES: images, **extractor.activations(images).tensors()})
+            pieces.append({IMAGES: images, **_activations(extractors, images)})
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _activations(extractors: Mapping[str, FeatureExtractor], images: Tensor) -> dict[str, Tensor]:
+    return {
+        f"{prefix}{name}": values
+        for prefix, extractor in extractors.items()
+        for name, values in extractor.activations(images).tensors().items()
+    }
 
 
 def _check_sound(config: GenerateConfig, seeds: Sequence[int], found: Samples) -> None:
@@ -418,12 +427,12 @@ def remake(
     place = torch.device(device)
     train = open_ref(store, record.inputs["train"])
     trained = model.from_record(store, train).to(place)
-    extractor = load_extractor(open_ref(store, record.inputs["extractor"]), store, place)
+    extractors = load_extractors(record.inputs, store, place)
     held = starts.held_out_of(store, train, config.noise_level)
     found = (_whole_parts if exact else _batches)(config, trained, seeds, held)
     rows: dict[int, dict[str, Tensor]] = {}
     for names, some in found:
-        made = make(config, trained, extractor, names, some, Clock(place), held)
+        made = make(config, trained, extractors, names, some, Clock(place), held)
         for at, seed in enumerate(names):
             if seed in seeds:
                 rows[seed] = {name: value[at].cpu() for name, value in made.items()}

@@ -439,7 +439,8 @@ class Evaluation:
     samples: int
     metrics: dict[str, Metric]
     """By key: distance, distance_endless, distance_held_out, spatial_distance, kid, score,
-    precision, recall, label_agreement, nearest (eqm.measures)."""
+    precision, recall, label_agreement, nearest (eqm.measures); under further extractors fd_NAME,
+    fd_endless_NAME and so on (eqm.names)."""
     ood: tuple[OODRow, ...]
     mean_field_evaluations: float
 

@@ -14,6 +14,7 @@ from eqm.errors import DataError
 from eqm.figures import Images, check_images
 from eqm.gate import differences
 from eqm.intervals import Interval, difference_interval
+from eqm.names import kind_of
 from eqm.records import (
     Decision,
     Evaluation,
@@ -42,7 +43,10 @@ BETTER: dict[str, Better] = {
     "recall": "higher",
     "label_agreement": "higher",
 }
-"""Which way a metric improves; the distance to the nearest training image has no better side."""
+"""Which way a metric improves, by its kind; the distance to the nearest training image has no
+better side."""
+ON_PIXELS = ("label_agreement", "nearest")
+"""Metrics that no extractor has a part in."""
 OOD_NAMES: dict[str, tuple[str, Better]] = {
     "auroc": ("AUROC", "higher"),
     "aupr": ("AUPR, other images positive", "higher"),
@@ -123,6 +127,8 @@ class Number:
     beside: float | None
     """The same quantity for real held-out images."""
     better: Literal["lower", "higher"] | None
+    extractor: Mapping[str, str] | None = None
+    """Name and digest of what features it is of, where an evaluation has several extractors."""
 
 
 def numbers_of(evaluation: Evaluation) -> list[Number]:
@@ -135,7 +141,8 @@ def numbers_of(evaluation: Evaluation) -> list[Number]:
             interval=_ends(metric.low, metric.high),
             n=evaluation.samples if metric.n is None else metric.n,
             beside=metric.beside,
-            better=BETTER.get(key),
+            better=better_of(key),
+            extractor=extractor_of(evaluation, key),
         )
         for key, metric in sorted(evaluation.metrics.items(), key=story_order)
     ]
@@ -161,10 +168,31 @@ def _separations(row: OODRow) -> Iterator[Number]:
             )
 
 
-def story_order(item: tuple[str, Metric]) -> tuple[int, str]:
-    """Sorts the metrics of an evaluation: known ones first, in their order."""
+def story_order(item: tuple[str, Metric]) -> tuple[str, int, str]:
+    """Sorts the metrics of an evaluation: known ones first, in their order.
+
+    Those under further extractors follow, one extractor after the other.
+    """
+    kind, extractor = kind_of(item[0])
     order = list(BETTER)
-    return (order.index(item[0]) if item[0] in order else len(order), item[0])
+    return (extractor or "", order.index(kind) if kind in order else len(order), item[0])
+
+
+def better_of(key: str) -> Better | None:
+    """Which way a metric improves; None where it has no better side."""
+    return BETTER.get(kind_of(key)[0])
+
+
+def extractor_of(evaluation: Evaluation, key: str) -> Mapping[str, str] | None:
+    """Name and digest of the extractor whose features a metric is of.
+
+    None where there is but one, which the protocol names, and for metrics of pixels.
+    """
+    kind, name = kind_of(key)
+    further: Mapping[str, Any] = evaluation.protocol.get("further", {})
+    if not further or kind in ON_PIXELS:
+        return None
+    return evaluation.protocol["extractor"] if name is None else further[name]["extractor"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,7 +289,10 @@ def _evaluation_json(evaluation: Evaluation) -> Json:
 
 
 def _number_json(number: Number) -> Json:
-    return {**to_json(number), "interval": _interval_json(number.interval)}
+    found = {**to_json(number), "interval": _interval_json(number.interval)}
+    if number.extractor is None:
+        del found["extractor"]
+    return found
 
 
 def _interval_json(ends: tuple[float, float] | None) -> Json:

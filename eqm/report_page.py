@@ -10,14 +10,16 @@ from typing import Any
 from eqm import page, published
 from eqm.figures import curve_svg, strip_png
 from eqm.gate import differences
+from eqm.names import kind_of
 from eqm.page import DASH, MINUS, PERCENT_95
 from eqm.records import Decision, Evaluation, Metric, Record, Ref, canonical_bytes, sha256
 from eqm.report import (
-    BETTER,
     SCHEMA,
     Change,
     ReportInput,
+    better_of,
     changes,
+    extractor_of,
     render_json,
     story_order,
 )
@@ -66,6 +68,7 @@ def render_html(report: ReportInput) -> bytes:
 def _header(report: ReportInput) -> page.Html:
     evaluation = report.evaluation
     shown = [evaluation.metrics[k] for k in TILES if k in evaluation.metrics]
+    shown += [m for k, m in sorted(evaluation.metrics.items()) if _is_further_distance(k)]
     shown.append(Metric(name="samples", value=evaluation.samples))
     shown.append(Metric(name="field evaluations a sample", value=evaluation.mean_field_evaluations))
     tiles = page.el("div", [_tile(metric) for metric in shown], class_="tiles")
@@ -76,6 +79,11 @@ def _header(report: ReportInput) -> page.Html:
         _verdict(report.decision),
         page.el("div", _headline(evaluation), tiles, class_="figures"),
     )
+
+
+def _is_further_distance(key: str) -> bool:
+    kind, extractor = kind_of(key)
+    return kind == "distance" and extractor is not None
 
 
 def _verdict(decision: Decision | None) -> page.Html:
@@ -226,12 +234,12 @@ def _training(report: ReportInput) -> page.Html:
 def _metrics(report: ReportInput) -> page.Html:
     rows = [
         (
-            metric.name,
+            (metric.name, _extractor(report.evaluation, key)),
             page.number(metric.value),
             _interval(metric),
             page.number(report.evaluation.samples if metric.n is None else metric.n),
             DASH if metric.beside is None else page.number(metric.beside),
-            BETTER.get(key, DASH),
+            better_of(key) or DASH,
             metric.note,
         )
         for key, metric in sorted(report.evaluation.metrics.items(), key=story_order)
@@ -245,6 +253,14 @@ def _metrics(report: ReportInput) -> page.Html:
     return page.section(
         "Metrics", note, page.table("Metrics of the samples", heads, rows, "numbers")
     )
+
+
+def _extractor(evaluation: Evaluation, key: str) -> page.Child:
+    """What features a number is of, where a report has several."""
+    found = extractor_of(evaluation, key)
+    if found is None:
+        return ()
+    return page.el("p", found["name"], " ", page.code(found["digest"][:12]), class_="small")
 
 
 def _interval(metric: Metric) -> page.Child:

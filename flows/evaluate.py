@@ -14,6 +14,7 @@ from prefect import flow
 from eqm import champion, dossier, drift, gate, image_sets
 from eqm.config import Job, replace
 from eqm.errors import DataError
+from eqm.names import further_inputs
 from eqm.records import Decision, Evaluation, Reason, Record, Ref, from_json, to_json
 from eqm.registry import Registry
 from eqm.report import render_json, report_key
@@ -22,6 +23,7 @@ from eqm.stage import open_ref
 from flows.encode import encode_images, fit_autoencoder, list_images, open_plan
 from flows.plan import (
     Plan,
+    Records,
     ensure,
     evaluation_job,
     extractor_job,
@@ -58,32 +60,67 @@ def check_sets(plan: Plan) -> None:
 
 
 @stage
-def fit_extractor(plan: Plan, source: Ref) -> Record:
+def fit_extractor(plan: Plan, source: Ref, further: str | None = None) -> Record:
     """Fit the feature extractor on the training images, or seal the one that is given."""
-    return ensure(plan, extractor_job(plan, source), say=logged)
+    return ensure(plan, extractor_job(plan, source, further), say=logged)
+
+
+def fit_further(plan: Plan, source: Ref, had: Records | None = None) -> Records:
+    """The further extractors of a config by name; those that are there already stay."""
+    there = had or {}
+    return {
+        name: there[name] if name in there else fit_extractor(plan, source, name)
+        for name in plan.config.further
+    }
 
 
 @stage
-def generate_samples(plan: Plan, trained: Record, extractor: Record) -> Record:
-    """Generate the samples that are judged."""
-    job = samples_job(plan, trained, extractor)
+def generate_samples(
+    plan: Plan, trained: Record, extractor: Record, further: Records | None = None
+) -> Record:
+    """Generate the samples that are judged, and show each to all extractors."""
+    job = samples_job(plan, trained, extractor, further)
     return ensure(plan, job, say=logged, processes=plan.processes)
 
 
 @stage
-def look_at_images(plan: Plan, source: Ref, extractor: Record) -> Record:
+def look_at_images(
+    plan: Plan, source: Ref, extractor: Record, further: str | None = None
+) -> Record:
     """Moments and features of the real images, once for all evaluations of them."""
-    job = reference_job(plan, source, extractor)
+    job = reference_job(plan, source, extractor, further)
     return ensure(plan, job, say=logged, processes=plan.processes)
+
+
+def look_further(plan: Plan, source: Ref, extractors: Records) -> Records:
+    """What each further extractor makes of the real images."""
+    return {name: look_at_images(plan, source, one, name) for name, one in extractors.items()}
 
 
 @stage
 def evaluate_model(
-    plan: Plan, source: Ref, trained: Record, extractor: Record, samples: Record, reference: Record
+    plan: Plan,
+    source: Ref,
+    trained: Record,
+    extractor: Record,
+    samples: Record,
+    reference: Record,
+    further: Records | None = None,
 ) -> Record:
-    """Measure the samples and the model."""
-    job = evaluation_job(plan, source, trained, extractor, samples, reference)
+    """Measure the samples and the model; ``further``: references of further extractors."""
+    job = evaluation_job(plan, source, trained, extractor, samples, reference, further)
     return ensure(plan, job, say=logged)
+
+
+def references_of(plan: Plan, evaluation: Record) -> Records:
+    """References of the further extractors that an evaluation has."""
+    found = further_inputs(evaluation.inputs, "reference")
+    return {name: open_ref(plan.store, ref) for name, ref in found.items()}
+
+
+def extractors_of(plan: Plan, references: Records) -> Records:
+    """The extractors that made some references."""
+    return {name: open_ref(plan.store, one.inputs["extractor"]) for name, one in references.items()}
 
 
 def under_same_protocol(plan: Plan, evaluation: Record, standing: champion.Entry) -> Record:
@@ -99,10 +136,12 @@ def under_same_protocol(plan: Plan, evaluation: Record, standing: champion.Entry
     logged(f"version {standing.version} was judged under another protocol: measuring it again")
     trained = open_ref(plan.store, standing.train)
     extractor = open_ref(plan.store, evaluation.inputs["extractor"])
-    samples = ensure(plan, samples_job(plan, trained, extractor), say=logged)
+    references = references_of(plan, evaluation)
+    asked = samples_job(plan, trained, extractor, extractors_of(plan, references))
+    samples = ensure(plan, asked, say=logged)
     source, reference = evaluation.inputs["source"], evaluation.inputs["reference"]
     real = open_ref(plan.store, reference)
-    job = evaluation_job(plan, source, trained, extractor, samples, real)
+    job = evaluation_job(plan, source, trained, extractor, samples, real, references)
     return ensure(plan, job, say=logged)
 
 
@@ -206,12 +245,19 @@ def show(
 
 def figures(measured: Evaluation, kind: str) -> dict[str, float]:
     """Numbers of an evaluation under the names that MLflow shows, ``<kind>/...``."""
-    numbers = {f"{kind}/{key}": metric.value for key, metric in measured.metrics.items()}
-    auroc = {
-        f"{kind}/auroc_{row.name}" + ("" if row.role == "main" else f"_{row.score}"): row.auroc
-        for row in measured.ood
-    }
-    return {**numbers, **auroc}
+    found: dict[str, float] = {}
+    for key, metric in measured.metrics.items():
+        found |= _with_ends(f"{kind}/{key}", metric.value, metric.low, metric.high)
+    for row in measured.ood:
+        name = f"{kind}/auroc_{row.name}" + ("" if row.role == "main" else f"_{row.score}")
+        found |= _with_ends(name, row.auroc, row.auroc_low, row.auroc_high)
+    return found
+
+
+def _with_ends(name: str, value: float, low: float | None, high: float | None) -> dict[str, float]:
+    """A number and the ends of its interval, which stand beside it as NAME.low and NAME.high."""
+    ends = {f"{name}.low": low, f"{name}.high": high}
+    return {name: value, **{key: end for key, end in ends.items() if end is not None}}
 
 
 def figures_of(night: drift.Drift | None) -> dict[str, float]:
@@ -239,7 +285,9 @@ def generate(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | No
     """Generate from the trained model of a config; returns the address of the samples."""
     plan = make_plan(config, changes, tracked=False)
     trained = require_sealed(plan, train_job(plan, latents_of(plan)))
-    made = generate_samples(plan, trained, fit_extractor(plan, list_images(plan)))
+    source = list_images(plan)
+    extractor, further = fit_extractor(plan, source), fit_further(plan, source)
+    made = generate_samples(plan, trained, extractor, further)
     return plan.store.where(f"samples/{made.digest}")
 
 
@@ -256,9 +304,17 @@ def evaluation_of(plan: Plan) -> Job:
     source = list_images(plan)
     extractor = require_sealed(plan, extractor_job(plan, source))
     trained = require_sealed(plan, train_job(plan, latents_of(plan)))
-    samples = require_sealed(plan, samples_job(plan, trained, extractor))
+    further = {
+        name: require_sealed(plan, extractor_job(plan, source, name))
+        for name in plan.config.further
+    }
+    samples = require_sealed(plan, samples_job(plan, trained, extractor, further))
     reference = require_sealed(plan, reference_job(plan, source, extractor))
-    return evaluation_job(plan, source, trained, extractor, samples, reference)
+    references = {
+        name: require_sealed(plan, reference_job(plan, source, one, name))
+        for name, one in further.items()
+    }
+    return evaluation_job(plan, source, trained, extractor, samples, reference, references)
 
 
 @flow(name="evaluate")
@@ -270,10 +326,11 @@ def evaluate(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | No
     latents = encode_images(plan, source, fit_autoencoder(plan, source))
     trained = train_model(plan, latents)
     register_model(plan, trained)
-    extractor = fit_extractor(plan, source)
-    samples = generate_samples(plan, trained, extractor)
+    extractor, further = fit_extractor(plan, source), fit_further(plan, source)
+    samples = generate_samples(plan, trained, extractor, further)
     reference = look_at_images(plan, source, extractor)
-    evaluation = evaluate_model(plan, source, trained, extractor, samples, reference)
+    references = look_further(plan, source, further)
+    evaluation = evaluate_model(plan, source, trained, extractor, samples, reference, references)
     report = publish(plan, evaluation, judge(plan, evaluation))
     return plan.store.where(report.key)
 
@@ -308,9 +365,10 @@ def reevaluate_champion(
     source = promotion.inputs["source"]
     trained = open_ref(plan.store, standing.train)
     extractor = open_ref(plan.store, promotion.inputs["extractor"])
-    samples = generate_samples(plan, trained, extractor)
+    references = references_of(plan, promotion)
+    samples = generate_samples(plan, trained, extractor, extractors_of(plan, references))
     reference = look_at_images(plan, source, extractor)
-    evaluation = evaluate_model(plan, source, trained, extractor, samples, reference)
+    evaluation = evaluate_model(plan, source, trained, extractor, samples, reference, references)
     night = compare_days(plan, standing, evaluation, day)
     return plan.store.where(publish(plan, evaluation, None, night).key)
 

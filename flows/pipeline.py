@@ -14,12 +14,14 @@ from flows.evaluate import (
     check_sets,
     evaluate_model,
     fit_extractor,
+    fit_further,
     generate_samples,
     judge,
     look_at_images,
+    look_further,
     publish,
 )
-from flows.plan import Plan
+from flows.plan import Plan, Records
 from flows.promote import promote_model
 from flows.train import register_model, train_model
 
@@ -30,6 +32,8 @@ class Base:
 
     autoencoder: Record
     extractor: Record
+    further: Records
+    """Other extractors that samples are measured by as well."""
 
 
 @flow(name="pipeline")
@@ -49,12 +53,14 @@ def images_to_decision(plan: Plan, source: Ref, base: Base | None = None) -> dic
     check_sets(plan)
     autoencoder = base.autoencoder if base else fit_autoencoder(plan, source)
     extractor = base.extractor if base else fit_extractor(plan, source)
+    further = fit_further(plan, source, base.further if base else None)
     latents = encode_images(plan, source, autoencoder)
     trained = train_model(plan, latents)
     version = register_model(plan, trained)
-    samples = generate_samples(plan, trained, extractor)
+    samples = generate_samples(plan, trained, extractor, further)
     reference = look_at_images(plan, source, extractor)
-    evaluation = evaluate_model(plan, source, trained, extractor, samples, reference)
+    references = look_further(plan, source, further)
+    evaluation = evaluate_model(plan, source, trained, extractor, samples, reference, references)
     decision = judge(plan, evaluation)
     report = publish(plan, evaluation, decision)
     promoted = promote_model(plan, trained, version, decision, report)

@@ -31,6 +31,7 @@ from eqm.config import (
 )
 from eqm.errors import ConfigError, DataError, TrackingError
 from eqm.images import ImageSource, open_source
+from eqm.names import further_input
 from eqm.policy import PolicyConfig
 from eqm.records import Record, Ref, from_json, to_json
 from eqm.registry import check
@@ -42,6 +43,8 @@ from flows.settings import Settings, current_settings
 
 Changes = Mapping[str, Any] | None
 """Single settings by dotted name, as ``{"train.images": 1000}``."""
+Records = Mapping[str, Record]
+"""Name of a further extractor -> its record, or that of the reference that it made."""
 
 
 @dataclass(frozen=True)
@@ -235,10 +238,11 @@ def autoencoder_job(plan: Plan, source: Ref) -> Job:
     return _job(plan, "autoencoder", asked, {"source": source})
 
 
-def extractor_job(plan: Plan, source: Ref) -> Job:
-    """Fit, or check and seal, the feature extractor."""
+def extractor_job(plan: Plan, source: Ref, further: str | None = None) -> Job:
+    """Fit, or check and seal, the feature extractor, or a further one by its name."""
     config = plan.config
-    asked = ExtractorStage(source=config.source, extractor=config.extractor)
+    extractor = config.extractor if further is None else config.further[further].extractor
+    asked = ExtractorStage(source=config.source, extractor=extractor)
     return _job(plan, "extractor", asked, {"source": source})
 
 
@@ -255,22 +259,36 @@ def train_job(plan: Plan, latents: Record) -> Job:
     return _job(plan, "train", asked, {"latents": latents.ref})
 
 
-def samples_job(plan: Plan, trained: Record, extractor: Record) -> Job:
-    """Generate samples and their features."""
+def samples_job(
+    plan: Plan, trained: Record, extractor: Record, further: Records | None = None
+) -> Job:
+    """Generate samples and their features, also those of further extractors."""
     asked = SamplesStage(generate=plan.config.generate)
-    return _job(plan, "samples", asked, {"train": trained.ref, "extractor": extractor.ref})
+    inputs = {"train": trained.ref, "extractor": extractor.ref}
+    return _job(plan, "samples", asked, {**inputs, **_further("extractor", further)})
 
 
-def reference_job(plan: Plan, source: Ref, extractor: Record) -> Job:
-    """Look at the real images that samples are held against."""
-    asked = ReferenceStage(source=plan.config.source, reference=plan.config.reference)
+def reference_job(plan: Plan, source: Ref, extractor: Record, further: str | None = None) -> Job:
+    """Look at the real images that samples are held against, by the extractor that is given.
+
+    ``further``: its name, unless it is the main one.
+    """
+    config = plan.config
+    kept = config.reference if further is None else config.further[further].reference
+    asked = ReferenceStage(source=config.source, reference=kept)
     return _job(plan, "reference", asked, {"source": source, "extractor": extractor.ref})
 
 
 def evaluation_job(
-    plan: Plan, source: Ref, trained: Record, extractor: Record, samples: Record, reference: Record
+    plan: Plan,
+    source: Ref,
+    trained: Record,
+    extractor: Record,
+    samples: Record,
+    reference: Record,
+    further: Records | None = None,
 ) -> Job:
-    """Measure the samples and the model."""
+    """Measure the samples and the model; ``further``: references of further extractors by name."""
     asked = EvaluationStage(source=plan.config.source, evaluate=plan.config.evaluate)
     inputs = {
         "source": source,
@@ -278,6 +296,7 @@ def evaluation_job(
         "extractor": extractor.ref,
         "samples": samples.ref,
         "reference": reference.ref,
+        **_further("reference", further),
     }
     return _job(plan, "evaluation", asked, inputs)
 
@@ -285,6 +304,10 @@ def evaluation_job(
 def study_job(plan: Plan, asked: StudyStage, cells: Mapping[str, Ref]) -> Job:
     """Put evaluations into the table of a study."""
     return _job(plan, "study", asked, dict(cells))
+
+
+def _further(stage: str, records: Records | None) -> dict[str, Ref]:
+    return {further_input(stage, name): record.ref for name, record in (records or {}).items()}
 
 
 def _job(plan: Plan, stage: str, asked: Any, inputs: dict[str, Ref]) -> Job:

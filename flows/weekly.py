@@ -17,6 +17,7 @@ from eqm.images import checked_source
 from eqm.records import Record, Ref
 from eqm.stage import listing_key, open_ref, verify
 from flows.encode import list_images, open_plan
+from flows.evaluate import extractors_of, references_of
 from flows.pipeline import Base, images_to_decision
 from flows.plan import Plan
 from flows.prefect_tools import day_due, logged, page, stage
@@ -70,14 +71,15 @@ def continued(plan: Plan, standing: champion.Entry) -> Plan:
 
 
 def base_of(plan: Plan, standing: champion.Entry) -> Base:
-    """The champion's autoencoder, without which its weights mean nothing, and its extractor."""
+    """The champion's autoencoder, without which its weights mean nothing, and its extractors."""
     latents = open_ref(plan.store, open_ref(plan.store, standing.train).inputs["latents"])
-    extractor = open_ref(plan.store, standing.evaluation).inputs["extractor"]
+    evaluation = open_ref(plan.store, standing.evaluation)
     base = Base(
         autoencoder=open_ref(plan.store, latents.inputs["autoencoder"]),
-        extractor=open_ref(plan.store, extractor),
+        extractor=open_ref(plan.store, evaluation.inputs["extractor"]),
+        further=extractors_of(plan, references_of(plan, evaluation)),
     )
-    for record in (base.autoencoder, base.extractor):
+    for record in (base.autoencoder, base.extractor, *base.further.values()):
         verify(plan.store, record)
     return base
 
