@@ -11,8 +11,9 @@ Gimpel 2017; Liu et al. 2020).
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -33,15 +34,15 @@ Ends: TypeAlias = tuple[float, float]
 class OODResult:
     """What one score says about one set of OOD images, with 95 % intervals.
 
-    None of them is of zero width, unless all scores are equal. In simulations they held the truth
-    in 86 to 99 % of cases; fewest near separation, where a few images decide.
+    None of them is of zero width, unless all scores are equal. In simulations of 130 to 2,000
+    images, also of reversed scores, each held the truth in 90 % of cases at least (docs/LOG.md).
     """
 
     in_count: int
     out_count: int
     auroc: float
     auroc_interval: Ends
-    """DeLong, on the logit scale."""
+    """DeLong, on the logit scale, with Student's t."""
     aupr_out: float
     aupr_out_interval: Ends
     aupr_in: float
@@ -157,15 +158,22 @@ def _delong(inside: Array, outside: Array) -> tuple[float, float, float]:
         return area, max(area - missed, 0.0), min(area + missed, 1.0)
     out_placed = _twice_below(outside, inside) / (2 * len(inside))
     in_placed = 1 - _twice_below(inside, outside) / (2 * len(outside))
-    variance = out_placed.var(ddof=1) / len(outside) + in_placed.var(ddof=1) / len(inside)
-    return area, *_logit_interval(area, float(variance))
+    spreads = [_Spread.of(placed, np.ones(len(placed))) for placed in (out_placed, in_placed)]
+    variance = sum(spread.variance / spread.count for spread in spreads)
+    reach = _reach(area, variance, _student([s.variance / s.count for s in spreads], spreads))
+    return area, _moved(area, -reach), _moved(area, reach)
 
 
 def _aupr_interval(inside: Array, outside: Array, positive: Side) -> Ends:
-    """Normal on the logit scale (Boyd, Eng and Page 2013), by the infinitesimal jackknife.
+    """On the logit scale (Boyd, Eng and Page 2013), by the infinitesimal jackknife.
 
     Its error is what a stratified bootstrap converges to (Efron 1982, chapter 6), without the noise
     of that: from the derivatives of the area with respect to the weight of each image.
+
+    The area sums precision where each step of recall ends: too much, by the order of 1 in as many
+    images as are positive. Where scores are reversed, precision is so steep and images say so
+    little of one another that this is many times the error. The lower end is therefore that of the
+    area with precision taken in the middle of each step.
     """
     right, wrong = _sides(inside, outside, positive)
     true, false = _flagged(inside, outside, positive)
@@ -177,26 +185,63 @@ def _aupr_interval(inside: Array, outside: Array, positive: Side) -> Ends:
     # An image counts at its own threshold, and in the precision at every laxer one.
     helps = np.cumsum((gain * false / flagged**2)[::-1])[::-1] + precision - area
     harms = np.cumsum((gain * true / flagged**2)[::-1])[::-1]
-    variance = _spread(helps, gain) / len(right)
-    variance += _spread(harms, loss) * len(wrong) / len(right) ** 2
-    return _logit_interval(area, variance)
+    spreads = [_Spread.of(helps, gain), _Spread.of(harms, loss)]
+    parts = [spreads[0].variance / len(right), spreads[1].variance * len(wrong) / len(right) ** 2]
+    # Images that share a threshold are one step of the distribution too: that step has no middle.
+    middle = true - 0.5 * (gain == 1)
+    below = float(np.sum(gain * middle / (middle + false)) / len(right))
+    point = _student(parts, spreads)
+    low = _moved(below, -_reach(below, sum(parts), point))
+    return low, _moved(area, _reach(area, sum(parts), point))
 
 
-def _logit_interval(area: float, variance: float) -> Ends:
-    """Normal about the logit of an area that is neither 0 nor 1; its variance goes with it."""
-    logit, slope = math.log(area / (1 - area)), area * (1 - area)
-    reach = NORMAL_975 * math.sqrt(variance) / slope
-    return _share_of(logit - reach), _share_of(logit + reach)
+@dataclass(frozen=True)
+class _Spread:
+    """Variance of some values, and how surely it is known."""
+
+    count: float
+    variance: float
+    """Unbiased."""
+    freedom: float
+    """Degrees of freedom of a normal sample whose variance were known as surely, by the fourth
+    moment: few where a few values make nearly all of it."""
+
+    @staticmethod
+    def of(values: Array, counts: NDArray[Any]) -> "_Spread":
+        """Of values that occur so many times each."""
+        total = float(counts.sum())
+        apart = values - float(np.sum(values * counts) / total)
+        second, fourth = (float(np.sum(apart**k * counts) / total) for k in (2, 4))
+        if second == 0:
+            return _Spread(total, 0.0, total - 1)
+        excess = fourth / second**2 - 1
+        return _Spread(total, second * total / (total - 1), 2 * total / max(excess, 1e-9))
 
 
-def _spread(values: Array, counts: NDArray[np.int64]) -> float:
-    """Variance of values that occur so many times, unbiased."""
-    total = counts.sum()
-    mean = float(np.sum(values * counts) / total)
-    return float(np.sum((values - mean) ** 2 * counts) / (total - 1))
+def _student(parts: Sequence[float], spreads: Sequence[_Spread]) -> float:
+    """97.5 % point of Student's t for the root of a sum of variances (Satterthwaite 1946).
+
+    Near separation a few images out of order make nearly all of it, and samples that hold fewer of
+    them than are due take it for small. Their fourth moment is too small then as well: by
+    simulation, half of the degrees of freedom, and 2 at least, are what there is.
+    """
+    from scipy.stats import t
+
+    whole = sum(parts)
+    if whole == 0:
+        return NORMAL_975
+    freedom = whole**2 / sum(p * p / s.freedom for p, s in zip(parts, spreads, strict=True))
+    return float(t.ppf(0.975, max(freedom / 2, 2.0)))
 
 
-def _share_of(logit: float) -> float:
+def _reach(area: float, variance: float, point: float) -> float:
+    """On the logit scale, of an area that is neither 0 nor 1."""
+    return point * math.sqrt(variance) / (area * (1 - area))
+
+
+def _moved(area: float, reach: float) -> float:
+    """An area that is neither 0 nor 1, moved by so much on the logit scale."""
+    logit = math.log(area / (1 - area)) + reach
     return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
 
 

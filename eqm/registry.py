@@ -32,6 +32,7 @@ UNREACHABLE = (
 RETRY_SECONDS = 3.0
 POLL_SECONDS = 1.0
 POINTS_AT_ONCE = 40
+MOST_METRICS = 1000
 """Events a call: MLflow takes a thousand figures in one."""
 MIRRORED = "eqm.mirrored"
 """Tag of a run: how far it has the log of the training."""
@@ -280,6 +281,13 @@ def _metrics(events: Sequence[Event]) -> list[Any]:
     ]
 
 
+def _now(metrics: Mapping[str, float]) -> list[Any]:
+    from mlflow.entities import Metric
+
+    at_ms = int(time.time() * 1000)
+    return [Metric(name, value, at_ms, 0) for name, value in metrics.items()]
+
+
 def _open_run(
     client: Any, experiment: str, run_name: str, digest: str, params: Mapping[str, Any]
 ) -> tuple[str, _Mark]:
@@ -499,8 +507,10 @@ class Registry:
         with _errors(self.uri):
             run_id = self._run_of(run_digest)
             if run_id is not None:
-                for name, value in metrics.items():
-                    self._client.log_metric(run_id, name, value)
+                given = _now(metrics)
+                for start in range(0, len(given), MOST_METRICS):
+                    some = given[start : start + MOST_METRICS]
+                    self._client.log_batch(run_id, metrics=some)
                 for name, data in files.items():
                     _log_file(self._client, run_id, name, data)
         return run_id

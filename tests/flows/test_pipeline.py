@@ -19,7 +19,7 @@ from deployed import ended, pictures, start_deployment
 from mlflow import MlflowClient
 
 import eqm
-from eqm import champion
+from eqm import champion, dossier
 from eqm.errors import IntegrityError
 from eqm.latent_set import open_manifest
 from eqm.records import Decision, Record, from_json
@@ -227,7 +227,16 @@ def test_mlflow_shows_the_run_and_the_model(ran: Ran) -> None:
     assert {"loss", "gradient_norm", "images_per_second"} <= set(run.data.metrics)
     assert client.get_metric_history(run.info.run_id, "loss")[-1].step == 512
     assert run.data.params["train.images"] == "512"
-    assert "eval/distance" in run.data.metrics
+    measured = dossier.evaluation_of(ran.record("evaluation"))
+    shown = run.data.metrics
+    assert shown["eval/distance"] == measured.metrics["distance"].value
+    for key, metric in measured.metrics.items():
+        ends = (shown.get(f"eval/{key}.low"), shown.get(f"eval/{key}.high"))
+        assert ends == (metric.low, metric.high)
+    assert shown["eval/precision.low"] < shown["eval/precision.high"]
+    for row in measured.ood:
+        if row.role == "main":
+            assert shown[f"eval/auroc_{row.name}.low"] == row.auroc_low
     kept = artifacts(client, run.info.run_id)
     assert any(path.endswith(".png") for path in kept), kept
     assert {"report/report.html", "report/report.json"} <= set(kept)

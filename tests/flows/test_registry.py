@@ -150,10 +150,13 @@ def test_evidence_joins_the_run_of_the_training(registry: Registry, uri: str, mo
     version = registry.register(model, source=where, tags=tags("c1"), run_digest=digest)
     assert MlflowClient(uri).get_model_version(model, "1").run_id == mirror.run_id
     files = {"report/report.html": b"<p>hello"}
-    run_id = registry.add_evidence(digest, metrics={"eval/distance": 2.5}, files=files)
+    ends = {"eval/distance.low": 2.25, "eval/distance.high": 2.75}
+    # More than MLflow takes at once.
+    figures = {"eval/distance": 2.5, **ends, **{f"eval/fd_{i}": float(i) for i in range(1000)}}
+    run_id = registry.add_evidence(digest, metrics=figures, files=files)
     assert run_id == mirror.run_id
     run = MlflowClient(uri).get_run(str(run_id))
-    assert run.data.metrics["eval/distance"] == 2.5
+    assert run.data.metrics == figures
     assert artifacts(uri, run_id, "report") == ["report/report.html"]
     page = registry.run_page(str(run_id))
     assert page.startswith(f"{uri}/#/experiments/")
