@@ -30,6 +30,8 @@ CONFIG, WEIGHTS, SPEC = "config.json", "weights.safetensors", "spec.json"
 """The three files of an autoencoder."""
 
 HUB_WEIGHTS = "diffusion_pytorch_model.safetensors"
+FILES = (".safetensors", ".pth", ".pt", ".npz")
+"""How the names of files end that are given themselves, not with a folder."""
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*(/[\w-][\w.-]*)*")
 
 IDENTITY: dict[str, Any] = {"kind": "identity"}
@@ -354,8 +356,26 @@ def pretrained(file: PretrainedFile, source: SourceConfig) -> Autoencoder:
 
 def read_pretrained(file: PretrainedFile) -> bytes:
     """Bytes of a single file of weights, checked against its digest. Raises as ``pretrained``."""
-    place = _place(file)
-    return _checked(file, _read(file, place, place.weights))
+    return read_snapshot(file)[1]
+
+
+def read_snapshot(file: PretrainedFile, weights: str = HUB_WEIGHTS) -> tuple[str, bytes]:
+    """Name and bytes of a file of weights: a file itself, or what lies so named in a folder.
+
+    A folder is one as the hub hands it out (``weights`` is what the library that wrote it calls its
+    file), here or under s3://, or is on the hub. Raises as ``pretrained``, and DataError for a
+    folder that has weights only as a pickle.
+    """
+    place = _place(file, weights)
+    folder = Path(place.name) if place.store is not None else None
+    if folder is not None and folder.is_dir() and not (folder / place.weights).exists():
+        there = sorted(one.name for one in folder.iterdir())[:8]
+        raise DataError(
+            f"{folder} has no {place.weights} (it has {', '.join(there) or 'nothing'}): pickled "
+            "weights (.bin) of a folder are not read; take a revision that has safetensors, or "
+            "give the path of the file"
+        )
+    return place.weights, _checked(file, _read(file, place, place.weights))
 
 
 def weights_file(path: Path) -> Path:
@@ -363,25 +383,25 @@ def weights_file(path: Path) -> Path:
     return path / HUB_WEIGHTS if path.is_dir() else path
 
 
-def _place(file: PretrainedFile) -> _Place:
+def _place(file: PretrainedFile, weights: str = HUB_WEIGHTS) -> _Place:
     uri = file.uri.rstrip("/")
     folder, _, name = uri.rpartition("/")
     # Blobs of a store have no suffix: their name is their digest.
-    is_file = Path(name).suffix.lower() in (".safetensors", ".pth", ".pt") or name == file.sha256
+    is_file = Path(name).suffix.lower() in FILES or name == file.sha256
     if uri.startswith("s3://"):
-        root, weights = (folder, name) if is_file else (uri, HUB_WEIGHTS)
-        return _Place(root, open_store(root), weights)
+        root, found = (folder, name) if is_file else (uri, weights)
+        return _Place(root, open_store(root), found)
     if "://" in uri:
         raise ConfigError(f"pretrained.uri is {uri!r}; it must be a path, s3://… or a hub id")
     path = Path(uri)
     if path.exists():
-        root, weights = (path, HUB_WEIGHTS) if path.is_dir() else (path.parent, path.name)
-        return _Place(str(root), open_store(str(root)), weights)
+        root, found = (path, weights) if path.is_dir() else (path.parent, path.name)
+        return _Place(str(root), open_store(str(root)), found)
     if file.revision is None or not HUB_ID.fullmatch(uri):
         hub = HUB_ID.fullmatch(uri) is not None
         hint = "; to take it from the hub, give pretrained.revision" if hub else ""
         raise DataError(f"pretrained.uri {uri!r}: there is no such file or folder{hint}")
-    return _Place(uri, None, HUB_WEIGHTS)
+    return _Place(uri, None, weights)
 
 
 def _read(file: PretrainedFile, place: _Place, name: str) -> bytes:

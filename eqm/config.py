@@ -222,8 +222,10 @@ INCEPTION_SHA256 = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb91
 """
 EXTRACTOR_FILES = {
     "inception": "torch-fidelity's weights-inception-2015-12-05-6726825d.pth",
-    "dinov2": "DINOv2's own dinov2_vits14_pretrain.pth, or that of b, l or g",
-    "clip": "the state dict of CLIP's vision transformer, plain tensors (visual.…)",
+    "dinov2": "DINOv2's own dinov2_vits14_pretrain.pth, or that of b, l or g, or of a Hugging Face "
+    "folder with model.safetensors",
+    "clip": "the state dict of CLIP's vision transformer, plain tensors (visual.…), or of a "
+    "Hugging Face folder with model.safetensors",
 }
 """Kind of extractor -> the file that it needs."""
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from eqm.config import INCEPTION_SHA256, require
 from eqm.errors import DataError, IntegrityError
+from eqm.hub_layouts import released_clip, released_dinov2
 from eqm.names import further_inputs
 from eqm.precision import full_precision
 from eqm.records import Record, Ref, canonical_bytes, digest, from_json, sha256
@@ -413,9 +414,9 @@ def dinov2_extractor(
 ) -> FeatureExtractor:
     """DINOv2 as torch-fidelity has it, from a released file such as dinov2_vits14_pretrain.pth.
 
-    Raises as ``inception_extractor``.
+    Or from ``model.safetensors`` of Hugging Face's transformers. Raises as ``inception_extractor``.
     """
-    state = _state(weights_path, expected_sha256, "DINOv2")
+    state = released_dinov2(_state(weights_path, expected_sha256, "DINOv2"))
     name, network = dinov2_from_state(state, str(weights_path))
     pixels = _Pixels(224, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return _TransformerExtractor(network, name, expected_sha256, pixels, device)
@@ -430,14 +431,14 @@ def clip_extractor(
 ) -> FeatureExtractor:
     """CLIP's vision transformer as torch-fidelity has it, from a state dict of plain tensors.
 
-    Their names begin with ``visual.``; those of the text side are not looked at. The file that
-    OpenAI released is a program (TorchScript), which is never run: save its state dict. Raises as
-    ``inception_extractor``.
+    Their names begin with ``visual.``, or are those of Hugging Face's transformers; those of the
+    text side are not looked at. The file that OpenAI released is a program (TorchScript), which is
+    never run: save its state dict. Raises as ``inception_extractor``.
     """
     from torch_fidelity.feature_extractor_clip import CLIPVisual, convert_weights
 
     place = str(weights_path)
-    state = _state(weights_path, expected_sha256, "CLIP")
+    state = released_clip(_state(weights_path, expected_sha256, "CLIP"))
     seen = {key: value for key, value in state.items() if key.startswith("visual.")}
     try:
         width, _, _, patch = seen["visual.conv1.weight"].shape

@@ -25,7 +25,7 @@ from eqm.autoencoder import (
     fresh_network,
     identity,
     pretrained,
-    read_pretrained,
+    read_snapshot,
     sealed_autoencoder,
     signed,
 )
@@ -60,6 +60,8 @@ MEASURED_IMAGES = 4096
 MEASURE_BATCH = 128
 WARMUP = 0.05
 """Share of the fit over which the learning rate rises; a cosine takes it to zero after that."""
+SNAPSHOT_WEIGHTS = "model.safetensors"
+"""What Hugging Face's transformers calls the weights in its folders."""
 LARGEST_SHIFT = 1 / 16
 """Of a classifier's training image in either direction, as a share of its size."""
 
@@ -292,8 +294,11 @@ def extractor_outcome(context: Context, source: ImageSource) -> Outcome:
 
 def pretrained_outcome(kind: str, file: PretrainedFile) -> Outcome:
     """Weights of somebody else, sealed as they are once they prove to be of that kind."""
-    data = read_pretrained(file)
-    name = "weights.safetensors" if file.uri.endswith(".safetensors") else "weights.pth"
+    read, data = read_snapshot(file, SNAPSHOT_WEIGHTS)
+    # Blobs of a store have no suffix: a header of JSON after its length is what the format begins
+    # with, and no file of torch does.
+    tensors = read.endswith(".safetensors") or data[8:9] == b"{"
+    name = "weights.safetensors" if tensors else "weights.pth"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / name
         path.write_bytes(data)

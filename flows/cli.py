@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from flows import data, recovery, reports, samples, study_command
+from flows import data, imports, recovery, reports, samples, study_command
 from flows.options import ConfigArgument, SetOption
 
 app = typer.Typer(
@@ -26,6 +26,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(samples.app, name="samples")
 app.add_typer(reports.app, name="report")
 app.command("study")(study_command.run_study)
+app.command("import-reference")(imports.import_reference)
 out = Console()
 err = Console(stderr=True)
 

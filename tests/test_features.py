@@ -5,6 +5,7 @@ import io
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -414,6 +415,66 @@ def test_clip_equals_the_library(tmp_path):
     x = images(2, 3, 40, 56)
     assert torch.equal(extractor(x), library(x)[0])
     assert extractor(x).std() > 0.1
+
+
+HUB = json.loads((Path(__file__).parent / "golden" / "hub_layouts.json").read_text())
+"""What Hugging Face's transformers made of weights like ``as_on_the_hub``, in its own layout."""
+
+
+def as_on_the_hub(shapes):
+    def drawn(name, shape):
+        seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+        return noise / noise[0].numel() ** 0.5 if noise.ndim > 1 else 1 + 0.1 * noise
+
+    return {name: drawn(name, shape) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize(
+    ("kind", "make", "prefix"),
+    [
+        ("dinov2", dinov2_extractor, ""),
+        ("dinov2", dinov2_extractor, "dinov2."),
+        ("dinov2-gated", dinov2_extractor, ""),
+        ("clip", clip_extractor, ""),
+    ],
+)
+def test_weights_in_the_layout_of_the_hub_give_what_its_library_gives(kind, make, prefix, tmp_path):
+    truth = HUB[kind]
+    state = {prefix + k: v for k, v in as_on_the_hub(truth["shapes"]).items()}
+    file = tmp_path / "model.safetensors"
+    # Of the text side, or of a classifier, which nobody looks at.
+    beside = "text_model.final_layer_norm.bias" if kind == "clip" else "classifier.bias"
+    safetensors.torch.save_file(
+        {**state, **({beside: torch.ones(4)} if prefix or kind == "clip" else {})}, file
+    )
+    extractor = make(file, sha256_of(file))
+    side = truth["side_px"]
+    x = torch.randn(1, 3, side, side, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found = extractor._network(x)[0]
+    known = torch.tensor(truth["features"])
+    torch.testing.assert_close(found[: len(known)], known, rtol=1e-3, atol=1e-3 * truth["norm"])
+    assert float(found.norm()) == pytest.approx(truth["norm"], rel=1e-3)
+
+
+def test_a_layout_of_the_hub_that_lacks_a_tensor_is_refused(tmp_path):
+    state = as_on_the_hub(HUB["dinov2"]["shapes"])
+    state.pop("encoder.layer.1.attention.attention.key.weight")
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(state, file)
+    with pytest.raises(DataError, match=r"(?s)tensors are not DINOv2's.*blocks\.1\.attn\.qkv"):
+        dinov2_extractor(file, sha256_of(file))
+
+
+def test_registers_are_refused_and_not_left_out(tmp_path):
+    state = as_on_the_hub(HUB["dinov2"]["shapes"])
+    file = tmp_path / "model.safetensors"
+    safetensors.torch.save_file(
+        {**state, "embeddings.register_tokens": torch.ones(1, 4, 384)}, file
+    )
+    with pytest.raises(DataError, match=r"(?s)tensors are not DINOv2's.*register_tokens"):
+        dinov2_extractor(file, sha256_of(file))
 
 
 @pytest.mark.parametrize("make", [dinov2_extractor, clip_extractor])

@@ -33,6 +33,7 @@ from eqm.features import CNNExtractor, extractor_from_bytes, load_extractor
 from eqm.latents import sample_latents
 from eqm.records import Record, Ref, sha256, to_json
 from eqm.storage import LocalStore
+from eqm.vision_transformer import DINOv2
 
 SOURCE = SourceConfig()
 SMALL = AutoencoderFit(widths=(8,), images=640, batch_size=32, learning_rate=8e-3)
@@ -236,6 +237,65 @@ def test_inception_weights_are_checked_before_they_are_parsed(tmp_path: Path) ->
     right = replace(file, sha256=sha256(path.read_bytes()))
     with pytest.raises(DataError, match="these tensors are not the network's"):
         run(tmp_path, ExtractorConfig(kind="inception", pretrained=right))
+
+
+def snapshot(folder: Path) -> tuple[Path, str]:
+    """A model as the hub's own client keeps it: links to files that are named by their digests."""
+    state = {
+        k: torch.full_like(v, 0.01) for k, v in DINOv2(384, 1, gated=False).state_dict().items()
+    }
+    data = safetensors.torch.save(state)
+    cached = folder / "models--somebody--dinov2-small"
+    here, blob = cached / "snapshots" / ("c" * 40), cached / "blobs" / sha256(data)
+    for made in (here, blob.parent):
+        made.mkdir(parents=True)
+    blob.write_bytes(data)
+    (here / "model.safetensors").symlink_to(blob)
+    return here, sha256(data)
+
+
+def test_weights_of_an_extractor_come_from_a_folder_of_the_hub(tmp_path: Path) -> None:
+    here, digest = snapshot(tmp_path)
+    found = {}
+    # The folder, the file in it, and the bare blob, whose name does not say what it is.
+    for place in (here, here / "model.safetensors", (here / "model.safetensors").resolve()):
+        file = PretrainedFile(uri=str(place), sha256=digest)
+        record = run(tmp_path / "made", ExtractorConfig(kind="dinov2", pretrained=file))
+        found[record.digest] = (record.values, record.outputs)
+    assert len(found) == 3
+    values, outputs = next(iter(found.values()))
+    assert all(one == (values, outputs) for one in found.values())
+    assert values["name"] == "dinov2-vit-s-14"
+    assert outputs["weights.safetensors"].sha256 == digest
+    wrong = PretrainedFile(uri=str(here), sha256="0" * 64)
+    with pytest.raises(IntegrityError, match=r"pretrained\.sha256 is 0000"):
+        run(tmp_path, ExtractorConfig(kind="dinov2", pretrained=wrong))
+
+
+def test_a_folder_with_pickled_weights_alone_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "pytorch_model.bin").write_bytes(b"x")
+    file = PretrainedFile(uri=str(tmp_path / "old"), sha256="0" * 64)
+    told = r"no model\.safetensors \(it has pytorch_model\.bin\): pickled weights .* are not read"
+    with pytest.raises(DataError, match=told):
+        run(tmp_path, ExtractorConfig(kind="clip", pretrained=file))
+
+
+def test_a_hub_id_needs_a_revision_and_a_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bare = PretrainedFile(uri="somebody/dinov2-small", sha256="0" * 64)
+    with pytest.raises(DataError, match=r"no such file or folder; to take it .* give pretrained"):
+        run(tmp_path, ExtractorConfig(kind="dinov2", pretrained=bare))
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
+    away = replace(bare, revision="c" * 40)
+    with pytest.raises(
+        DataError,
+        match=r"(?s)model\.safetensors of somebody/dinov2-small@c.* cannot be had .*give its path",
+    ):
+        run(tmp_path, ExtractorConfig(kind="dinov2", pretrained=away))
 
 
 def test_one_class_gives_nothing_to_tell_apart(tmp_path: Path) -> None:
