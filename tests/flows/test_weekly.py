@@ -34,6 +34,11 @@ width = 8
 dimension = 8
 images = 64
 
+[further.wide.extractor.fit]
+width = 16
+dimension = 4
+images = 64
+
 [network]
 width = 16
 depth = 1
@@ -57,6 +62,9 @@ images = 20
 [policy]
 minimum_samples = 40
 maximum_distance_ratio = 1000.0
+
+[policy.metrics.fd_wide]
+maximum_ratio = 1000.0
 """
 WEEKS = """
 import shutil
@@ -115,7 +123,8 @@ def test_weeks_of_a_folder(all_environment: dict[str, str], tmp_path: Path) -> N
     }
     assert sorted(looked) == ["2026-03-09", "2026-03-16", "2026-03-23"]
     assert looked["2026-03-09"].values["outcome"] == "nothing new"
-    assert looked["2026-03-09"].values["records"] == 7
+    # An extractor and a reference more than there would be without the further one.
+    assert looked["2026-03-09"].values["records"] == 9
     went_on = looked["2026-03-16"].values
     assert (went_on["new_images"], went_on["gone_images"]) == (24, 1)
     for record in looked.values():
@@ -126,6 +135,19 @@ def test_weeks_of_a_folder(all_environment: dict[str, str], tmp_path: Path) -> N
     assert drift["outcome"] in ("none", "drift")
     assert drift["low"] <= drift["difference"] <= drift["high"]
     assert drift["difference"] == pytest.approx(drift["now"] - drift["then"])
+
+    # The further extractor is the champion's too, on new images and by night.
+    by_night = open_ref(store, nights["2026-03-10"].inputs["evaluation"])
+    rulers = {
+        open_ref(store, e.inputs["samples"]).inputs["extractor-wide"].digest
+        for e in (*evaluations, by_night)
+    }
+    assert len(rulers) == 1
+    assert by_night.inputs["reference-wide"] == evaluations[0].inputs["reference-wide"]
+    assert "fd_wide" in by_night.values["evaluation"]["metrics"]
+    # Measured again on the new images, or there were nothing to compare.
+    judged = {reason["check"]: reason for reason in new.decision["reasons"]}
+    assert judged["champion fd_wide"]["passed"]
 
 
 def records(store: Store, stage: str) -> list[Record]:
