@@ -27,6 +27,8 @@ HEADS = {
 }
 MINUS = "\N{MINUS SIGN}"
 ROW_INCHES = 0.27
+SERIES_APART = 0.018
+"""Of the width of a picture with lines."""
 LIGHT = "--ink: #333; --faint: #888; --sample: #4454c8; --real: #b06a00"
 DARK = "--ink: #ddd; --faint: #999; --sample: #93a4ff; --real: #f0a94b"
 
@@ -296,6 +298,8 @@ def draw(asked: StudyStage, table: StudyTable) -> str:
         panels[0].set_title(f"here: {table.names[MAIN]}", fontsize=7.5, color=INK)
         if published:
             (_published_lines if lined else _published_rows)(panels[1], asked)
+            if lined:
+                panels[1].set_xlim(panels[0].get_xlim())
             panels[1].set_title("published: FID, another protocol", fontsize=7.5, color=INK)
 
     return figure_svg(put, f"{asked.title}: {table.names[MAIN]}", size=(7.2, height))
@@ -333,31 +337,42 @@ def _published_rows(axis: Any, asked: StudyStage) -> None:
 
 
 def _lines(axis: Any, asked: StudyStage, table: StudyTable) -> None:
+    apart = _apart(asked)
     for series, colour in _series(asked):
         mine = [
-            (row.x, found.metrics[MAIN])
+            ((row.x or 0.0) + apart[series], found.metrics[MAIN])
             for row, found in zip(asked.rows, table.rows, strict=True)
             if row.series == series and not found.failed
         ]
-        mine.sort(key=lambda point: point[0] or 0.0)
+        mine.sort(key=lambda point: point[0])
         x, y = [at for at, _ in mine], [found.value for _, found in mine]
         axis.plot(x, y, color=colour, linewidth=1.2, marker="o", markersize=3.5, label=series)
         for at, found in mine:
             if found.low is not None and found.high is not None:
                 axis.plot([at, at], [found.low, found.high], color=colour, linewidth=0.8)
-            axis.plot([at] * len(found.values), found.values, "_", color=FAINT, markersize=5)
+            marks = {"color": colour, "alpha": 0.6, "markersize": 5}
+            axis.plot([at] * len(found.values), found.values, "_", **marks)
         lost = [
-            row.x
+            (row.x or 0.0) + apart[series]
             for row, found in zip(asked.rows, table.rows, strict=True)
             if row.series == series and found.failed
         ]
-        # At the top: where they ran off to.
-        top = {"transform": axis.get_xaxis_transform(), "clip_on": False}
-        axis.plot(lost, [1.0] * len(lost), "x", color=colour, markersize=5, **top)
+        for at in lost:
+            # At the top: where they ran off to.
+            top = {"transform": axis.get_xaxis_transform(), "clip_on": False}
+            axis.plot([at], [1.0], "x", color=colour, markersize=5, **top)
     _floor(axis, table, axis.axhline)
     crosses = "; x: diverged" if any(row.failed for row in table.rows) else ""
     axis.set_xlabel(f"{asked.x_label} (dashed: real held-out images{crosses})")
     _legend(axis, asked)
+
+
+def _apart(asked: StudyStage) -> dict[str, float]:
+    """How far the points of a series stand beside their place, or intervals would hide others."""
+    places = [row.x or 0.0 for row in asked.rows]
+    names = [name for name, _ in _series(asked)]
+    step = SERIES_APART * (max(places) - min(places))
+    return {name: step * (i - (len(names) - 1) / 2) for i, name in enumerate(names)}
 
 
 def _published_lines(axis: Any, asked: StudyStage) -> None:
