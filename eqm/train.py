@@ -278,8 +278,11 @@ def step(run: Run, batch: Batch, stop: bool) -> bool:
     run.since_report.append(torch.stack([loss, norm]))
     # What was skipped, or is about to be refused, is in no mean.
     run.tally.add_(torch.where((loss + norm).isfinite(), told, torch.zeros_like(told)))
-    if run.world.size == 1:
-        return stop
+    return stop if run.world.size == 1 else somebody_stops(run, stops)
+
+
+def somebody_stops(run: Run, stops: Tensor) -> bool:
+    """Whether any rank wants to stop, of how many do, (): all are told the same, in one update."""
     if run.world.device.type == "cpu":
         return bool(stops > 0)
     before, run.stops = run.stops, OnItsWay(stops)

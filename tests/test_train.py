@@ -366,6 +366,15 @@ def test_two_processes_end_in_the_same_bits_twice(pairs: list[tuple[LocalStore, 
     assert one.content == other.content
 
 
+@pytest.mark.parametrize(("kind", "told"), [("cpu", [0, 1, 0]), ("cuda", [0, 0, 1])])
+def test_gpus_learn_of_a_wish_to_stop_one_update_later(
+    tiny: chain.Chain, tmp_path: Path, kind: str, told: list[int]
+) -> None:
+    run = set_up(untrained(tiny, tmp_path))
+    run.context = replace(run.context, world=World(0, 2, torch.device(kind)))
+    assert [train.somebody_stops(run, torch.tensor(n)) for n in (0.0, 2.0, 0.0)] == told
+
+
 @pytest.mark.parametrize("size", [2, 4])
 def test_gradients_of_the_ranks_add_up(tiny: chain.Chain, tmp_path: Path, size: int) -> None:
     job = untrained(tiny, tmp_path)
