@@ -31,7 +31,14 @@ from flows.plan import (
     sealed,
     source_ref,
 )
-from flows.prefect_tools import cancel_children, logged, run_id, stage, unfinished_children
+from flows.prefect_tools import (
+    MONTH_SECONDS,
+    cancel_children,
+    logged,
+    run_id,
+    stage,
+    unfinished_children,
+)
 
 open_plan = stage(make_plan)
 """``make_plan`` for runs that nobody watches: services that are away are waited for."""
@@ -77,7 +84,12 @@ def _cancel_ranges(flow: Any, flow_run: Any, state: Any) -> None:
     cancel_children(flow_run.id)
 
 
-@flow(name="encode", on_cancellation=[_cancel_ranges], on_crashed=[_cancel_ranges])
+@flow(
+    name="encode",
+    timeout_seconds=MONTH_SECONDS,
+    on_cancellation=[_cancel_ranges],
+    on_crashed=[_cancel_ranges],
+)
 def encode(
     config: str | dict[str, Any] = "demo",
     changes: dict[str, Any] | None = None,
@@ -181,7 +193,7 @@ def encode_part(plan: Plan, job: Job) -> None:
     plan.launcher.run(job, processes=plan.processes)
 
 
-@flow(name="encode-range")
+@flow(name="encode-range", timeout_seconds=MONTH_SECONDS)
 def encode_range(
     config: str | dict[str, Any],
     source: str,

@@ -22,6 +22,7 @@ from flows.evaluate import (
     publish,
 )
 from flows.plan import Plan, Records
+from flows.prefect_tools import MONTH_SECONDS
 from flows.promote import promote_model
 from flows.train import register_model, train_model
 
@@ -36,7 +37,7 @@ class Base:
     """Other extractors that samples are measured by as well."""
 
 
-@flow(name="pipeline")
+@flow(name="pipeline", timeout_seconds=MONTH_SECONDS)
 def pipeline(
     config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None = None
 ) -> dict[str, Any]:

@@ -59,6 +59,11 @@ AWAY_SECONDS = [5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0]
 """How long a run of a deployment waits, in turn, for a service that is away: 19 minutes in all."""
 
 
+MONTH_SECONDS = 31 * 24 * 3600.0
+"""A run that somebody asked for and that does not end is ended then: six times what the longest
+recipe takes on eight H100. What it has trained by then is not lost."""
+
+
 def stage(function: Callable[P, R]) -> Callable[P, R]:
     """Make a stage visible as a task of the flow run."""
     return task(  # type: ignore[return-value]

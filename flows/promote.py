@@ -20,6 +20,9 @@ from flows.plan import Plan, make_plan, require_sealed
 from flows.prefect_tools import logged, stage
 from flows.train import register_model
 
+PROMOTE_SECONDS = 12 * 3600.0
+"""Weights are read from the store, once."""
+
 
 def whoever() -> dict[str, Any]:
     """Who moves the champion, and with which program: provenance of an entry of its history."""
@@ -64,7 +67,7 @@ def promote_model(
     return entry
 
 
-@flow(name="promote")
+@flow(name="promote", timeout_seconds=PROMOTE_SECONDS)
 def promote(
     config: str | dict[str, Any] = "demo",
     changes: dict[str, Any] | None = None,

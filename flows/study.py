@@ -38,7 +38,7 @@ from flows.plan import (
     study_job,
     train_job,
 )
-from flows.prefect_tools import logged, markdown, stage
+from flows.prefect_tools import MONTH_SECONDS, logged, markdown, stage
 
 Ensure = Callable[[Plan, Job, int], Record]
 """How a job comes to its record, by so many processes."""
@@ -245,7 +245,7 @@ def tell(plan: Plan, shown: Shown) -> None:
     )
 
 
-@flow(name="study")
+@flow(name="study", timeout_seconds=MONTH_SECONDS)
 def study(
     name: str,
     config: str | dict[str, Any] = "demo",

@@ -1,9 +1,13 @@
 """What a run that nobody watches waits for, and what it never tries again."""
 
 import datetime
+from importlib import import_module
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import yaml
 from prefect.states import Failed
 
 from eqm.errors import ConfigError, DataError, MissingError, StoreError, TrackingError
@@ -38,3 +42,18 @@ def test_a_day_is_that_on_which_a_run_was_due(monkeypatch: pytest.MonkeyPatch) -
     due = datetime.datetime(2026, 3, 3, 1, 30, tzinfo=east)
     monkeypatch.setattr(prefect_tools, "flow_run", SimpleNamespace(scheduled_start_time=due))
     assert prefect_tools.day_due() == datetime.date(2026, 3, 2)
+
+
+DEPLOYED = yaml.safe_load((Path(__file__).parents[2] / "prefect.yaml").read_text())["deployments"]
+
+
+@pytest.mark.parametrize("deployed", DEPLOYED, ids=lambda one: one["name"])
+def test_every_deployment_ends_some_time_and_its_schedules_are_in_utc(
+    deployed: dict[str, Any],
+) -> None:
+    module, _, name = deployed["entrypoint"].partition(":")
+    found = getattr(import_module(module.removesuffix(".py").replace("/", ".")), name)
+    assert found.timeout_seconds >= 3600
+    assert found.retries == 0, "what may be tried again is tried by its stages"
+    assert set(deployed.get("parameters", {})) <= set(found.parameters.properties)
+    assert all(one["timezone"] == "UTC" for one in deployed.get("schedules", []))
