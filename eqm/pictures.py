@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from eqm.randomness import permutation
@@ -77,7 +77,13 @@ def decode_picture(data: bytes, *, exif_rotation: bool = False) -> Image.Image:
     """
     if not data:
         raise ValueError("there are no bytes")
-    picture = Image.open(io.BytesIO(data), formats=sorted(set(FORMATS.values())))
+    kinds = sorted(set(FORMATS.values()))
+    try:
+        picture = Image.open(io.BytesIO(data), formats=kinds)
+    except UnidentifiedImageError as error:
+        # Pillow's own words name an address in memory.
+        listed = ", ".join(kinds)
+        raise ValueError(f"it is none of {listed}, or its beginning is damaged") from error
     width, height = picture.size
     if width * height > LARGEST_IMAGE_PIXELS:
         raise ValueError(f"{width} x {height} px is a decompression bomb")

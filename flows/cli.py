@@ -115,7 +115,7 @@ def _champions() -> None:
         store = store_of(activate())
         models = sorted({key.split("/")[1] for key in store.list("history/")})
     except EqmError as error:
-        out.print(f"champions: unknown ({_plain(str(error))})")
+        out.print(f"champions: unknown ({_plain(str(error))})", soft_wrap=True)
         return
     for model in models:
         standing = champion.current(store, model)

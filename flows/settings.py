@@ -150,7 +150,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
     """Read the environment. Raises ConfigError."""
     _refuse_unknown(environ)
     store = environ.get("EQM_STORE") or DEFAULT_STORE
-    home = Path(environ.get("EQM_HOME") or ".eqm").absolute()
+    home = _home(environ)
     return Settings(
         home=home,
         # Children may run in another folder.
@@ -166,6 +166,17 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         cluster=read_cluster(environ, home),
         environ=dict(environ),
     )
+
+
+def _home(environ: Mapping[str, str]) -> Path:
+    home = Path(environ.get("EQM_HOME") or ".eqm").absolute()
+    there = next(place for place in (home, *home.parents) if os.path.exists(place))
+    if not there.is_dir():
+        raise ConfigError(
+            f"EQM_HOME is {home}, and {there} is a file: name a folder, which is made if it is "
+            "missing"
+        )
+    return home
 
 
 def _refuse_unknown(environ: Mapping[str, str]) -> None:

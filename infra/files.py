@@ -1,14 +1,24 @@
 """Small private files: written whole or not at all, readable by their owner alone."""
 
+import errno
 import os
 import tempfile
 from pathlib import Path
 from typing import BinaryIO
 
+from infra.stack import ServiceError
+
 
 def make_private_folder(path: Path) -> Path:
-    """Make a folder that only its owner can look into, if it is missing."""
-    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Make a folder that only its owner can look into, if it is missing. Raises ServiceError."""
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise
+        raise ServiceError(
+            f"folder {path} cannot be made ({error.strerror}): name another one, or mend the rights"
+        ) from error
     return path
 
 

@@ -202,6 +202,8 @@ def test_corrupt_images_are_counted_and_named(tmp_path: Path) -> None:
         open_source(FOLDER, str(root))
     for name in names:
         assert f"cat/{name} (" in str(refused.value)
+    assert "another-format.png (it is none of BMP, JPEG, PNG, WEBP" in str(refused.value)
+    assert "0x" not in str(refused.value)  # what is said of equal bytes is equal
     assert "source.on_corrupt to 'skip'" in str(refused.value)
 
 

@@ -256,6 +256,24 @@ def test_an_unknown_variable_is_refused(run, words: list[str], tmp_path: Path) -
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("words", [["up"], ["down"], ["status"], ["pipeline", "tiny"]])
+@pytest.mark.parametrize("home", ["file", "file/below"])
+def test_a_home_that_is_a_file_is_refused(run, tmp_path: Path, words: list[str], home: str) -> None:
+    (tmp_path / "file").touch()
+    os.environ["EQM_HOME"] = str(tmp_path / home)
+    refused(run(*words), f"EQM_HOME is {tmp_path / home}, and {tmp_path / 'file'} is a file")
+
+
+@pytest.mark.parametrize("words", [["up"], ["backup", "--to", "/proc/nowhere"]])
+def test_a_folder_that_cannot_be_made_is_named(run, words: list[str]) -> None:
+    os.environ["EQM_HOME"] = "/proc/nowhere"
+    refused(run(*words), "folder /proc/nowhere cannot be made", "name another one")
+
+
+def test_secrets_into_a_folder_that_is_not_there(run, tmp_path: Path) -> None:
+    refused(run("secrets", "--to", "infra/.env"), f"there is no folder {tmp_path / 'infra'}")
+
+
 def test_an_address_without_scheme_is_refused(run) -> None:
     os.environ["EQM_S3_ENDPOINT"] = "127.0.0.1:8333"
     refused(run("pipeline", "tiny"), "EQM_S3_ENDPOINT is '127.0.0.1:8333'", "http://")
