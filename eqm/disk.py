@@ -19,6 +19,8 @@ from eqm.errors import StoreError
 
 ASIDE = ".aside-"
 """Names of files that are still being written begin with this."""
+NO_FILE = (errno.ENOTDIR, errno.EISDIR)
+"""What stands where a file should be, or where its folder should."""
 YOUNG_SECONDS = 60.0
 """A file aside is left alone for so long after it was last written."""
 
@@ -87,8 +89,11 @@ def disk_errors(place: str) -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StoreError(f"the disk is full at {place}: free space and run again") from error
-        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR):
-            raise StoreError(f"{place} cannot be written ({error.strerror})") from error
+        if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM, *NO_FILE):
+            raise StoreError(
+                f"{place} cannot be written ({error.strerror}): name another place, or mend its "
+                "rights"
+            ) from error
         raise
 
 

@@ -20,6 +20,8 @@ class Progress:
     ) -> None:
         self.label, self.total, self.unit, self.done, self.show = label, total, unit, done, show
         self._first, self._began, self._said = done, time.monotonic(), 0.0
+        self._told = -1
+        """What was done when a line last said so."""
         self._bar: Any = None
         self._task: Any = None
 
@@ -37,7 +39,7 @@ class Progress:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
-        elif self.show and error is None:
+        elif self.show and error is None and self._told != self.done:
             self._say({})
 
     @property
@@ -56,7 +58,7 @@ class Progress:
             self._said = time.monotonic()
 
     def _say(self, figures: dict[str, float]) -> None:
-        self._said = time.monotonic()
+        self._said, self._told = time.monotonic(), self.done
         rate = self.per_second
         left = (self.total - self.done) / rate if rate > 0 else 0.0
         more = f"  {_figures(figures)}" if figures else ""

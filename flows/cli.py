@@ -11,10 +11,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from flows import data, imports, recovery, reports, samples, study_command
 from flows.options import ConfigArgument, SetOption
+from flows.terminal import any_encoding, show
+from flows.terminal import table as table_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,6 +44,7 @@ def run() -> None:
     """Entry point: errors that a person can mend are one message and exit status 2."""
     from eqm.errors import EqmError
 
+    any_encoding()
     try:
         app()
     except EqmError as error:
@@ -98,10 +100,10 @@ def status() -> None:
     from flows.settings import current_home
     from infra import local
 
-    table = Table("service", "state", "address", box=None)
+    table = table_of("service", "state", "address")
     for service in local.status(current_home()):
         table.add_row(service.name, service.state, service.address)
-    out.print(table)
+    show(table, out)
     _champions()
 
 
@@ -146,12 +148,12 @@ def doctor() -> None:
     """Check this machine: what is there, what is missing and how to get it."""
     from flows.doctor import examine
 
-    table = Table("", "what", "found", "remedy", box=None)
+    table = table_of("", "what", "found", "remedy")
     findings = list(examine())
     for finding in findings:
         mark = "[green]ok[/]" if finding.ok else "[red]no[/]" if finding.needed else "[yellow]--[/]"
         table.add_row(mark, finding.what, _plain(finding.found), _remedy(finding))
-    out.print(table)
+    show(table, out)
     if any(not finding.ok and finding.needed for finding in findings):
         raise typer.Exit(1)
 
@@ -266,13 +268,13 @@ def history(
 
 
 def _show_history(model: str, entries: list[Any], faults: list[str], told: list[str]) -> None:
-    table = Table("move", "when", "what", "version", "evaluation", "by", "revision", box=None)
+    table = table_of("move", "when", "what", "version", "evaluation", "by", "revision")
     for entry in entries:
         by, revision = (entry.provenance.get(name) or "" for name in ("by", "git_revision"))
         words = (str(entry.number), entry.at, entry.action, str(entry.version))
         table.add_row(*words, entry.evaluation.digest[:12], _plain(str(by)), str(revision)[:12])
     if entries:
-        out.print(table)
+        show(table, out)
     for line in told:
         out.print(f"repaired: {_plain(line)}", soft_wrap=True)
     for fault in faults:
@@ -479,11 +481,11 @@ def show_recipes(
     if name is not None:
         sys.stdout.write(recipes.to_toml(recipes.recipe(name)))
         return
-    table = Table("recipe", "model", "parameters", "images", "what to expect", box=None)
+    table = table_of("recipe", "model", "parameters", "images", "what to expect")
     for one in recipes.recipes().values():
         count, images = f"{one.parameters:,}", f"{one.config.train.images:,}"
         table.add_row(one.name, one.title, count, images, one.expected)
-    out.print(table)
+    show(table, out)
     out.print("What each costs: docs/recipes.md")
 
 

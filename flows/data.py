@@ -11,9 +11,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from flows.addresses import sealed_by_digits, sealed_digests
+from flows.terminal import show
+from flows.terminal import table as table_of
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -150,7 +151,7 @@ def stats(latents: LatentsArgument) -> None:
     data = open_manifest(record, store)
     found, spec = statistics(data), data.manifest.spec
     data.close()
-    facts = Table(box=None, show_header=False)
+    facts = table_of("", "", header=False)
     facts.add_row(
         "images", f"{found.images:,} ({found.train:,} train, {found.held_out:,} held out)"
     )
@@ -161,15 +162,13 @@ def stats(latents: LatentsArgument) -> None:
     facts.add_row("latents", f"{spec.shape} of {spec.image_size_px} px, {escape(spec.autoencoder)}")
     facts.add_row("mirrors", "yes" if data.manifest.mirrored else "no")
     facts.add_row("shards", f"{len(data.manifest.shards):,} of {data.manifest.shard_images:,}")
-    out.print(facts)
-    moments = Table(
-        "channel", "mean", "std", "low", "high", "posterior std", "whitened std", box=None
-    )
+    show(facts, out)
+    moments = table_of("channel", "mean", "std", "low", "high", "posterior std", "whitened std")
     columns = ("mean", "std", "low", "high", "posterior_std", "whitened_std")
     for channel in range(spec.shape[0]):
         moments.add_row(str(channel), *(f"{getattr(found, c)[channel]:.4g}" for c in columns))
     out.print(f"moments of {found.looked_at:,} samples", highlight=False)
-    out.print(moments)
+    show(moments, out)
     for warning in found.warnings:
         out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
 
@@ -218,7 +217,7 @@ def list_(
     from eqm.records import LatentSpec, from_json
 
     opened = _store(store)
-    table = Table("latents", "images", "classes", "shape", "autoencoder", "sealed", box=None)
+    table = table_of("latents", "images", "classes", "shape", "autoencoder", "sealed")
     for digest in sealed_digests(opened, "latents"):
         try:
             record = opened.record("latents", digest)
@@ -238,7 +237,7 @@ def list_(
             str(record.provenance.get("ended", "")),
         )
     if table.row_count:
-        out.print(table)
+        show(table, out)
     else:
         out.print(f"{opened.uri} holds no sealed latents: make some with `eqm data encode`")
 

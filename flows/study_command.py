@@ -6,7 +6,9 @@ from typing import Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.table import Table
+
+from flows.terminal import show
+from flows.terminal import table as table_of
 
 out = Console()
 
@@ -61,10 +63,10 @@ def run_study(
 def _list() -> None:
     from eqm import studies
 
-    table = Table("study", "asks", box=None)
+    table = table_of("study", "asks")
     for one in studies.studies().values():
         table.add_row(one.name, one.asks)
-    out.print(table)
+    show(table, out)
 
 
 def _run(name: str, config: str, changes: dict[str, Any], seeds: int, here: bool) -> dict[str, str]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from eqm import stage
+from eqm import progress, stage
 from eqm.config import Job, Runtime
 from eqm.errors import ConfigError, DataError, DivergedError, IntegrityError
 from eqm.records import Ref, to_json
@@ -138,3 +138,17 @@ def test_provenance_names_no_place(tmp_path: Path) -> None:
     made = stage.run(a_job(tmp_path), makes(b"x"))
     assert str(tmp_path) not in json.dumps(to_json(made))
     assert made.provenance["threads"] == 1
+
+
+@pytest.mark.parametrize("last_seconds", [1.0, 20.0])
+def test_the_last_line_of_progress_is_said_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, last_seconds: float
+) -> None:
+    now = 1.0
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now)
+    with progress.Progress("scoring", total=4) as bar:
+        bar.advance(2)
+        now += last_seconds
+        bar.advance(2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("scoring: 4 of 4 images")

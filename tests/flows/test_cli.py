@@ -1,5 +1,6 @@
 """The ``eqm`` command: quick help, dry runs, and one message for every mistake."""
 
+import io
 import json
 import os
 import socket
@@ -15,6 +16,7 @@ import torch
 from contest import Bench, MemoryRegistry
 from deployed import pictures
 from PIL import Image
+from rich.console import Console
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -25,6 +27,7 @@ from eqm.images import open_source
 from eqm.model import reconstructed
 from eqm.storage import LocalStore
 from flows import cli, clusters, settings
+from flows.terminal import any_encoding, show, table
 from infra import alarms
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
@@ -32,7 +35,7 @@ COMMANDS = [
     *("up", "down", "status", "env", "doctor", "backup", "restore", "secrets"),
     *("pipeline", "encode", "train", "evaluate", "promote", "rollback", "history"),
     *("sample", "serve", "ema", "study", "recipes", "clean"),
-    *("import-official", "export-official"),
+    *("import-official", "export-official", "import-reference"),
 ]
 
 
@@ -268,6 +271,35 @@ def test_a_home_that_is_a_file_is_refused(run, tmp_path: Path, words: list[str],
 def test_a_folder_that_cannot_be_made_is_named(run, words: list[str]) -> None:
     os.environ["EQM_HOME"] = "/proc/nowhere"
     refused(run(*words), "folder /proc/nowhere cannot be made", "name another one")
+
+
+def test_a_folder_where_a_file_should_be_is_named(run, tmp_path: Path) -> None:
+    os.environ["EQM_HOME"] = str(tmp_path / "home")
+    (tmp_path / "home" / "stack.json").mkdir(parents=True)
+    refused(run("status"), f"{tmp_path / 'home' / 'stack.json'} cannot be", "name another place")
+
+
+# -- terminals of all kinds ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+@pytest.mark.parametrize("width", [None, 24])
+def test_tables_are_whole_on_any_terminal(
+    monkeypatch: pytest.MonkeyPatch, encoding: str, width: int | None
+) -> None:
+    bytes_ = io.BytesIO()
+    written = io.TextIOWrapper(bytes_, encoding=encoding, write_through=True)
+    monkeypatch.setattr(sys, "stdout", written)
+    any_encoding()
+    rows = table("what", "where")
+    rows.add_row("Blüten, 花", "http://127.0.0.1:8333/a/long/address")
+    show(rows, Console(force_terminal=width is not None, no_color=True, width=width))
+    told = bytes_.getvalue().decode(encoding)
+    if width is None:
+        assert "http://127.0.0.1:8333/a/long/address" in told
+    else:
+        cells = (line.split()[-1] for line in told.splitlines()[1:])
+        assert "".join(cells) == "http://127.0.0.1:8333/a/long/address"
 
 
 def test_secrets_into_a_folder_that_is_not_there(run, tmp_path: Path) -> None:
