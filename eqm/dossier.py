@@ -3,6 +3,7 @@
 Reads the chain of records behind an evaluation and the bytes that the page needs. Called by flows.
 """
 
+import datetime
 import json
 from typing import Any
 
@@ -29,6 +30,15 @@ def evaluation_of(record: Record) -> Evaluation:
 def champion_evaluation(store: Store, standing: Entry | None) -> Evaluation | None:
     """What was measured of the champion when it was promoted."""
     return None if standing is None else evaluation_of(open_ref(store, standing.evaluation))
+
+
+def ended(record: Record) -> datetime.datetime | None:
+    """When a result was sealed, by the clock of the machine that made it."""
+    try:
+        found = datetime.datetime.fromisoformat(str(record.provenance.get("ended")))
+    except ValueError:
+        return None
+    return found if found.tzinfo else None
 
 
 def chain_of(store: Store, record: Record) -> tuple[Record, ...]:

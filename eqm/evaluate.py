@@ -24,7 +24,7 @@ from eqm.images import ImageSource
 from eqm.measures import Samples
 from eqm.names import further_input, further_inputs, further_key
 from eqm.outliers import Subject
-from eqm.records import Evaluation, Record, from_json, to_json
+from eqm.records import Evaluation, Record, Ref, from_json, to_json
 from eqm.samples import columns, kept_images
 from eqm.stage import Context, Outcome
 from eqm.stage import main as stage_main
@@ -55,6 +55,7 @@ def program(context: Context) -> Outcome | None:
         context.job.inputs["source"],
         listing=context.listing(),
     )
+    check_of_one_model(context.job.inputs, record)
     reference = reference_for(context, record)
     further = {
         name: reference_for(context, record, name)
@@ -98,7 +99,8 @@ def program(context: Context) -> Outcome | None:
         samples=len(samples),
         metrics=metrics,
         ood=rows,
-        mean_field_evaluations=float(record.values["mean_field_evaluations"]),
+        # Not what the record says of it: like every number, it can be computed again.
+        mean_field_evaluations=float(sealed["evaluations"].double().mean()),
     )
     shown = min(GRID_CLASSES, len(source.classes))
     real = first_of_each_class(source, shown, stage.evaluate.grid_rows)
@@ -125,16 +127,36 @@ def program(context: Context) -> Outcome | None:
 # -- what is measured ---------------------------------------------------------------------------
 
 
+def check_of_one_model(inputs: Mapping[str, Ref], samples: Record) -> None:
+    """Refuse samples of another model, or seen by another extractor, than what is evaluated.
+
+    An evaluation is evidence of the model that its inputs name. Raises DataError.
+    """
+    for name, remedy in (("train", "generate from this model"), ("extractor", "give that one")):
+        made, asked = samples.inputs[name], inputs[name]
+        if made != asked:
+            raise DataError(
+                f"samples {samples.digest[:12]} are of {name} {made.digest[:12]}, and {name} "
+                f"{asked.digest[:12]} is to be evaluated: {remedy}"
+            )
+
+
 def reference_for(context: Context, samples: Record, further: str | None = None) -> Reference:
     """The sealed reference, or that of a further extractor.
 
-    Raises DataError if another extractor looked at the samples.
+    Raises DataError if another extractor looked at the samples, or if it is of other images.
     """
 
     def named(stage: str) -> str:
         return stage if further is None else further_input(stage, further)
 
     record = context.input(named("reference"))
+    seen, source = record.inputs["source"], context.job.inputs["source"]
+    if seen != source:
+        raise DataError(
+            f"reference {record.digest[:12]} is of images {seen.digest[:12]}, and those of this "
+            f"evaluation are {source.digest[:12]}: make a reference of them"
+        )
     looked = samples.inputs.get(named("extractor"))
     if looked is None:
         raise DataError(

@@ -5,6 +5,7 @@ evaluation rests on; its numbers, computed again from sealed features; samples, 
 their seeds; the decision; and the bytes of JSON and page, rendered again. Called by flows.
 """
 
+import datetime
 import functools
 import json
 import re
@@ -24,8 +25,8 @@ from eqm.report_page import render_html
 from eqm.stage import open_ref
 from eqm.storage import Store, record_key
 
-KEPT_CHECKS = ("rollback", "freshness")
-"""Reasons that come from the history and from the day of the judgement: they are not made again."""
+NO_SUCH = (EqmError, LookupError, TypeError, ValueError, AttributeError, RecursionError)
+"""What comes of reading things that somebody edited: anything may be missing, or another thing."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,7 +115,7 @@ def verify(
     checks.append(check_chain(store, record))
     try:
         again = compute_again(store, record, runtime, seeds=seeds, exact=exact)
-    except EqmError as error:
+    except NO_SUCH as error:
         checks.append(_impossible("numbers", "computed again", error))
     else:
         checks += [check_numbers(store, record, again), *again.remade]
@@ -124,10 +125,15 @@ def verify(
     return checks
 
 
-def _impossible(name: str, text: str, error: EqmError) -> Check:
+def _impossible(name: str, text: str, error: Exception) -> Check:
     """A check that cannot be made has not been passed."""
-    wrong = Difference(place=name, sealed="", found=str(error))
+    wrong = Difference(place=name, sealed="", found=_in_words(error))
     return Check(name=name, text=f"cannot be {text}", differences=(wrong,))
+
+
+def _in_words(error: Exception) -> str:
+    """Python's own errors say little without their names: of KeyError, the key alone."""
+    return str(error) if isinstance(error, EqmError) else f"{type(error).__name__}: {error}"
 
 
 # -- what is sealed -----------------------------------------------------------------------------
@@ -267,10 +273,11 @@ def check_report(report: Stored, renderer: Renderer) -> list[Check]:
     what = f"report {report.key.rpartition('/')[2]}"
     try:
         asked = _asked(report.data)
-    except (ValueError, LookupError, TypeError, EqmError) as error:
+        key = asked.key(renderer.evaluation)
+    except NO_SUCH as error:
         wrong = Difference(place="JSON", sealed=f"no {SCHEMA}: {error}", found=SCHEMA)
         return [Check(name="JSON", text=what, differences=(wrong,))]
-    wrong = of_values(report.key, asked.key(renderer.evaluation), "title, model or decision")
+    wrong = of_values(report.key, key, "title, model or decision")
     text = f"{what}: the digest of its title, model and decision"
     checks = [
         Check(name="name", text=text, differences=tuple(wrong)),
@@ -285,7 +292,7 @@ def check_report(report: Stored, renderer: Renderer) -> list[Check]:
             differences = of_bytes(report.page, renderer.page(asked), "page")
             text = f"{what}: {len(report.page):,} bytes, rendered again"
             checks.append(Check(name="page", text=text, differences=tuple(differences)))
-    except EqmError as error:
+    except NO_SUCH as error:
         checks.append(_impossible("JSON", "rendered again", error))
     return checks
 
@@ -308,7 +315,7 @@ def check_decision(renderer: Renderer, decision: Decision | None) -> Check:
         return Check(name="decision", text="none was made")
     try:
         again = renderer.judged(decision)
-    except EqmError as error:
+    except NO_SUCH as error:
         return _impossible("decision", "made again", error)
     wrong = of_values(to_json(decision), to_json(again), "decision")
     text = f"{len(decision.reasons)} checks of policy {decision.policy.get('name')!r}, made again"
@@ -318,15 +325,50 @@ def check_decision(renderer: Renderer, decision: Decision | None) -> Check:
 def _judged(store: Store, record: Record, decision: Decision) -> Decision:
     against = decision.champion
     champion = None if against is None else open_ref(store, against)
+    for name, ref in decision.studies.items():
+        _check_study(store, record, name, ref)
+    policy = from_json(PolicyConfig, decision.policy, "policy")
+    evaluated = dossier.ended(record)
     found = gate.decide(
         dossier.evaluation_of(record),
         record.ref,
-        from_json(PolicyConfig, decision.policy, "policy"),
+        policy,
         champion=None if champion is None else dossier.evaluation_of(champion),
         champion_ref=against,
         studies=decision.studies,
+        evaluated=evaluated,
+        now=None if evaluated is None else _moment(decision, evaluated),
     )
-    made = iter([r for r in found.reasons if r.check not in KEPT_CHECKS])
-    placed = [r if r.check in KEPT_CHECKS else next(made, None) for r in decision.reasons]
-    reasons = (*(r for r in placed if r is not None), *made)
-    return replace(found, promote=all(r.passed for r in reasons), reasons=reasons)
+    # That a model was rolled back is known from the history alone. It can only speak against it.
+    taken_back = tuple(r for r in decision.reasons if r.check == "rollback" and not r.passed)
+    promote = found.promote and not taken_back
+    return replace(found, promote=promote, reasons=(*found.reasons, *taken_back))
+
+
+def _check_study(store: Store, record: Record, name: str, ref: Ref) -> None:
+    """Refuse a study that is not sealed, or not of this model. Raises DataError, IntegrityError."""
+    study, train = open_ref(store, ref), record.inputs["train"]
+    cells = [open_ref(store, cell) for cell in study.inputs.values()]
+    named = study.stage == "study" and study.config.get("study") == name
+    if not named or all(cell.inputs.get("train") != train for cell in cells):
+        raise DataError(
+            f"{ref.stage} {ref.digest[:12]} is no study {name!r} of train {train.digest[:12]}: "
+            "judge again with `eqm promote`"
+        )
+
+
+def _moment(decision: Decision, evaluated: datetime.datetime) -> datetime.datetime:
+    """When a decision was made, as near as it says: it tells the day, on which the age passed.
+
+    The moment of that day which is best for what it says; one before the evaluation where it says
+    no day, as of an evaluation that is dated ahead.
+    """
+    told = next((reason for reason in decision.reasons if reason.check == "freshness"), None)
+    day = None if told is None else re.search(r"judged on (\d{4}-\d\d-\d\d);", told.text)
+    if told is None or day is None:
+        return evaluated - datetime.timedelta(days=1)
+    midnight = datetime.datetime.combine(
+        datetime.date.fromisoformat(day[1]), datetime.time(), datetime.UTC
+    )
+    last = midnight + datetime.timedelta(days=1, seconds=-1)
+    return min(max(midnight, evaluated), last) if told.passed else last

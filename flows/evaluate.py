@@ -156,15 +156,6 @@ def refused_after_rollback(decision: Decision, taken_back: champion.Entry) -> De
     return replace(decision, promote=False, reasons=(*decision.reasons, reason))
 
 
-def ended(record: Record) -> datetime.datetime | None:
-    """When a result was sealed, by the clock of the machine that made it."""
-    try:
-        found = datetime.datetime.fromisoformat(str(record.provenance.get("ended")))
-    except ValueError:
-        return None
-    return found if found.tzinfo else None
-
-
 @stage
 def judge(plan: Plan, evaluation: Record, despite_rollback: bool = False) -> Decision:
     """Hold the evaluation against the policy and the champion."""
@@ -185,7 +176,7 @@ def judge(plan: Plan, evaluation: Record, despite_rollback: bool = False) -> Dec
         studies=sealed_studies(plan, evaluation.inputs["train"])
         if plan.config.policy.required_studies
         else {},
-        evaluated=ended(evaluation),
+        evaluated=dossier.ended(evaluation),
         now=datetime.datetime.now(datetime.UTC),
     )
     taken_back = champion.withdrawn(entries).get(evaluation.inputs["train"].content)

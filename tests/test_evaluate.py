@@ -1,6 +1,7 @@
 """Numbers about samples: right on cases that are known, the same wherever they are measured."""
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from eqm.config import EvaluationStage, SourceConfig, replace, stage_config
 from eqm.errors import DataError
 from eqm.evaluate import Split, grid_of
 from eqm.images import open_source
-from eqm.records import Evaluation, Ref, from_json
+from eqm.records import Evaluation, Record, Ref, from_json
 from eqm.report import render_json
 from eqm.report_page import render_html
 from eqm.stage import job_digest
@@ -88,6 +89,56 @@ def test_a_class_without_images_is_black() -> None:
     none = Split(pixels[:0], split.labels)
     assert tuple(grid_of(none, classes=3, rows=5).shape) == (3, 1, 1, 2, 2)
     assert not grid_of(none, classes=3, rows=5).any()
+
+
+# -- what belongs together ----------------------------------------------------------------------
+
+
+def evaluated_of(tiny: chain.Chain, folder: Path, **inputs: Ref) -> Record:
+    """An evaluation of other inputs than those of the chain, in a store of its own."""
+    store = chain.copied(tiny, folder / "store", without=("evaluation",))
+    for name in inputs:
+        store.seal(OTHERS[name](tiny[name]))
+    asked = tiny.job("evaluation")
+    asked = dataclasses.replace(asked, inputs={**asked.inputs, **inputs})
+    return chain.run(chain.elsewhere(asked, store.root))
+
+
+OTHERS: dict[str, Callable[[Record], Record]] = {
+    "train": lambda r: dataclasses.replace(r, config={**r.config, "of": "another"}),
+    "extractor": lambda r: dataclasses.replace(r, config={**r.config, "of": "another"}),
+    "reference": lambda r: dataclasses.replace(
+        r, inputs={**r.inputs, "source": Ref(stage="source", digest="d" * 64, content="d" * 64)}
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("train", r"samples .* are of train .* is to be evaluated: generate from this model"),
+        ("extractor", r"samples .* are of extractor .* is to be evaluated"),
+        ("reference", r"reference .* is of images dddddddddddd, .* make a reference of them"),
+    ],
+)
+def test_samples_of_another_model_are_no_evidence(
+    tiny: chain.Chain, tmp_path: Path, name: str, told: str
+) -> None:
+    with pytest.raises(DataError, match=told):
+        evaluated_of(tiny, tmp_path, **{name: OTHERS[name](tiny[name]).ref})
+
+
+def test_what_samples_cost_is_counted_and_not_believed(tiny: chain.Chain, tmp_path: Path) -> None:
+    store = chain.copied(tiny, tmp_path / "store", without=("samples", "evaluation"))
+    honest = tiny["samples"]
+    lying = store.seal(
+        dataclasses.replace(honest, values={**honest.values, "mean_field_evaluations": 1.0})
+    )
+    asked = tiny.job("evaluation")
+    asked = dataclasses.replace(asked, inputs={**asked.inputs, "samples": lying.ref})
+    found = dossier.evaluation_of(chain.run(chain.elsewhere(asked, store.root)))
+    assert found.mean_field_evaluations == honest.values["mean_field_evaluations"] > 1
+    assert found == measured(tiny)
 
 
 # -- the protocol -------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import json
 import math
 import random
 from dataclasses import replace
+from datetime import timedelta
 
 import chain
 import pytest
@@ -18,13 +19,21 @@ from eqm.discrepancies import apart, of_bytes, of_documents, of_values, told
 from eqm.errors import DataError
 from eqm.generate import remake
 from eqm.recomputation import Again, check_numbers, check_samples, compute_again, is_same_kind
-from eqm.records import record_to_bytes, to_json
+from eqm.records import Reason, Ref, record_to_bytes, to_json
 from eqm.report import render_json, report_key
 from eqm.report_page import render_html
 from eqm.samples import config_of, part_of
 from eqm.stage import open_ref
 from eqm.storage import LocalStore, record_key
-from eqm.verification import Renderer, Stored, check_chain, check_report, stored_as, verify
+from eqm.verification import (
+    Renderer,
+    Stored,
+    check_chain,
+    check_decision,
+    check_report,
+    stored_as,
+    verify,
+)
 
 TITLE, MODEL = "tiny: Equilibrium Matching", "eqm-tiny"
 ASKED = ("title", "model", "decision")
@@ -213,6 +222,86 @@ def test_a_judged_number_is_named_in_the_decision(report, renderer):
     assert "decision.reasons[0].text" in [d.place for d in found]
 
 
+def decided(evaluated, *, days, maximum=1.0):
+    """A decision on the evaluation when it was so many days old, by a policy that limits that."""
+    policy = replace(chain.tiniest().policy, minimum_samples=10, maximum_age_days=maximum)
+    ended = dossier.ended(evaluated)
+    return gate.decide(
+        dossier.evaluation_of(evaluated),
+        evaluated.ref,
+        policy,
+        evaluated=ended,
+        now=ended + timedelta(days=days),
+    )
+
+
+@pytest.mark.parametrize("days", [-3.0, -0.02, 0.0, 0.3, 0.9999, 1.0001, 40.0])
+def test_the_age_is_judged_again_on_the_day_that_the_decision_names(evaluated, renderer, days):
+    decision = decided(evaluated, days=days)
+    assert decision.promote == (-0.04 < days <= 1)
+    assert differing([check_decision(renderer, decision)]) == []
+
+
+def test_an_age_that_was_hidden_or_forged_is_found(evaluated, renderer):
+    late, fresh = decided(evaluated, days=30), decided(evaluated, days=0.1)
+    without = tuple(r for r in late.reasons if r.check != "freshness")
+    (said,) = [r for r in late.reasons if r.check == "freshness"]
+    (well,) = [r for r in fresh.reasons if r.check == "freshness"]
+    assert all(r.passed for r in without)
+    for reason in (
+        None,
+        replace(said, passed=True),
+        replace(said, passed=True, text="as fresh as can be"),
+        replace(well, text=well.text.replace(f"{dossier.ended(evaluated):%Y-%m-%d}", "2020-01-01")),
+        replace(well, text="judged on 2026-99-99; it is fresh"),
+    ):
+        forged = tuple(reason if r is said else r for r in late.reasons if reason or r is not said)
+        decision = replace(late, promote=True, reasons=forged)
+        assert differing([check_decision(renderer, decision)]), reason
+
+
+def test_that_a_model_was_rolled_back_speaks_against_it_alone(evaluated, renderer):
+    decision = decided(evaluated, days=0, maximum=None)
+    assert decision.promote
+    refused = Reason(check="rollback", passed=False, text="version 1 was rolled back")
+    against = replace(decision, promote=False, reasons=(*decision.reasons, refused))
+    assert check_decision(renderer, against).passed
+    for forged in (
+        replace(against, promote=True),
+        replace(decision, reasons=(*decision.reasons, replace(refused, passed=True))),
+    ):
+        assert not check_decision(renderer, forged).passed
+
+
+def test_studies_are_sealed_and_of_this_model(tiny, store, evaluated, tmp_path):
+    copy = copied(store, tmp_path)
+    renderer = Renderer(copy, evaluated)
+    policy = replace(tiny.config.policy, minimum_samples=10, required_studies=("sweep",))
+
+    def check(ref):
+        found = dossier.evaluation_of(evaluated)
+        decision = gate.decide(found, evaluated.ref, policy, studies={"sweep": ref})
+        assert decision.promote
+        return check_decision(renderer, decision)
+
+    def study(name, cell):
+        return copy.seal(
+            replace(evaluated, stage="study", config={"study": name}, inputs={"0-0": cell})
+        ).ref
+
+    assert check(study("sweep", evaluated.ref)).passed
+    unsealed = Ref(stage="study", digest="a" * 64, content="b" * 64)
+    for ref in (
+        unsealed,
+        study("another", evaluated.ref),
+        study("sweep", tiny["reference"].ref),
+        evaluated.ref,
+    ):
+        (found,) = check(ref).differences
+        assert "cannot be made again" in check(ref).text
+        assert "is not sealed" in found.found or "is no study 'sweep' of train" in found.found
+
+
 def test_a_value_that_is_gone_or_added_is_named(report, renderer):
     body = json.loads(report.data)
     less = {k: v for k, v in body.items() if k != "classes"}
@@ -232,6 +321,32 @@ def test_the_same_values_in_other_bytes_are_told(report, renderer):
 def test_what_is_no_report_is_told(report, renderer, data):
     (found,) = differing(check_report(replace(report, data=data), renderer))
     assert found.place == "JSON"
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda body: {**body, "title": math.nan},
+        lambda body: {**body, "title": "\ud800"},
+        lambda body: {**body, "decision": {**body["decision"], "policy": {"a": math.inf}}},
+        lambda body: {**body, "decision": {**body["decision"], "champion": body["chain"][0]}},
+    ],
+)
+def test_values_that_no_report_can_have_are_told(report, renderer, edit):
+    forged = replace(report, data=json.dumps(edit(json.loads(report.data))).encode())
+    assert differing(check_report(forged, renderer))
+
+
+def test_a_report_deeper_than_can_be_read_is_told(report, renderer):
+    (found,) = differing(check_report(replace(report, data=b"[" * 100_000), renderer))
+    assert found.place == "JSON"
+
+
+def test_a_champion_that_is_no_evaluation_is_told(evaluated, renderer):
+    decision = replace(decided(evaluated, days=0), champion=evaluated.inputs["train"])
+    check = check_decision(renderer, decision)
+    assert check.text == "cannot be made again"
+    assert "KeyError" in check.differences[0].found
 
 
 def test_any_changed_byte_of_the_page_is_found(report, renderer):
@@ -283,6 +398,28 @@ def test_an_edited_record_is_told_and_its_value_named(
     found = {d.place for d in differing(verify(copy, evaluated.digest, runtime, reports=[report]))}
     assert "evaluation.metrics.distance.value" in found
     assert "decision.candidate.content" in found
+
+
+@pytest.mark.parametrize(
+    "lost", [("inputs", "samples"), ("inputs", "train"), ("values", "classes"), ("outputs",)]
+)
+def test_a_record_of_which_something_is_gone_is_told(
+    store, evaluated, runtime, again, report, monkeypatch, tmp_path, lost
+):
+    if lost[0] != "inputs":
+        monkeypatch.setattr(verification, "compute_again", lambda *_, **__: again)
+    copy = copied(store, tmp_path)
+    file = copy.root / record_key("evaluation", evaluated.digest)
+    body = json.loads(file.read_bytes())
+    if len(lost) == 1:
+        body[lost[0]] = {}
+    else:
+        del body[lost[0]][lost[1]]
+    file.chmod(0o644)
+    file.write_text(json.dumps(body))
+    checks = verify(copy, evaluated.digest, runtime, reports=[report], seeds=0)
+    assert not checks[0].passed
+    assert not checks[-1].passed
 
 
 def test_a_record_that_is_none_is_told(store, evaluated, runtime, tmp_path):
