@@ -32,6 +32,8 @@ from eqm.storage import Store
 ALIAS = "champion"
 SCHEMA = "eqm-history/2"
 Action = Literal["promote", "rollback"]
+TAKEN_BACK_WITH = ("evaluation", "decision", "report", "evidence")
+"""What a rollback takes over from the promotion that it goes back to."""
 
 
 class LostRaceError(EqmError):
@@ -161,9 +163,15 @@ def _out_of_place(found: History, entry: Entry, before: str | None) -> list[str]
         )
     if entry.schema != SCHEMA and found.entries and found.entries[-1].schema == SCHEMA:
         faults.append("it is of an older schema than the one before: it was put in later")
+    if entry.decision.get("candidate") != to_json(entry.evaluation):
+        faults.append("its decision is on another evaluation than the one it names: it was changed")
     standing = lineage(found.entries)
-    if entry.action == "rollback" and (len(standing) < 2 or standing[-2].train != entry.train):
+    if entry.action == "promote" or _stays(standing, entry):
+        return faults
+    if len(standing) < 2 or standing[-2].train != entry.train:
         faults.append("it goes back to a version that was not champion before")
+    elif any(getattr(standing[-2], name) != getattr(entry, name) for name in TAKEN_BACK_WITH):
+        faults.append("it goes back to a champion, but not to its evidence: it was changed")
     return faults
 
 
@@ -181,14 +189,25 @@ def _whole(store: Store, model: str) -> History:
 
 
 def lineage(entries: list[Entry]) -> list[Entry]:
-    """The champions that a rollback would go through: promotions that no rollback took back."""
+    """The champions that a rollback would go through: promotions that no rollback took back.
+
+    A champion that was promoted again, on other evidence, is one champion: there is no way back
+    from a model to itself.
+    """
     standing: list[Entry] = []
     for entry in entries:
         if entry.action == "promote":
+            if _stays(standing, entry):
+                standing.pop()
             standing.append(entry)
-        else:
+        elif not _stays(standing, entry):
             del standing[-1:]
     return standing
+
+
+def _stays(standing: list[Entry], entry: Entry) -> bool:
+    """Whether the model of a move is champion already: rollbacks once went back to such ones."""
+    return bool(standing) and standing[-1].train == entry.train
 
 
 def withdrawn(entries: list[Entry]) -> dict[str, Entry]:
@@ -207,11 +226,19 @@ def current(store: Store, model: str) -> Entry | None:
 def missing_evidence(store: Store, entry: Entry) -> list[str]:
     """What of the evidence of an entry is gone or changed, in words."""
     faults: list[str] = []
+    found: list[Record] = []
     for ref in (entry.train, entry.evaluation):
         try:
-            open_ref(store, ref)
+            found.append(open_ref(store, ref))
         except EqmError as error:
             faults.append(f"move {entry.number}: {error}")
+    if not faults and found[1].inputs.get("train") != entry.train:
+        faults.append(f"move {entry.number}: its evaluation is of another model: it was changed")
+    weights = found[0].outputs.get("ema.safetensors") if not faults else None
+    if entry.evidence and weights and entry.evidence.weights != weights.sha256:
+        faults.append(
+            f"move {entry.number}: its weights are not those of its model: it was changed"
+        )
     try:
         page = store.read(entry.report)
     except EqmError as error:

@@ -154,11 +154,11 @@ class Bench:
             self.evaluated[number] = self.evaluates(number)
         return self.evaluated[number]
 
-    def evaluates(self, number: int) -> Ref:
+    def evaluates(self, number: int, **config: Any) -> Ref:
         record = Record(
             stage="evaluation",
             algorithm=1,
-            config={},
+            config=config,
             inputs={"train": self.trained[number].ref},
             outputs={},
             values={"number": number},
@@ -316,14 +316,19 @@ class Schedule:
             if entry.action == "promote":
                 before = to_json(standing[-1].evaluation) if standing else None
                 assert judged_against == before, f"{told}: judged against another champion"
+                if standing and standing[-1].version == entry.version:
+                    standing.pop()
                 standing.append(entry)
             else:
                 standing.pop()
         self.known = entries
 
     def expected(self) -> int | None:
-        """The version that a stack of promotions ends in."""
+        """The version that a stack of promotions ends in; promoted again, it is there once."""
         stack: list[int] = []
         for entry in self.known:
-            stack = [*stack, entry.version] if entry.action == "promote" else stack[:-1]
+            if entry.action == "rollback":
+                stack = stack[:-1]
+            elif stack[-1:] != [entry.version]:
+                stack = [*stack, entry.version]
         return stack[-1] if stack else None

@@ -10,7 +10,7 @@ from contest import Bench, MemoryRegistry
 
 from eqm import champion
 from eqm.errors import DataError, IntegrityError
-from eqm.records import note_to_bytes, sha256
+from eqm.records import note_to_bytes, sha256, to_json
 from eqm.storage import LocalStore
 
 
@@ -83,6 +83,41 @@ def test_what_was_rolled_back_is_known_as_such(bench: Bench) -> None:
     assert set(taken_back().values()) == {2}, "promoted again, it stands"
 
 
+def test_there_is_no_way_back_from_a_model_to_itself(bench: Bench) -> None:
+    """Judged again on other evidence, a champion is promoted again; it is still one champion."""
+    bench.promotes(bench.trains())
+    second = bench.trains()
+    first_evidence = bench.promotes(second).evaluation
+    bench.evaluated[2] = bench.evaluates(2, grid=8)
+    again = bench.promotes(second)
+    assert again.evaluation != first_evidence
+    standing = champion.lineage(champion.history(bench.store, bench.model))
+    assert [(e.version, e.number) for e in standing] == [(1, 1), (2, 3)]
+    assert bench.rolls_back().version == 1
+    assert bench.shown() == 1
+    with pytest.raises(DataError, match="only one champion so far"):
+        bench.rolls_back()
+
+
+def test_a_rollback_to_the_same_model_is_read(bench: Bench) -> None:
+    """As they were written when a model that was promoted twice stood there twice."""
+    bench.promotes(bench.trains())
+    second = bench.trains()
+    before = bench.promotes(second)
+    bench.promotes(second)
+    folder = bench.store.root / f"history/{bench.model}"
+    same = dataclasses.replace(
+        before,
+        number=4,
+        action="rollback",
+        previous=sha256((folder / "00000003.json").read_bytes()),
+    )
+    (folder / "00000004.json").write_bytes(note_to_bytes(same))
+    assert bench.moves()[-1] == (4, "rollback", 2)
+    assert champion.lineage(champion.history(bench.store, bench.model))[-1].version == 2
+    assert bench.rolls_back().version == 1
+
+
 def test_a_changed_entry_is_refused(bench: Bench) -> None:
     bench.promotes(bench.trains())
     bench.promotes(bench.trains())
@@ -151,6 +186,35 @@ def test_another_decision_is_not_the_one_of_the_evidence(bench: Bench) -> None:
     decision = json.loads(paths[3].read_bytes())["decision"]
     rewritten(paths[3], decision={**decision, "policy": {"name": "lenient"}})
     assert "its decision is not the one of its evidence" in fault(bench)
+
+
+def test_the_last_entry_names_one_model(bench: Bench) -> None:
+    """No entry after it holds its digest, so it is held against what it names."""
+    paths = moved(bench, 2)
+    whole = paths[1].read_bytes()
+    first, second = champion.history(bench.store, bench.model)
+    assert champion.missing_evidence(bench.store, second) == []
+
+    def told(**changes: Any) -> str:
+        paths[1].write_bytes(whole)
+        rewritten(paths[1], **changes)
+        found = champion.examine(bench.store, bench.model)
+        faults = [*found.faults, *champion.missing_evidence(bench.store, found.entries[-1])]
+        return "; ".join(faults)
+
+    assert "evaluation is of another model" in told(train=to_json(first.train), version=1)
+    assert "on another evaluation than" in told(evaluation=to_json(first.evaluation))
+    assert second.evidence is not None
+    others = {**to_json(second.evidence), "weights": "0" * 64}
+    assert "its weights are not those of its model" in told(evidence=others)
+
+
+def test_a_rollback_takes_its_evidence_along(bench: Bench) -> None:
+    moved(bench, 2)
+    bench.rolls_back()
+    path = bench.store.root / f"history/{bench.model}/00000003.json"
+    rewritten(path, report="reports/2.html")
+    assert "but not to its evidence" in fault(bench)
 
 
 def test_what_no_program_wrote_is_named(bench: Bench) -> None:
