@@ -7,6 +7,7 @@ checked against digests in the store, and the champion is what the history in th
 
 import contextlib
 import hmac
+import http.client
 import json
 import math
 import os
@@ -32,8 +33,10 @@ UNREACHABLE = (
 RETRY_SECONDS = 3.0
 POLL_SECONDS = 1.0
 POINTS_AT_ONCE = 40
-MOST_METRICS = 1000
 """Events a call: MLflow takes a thousand figures in one."""
+MOST_METRICS = 1000
+PAGE = 1000
+"""Experiments that are asked for at a time."""
 MIRRORED = "eqm.mirrored"
 """Tag of a run: how far it has the log of the training."""
 AWAY_SECONDS = 10.0
@@ -52,9 +55,10 @@ def check(uri: str) -> None:
     if not uri.startswith(("http://", "https://")):
         raise TrackingError(f"MLflow is at {_public(uri)!r}: it must be an http:// address")
     try:
-        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=10) as answer:  # noqa: S310
+        # Without what it holds of a user, which urllib takes for a part of the host and repeats.
+        with urllib.request.urlopen(f"{_public(uri).rstrip('/')}/health", timeout=10) as answer:  # noqa: S310
             answer.read()
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (http.client.HTTPException, urllib.error.URLError, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise TrackingError(UNREACHABLE.format(uri=_public(uri), error=reason)) from error
 
@@ -438,7 +442,15 @@ class Registry:
         return run is not None and run.info.status == "FINISHED"
 
     def _experiments(self) -> list[str]:
-        return [experiment.experiment_id for experiment in self._client.search_experiments()]
+        """All of them: MLflow gives a page at a time, and the one asked for may be on a later one."""
+        found: list[str] = []
+        token: str | None = None
+        while True:
+            page = self._client.search_experiments(max_results=PAGE, page_token=token)
+            found += [experiment.experiment_id for experiment in page]
+            token = page.token
+            if not token:
+                return found
 
     def _run_of(self, digest: str) -> str | None:
         run = _first_run(self._client, self._experiments(), digest)

@@ -93,6 +93,21 @@ def test_candidate_is_what_was_registered_last(registry: Registry, model: str) -
     assert found.number == 1
 
 
+def test_a_run_is_found_behind_a_page_of_experiments(
+    registry: Registry, uri: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of more than a thousand experiments MLflow tells a page at a time."""
+    monkeypatch.setattr("eqm.registry.PAGE", 2)
+    client = MlflowClient(uri)
+    runs: dict[str, str] = {}
+    for number in range(4):
+        experiment, digest = client.create_experiment(f"{model}-{number}"), f"{model}-{number}"
+        run = client.create_run(experiment, tags={"eqm.digest": digest})
+        runs[digest] = run.info.run_id
+    for digest, run_id in runs.items():
+        assert registry.add_evidence(digest, metrics={}, files={}) == run_id
+
+
 def test_an_alias_is_moved_and_taken_away(registry: Registry, model: str) -> None:
     assert registry.by_alias(model, "champion") is None
     version = registered(registry, model, "c1")
@@ -324,10 +339,15 @@ def test_no_mlflow_is_one_message(make) -> None:
         make("nonsense")
 
 
-def test_passwords_are_not_told() -> None:
+@pytest.mark.parametrize("where", ["127.0.0.1:9", "mlflow.invalid", "127.0.0.1:port"])
+def test_passwords_are_not_told(where: str) -> None:
     with pytest.raises(TrackingError) as told:
-        check("http://user:hidden@127.0.0.1:9")
+        check(f"http://user:hidden@{where}")
     assert "hidden" not in str(told.value)
+
+
+def test_an_address_with_a_user_is_asked(uri: str) -> None:
+    check(uri.replace("http://", "http://user:hidden@"))
 
 
 # -- helpers ------------------------------------------------------------------------------------
