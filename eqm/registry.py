@@ -442,7 +442,7 @@ class Registry:
         return run is not None and run.info.status == "FINISHED"
 
     def _experiments(self) -> list[str]:
-        """All of them: MLflow gives a page at a time, and the one asked for may be on a later one."""
+        """All of them: MLflow gives a page at a time, and a run may be of a later one."""
         found: list[str] = []
         token: str | None = None
         while True:
