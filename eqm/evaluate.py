@@ -75,11 +75,16 @@ def program(context: Context) -> Outcome | None:
     sealed = columns(context.store, record)
     kept = torch.cat(list(kept_images(context.store, record)))
     samples = sealed_samples(sealed, kept)
-    metrics = measures.measure(samples, reference, neighbours=stage.evaluate.neighbours)
-    for name, of_name in further.items():
-        seen = sealed_samples(sealed, kept[:0], further=name)
-        found = measures.measure(seen, of_name, neighbours=stage.evaluate.neighbours)
-        metrics |= {further_key(kind, name): metric for kind, metric in found.items()}
+    how: dict[str, Any] = {"neighbours": stage.evaluate.neighbours}
+    # Pairs of samples are what takes long: of 50,000 there are a thousand million.
+    pairs = 2 * len(samples) * (1 + len(further))
+    with context.progress("measuring", pairs, unit="samples") as bar:
+        metrics = measures.measure(samples, reference, **how, told=bar.advance)
+        for name, of_name in further.items():
+            seen = sealed_samples(sealed, kept[:0], further=name)
+            found = measures.measure(seen, of_name, **how, told=bar.advance)
+            metrics |= {further_key(kind, name): metric for kind, metric in found.items()}
+        bar.advance(pairs - bar.done)
     outputs = {"ood-scores.safetensors": tensors_to_bytes(scores)}
     if len(samples.images):
         near = measures.nearest_training_images(samples.images, reference)

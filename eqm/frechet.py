@@ -10,7 +10,7 @@ F F^T = S; all factors of S give the same distance.
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -24,6 +24,8 @@ Array: TypeAlias = NDArray[np.float64]
 
 BLOCK_ROWS = 256
 """Rows of a Gram matrix held at a time: bounds memory and changes no result but by rounding."""
+SPARE = 32
+"""Neighbours that are looked up beyond those asked for, for when some are left out."""
 BLOCK_REFERENCES = 16_384
 """References that queries are held against at a time, where these are not features but many."""
 
@@ -295,30 +297,51 @@ def _reference_blocks(references: Iterable[ArrayLike]) -> Iterator[Array]:
             yield _rows(rows[first : first + BLOCK_REFERENCES], "references", at_least=1)
 
 
+def precision_of(real: ArrayLike, fake: ArrayLike, *, neighbours: int = 3) -> float:
+    """The first half of :func:`precision_recall`: cheap where fakes are many and reals few."""
+    reals, fakes = manifolds(real, fake, neighbours)
+    return _share_inside(fakes, reals, neighbours)
+
+
 def reaches(
-    manifold: Array, neighbours: int, left_out: NDArray[np.int64] | None = None
+    manifold: Array,
+    neighbours: int,
+    left_out: NDArray[np.int64] | None = None,
+    *,
+    told: Callable[[int], None] = lambda rows: None,
 ) -> NDArray[np.float64]:
     """Squared distance of each feature (M, D) to its ``neighbours``-th nearest: (1, M).
 
-    With groups (M,) of ``left_out``, numbers from 0, there is one more row for each of them: how
-    far the others reach without it. Those of the group itself reach nowhere there: -1.
+    All pairs are looked at; ``told(rows)`` is called after so many features more. With groups (M,)
+    of ``left_out``, numbers from 0, there is one more row for each of them: how far the others
+    reach without it. Those of the group itself reach nowhere there: -1.
     """
     group_of = np.full(len(manifold), -1) if left_out is None else left_out
     groups = range(int(group_of.max()) + 1)
     found = np.empty((1 + len(groups), len(manifold)))
+    # Of so many nearest ones enough are left without a group, nearly always.
+    enough = min(neighbours + (SPARE if len(groups) else 0), len(manifold) - 1)
     for rows in _blocks(len(manifold)):
         apart = _squared_distances(manifold[rows], manifold)
         # One of them is the feature itself.
-        near = np.argpartition(apart, neighbours, axis=1)[:, : neighbours + 1]
-        found[:, rows] = np.take_along_axis(apart, near, axis=1).max(axis=1)
+        near = np.argpartition(apart, enough, axis=1)[:, : enough + 1]
+        near_by = np.take_along_axis(apart, near, axis=1)
+        order = np.argsort(near_by, axis=1)
+        near_by = np.take_along_axis(near_by, order, axis=1)
+        near_groups = group_of[np.take_along_axis(near, order, axis=1)]
+        found[:, rows] = near_by[:, neighbours]
         for group in groups:
-            own, others = group_of[rows] == group, group_of != group
-            lost = (group_of[near] == group).any(axis=1) & ~own
-            line = found[1 + group, rows]
-            line[own] = -1
+            line, own = found[1 + group, rows], group_of[rows] == group
+            left = np.cumsum(near_groups != group, axis=1)
+            known = left[:, -1] > neighbours
+            at = np.argmax(left > neighbours, axis=1)
+            line[known] = near_by[known, at[known]]
+            lost = ~known & ~own
             if lost.any():
-                rest = apart[lost][:, others]
+                rest = apart[lost][:, group_of != group]
                 line[lost] = np.partition(rest, neighbours, axis=1)[:, neighbours]
+            line[own] = -1
+        told(len(apart))
     return found
 
 
@@ -338,10 +361,14 @@ def _share_inside(points: Array, manifold: Array, neighbours: int) -> float:
 
 def _squared_distances(a: Array, b: Array) -> Array:
     size = np.sum(a * a, axis=1)[:, None] + np.sum(b * b, axis=1)
-    squared = size - 2 * (a @ b.T)
+    # In place: of 50,000 features, passing tables of all pairs through memory is the whole cost.
+    squared = a @ b.T
+    squared *= -2
+    squared += size
     # What is less than the rounding of this difference is the distance of two equal features.
-    noise = a.shape[1] * np.finfo(np.float64).eps * size
-    return np.where(squared <= noise, 0.0, squared)
+    size *= a.shape[1] * np.finfo(np.float64).eps
+    squared[squared <= size] = 0.0
+    return squared
 
 
 # -- classes ------------------------------------------------------------------------------------

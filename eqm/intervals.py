@@ -83,10 +83,13 @@ def frechet_intervals(samples: ArrayLike, reference: Gaussian) -> FrechetInterva
     )
 
 
-def kernel_interval(samples: ArrayLike, reference: ArrayLike) -> Interval | None:
+def kernel_interval(
+    samples: ArrayLike, reference: ArrayLike, *, told: Callable[[int], None] = lambda rows: None
+) -> Interval | None:
     """Unbiased kernel distance (eqm.frechet.kernel_distance) with its interval; None for few.
 
     Every pair is looked at once: what is left out is a group of sums, not of features.
+    ``told(rows)`` is called after so many samples more.
     """
     groups = _groups(samples)
     if groups is None:
@@ -96,7 +99,11 @@ def kernel_interval(samples: ArrayLike, reference: ArrayLike) -> Interval | None
     across = np.array([frechet.kernel_sum(g.rows, real) for g in groups])
     every = np.concatenate([g.rows for g in groups])
     starts = np.cumsum(sizes) - sizes
-    within = np.array([np.add.reduceat(frechet.kernel_sums(g.rows, every), starts) for g in groups])
+    table = []
+    for group in groups:
+        table.append(np.add.reduceat(frechet.kernel_sums(group.rows, every), starts))
+        told(len(group.rows))
+    within = np.array(table)
     within -= np.diag([frechet.kernel_diagonal(g.rows) for g in groups])
     fixed = frechet.kernel_mean(real)
 
@@ -109,8 +116,16 @@ def kernel_interval(samples: ArrayLike, reference: ArrayLike) -> Interval | None
     return Interval(value, value - reach, value + reach)
 
 
-def recall_interval(real: ArrayLike, fake: ArrayLike, *, neighbours: int = 3) -> Interval | None:
+def recall_interval(
+    real: ArrayLike,
+    fake: ArrayLike,
+    *,
+    neighbours: int = 3,
+    told: Callable[[int], None] = lambda rows: None,
+) -> Interval | None:
     """Recall of fake (M, D) against real (N, D) with its interval; None for few.
+
+    ``told(rows)`` is called after so many fakes more.
 
     Precision is a share of independent samples, recall is not: each sample reaches as far as the
     others let it. Both are those of eqm.frechet.precision_recall. Raises DataError.
@@ -120,7 +135,7 @@ def recall_interval(real: ArrayLike, fake: ArrayLike, *, neighbours: int = 3) ->
         return None
     sizes = [len(part) for part in np.array_split(fakes, GROUPS)]
     left_out = np.repeat(np.arange(GROUPS), sizes)
-    reach = frechet.reaches(fakes, neighbours, left_out)
+    reach = frechet.reaches(fakes, neighbours, left_out, told=told)
     value, *others = frechet.inside(reals, fakes, reach).mean(axis=1).tolist()
     wide = T_975 * math.sqrt((GROUPS - 1) * float(np.var(others)))
     return Interval(value, max(value - wide, 0.0), min(value + wide, 1.0))

@@ -8,6 +8,7 @@ Legend: N samples; an "FID" is the distance of 50,000 of them under the Inceptio
 field, "FID-5000" that of fewer, and "FD[name]-N" that under another extractor.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -65,12 +66,21 @@ def title(kind: str, extractor: str, count: int) -> str:
     return kind if count == SAMPLES_OF_THE_FIELD else f"{kind}-{count}"
 
 
-def measure(samples: Samples, reference: Reference, *, neighbours: int) -> dict[str, Metric]:
-    """Every number on features of the samples, with that of held-out images beside it."""
+def measure(
+    samples: Samples,
+    reference: Reference,
+    *,
+    neighbours: int,
+    told: Callable[[int], None] = lambda samples: None,
+) -> dict[str, Metric]:
+    """Every number on features of the samples, with that of held-out images beside it.
+
+    Two of them look at all pairs of samples: for each ``told(samples)`` adds up to their number.
+    """
     found = {**distances(samples, reference), **_spatial_distance(samples, reference)}
     if len(reference.training.features) > neighbours:
-        found |= _kernel_distance(samples, reference)
-        found |= _precision_recall(samples, reference, neighbours)
+        found |= _kernel_distance(samples, reference, told)
+        found |= _precision_recall(samples, reference, neighbours, told)
     if samples.logits is not None and len(samples) >= SPLITS:
         found |= _class_score(samples.logits, reference)
     return found
@@ -134,9 +144,11 @@ def _spatial_distance(samples: Samples, reference: Reference) -> dict[str, Metri
     return {"spatial_distance": _within(plain, metric)}
 
 
-def _kernel_distance(samples: Samples, reference: Reference) -> dict[str, Metric]:
+def _kernel_distance(
+    samples: Samples, reference: Reference, told: Callable[[int], None]
+) -> dict[str, Metric]:
     train, held = reference.training.features, reference.held_out.features
-    found = intervals.kernel_interval(samples.features, train)
+    found = intervals.kernel_interval(samples.features, train, told=told)
     value = found.value if found else frechet.kernel_distance(samples.features, train).mean
     metric = Metric(
         name=title("KID", reference.extractor, len(samples)),
@@ -147,10 +159,17 @@ def _kernel_distance(samples: Samples, reference: Reference) -> dict[str, Metric
     return {"kid": _within(found, metric)}
 
 
-def _precision_recall(samples: Samples, reference: Reference, neighbours: int) -> dict[str, Metric]:
+def _precision_recall(
+    samples: Samples, reference: Reference, neighbours: int, told: Callable[[int], None]
+) -> dict[str, Metric]:
     train, held = reference.training.features, reference.held_out.features
     count, name = len(samples), f"[{reference.extractor}]-{len(samples)}"
-    precision, recall = frechet.precision_recall(train, samples.features, neighbours=neighbours)
+    made = samples.features
+    found = intervals.recall_interval(train, made, neighbours=neighbours, told=told)
+    if found is None:
+        precision, recall = frechet.precision_recall(train, made, neighbours=neighbours)
+    else:
+        precision, recall = frechet.precision_of(train, made, neighbours=neighbours), found.value
     beside = (
         frechet.precision_recall(train, held, neighbours=neighbours)
         if len(held) > neighbours
@@ -163,7 +182,7 @@ def _precision_recall(samples: Samples, reference: Reference, neighbours: int) -
             Metric(name=f"precision{name}", value=precision, beside=beside[0], note=note),
         ),
         "recall": _within(
-            intervals.recall_interval(train, samples.features, neighbours=neighbours),
+            found,
             Metric(name=f"recall{name}", value=recall, beside=beside[1], note=note),
         ),
     }
