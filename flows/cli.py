@@ -60,7 +60,8 @@ def _told_disk_error(error: OSError) -> None:
     from eqm.errors import EqmError
 
     try:
-        with disk_errors(str(error.filename or "this machine")):
+        # Where it was to be put, rather than what was written aside for it.
+        with disk_errors(str(error.filename2 or error.filename or "this machine")):
             raise error
     except EqmError as told:
         err.print(f"[bold red]error:[/] {_plain(str(told))}", highlight=False, soft_wrap=True)

@@ -288,7 +288,13 @@ def _autoencoder(given: str, sha256: str | None, image_size: int) -> dict[str, A
     path = Path(given)
     if path.exists():
         uri, at, revision = given, "", ""
-        sha256 = sha256 or hash_file(weights_file(path))
+        weights = weights_file(path)
+        if not weights.is_file():
+            raise ConfigError(
+                f"--autoencoder is {given}, a folder without {weights.name}: give the one that "
+                "diffusers wrote, or the .safetensors file itself"
+            )
+        sha256 = sha256 or hash_file(weights)
     if sha256 is None:
         raise ConfigError(
             f"--autoencoder is {given}, which is not on this machine: say what its weights hash to "

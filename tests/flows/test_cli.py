@@ -279,6 +279,16 @@ def test_a_folder_where_a_file_should_be_is_named(run, tmp_path: Path) -> None:
     refused(run("status"), f"{tmp_path / 'home' / 'stack.json'} cannot be", "name another place")
 
 
+def test_a_file_that_is_put_in_place_is_named_and_not_the_one_aside(
+    run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "place").mkdir()
+    (tmp_path / ".aside-1").touch()
+    moved = lambda: (tmp_path / ".aside-1").replace(tmp_path / "place")  # noqa: E731
+    monkeypatch.setattr(cli, "app", moved)
+    refused(run("samples", "export"), f"{tmp_path / 'place'} cannot be written (Is a directory)")
+
+
 # -- terminals of all kinds ---------------------------------------------------------------------
 
 

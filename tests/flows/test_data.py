@@ -211,6 +211,10 @@ def test_a_set_has_a_digest_for_configs(eqm_: Run) -> None:
             ("encode", "pictures", "--image-size", "8", "--to", "s", "--autoencoder", "a/b@c"),
             "--autoencoder-sha256",
         ),
+        (
+            ("encode", "pictures", "--image-size", "8", "--to", "s", "--autoencoder", "pictures"),
+            "a folder without diffusion_pytorch_model.safetensors",
+        ),
         (("encode", "pictures", "--image-size", "1", "--to", "s"), "image_size_px"),
         (("verify", "store/latents/abc"), "is no set of latents"),
         (("digest", "svhn", "pictures"), "test_32x32.mat does not exist: give the folder of train"),
