@@ -627,8 +627,11 @@ def run_flow(module: str, name: str, config: str, changes: dict[str, Any], **mor
     """Run a flow here, in this process, once its config is right and Prefect answers."""
     from importlib import import_module
 
+    import httpx
+
     from flows.plan import read_config
-    from flows.settings import check_prefect
+    from flows.settings import check_prefect, current_settings
+    from infra.stack import ServiceError
 
     read_config(config, changes)
     _prepare()
@@ -639,6 +642,13 @@ def run_flow(module: str, name: str, config: str, changes: dict[str, Any], **mor
     except KeyboardInterrupt:
         _say("interrupted: the same command goes on where this one was")
         raise typer.Exit(130) from None
+    except httpx.TransportError as error:
+        # Of all that flows talk to, Prefect alone is asked by httpx; its client has waited by now.
+        where = current_settings().prefect_api_url or "its address before"
+        raise ServiceError(
+            f"Prefect at {where} went away while `{name}` ran ({error}): start it with `eqm up`; "
+            "what is sealed is kept, and the same command goes on"
+        ) from error
 
 
 def _said(what: str, result: Any) -> None:

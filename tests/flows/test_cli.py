@@ -9,8 +9,10 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import chain
+import httpx
 import pytest
 import torch
 from contest import Bench, MemoryRegistry
@@ -340,6 +342,15 @@ def test_prefect_is_down(run, tmp_path: Path) -> None:
     os.environ["EQM_STORE"] = str(tmp_path / "store")
     refused(run("encode", "tiny"), address, "cannot be reached", "PREFECT_API_URL")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_prefect_that_goes_away_is_told(run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(**_: object) -> None:
+        raise httpx.ConnectError("All connection attempts failed")
+
+    monkeypatch.setattr(settings, "check_prefect", lambda: None)
+    monkeypatch.setitem(sys.modules, "flows.encode", SimpleNamespace(encode=gone))
+    refused(run("encode", "tiny"), "went away while `encode` ran", "`eqm up`", "goes on")
 
 
 @pytest.mark.services
