@@ -353,6 +353,7 @@ def serve(
     from flows.settings import current_settings
 
     token = _token(host, token_file)
+    _refuse_taken(host, port)
     settings = current_settings()
     served = application(
         model,
@@ -363,6 +364,22 @@ def serve(
     )
     _say(f"{model}: POST http://{host}:{port}/invocations")
     uvicorn.run(served, host=host, port=port, log_level="warning")
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    """Tell that nothing can listen there before a model is loaded for it. Raises ConfigError."""
+    import socket
+
+    from eqm.errors import ConfigError
+
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--port is {port} and --host {host}, where this program cannot listen "
+            f"({error.strerror}): give another --port, or end what listens there"
+        ) from error
 
 
 def _token(host: str, file: Path | None) -> str | None:

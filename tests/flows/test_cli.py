@@ -344,6 +344,13 @@ def test_prefect_is_down(run, tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_a_port_that_is_taken_is_told_before_a_model_is_loaded(run, host: str) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        refused(run("serve", "--host", host, "--port", str(port)), f"--port is {port}", "another")
+
+
 def test_prefect_that_goes_away_is_told(run, monkeypatch: pytest.MonkeyPatch) -> None:
     def gone(**_: object) -> None:
         raise httpx.ConnectError("All connection attempts failed")
