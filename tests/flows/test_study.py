@@ -42,6 +42,8 @@ class InThisProcess:
 
     def run(self, job: Job, *, processes: int) -> None:
         if len(self.begun) == self.dies_at:
+            # Once: whoever goes on after it is found out.
+            self.dies_at = None
             raise StageError("killed")
         self.begun.append(f"{job.stage} {job_digest(job)}")
         run(job, PROGRAMS[job.stage])
@@ -178,9 +180,11 @@ def test_rows_that_diverge_are_told_and_the_others_go_on(
 
 def test_a_failure_that_is_no_divergence_ends_a_study(plan: Plan) -> None:
     config = with_settings(plan.config, {"train.seed": 77})
-    other = Plan(config, plan.settings, plan.store, InThisProcess(dies_at=0))
+    launcher = InThisProcess(dies_at=0)
+    other = Plan(config, plan.settings, plan.store, launcher)
     with pytest.raises(StageError, match="killed"):
         run_study(other, "small", seeds=1)
+    assert launcher.begun == []
 
 
 def test_a_study_of_more_seeds_is_the_one_that_counts(plan: Plan, tmp_path: Path) -> None:
