@@ -230,12 +230,13 @@ def test_killed_at_random_moments_it_ends_in_the_same_bits(
     # Once when a checkpoint is whole, and once when one is begun.
     for token, end in ((1, ".json"), (2, "")):
         with started(job, tmp_path / "job.json") as child:
-            seen = rf"/\d+-{token:06d}{re.escape(end)}"
+            seen = rf"/\d+-{token:06d}" + (re.escape(end) + "$" if end else "")
             until(lambda s=seen: any(re.search(s, key) for key in checkpoint_keys(job)), child)
             time.sleep(moments.uniform(0, 0.1))
             child.kill()
         assert child.returncode == -signal.SIGKILL, "it ended before it could be killed"
-        assert commits(job)
+        # Of the first start's none may be left, once the second has made enough of its own.
+        assert checkpoint.newest(store_of(job), job_digest(job)) is not None
         assert store_of(job).record("train", job_digest(job)) is None
     # The lease lasts for ten minutes: that its holder is dead is seen, and not waited for.
     assert chain.run(job).content == tiny["train"].content

@@ -571,7 +571,9 @@ JSON = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=3)
         | st.dictionaries(
-            st.text(st.characters(codec="ascii"), min_size=1, max_size=3), inner, max_size=3
+            st.text(st.characters(codec="ascii", exclude_characters=".[]"), min_size=1, max_size=3),
+            inner,
+            max_size=3,
         )
     ),
     max_leaves=12,

@@ -402,6 +402,7 @@ def test_mlflow_is_down(all_environment: dict[str, str], tmp_path: Path) -> None
 
 
 @pytest.mark.services
+@pytest.mark.slow
 def test_folders_that_cannot_be_used(all_environment: dict[str, str], tmp_path: Path) -> None:
     empty, store = tmp_path / "empty", tmp_path / "store"
     empty.mkdir()

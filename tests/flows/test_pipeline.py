@@ -273,6 +273,7 @@ def test_the_history_of_the_pipeline_is_whole(ran: Ran) -> None:
     assert ran.standing().evidence is not None
 
 
+@pytest.mark.slow
 def test_a_study_of_the_model_is_shown_by_mlflow_and_prefect(ran: Ran, tmp_path: Path) -> None:
     before = ran.launched()
     result = run_flow(
