@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from bench.energies import DEVICE, _held, _peak
 from bench.timing import alternate
 from eqm import flops
-from eqm.compute import prepare
+from eqm.compute import bfloat16_products, prepare
 from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig
 from eqm.learner import Learner
 from eqm.network import Transformer
@@ -293,9 +293,13 @@ def main() -> None:
     """Measure and print."""
     peak = machine_flops()
     name = torch.cuda.get_device_name() if ON_GPU else "this processor"
-    print(
-        f"{name}: bfloat16 {HAS_BF16}, peak {peak / 1e12:,.3f} TFLOP/s, torch {torch.__version__}"
-    )
+    print(f"{name}: peak {peak / 1e12:,.3f} TFLOP/s, torch {torch.__version__}")
+    if not ON_GPU:
+        says = "has" if HAS_BF16 else "has no"
+        print(
+            f"{says} instructions for bfloat16; products in it take {bfloat16_products():.2f} "
+            "times as long as in float32"
+        )
     for size, batch in CASES.items():
         print(f"-- {size}/2, losses apart by {same_loss(size):.1e} in float64", flush=True)
         (compare_on_gpu if ON_GPU else compare_on_cpu)(size, batch, peak)

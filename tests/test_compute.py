@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from eqm.compute import check_micro_batch, prepare, slow_bfloat16
+from eqm import compute
+from eqm.compute import bfloat16_products, check_micro_batch, prepare, slow_bfloat16
 from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig
 from eqm.errors import ConfigError
 from eqm.gradients import FlatGradient
@@ -218,16 +219,20 @@ def test_products_of_float32_are_chosen_and_tf32_is_of_gpus():
             knob.fp32_precision = value
 
 
-def test_emulated_bfloat16_is_told(monkeypatch):
+def test_bfloat16_that_is_slower_is_told(monkeypatch):
     half = TrainConfig(precision="bfloat16")
-    for name in ("_is_avx512_bf16_supported", "_is_amx_tile_supported"):
-        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    monkeypatch.setattr(compute, "bfloat16_products", lambda: 2.9)
     told = slow_bfloat16(half, CPU)
     assert told is not None
-    assert "emulated, and slower than 'float32'" in told
+    assert "take 2.9 times as long as in float32 on this processor: 'float32' is faster" in told
     assert slow_bfloat16(TrainConfig(), CPU) is None
-    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    assert slow_bfloat16(half, torch.device("cuda")) is None
+    monkeypatch.setattr(compute, "bfloat16_products", lambda: 0.6)
     assert slow_bfloat16(half, CPU) is None
+
+
+def test_products_are_timed_on_this_machine():
+    assert 0.01 < bfloat16_products() < 100
 
 
 # -- updates that are not finite ----------------------------------------------------------------
