@@ -6,7 +6,8 @@ eqm.outliers.
 """
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eqm import images, measures, model, outliers
+from eqm.agreement import thumbnails
 from eqm.checkpoint import tensors_to_bytes
 from eqm.config import EvaluationStage, SamplerConfig
 from eqm.errors import DataError
@@ -73,15 +75,18 @@ def program(context: Context) -> Outcome | None:
         context.progress,
     )
     sealed = columns(context.store, record)
-    kept = torch.cat(list(kept_images(context.store, record)))
-    samples = sealed_samples(sealed, kept)
+    shown = min(GRID_CLASSES, len(source.classes))
+    rows_shown = stage.evaluate.grid_rows
+    parts = kept_images(context.store, record)
+    small, made = looked_through(parts, sealed["labels"].numpy(), shown, rows_shown)
+    samples = sealed_samples(sealed, small)
     how: dict[str, Any] = {"neighbours": stage.evaluate.neighbours}
     # Pairs of samples are what takes long: of 50,000 there are a thousand million.
     pairs = 2 * len(samples) * (1 + len(further))
     with context.progress("measuring", pairs, unit="samples") as bar:
         metrics = measures.measure(samples, reference, **how, told=bar.advance)
         for name, of_name in further.items():
-            seen = sealed_samples(sealed, kept[:0], further=name)
+            seen = sealed_samples(sealed, small[:0], further=name)
             found = measures.measure(seen, of_name, **how, told=bar.advance)
             metrics |= {further_key(kind, name): metric for kind, metric in found.items()}
         bar.advance(pairs - bar.done)
@@ -89,7 +94,7 @@ def program(context: Context) -> Outcome | None:
     if len(samples.images):
         near = measures.nearest_training_images(samples.images, reference)
         metrics |= measures.read_labels(samples, reference)
-        metrics |= measures.memorisation(near, reference, samples.images)
+        metrics |= measures.memorisation(near, reference, made.images)
         outputs["nearest.safetensors"] = tensors_to_bytes(
             {name: torch.from_numpy(value) for name, value in vars(near).items()}
         )
@@ -107,16 +112,14 @@ def program(context: Context) -> Outcome | None:
         # Not what the record says of it: like every number, it can be computed again.
         mean_field_evaluations=float(sealed["evaluations"].double().mean()),
     )
-    shown = min(GRID_CLASSES, len(source.classes))
-    real = first_of_each_class(source, shown, stage.evaluate.grid_rows)
-    made = Split(samples.images, samples.labels)
+    real = first_of_each_class(source, shown, rows_shown)
     grids = {"real-images": real, "sample-images": made}
     return Outcome(
         outputs={
             **outputs,
             **{
                 f"{name}.safetensors": tensors_to_bytes(
-                    {"images": grid_of(split, shown, stage.evaluate.grid_rows)}
+                    {"images": grid_of(split, shown, rows_shown)}
                 )
                 for name, split in grids.items()
             },
@@ -178,10 +181,37 @@ def reference_for(context: Context, samples: Record, further: str | None = None)
     return open_reference(context.store, record)
 
 
+def looked_through(
+    parts: Iterable[Tensor], labels: NDArray[np.int64], classes: int, rows: int
+) -> tuple[NDArray[np.uint8], Split]:
+    """Kept images, uint8 (B, C, H, W) a part: all as small pictures, few of them as they are.
+
+    Those few are the first ``rows`` of each of the first ``classes``, which a grid shows. Fifty
+    thousand images of 256 px are 10 GB, so they are let go part by part. ``labels`` (N,) are those
+    of all samples, in the order of the images.
+    """
+    small: list[NDArray[np.uint8]] = []
+    shown: list[NDArray[np.uint8]] = []
+    names: list[int] = []
+    wanted, first = Counter({label: rows for label in range(classes)}), 0
+    for part in parts:
+        images, own = part.numpy(), labels[first : first + len(part)].tolist()
+        first += len(part)
+        small.append(thumbnails(images))
+        chosen: list[int] = []
+        for at, label in enumerate(own):
+            if wanted[label] > 0:
+                wanted[label] -= 1
+                chosen.append(at)
+        shown.append(images[chosen])
+        names += [own[at] for at in chosen]
+    return np.concatenate(small), Split(np.concatenate(shown), np.array(names, dtype=np.int64))
+
+
 def sealed_samples(
-    sealed: Mapping[str, Tensor], images: Tensor, *, further: str | None = None
+    sealed: Mapping[str, Tensor], images: NDArray[np.uint8], *, further: str | None = None
 ) -> Samples:
-    """Samples of their columns (eqm.samples.columns) and the images that were kept of them.
+    """Samples of their columns (eqm.samples.columns) and the kept images, or pictures of them.
 
     Activations are those of the main extractor, unless a further one is named.
     """
@@ -192,7 +222,7 @@ def sealed_samples(
         logits=None if logits is None else logits.numpy(),
         spatial=None if spatial is None else spatial.numpy(),
         labels=sealed["labels"].numpy(),
-        images=images.numpy(),
+        images=images,
     )
 
 

@@ -42,7 +42,8 @@ class Samples:
     labels: NDArray[np.int64]
     """(N,)"""
     images: NDArray[np.uint8]
-    """(K, C, H, W), of the first K."""
+    """(K, C, H, W), of the first K; small pictures (eqm.agreement.thumbnails) say all that is asked
+    of them."""
 
     def __len__(self) -> int:
         return len(self.features)

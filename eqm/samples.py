@@ -89,9 +89,16 @@ def config_of(record: Record) -> GenerateConfig:
 # -- reading ------------------------------------------------------------------------------------
 
 
-def columns(store: Store, record: Record) -> dict[str, Tensor]:
-    """What is known of all samples but their images, each (N, ...), in the order of the seeds."""
-    tables = [_read(store, record, part.table) for part in parts_of(config_of(record))]
+def columns(store: Store, record: Record, *names: str) -> dict[str, Tensor]:
+    """What is known of all samples but their images, each (N, ...), in the order of the seeds.
+
+    With ``names`` only those of it: features of many samples are large.
+    """
+    tables = [
+        {name: table[name] for name in names or table}
+        for part in parts_of(config_of(record))
+        for table in [_read(store, record, part.table)]
+    ]
     return {name: torch.cat([table[name] for table in tables]) for name in tables[0]}
 
 
@@ -198,7 +205,7 @@ def export_npz(store: Store, record: Record, to: Path, *, count: int | None = No
         with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
             _write_images(archive, _first(kept_images(store, record), wanted), wanted)
             with _member(archive, NPY_LABELS) as member:
-                labels = columns(store, record)["labels"][:wanted].numpy()
+                labels = columns(store, record, "labels")["labels"][:wanted].numpy()
                 np.lib.format.write_array(member, labels, allow_pickle=False)
         file.flush()
         os.fsync(file.fileno())

@@ -1,19 +1,21 @@
 """Numbers about samples: right on cases that are known, the same wherever they are measured."""
 
 import dataclasses
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import chain
 import numpy as np
 import pytest
+import torch
 
 from eqm import dossier, evaluate, images
-from eqm.agreement import Reader
+from eqm.agreement import Reader, thumbnails
 from eqm.config import EvaluationStage, SourceConfig, replace, stage_config
 from eqm.errors import DataError
-from eqm.evaluate import Split, grid_of
+from eqm.evaluate import Split, grid_of, looked_through
 from eqm.images import open_source
 from eqm.records import Evaluation, Record, Ref, from_json
 from eqm.report import render_json
@@ -89,6 +91,31 @@ def test_a_class_without_images_is_black() -> None:
     none = Split(pixels[:0], split.labels)
     assert tuple(grid_of(none, classes=3, rows=5).shape) == (3, 1, 1, 2, 2)
     assert not grid_of(none, classes=3, rows=5).any()
+
+
+def test_kept_images_are_looked_through_part_by_part() -> None:
+    """What is measured and shown of them is what it is of all at once."""
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 256, (23, 3, 40, 40), dtype=np.uint8)
+    labels = generator.integers(0, 5, 60)
+    held = []
+
+    def parts() -> Iterator[torch.Tensor]:
+        for start in range(0, 23, 4):
+            part = torch.from_numpy(pixels[start : start + 4])
+            held.append(weakref.ref(part))
+            yield part
+            del part
+            # Whatever is kept of a part, it is not the part.
+            assert all(one() is None for one in held[:-1])
+
+    small, shown = looked_through(parts(), labels, classes=3, rows=2)
+    assert np.array_equal(small, thumbnails(pixels))
+    assert len(shown.images) <= 6
+    whole = grid_of(Split(pixels, labels), classes=3, rows=2)
+    assert torch.equal(grid_of(shown, classes=3, rows=2), whole)
+    small, shown = looked_through([torch.from_numpy(pixels[:0])], labels, classes=3, rows=2)
+    assert (len(small), shown.images.shape) == (0, (0, 3, 40, 40))
 
 
 # -- what belongs together ----------------------------------------------------------------------

@@ -211,7 +211,9 @@ def test_how_long_it_took_is_kept_and_in_no_digest(tiny: chain.Chain, tmp_path: 
 
 
 def test_labels_are_balanced(tiny: chain.Chain) -> None:
-    labels = columns(tiny.store, tiny["samples"])["labels"]
+    found = columns(tiny.store, tiny["samples"], "labels")
+    assert found.keys() == {"labels"}
+    labels = found["labels"]
     assert labels.tolist() == [s % 10 for s in range(50)]
     assert labels.bincount().tolist() == [5] * 10
 
