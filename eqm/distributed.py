@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
 from torch.distributed.rendezvous import rendezvous
 
 from eqm.errors import ConfigError, PeerError
+from eqm.threads import one_core_products
 
 JOIN = datetime.timedelta(minutes=10)
 """For all ranks to start: machines do not come up at once."""
@@ -162,8 +163,9 @@ def connect(
     """Join the world this process was started in, and leave it in order.
 
     ``device`` is "auto", "cpu" or "cuda". ``threads`` bounds the CPU threads of this process; None
-    shares the cores among the processes of this machine. ``timeout_seconds`` is how long a
-    collective waits for the other ranks. Raises ConfigError.
+    shares the cores among the processes of this machine. Products of numpy take one core each
+    (eqm.threads). ``timeout_seconds`` is how long a collective waits for the other ranks. Raises
+    ConfigError.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -174,12 +176,13 @@ def connect(
         # cuBLAS adds in a fixed order only in workspaces that it is told of before its first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.set_device(chosen)
-    if size == 1 and (chosen.type == "cpu" or "RANK" not in os.environ):
-        yield World(rank, size, chosen)
-        return
-    end_with_parent()
-    with _joined(rank, size, chosen, datetime.timedelta(seconds=timeout_seconds)) as world:
-        yield world
+    with one_core_products():
+        if size == 1 and (chosen.type == "cpu" or "RANK" not in os.environ):
+            yield World(rank, size, chosen)
+            return
+        end_with_parent()
+        with _joined(rank, size, chosen, datetime.timedelta(seconds=timeout_seconds)) as world:
+            yield world
 
 
 @contextlib.contextmanager

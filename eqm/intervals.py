@@ -9,7 +9,7 @@ Legend: N samples in GROUPS groups of consecutive ones, which hold the same labe
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,7 @@ from eqm.config import require
 from eqm.errors import DataError
 from eqm.frechet import SAMPLES_A_DIMENSION, Array, Gaussian, Moments, merge
 from eqm.ood import wilson
+from eqm.threads import in_threads
 
 GROUPS = 16
 T_975 = 2.131449545559323
@@ -66,12 +67,13 @@ def frechet_intervals(samples: ArrayLike, reference: Gaussian) -> FrechetInterva
     def distance(chosen: Sequence[int]) -> float:
         return _gaussian([groups[i] for i in chosen]).distance(reference)
 
-    plain = distance(range(GROUPS))
-    reach = T_975 * _jackknife_error(distance)
     quarters = [range(k * GROUPS // 4, (k + 1) * GROUPS // 4) for k in range(4)]
-    most = np.mean([distance([i for i in range(GROUPS) if i not in q]) for q in quarters])
     half = GROUPS // 2
-    halves = np.mean([distance(range(half)), distance(range(half, GROUPS))])
+    chosen = [range(GROUPS), *_each_left_out(), *map(_without, quarters)]
+    chosen += [range(half), range(half, GROUPS)]
+    plain, *others = in_threads(distance, chosen)
+    reach = T_975 * _jackknife_error(others[:GROUPS])
+    most, halves = np.mean(others[GROUPS:-2]), np.mean(others[-2:])
     # Lagrange's weights at 0 of a parabola through 1/N times 1, 4/3 and 2.
     endless = float(8 * plain - 9 * most + 2 * halves)
     # The samples are the same ones, so what is uncertain about the one is so about the other, and
@@ -112,7 +114,8 @@ def kernel_interval(
         among = within[np.ix_(chosen, chosen)].sum() / (count * (count - 1))
         return float(among + fixed - 2 * across[chosen].sum() / (count * len(real)))
 
-    value, reach = distance(list(range(GROUPS))), T_975 * _jackknife_error(distance)
+    value = distance(list(range(GROUPS)))
+    reach = T_975 * _jackknife_error([distance(some) for some in _each_left_out()])
     return Interval(value, value - reach, value + reach)
 
 
@@ -137,7 +140,7 @@ def recall_interval(
     left_out = np.repeat(np.arange(GROUPS), sizes)
     reach = frechet.reaches(fakes, neighbours, left_out, told=told)
     value, *others = frechet.inside(reals, fakes, reach).mean(axis=1).tolist()
-    wide = T_975 * math.sqrt((GROUPS - 1) * float(np.var(others)))
+    wide = T_975 * _jackknife_error(others)
     return Interval(value, max(value - wide, 0.0), min(value + wide, 1.0))
 
 
@@ -217,7 +220,14 @@ def _gaussian(groups: Sequence[_Group]) -> Gaussian:
     return Gaussian.of_moments(moments)
 
 
-def _jackknife_error(statistic: Callable[[Sequence[int]], float]) -> float:
-    """Standard error of a statistic of all groups, by leaving each of them out (Tukey 1958)."""
-    left_out = [statistic([i for i in range(GROUPS) if i != k]) for k in range(GROUPS)]
+def _without(some: Container[int]) -> list[int]:
+    return [i for i in range(GROUPS) if i not in some]
+
+
+def _each_left_out() -> list[list[int]]:
+    return [_without((k,)) for k in range(GROUPS)]
+
+
+def _jackknife_error(left_out: Sequence[float]) -> float:
+    """Standard error of a statistic of all groups, of its values without each (Tukey 1958)."""
     return math.sqrt((GROUPS - 1) * float(np.var(left_out)))

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from eqm.threads import one_core_products
 from flows import settings
 from infra import local
 from infra.stack import External, Stack
@@ -34,8 +35,10 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _few_threads() -> None:
+def _few_threads() -> Iterator[None]:
     torch.set_num_threads(1)
+    with one_core_products():
+        yield
 
 
 @pytest.fixture(autouse=True)

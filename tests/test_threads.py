@@ -1,0 +1,73 @@
+"""numpy's work on many cores: in order, with the same bits on any number of them."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from threadpoolctl import threadpool_info, threadpool_limits
+
+from eqm import frechet
+from eqm.distributed import connect
+from eqm.frechet import Gaussian
+from eqm.intervals import frechet_intervals, kernel_interval, recall_interval
+from eqm.threads import in_threads, one_core_products
+
+
+@pytest.fixture(autouse=True)
+def _as_before() -> Iterator[None]:
+    before = torch.get_num_threads()
+    with threadpool_limits(limits=2, user_api="blas"):
+        yield
+    torch.set_num_threads(before)
+
+
+def blas_threads() -> set[int]:
+    return {one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"}
+
+
+def test_products_take_one_core_where_it_was_asked_for():
+    assert blas_threads() == {2}
+    with one_core_products():
+        assert blas_threads() == {1}
+    assert blas_threads() == {2}
+    with connect("cpu", threads=1):
+        assert blas_threads() == {1}
+    assert blas_threads() == {2}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_results_come_in_the_order_of_their_items(threads):
+    torch.set_num_threads(threads)
+    assert list(in_threads(lambda i: (i, blas_threads()), range(20))) == [
+        (i, {1}) for i in range(20)
+    ]
+    assert blas_threads() == {2}
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_what_is_raised_in_a_thread_is_raised_here(threads):
+    torch.set_num_threads(threads)
+    with pytest.raises(ZeroDivisionError):
+        list(in_threads(lambda i: 1 / (i - 3), range(1000)))
+    assert blas_threads() == {2}
+
+
+def test_measures_have_the_same_bits_on_any_number_of_cores():
+    rng = np.random.default_rng(0)
+    fake, real = rng.standard_normal((700, 40)), rng.standard_normal((500, 40))
+    found = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        told: list[int] = []
+        found.append(
+            (
+                frechet_intervals(fake, Gaussian.of(real)),
+                kernel_interval(fake, real, told=told.append),
+                recall_interval(real, fake, told=told.append),
+                frechet.precision_recall(real, fake),
+                [part.tolist() for part in frechet.nearest(fake, [real])],
+            )
+        )
+        assert sum(told) == 2 * len(fake)
+    assert found[0] == found[1] == found[2]
