@@ -39,6 +39,8 @@ PAGE = 1000
 """Experiments that are asked for at a time."""
 MIRRORED = "eqm.mirrored"
 """Tag of a run: how far it has the log of the training."""
+PROTOCOL = "eqm.protocol."
+"""Begin of the tags of a run that say of what protocol the numbers under a name are."""
 AWAY_SECONDS = 10.0
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for what MLflow has not yet taken."""
@@ -526,6 +528,26 @@ class Registry:
                 for name, data in files.items():
                     _log_file(self._client, run_id, name, data)
         return run_id
+
+    def name_for(self, run_digest: str, kind: str, protocol: str) -> str:
+        """Under which name numbers of a kind and a protocol (its digest) stand on a run's page.
+
+        ``kind`` itself is of the first protocol that is shown there, ``<kind>-<digest>`` of every
+        other: no line of MLflow's leads from numbers of one protocol to those of another. The tag
+        ``eqm.protocol.<name>`` says which one it is.
+        """
+        with _errors(self.uri):
+            run = _first_run(self._client, self._experiments(), run_digest)
+            if run is None:
+                return kind
+            known = run.data.tags.get(f"{PROTOCOL}{kind}")
+            # Numbers of before there was such a tag are of nobody knows which protocol.
+            untold = any(name.startswith(f"{kind}/") for name in run.data.metrics)
+            name = kind
+            if known != protocol and (known is not None or untold):
+                name = f"{kind}-{protocol[:12]}"
+            self._client.set_tag(run.info.run_id, f"{PROTOCOL}{name}", protocol)
+        return name
 
     def run_page(self, run_id: str) -> str:
         """Address of a run's page."""

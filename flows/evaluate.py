@@ -218,12 +218,15 @@ def show(
 ) -> str | None:
     """Add report and numbers to the MLflow run of the training, and link it from Prefect."""
     day = evaluation.config["evaluate"]["as_of"]
-    # A later look at the champion stands beside the numbers that it was promoted on.
-    kind, folder = ("eval", "report") if day is None else ("nightly", f"nightly/{day}")
+    train, measured = evaluation.inputs["train"].digest, dossier.evaluation_of(evaluation)
     registry = Registry(plan.mlflow_uri)
+    # A later look at the champion stands beside the numbers that it was promoted on.
+    kind = "eval" if day is None else "nightly"
+    name = registry.name_for(train, kind, measured.protocol_digest)
+    folder = f"report{name.removeprefix(kind)}" if day is None else f"{name}/{day}"
     run_id = registry.add_evidence(
-        evaluation.inputs["train"].digest,
-        metrics={**figures(dossier.evaluation_of(evaluation), kind), **figures_of(night)},
+        train,
+        metrics={**figures(measured, name), **figures_of(night, name)},
         files={f"{folder}/report.html": html, f"{folder}/report.json": data},
     )
     address = registry.run_page(run_id) if run_id else None
@@ -234,13 +237,13 @@ def show(
     return address
 
 
-def figures(measured: Evaluation, kind: str) -> dict[str, float]:
-    """Numbers of an evaluation under the names that MLflow shows, ``<kind>/...``."""
+def figures(measured: Evaluation, within: str) -> dict[str, float]:
+    """Numbers of an evaluation under the names that MLflow shows, ``<within>/...``."""
     found: dict[str, float] = {}
     for key, metric in measured.metrics.items():
-        found |= _with_ends(f"{kind}/{key}", metric.value, metric.low, metric.high)
+        found |= _with_ends(f"{within}/{key}", metric.value, metric.low, metric.high)
     for row in measured.ood:
-        name = f"{kind}/auroc_{row.name}" + ("" if row.role == "main" else f"_{row.score}")
+        name = f"{within}/auroc_{row.name}" + ("" if row.role == "main" else f"_{row.score}")
         found |= _with_ends(name, row.auroc, row.auroc_low, row.auroc_high)
     return found
 
@@ -251,15 +254,15 @@ def _with_ends(name: str, value: float, low: float | None, high: float | None) -
     return {name: value, **{key: end for key, end in ends.items() if end is not None}}
 
 
-def figures_of(night: drift.Drift | None) -> dict[str, float]:
+def figures_of(night: drift.Drift | None, within: str) -> dict[str, float]:
     """Drift under the names that MLflow shows; an alarm is a line that rises to 1."""
     if night is None or night.difference is None or night.low is None or night.high is None:
         return {}
     return {
-        "nightly/drift": night.difference,
-        "nightly/drift_low": night.low,
-        "nightly/drift_high": night.high,
-        "nightly/drift_alarm": float(night.alarm),
+        f"{within}/drift": night.difference,
+        f"{within}/drift_low": night.low,
+        f"{within}/drift_high": night.high,
+        f"{within}/drift_alarm": float(night.alarm),
     }
 
 

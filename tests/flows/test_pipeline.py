@@ -228,6 +228,7 @@ def test_mlflow_shows_the_run_and_the_model(ran: Ran) -> None:
     assert client.get_metric_history(run.info.run_id, "loss")[-1].step == 512
     assert run.data.params["train.images"] == "512"
     measured = dossier.evaluation_of(ran.record("evaluation"))
+    assert run.data.tags["eqm.protocol.eval"] == measured.protocol_digest
     shown = run.data.metrics
     assert shown["eval/distance"] == measured.metrics["distance"].value
     for key, metric in measured.metrics.items():

@@ -156,6 +156,33 @@ def test_an_answer_that_got_lost_makes_no_second_version(
     assert candidate.number == 1
 
 
+def test_numbers_of_two_protocols_stand_under_two_names(
+    registry: Registry, uri: str, model: str
+) -> None:
+    client, one, other = MlflowClient(uri), "1" * 64, "2" * 64
+    assert registry.name_for(f"{model}-nowhere", "eval", one) == "eval"
+    runs = [client.create_run("0", tags={"eqm.digest": f"{model}-{n}"}) for n in range(2)]
+    for value, protocol, name in (
+        (1.0, one, "eval"),
+        (2.0, other, "eval-222222222222"),
+        (3.0, one, "eval"),
+    ):
+        assert registry.name_for(f"{model}-0", "eval", protocol) == name
+        registry.add_evidence(f"{model}-0", metrics={f"{name}/distance": value}, files={})
+    assert registry.name_for(f"{model}-0", "nightly", other) == "nightly"
+    shown = client.get_run(runs[0].info.run_id).data
+    assert shown.metrics == {"eval/distance": 3.0, "eval-222222222222/distance": 2.0}
+    assert {name: tag for name, tag in shown.tags.items() if "protocol" in name} == {
+        "eqm.protocol.eval": one,
+        "eqm.protocol.eval-222222222222": other,
+        "eqm.protocol.nightly": other,
+    }
+    # What was shown without a tag is of nobody knows which.
+    client.log_metric(runs[1].info.run_id, "eval/distance", 4.0)
+    for _ in range(2):
+        assert registry.name_for(f"{model}-1", "eval", one) == "eval-111111111111"
+
+
 def test_evidence_joins_the_run_of_the_training(registry: Registry, uri: str, model: str) -> None:
     assert registry.add_evidence("e" * 64, metrics={"eval/x": 1.0}, files={}) is None
     digest = f"{model}-digest"
