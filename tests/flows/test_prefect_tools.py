@@ -48,12 +48,17 @@ DEPLOYED = yaml.safe_load((Path(__file__).parents[2] / "prefect.yaml").read_text
 
 
 @pytest.mark.parametrize("deployed", DEPLOYED, ids=lambda one: one["name"])
-def test_every_deployment_ends_some_time_and_its_schedules_are_in_utc(
+def test_every_deployment_ends_some_time_has_a_limit_and_schedules_in_utc(
     deployed: dict[str, Any],
 ) -> None:
     module, _, name = deployed["entrypoint"].partition(":")
     found = getattr(import_module(module.removesuffix(".py").replace("/", ".")), name)
     assert found.timeout_seconds >= 3600
+    limit = deployed["concurrency_limit"]
+    assert (limit["limit"], limit["collision_strategy"]) == (
+        16 if deployed["name"] == "encode-range" else 1,
+        "ENQUEUE",
+    ), "one that is due meanwhile waits"
     assert found.retries == 0, "what may be tried again is tried by its stages"
     assert set(deployed.get("parameters", {})) <= set(found.parameters.properties)
     assert all(one["timezone"] == "UTC" for one in deployed.get("schedules", []))
