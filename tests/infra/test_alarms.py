@@ -6,6 +6,7 @@ import threading
 import uuid
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -112,8 +113,17 @@ def test_a_drift_and_a_failure_are_posted(all_environment: dict[str, str], hook:
             "prefect.flow-run.Failed",
             f"prefect.flow-run.{run}",
         )
+        home = Path(all_environment["EQM_HOME"])
+        assert written(home, b"eqm.champion.drifted")
+        assert written(home, b"T0/secret") == []
     finally:
         register(api, None)
+
+
+def written(home: Path, secret: bytes) -> list[str]:
+    """Files of a home that hold a secret."""
+    files = [path for path in home.rglob("*") if path.is_file() and "s3" not in path.parts]
+    return [str(path) for path in files if secret in path.read_bytes()]
 
 
 FAR: dict[str, Any] = {
