@@ -16,6 +16,7 @@ from eqm.records import Record
 from eqm.storage import LocalStore
 
 SCHEDULES = 1000
+LATE = 3
 RACES = 50
 
 
@@ -37,7 +38,9 @@ def test_a_thousand_schedules(contest: Bench) -> None:
         schedule = Schedule(seed, contest.beside(f"eqm-{seed}", MemoryRegistry()), reached)
         schedule.run()
         moves += len(schedule.known)
-    assert reached == {(kind, at) for kind, calls in CALLS.items() for at in range(calls)}
+    late = {(kind, at) for kind, at in reached if at >= CALLS[kind]}
+    assert reached - late == {(kind, at) for kind, calls in CALLS.items() for at in range(calls)}
+    assert len(late) >= LATE, sorted(late)
     assert moves > 2 * SCHEDULES
 
 
