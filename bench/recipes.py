@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eqm.config import PipelineConfig
 from eqm.network import Transformer
-from eqm.recipes import IMAGENET_IMAGES, Recipe, recipes
+from eqm.recipes import IMAGENET_IMAGES, Recipe, latent_shape, recipes
 from eqm.unet import UNet
 
 PEAK, UTILISATION = 989e12, 0.40
@@ -20,21 +20,8 @@ TRAINING_BYTES = 4 + 4 + 8 + 4
 """A weight: itself, its gradient, AdamW's two moments, its average; all float32."""
 CHECKPOINT_BYTES = 4 + 8 + 4
 """A weight: the same without the gradient."""
-SD_VAE_CHANNELS, SD_VAE_PIXELS = 4, 8
 IMAGES = {"imagenet": IMAGENET_IMAGES, "parquet": 50_000, "digits": 1_797}
 CLASSES = {"imagenet": 1000, "parquet": 10, "digits": 10}
-
-
-def latent_shape(config: PipelineConfig) -> tuple[int, int, int]:
-    """(C, H, W) of what the network sees."""
-    size = config.source.image_size_px
-    if config.autoencoder.kind == "identity":
-        return config.source.channels, size, size
-    if config.autoencoder.kind == "pretrained":
-        return SD_VAE_CHANNELS, size // SD_VAE_PIXELS, size // SD_VAE_PIXELS
-    fit = config.autoencoder.fit
-    side = size // 2 ** (len(fit.widths) - 1)
-    return fit.latent_channels, side, side
 
 
 def network(config: PipelineConfig) -> Transformer | UNet:

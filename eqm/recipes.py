@@ -41,6 +41,8 @@ HALF_LIFE = math.log(0.5) / math.log(0.9999) * 256
 """In images, of an average that keeps 0.9999 of itself at every update of 256 images."""
 EVERY_EPOCH = CheckpointConfig(every_images=1_280_000, grid_every_images=12_800_000)
 ON_GPUS = ComputeConfig(compile=True, fused=True)
+SD_VAE_CHANNELS, SD_VAE_PIXELS = 4, 8
+"""Of a latent, and of an image's side for one of a latent's."""
 UNKNOWN_DIGEST = "0" * 64
 """In place of the digest of a file that only its owner has: refused when the file is read."""
 
@@ -132,6 +134,18 @@ def _all() -> Iterator[Recipe]:
             yield _imagenet(model, image_size_px=512)
     yield _cifar10()
     yield _demo()
+
+
+def latent_shape(config: PipelineConfig) -> tuple[int, int, int]:
+    """(C, H, W) of a config's latents, before there are any; weights of others are SD-VAE's."""
+    size = config.source.image_size_px
+    if config.autoencoder.kind == "identity":
+        return config.source.channels, size, size
+    if config.autoencoder.kind == "pretrained":
+        return SD_VAE_CHANNELS, size // SD_VAE_PIXELS, size // SD_VAE_PIXELS
+    fit = config.autoencoder.fit
+    side = size // 2 ** (len(fit.widths) - 1)
+    return fit.latent_channels, side, side
 
 
 # -- ImageNet -----------------------------------------------------------------------------------

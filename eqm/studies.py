@@ -464,12 +464,30 @@ ENERGIES = Study(
     outliers=True,
 )
 
-SIZES_PUBLISHED = {"S/2": 61.0, "B/2": 34.4, "L/2": 17.7, "XL/2": 15.6}
-PATCHES_PUBLISHED = {"B/8": 104.2, "B/4": 57.5, "B/2": 34.4}
+FIGURE_3 = {"S/2": 61.0, "B/2": 34.4, "L/2": 17.7, "XL/2": 15.6, "B/8": 104.2, "B/4": 57.5}
+"""Size and patch -> FID."""
 
 
 def _size_rows(base: Base) -> list[StudyRow]:
+    if base.config.network.kind == "unet":
+        return _unet_widths(base)
     return [*_widths(base), *_patches(base)]
+
+
+def _unet_widths(base: Base) -> list[StudyRow]:
+    """A U-Net has no patches, and widths of its own; those that its groups and heads allow."""
+    unet = base.config.network.unet
+    rows: list[StudyRow] = []
+    for times in (4, 2, 8):
+        widths = [width * times // 4 for width in unet.widths]
+        # Heads are as wide in all rows, so that they differ in one thing.
+        attended = [widths[level] for level in unet.attention]
+        attended += widths[-1:] if attended else []
+        whole = not any(width % unet.groups for width in widths)
+        if whole and not any(width % unet.head_width for width in attended):
+            label = f"U-Net, widths {', '.join(map(str, widths))}"
+            rows.append(StudyRow(label=label, changes={"network.unet.widths": widths}))
+    return rows
 
 
 def _widths(base: Base) -> list[StudyRow]:
@@ -479,7 +497,7 @@ def _widths(base: Base) -> list[StudyRow]:
             StudyRow(
                 label=f"{name}, patch {network.patch}",
                 changes={"network.width": w, "network.depth": d, "network.heads": h},
-                published=SIZES_PUBLISHED.get(f"{name}/{network.patch}"),
+                published=FIGURE_3.get(f"{name}/{network.patch}"),
             )
             for name, (w, d, h) in SIZES.items()
         ]
@@ -499,7 +517,7 @@ def _patches(base: Base) -> list[StudyRow]:
         StudyRow(
             label=f"patch {patch}",
             changes={"network.patch": patch},
-            published=PATCHES_PUBLISHED.get(f"{known.get(network.width)}/{patch}"),
+            published=FIGURE_3.get(f"{known.get(network.width)}/{patch}"),
         )
         for patch in (1, 2, 4, 8)
         if side % patch == 0 and side // patch >= 2 and patch != network.patch

@@ -1,14 +1,19 @@
 """``eqm study``: list the studies, show the rows of one, run it."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 from flows.terminal import show
 from flows.terminal import table as table_of
+
+if TYPE_CHECKING:
+    from eqm.config import PipelineConfig
+    from eqm.studies import Study
 
 out = Console()
 
@@ -26,7 +31,8 @@ def run_study(
         typer.Option("--set", help="Change one setting: --set generate.samples=500. Repeatable."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what each row changes, and start nothing.")
+        bool,
+        typer.Option("--dry-run", help="Check and print what each row changes, and start nothing."),
     ] = False,
     here: Annotated[
         bool, typer.Option("--here", help="Without Prefect and MLflow: any store serves.")
@@ -47,9 +53,7 @@ def run_study(
     asked, changes = studies.study(name), changes_of(set_)
     base = read_config(config, changes)
     if dry_run:
-        # What a latent measures is known when images are encoded: this is SD-VAE's at 256 px.
-        for row in asked.rows(studies.Base(config=base, latent_shape=(4, 32, 32))):
-            line = f"{row.label}: {json.dumps(row.changes)}"
+        for line in _rehearsed(asked, base, seeds):
             out.print(line, soft_wrap=True, highlight=False, markup=False)
         return
     if to is not None and not to.is_dir():
@@ -58,6 +62,24 @@ def run_study(
     out.print(f"study: {made['page']}", soft_wrap=True)
     if to is not None:
         _copy(config, changes, made["study"], to)
+
+
+def _rehearsed(asked: "Study", base: "PipelineConfig", seeds: int) -> Iterator[str]:
+    """What each row changes, and how much there is to do. Raises ConfigError for a wrong row."""
+    from eqm import studies
+    from eqm.config import with_settings
+    from eqm.recipes import latent_shape
+    from eqm.records import digest
+
+    # What a latent measures is known for sure when images are encoded.
+    stage = asked.stage(studies.Base(config=base, latent_shape=latent_shape(base)), seeds)
+    cells = [with_settings(base, row.changes) for row in stage.rows]
+    yield from (f"{row.label}: {json.dumps(row.changes)}" for row in stage.rows)
+    trained = {digest((cell.network, cell.objective, cell.train)) for cell in cells}
+    yield (
+        f"with {seeds} repetitions: {seeds * len(trained)} trainings of {base.train.images:,} "
+        f"images, {seeds * len(cells)} times {base.generate.samples:,} samples"
+    )
 
 
 def _list() -> None:

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from bench import recipes as costs
 from eqm import studies, study_page
 from eqm.config import (
     ObjectiveConfig,
+    PipelineConfig,
     SamplerConfig,
     StudyRow,
     StudyStage,
@@ -20,7 +22,7 @@ from eqm.config import (
     with_settings,
 )
 from eqm.errors import ConfigError, DataError
-from eqm.recipes import recipe
+from eqm.recipes import latent_shape, recipe
 from eqm.records import Evaluation, Metric, OODRow, Record, StudyTable, to_json
 from eqm.studies import Base
 from eqm.study_table import mean_interval, summarise
@@ -206,13 +208,15 @@ def test_repetitions_that_were_scored_otherwise_are_no_table() -> None:
 # -- what rows are asked ------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "config", [demo(), tiny(), recipe("b2-256").config, recipe("xl2-256").config]
-)
+def base_of(config: PipelineConfig) -> Base:
+    return Base(config=config, latent_shape=latent_shape(config))
+
+
+@pytest.mark.parametrize("base", ["tiny", "demo", "b2-256", "xl2-256-1400", "b2-512", "cifar10"])
 @pytest.mark.parametrize("name", studies.studies())
-def test_every_row_of_every_study_is_a_config(name: str, config) -> None:
-    shape = (4, 32, 32) if config.source.image_size_px == 256 else (4, 8, 8)
-    stage = studies.study(name).stage(Base(config=config, latent_shape=shape), seeds=2)
+def test_every_row_of_every_study_is_a_config(name: str, base: str) -> None:
+    config = tiny() if base == "tiny" else recipe(base).config
+    stage = studies.study(name).stage(base_of(config), seeds=2)
     made = [
         with_settings(config, {**row.changes, **studies.of_seed(config, 1)}) for row in stage.rows
     ]
@@ -225,6 +229,15 @@ def test_every_row_of_every_study_is_a_config(name: str, config) -> None:
             assert sampler.updates * sampler.step_size == pytest.approx(1.0, abs=1e-9)
 
 
+@pytest.mark.parametrize("base", ["tiny", "b4-256", "cifar10"])
+def test_sizes_and_patches_are_of_different_networks(base: str) -> None:
+    """Weights and work of each row are its own, also where a setting is another's to read."""
+    config = tiny() if base == "tiny" else recipe(base).config
+    rows = studies.study("sizes-patches").rows(base_of(config))
+    made = [costs.network(with_settings(config, row.changes)) for row in rows]
+    assert len({costs.parameters(net) for net in made}) == len(rows) >= 3
+
+
 def assert_stable(sampler: SamplerConfig, objective: ObjectiveConfig) -> None:
     """Below the edge of the spring that a datum is: 2 (1 - a) / lambda, less for NAG."""
     stiffness = objective.multiplier / (1 - objective.a if objective.c != "linear" else 1.0)
@@ -232,7 +245,7 @@ def assert_stable(sampler: SamplerConfig, objective: ObjectiveConfig) -> None:
 
 
 def test_at_full_size_rows_are_the_papers() -> None:
-    base = Base(config=recipe("b2-256").config, latent_shape=(4, 32, 32))
+    base = base_of(recipe("b2-256").config)
     adaptive = studies.study("adaptive").rows(base)
     chosen = next(row for row in adaptive if row.published == 33.79)
     assert chosen.changes == {"generate.sampler.stop_below": 10.0}
@@ -246,6 +259,11 @@ def test_at_full_size_rows_are_the_papers() -> None:
     ]
     sizes = studies.study("sizes-patches").rows(base)
     assert [row.published for row in sizes] == [61.0, 34.4, 17.7, 15.6, None, 57.5, 104.2]
+    small = studies.study("sizes-patches").rows(base_of(recipe("b4-256").config))
+    published = {row.label: row.published for row in small}
+    assert published["B, patch 4"] == 57.5
+    assert published["patch 2"] == 34.4
+    assert published["S, patch 4"] is None
 
 
 def test_repetitions_share_no_training_and_no_noise() -> None:

@@ -192,6 +192,23 @@ def test_a_dry_run_of_a_file(run, tmp_path: Path) -> None:
     assert (shown["train"]["images"], shown["train"]["batch_size"]) == (2048, 64)
 
 
+def test_a_study_is_rehearsed_at_full_size(run, tmp_path: Path) -> None:
+    told = run("study", "adaptive", "--config", "b2-512", "--seeds", "2", "--dry-run")
+    assert (told.status, told.err) == (0, "")
+    lines = told.out.splitlines()
+    # The paper's threshold of 10 is for 32 x 32 latents, and these are twice as large.
+    assert 'until the norm is below 20: {"generate.sampler.stop_below": 20.0}' in lines
+    assert lines[-1] == (
+        "with 2 repetitions: 2 trainings of 102,481,920 images, 14 times 50,000 samples"
+    )
+    told = run("study", "energies", "--config", "b2-256", "--dry-run")
+    assert "9 trainings of" in told.out
+    assert list(tmp_path.iterdir()) == []
+    # A row that is none is refused here, and not hours later.
+    sets = ("--set", "network.time=conditioned", "--set", "generate.sampler.rule=euler")
+    refused(run("study", "samplers", *sets, "--dry-run"), "generate.sampler.rule is 'gd'")
+
+
 # -- mistakes in a config -----------------------------------------------------------------------
 
 
