@@ -29,13 +29,13 @@ ENOUGH = 0.9
 """Share of the intervals that must hold the truth; 95 % are meant to, and 60 runs vary by 3 %."""
 
 
-def simulated(dimension, count, *, shift, stretch=1.1):
-    """A reference, the true distance, and what RUNS sets of samples say of it."""
+def simulated(dimension, count, *, shift, stretch=1.1, runs=RUNS):
+    """The true distance to a reference, and what so many sets of samples say of it."""
     generator = np.random.default_rng(dimension)
     mix = generator.normal(size=(dimension, dimension)) / np.sqrt(dimension)
     reference = Gaussian(np.zeros(dimension), mix)
     truth = Gaussian(np.full(dimension, shift), mix * stretch).distance(reference)
-    draws = (generator.normal(size=(count, dimension)) for _ in range(RUNS))
+    draws = (generator.normal(size=(count, dimension)) for _ in range(runs))
     sets = (draw @ mix.T * stretch + shift for draw in draws)
     return truth, [frechet_intervals(samples, reference) for samples in sets]
 
@@ -65,6 +65,34 @@ def test_the_bias_of_few_samples_is_gone(dimension, count, shift):
     left = np.mean([one.endless.value for one in found]) - truth
     assert bias > 0.3
     assert abs(left) < 0.1 * bias
+
+
+@pytest.mark.parametrize(("dimension", "count"), [(16, 512), (32, 128)])
+def test_of_the_same_distribution_the_interval_begins_at_zero(dimension, count):
+    truth, found = simulated(dimension, count, shift=0.0, stretch=1.0)
+    assert truth == pytest.approx(0, abs=1e-12)
+    assert np.mean([one.endless.low == 0 for one in found]) >= ENOUGH
+    # A distance is not negative: half of the values are cut off there, and the mean is above it.
+    values = np.array([one.endless.value for one in found])
+    assert 0.2 < np.mean(values == 0) < 0.8
+    assert values.mean() < 0.3 * np.mean([one.plain.value for one in found])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("dimension", "count"), [(8, 800), (16, 160), (64, 128)])
+@pytest.mark.parametrize("shift", [0.2, 0.5])
+def test_intervals_hold_the_truth_neither_too_seldom_nor_too_often(dimension, count, shift):
+    """Of the distance without bias, 90 % to 99 %, with as many runs as it takes to tell."""
+    runs = 300
+    truth, found = simulated(dimension, count, shift=shift, stretch=0.9, runs=runs)
+    values = np.array([one.endless.value for one in found])
+    held = np.mean([one.endless.low <= truth <= one.endless.high for one in found])
+    assert 0.9 <= held <= 0.99
+    width = np.mean([one.endless.high - one.endless.low for one in found])
+    assert width < 2 * (np.quantile(values, 0.975) - np.quantile(values, 0.025))
+    bias = np.mean([one.plain.value for one in found]) - truth
+    # With few dimensions a sample the bias is less than what means of so many runs vary by.
+    assert abs(values.mean() - truth) < 0.1 * bias + 2 * values.std() / np.sqrt(runs)
 
 
 def test_a_plain_interval_would_miss_the_truth():
