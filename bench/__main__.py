@@ -4,7 +4,7 @@ import sys
 from importlib import import_module
 
 ALL = (
-    *("imports", "data", "encoding", "sampling", "evaluate"),
+    *("imports", "data", "encoding", "copying", "sampling", "evaluate"),
     *("energies", "precision", "train", "checkpointing"),
 )
 STUDIES = ("study_adaptive", "recipes")

@@ -15,7 +15,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -158,7 +158,7 @@ class Bench:
         return stage.run(job, lambda _: Outcome(outputs=files))
 
     @staticmethod
-    def _pixels(source: ImageSource, numbers: range) -> Tensor:
+    def _pixels(source: ImageSource, numbers: Sequence[int]) -> Tensor:
         return torch.stack([source.read(i) for i in numbers])
 
     def bare(self) -> None:

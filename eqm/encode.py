@@ -4,6 +4,7 @@ The plan cuts the listing into runs of consecutive images, one a shard. A finish
 committed create-once under ``latents/<digest>/shards/``; interrupted, the stage goes on with the
 shards that are not. A batch of the autoencoder never spans two shards, and on a CPU it is cut into
 pieces whose size the config alone decides, so a shard's bytes do not depend on who encodes it.
+Images that an earlier set holds are copied from it (eqm.earlier); batches are of the others.
 
 Encoders need not know of each other: each walks the open shards from a place of its own and skips
 what is committed, so any number of them, in one program or in many, share the work. Two that meet
@@ -20,7 +21,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +35,7 @@ from torch import Tensor
 from eqm.autoencoder import Autoencoder, load_autoencoder
 from eqm.config import EncodeConfig, LatentsStage, Runtime, SourceConfig
 from eqm.distributed import World
+from eqm.earlier import INPUT, Earlier, open_earlier
 from eqm.errors import ConfigError, DataError, MissingError
 from eqm.images import ImageSource, checked_source, mirrored
 from eqm.precision import full_precision
@@ -62,19 +64,33 @@ class ShardPlan:
     first: int
     """Number of its first image in the listing, and of its first sample."""
     count: int
+    new: Sequence[int]
+    """Numbers of its images that are encoded, ascending; the others are copied."""
 
-    def batches(self, size: int) -> Iterator[range]:
-        """Image numbers of each call of the autoencoder."""
-        end = self.first + self.count
-        for start in range(self.first, end, size):
-            yield range(start, min(start + size, end))
+    @property
+    def copied(self) -> list[int]:
+        """Numbers of its images that are copied from an earlier set."""
+        return sorted(set(range(self.first, self.first + self.count)).difference(self.new))
+
+    def batches(self, size: int) -> Iterator[Sequence[int]]:
+        """Image numbers of each call of the autoencoder; one of none where nothing is new."""
+        for start in range(0, max(1, len(self.new)), size):
+            yield self.new[start : start + size]
 
 
-def shard_plans(images: int, config: EncodeConfig) -> list[ShardPlan]:
-    """Cut a listing into shards; all but the last have config.shard_images."""
-    size = config.shard_images
-    starts = enumerate(range(0, images, size))
-    return [ShardPlan(number=i, first=s, count=min(size, images - s)) for i, s in starts]
+def shard_plans(
+    images: int, config: EncodeConfig, is_new: NDArray[np.bool_] | None = None
+) -> list[ShardPlan]:
+    """Cut a listing into shards; all but the last have config.shard_images.
+
+    ``is_new`` (images,): those to encode; None: all.
+    """
+    plans = []
+    for number, first in enumerate(range(0, images, config.shard_images)):
+        numbers = range(first, min(first + config.shard_images, images))
+        new = numbers if is_new is None else tuple(n for n in numbers if is_new[n])
+        plans.append(ShardPlan(number=number, first=first, count=len(numbers), new=new))
+    return plans
 
 
 def program(context: Context) -> Outcome | Unfinished | None:
@@ -84,9 +100,11 @@ def program(context: Context) -> Outcome | Unfinished | None:
     source = checked_source(
         stage.source, runtime.source_uri, context.job.inputs["source"], listing=context.listing()
     )
-    plans = shard_plans(len(source.entries), stage.encode)
+    earlier = open_earlier(context, source.entries)
+    is_new = None if earlier is None else earlier.is_new
+    plans = shard_plans(len(source.entries), stage.encode, is_new)
     walk = Walk(Commits(context), _asked(plans, runtime), _start(context.world, len(plans)))
-    autoencoder = encode_shards(context, source, walk)
+    autoencoder = encode_shards(context, source, walk, earlier)
     context.world.barrier()
     if not context.world.is_first:
         return None
@@ -95,7 +113,7 @@ def program(context: Context) -> Outcome | Unfinished | None:
         return Unfinished(f"range done, {missing} shards of the set still missing")
     lost = _lost(context, plans)
     if lost:
-        encode_shards(context, source, Walk(NoCommits(), lost, 0))
+        encode_shards(context, source, Walk(NoCommits(), lost, 0), earlier)
     return gather(context, source, autoencoder, plans)
 
 
@@ -187,6 +205,18 @@ class Walk:
         """Images of all shards it may walk over."""
         return sum(plan.count for plan in self._plans.values())
 
+    @property
+    def unit(self) -> str:
+        """What its images are, for people."""
+        new = sum(len(plan.new) for plan in self._plans.values())
+        copied = self.images - new
+        return f"images ({new:,} new, {copied:,} copied)" if copied else "images"
+
+    @property
+    def left(self) -> list[ShardPlan]:
+        """Shards that are not finished."""
+        return [plan for number, plan in self._plans.items() if number not in self.finished]
+
     def count(self, numbers: Iterable[int]) -> int:
         """Images of some shards."""
         return sum(self._plans[number].count for number in numbers)
@@ -234,32 +264,39 @@ class Batch:
     """Images of one call of the autoencoder."""
 
     plan: ShardPlan
-    numbers: range
+    numbers: Sequence[int]
 
     @property
     def is_last(self) -> bool:
         """Whether its shard is whole with it."""
-        return self.numbers.stop == self.plan.first + self.plan.count
+        return self.numbers[-1:] == self.plan.new[-1:]
 
 
 # -- from pixels to commits ---------------------------------------------------------------------
 
 
-def encode_shards(context: Context, source: ImageSource, walk: Walk) -> Autoencoder:
+def encode_shards(
+    context: Context, source: ImageSource, walk: Walk, earlier: Earlier | None
+) -> Autoencoder:
     """Encode and commit the shards of a walk; returns the autoencoder."""
     config: EncodeConfig = context.config.encode
     world, size = context.world, config.batch_size
-    workers = decoders(context.job.runtime) if walk.count(walk.finished) < walk.images else 0
+    workers = decoders(context.job.runtime) if any(plan.new for plan in walk.left) else 0
+    if earlier is not None:
+        earlier.require([number for plan in walk.left for number in plan.copied])
     lanes = Lanes(world.device, source.config, size)
     # Forked before the weights are here: the workers need none of them.
     with contextlib.ExitStack() as stack:
         readers = stack.enter_context(open_readers(source, size, workers=workers, kept=lanes.kept))
         autoencoder = load_autoencoder(context.input("autoencoder"), context.store, world.device)
         _check_sizes(source, autoencoder)
+        if earlier is not None:
+            earlier.check(autoencoder.spec)
+        done = walk.count(walk.finished)
         bar = stack.enter_context(
-            context.progress("encoding", walk.images, done=walk.count(walk.finished))
+            context.progress("encoding", walk.images, unit=walk.unit, done=done)
         )
-        committer = stack.enter_context(Committer(context, source, walk))
+        committer = stack.enter_context(Committer(context, source, walk, earlier))
         stack.enter_context(lanes)
         # Lanes set and restore it at the same time: here it is what all of them restore.
         stack.enter_context(full_precision())
@@ -289,7 +326,9 @@ class Counter:
     def count(self, batch: Batch) -> None:
         """Count a batch."""
         number, finished = batch.plan.number, self._walk.finished
-        self._here[number] = self._here.get(number, 0) + len(batch.numbers)
+        # What is copied into a shard is counted with its last batch.
+        copied = batch.plan.count - len(batch.plan.new) if batch.is_last else 0
+        self._here[number] = self._here.get(number, 0) + len(batch.numbers) + copied
         here = sum(images for shard, images in self._here.items() if shard not in finished)
         self._bar.advance(self._walk.count(finished) + here - self._bar.done)
 
@@ -332,7 +371,7 @@ class Lanes:
         coming: deque[tuple[Batch, list[Future[Moments]]]] = deque()
         for batch, images in pixels:
             if batch.plan.number not in walk.overtaken:
-                pieces = images.split(self._piece)
+                pieces = images.split(self._piece) if len(images) else ()
                 coming.append(
                     (batch, [self._pool.submit(self._encode, autoencoder, p) for p in pieces])
                 )
@@ -356,8 +395,11 @@ def _finished_batch(batch: Batch, pieces: list[Future[Moments]]) -> tuple[Batch,
 class Committer:
     """Packs, uploads and commits a shard in the background while the next one is encoded."""
 
-    def __init__(self, context: Context, source: ImageSource, walk: Walk) -> None:
+    def __init__(
+        self, context: Context, source: ImageSource, walk: Walk, earlier: Earlier | None
+    ) -> None:
         self._context, self._source, self._walk = context, source, walk
+        self._earlier = earlier
         self._plan: ShardPlan | None = None
         self._moments: list[Moments] = []
         self._pool = ThreadPoolExecutor(1)
@@ -377,7 +419,7 @@ class Committer:
         if batch.is_last:
             # Bounds the memory: one shard on its way, one that fills.
             self.wait()
-            work = (self._context, batch.plan, self._source, self._moments)
+            work = (self._context, batch.plan, self._source, self._moments, self._earlier)
             self._commit = self._pool.submit(commit, *work)
             self._moments = []
 
@@ -393,20 +435,32 @@ class Committer:
 
 
 def samples_of(
-    plan: ShardPlan, source: ImageSource, moments: Iterable[Moments]
+    plan: ShardPlan, source: ImageSource, moments: Iterable[Moments], earlier: Earlier | None
 ) -> Iterator[Sample]:
-    """Samples of a shard whose moments come in pieces."""
-    entries, number = source.entries, plan.first
-    for means, mirrors in moments:
+    """Samples of a shard: moments of new images come in pieces, the others are copied."""
+    entries, encoded, copied = source.entries, _each(moments), plan.copied
+    known: dict[int, Views] = {}
+    if earlier is not None and copied:
+        known = dict(zip(copied, _each([earlier.moments(copied)]), strict=True))
+    for number in range(plan.first, plan.first + plan.count):
+        means, mirror = known[number] if number in known else next(encoded)
+        yield Sample(
+            key=entries.key(number),
+            label=int(entries.label[number]),
+            held_out=bool(entries.held_out[number]),
+            moments=means,
+            mirror=mirror,
+        )
+
+
+Views = tuple[NDArray[Any], NDArray[Any] | None]
+"""Moments (2C, H, W) of an image and of its mirror."""
+
+
+def _each(pieces: Iterable[Moments]) -> Iterator[Views]:
+    for means, mirrors in pieces:
         for i in range(len(means)):
-            yield Sample(
-                key=entries.key(number),
-                label=int(entries.label[number]),
-                held_out=bool(entries.held_out[number]),
-                moments=means[i],
-                mirror=None if mirrors is None else mirrors[i],
-            )
-            number += 1
+            yield means[i], None if mirrors is None else mirrors[i]
 
 
 def _commit_prefix(context: Context) -> str:
@@ -429,13 +483,17 @@ def committed(context: Context, plan: ShardPlan) -> Shard | None:
 
 
 def commit(
-    context: Context, plan: ShardPlan, source: ImageSource, moments: Iterable[Moments]
+    context: Context,
+    plan: ShardPlan,
+    source: ImageSource,
+    moments: Iterable[Moments],
+    earlier: Earlier | None,
 ) -> bool:
     """Make a shard durable: what it consists of first, what names it last.
 
     False where another encoder was first; its commit stands.
     """
-    samples = list(samples_of(plan, source, moments))
+    samples = list(samples_of(plan, source, moments, earlier))
     packed = write_shard(samples, first_number=plan.first)
     tar, index = context.store.put(packed.tar), context.store.put(packed.index)
     shard = Shard(tar=tar, index=index, count=packed.count)
@@ -456,6 +514,7 @@ def gather(
     context: Context, source: ImageSource, autoencoder: Autoencoder, plans: list[ShardPlan]
 ) -> Outcome:
     """The manifest of all shards, and an outcome that names every one of them."""
+    inputs = context.job.inputs
     with ThreadPoolExecutor(GATHERERS) as gatherers:
         shards = list(gatherers.map(functools.partial(_finished, context), plans))
         indices = list(gatherers.map(functools.partial(_index_of, context), plans, shards))
@@ -467,9 +526,11 @@ def gather(
         classes=source.classes,
         mirrored=source.config.mirror,
         skipped=source.skipped,
-        lineage=context.job.inputs,
+        lineage=inputs,
     )
     manifest = sealed.manifest
+    # Named only where there is an earlier set: all other records stay what they were.
+    copied = {"copied": sum(len(plan.copied) for plan in plans)} if INPUT in inputs else {}
     outputs: dict[str, bytes | Blob] = {**sealed.files, ORIGINALS: originals(source)}
     for plan, shard in zip(plans, shards, strict=True):
         outputs[f"shard-{plan.number:05d}.tar"] = shard.tar
@@ -479,6 +540,7 @@ def gather(
         values={
             "spec": to_json(manifest.spec),
             "images": manifest.count,
+            **copied,
             "train_images": sum(manifest.train_per_class),
             "held_out_images": sum(manifest.held_out_per_class),
             "classes": len(manifest.classes),

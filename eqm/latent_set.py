@@ -166,6 +166,19 @@ class LatentSet:
                 rows[i * width : (i + 1) * width] = memoryview(member)[header:]
         return out.view("<f2").reshape(len(wanted), *self._shape)
 
+    def bring(self, numbers: NDArray[Any] | Sequence[int]) -> None:
+        """Bring the whole shards of some samples to this machine, verified, and let go of others.
+
+        For reading a set in order: memory and disk are held for what is read now. Raises
+        IntegrityError, StoreError.
+        """
+        wanted = set((np.asarray(numbers, dtype=np.int64) // self.manifest.shard_images).tolist())
+        for number, shard in enumerate(self.manifest.shards):
+            if number not in wanted:
+                self._mapped[number] = None
+            elif self._mapped[number] is None:
+                self._map(number, self._store.fetch(shard.tar, remembered=True))
+
     def close(self) -> None:
         """Stop fetching. What is mapped stays until the set is gone."""
         if self._fetcher is not None:

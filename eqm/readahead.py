@@ -19,7 +19,7 @@ import struct
 import traceback
 from abc import ABC, abstractmethod
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing.connection import wait
 from typing import Any, Protocol, TypeVar
@@ -39,8 +39,8 @@ TASKS_A_WORKER = 4
 LONGEST_MESSAGE = 2**14
 JOIN_SECONDS = 5.0
 
-TASK = struct.Struct("<qqii")
-"""Number of the batch, number of the first image, its place in the batch, count."""
+TASK = struct.Struct("<qii")
+"""Number of the batch, place of the first image in it, count."""
 ANSWER = struct.Struct("<qiii")
 """Number of the batch, count, number of the worker, whether it failed."""
 
@@ -48,10 +48,10 @@ IDLE = -1
 
 
 class HasNumbers(Protocol):
-    """What is read: consecutive images."""
+    """What is read: some images."""
 
     @property
-    def numbers(self) -> range:
+    def numbers(self) -> Sequence[int]:
         """Their numbers in the source."""
         ...
 
@@ -100,7 +100,7 @@ class Readers(ABC):
         return batch, torch.from_numpy(pixels)
 
     @abstractmethod
-    def _begin(self, number: int, images: range) -> None:
+    def _begin(self, number: int, images: Sequence[int]) -> None:
         """Start to read a batch into its slot."""
 
     @abstractmethod
@@ -127,7 +127,7 @@ class Threads(Readers):
         self._pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))))
         self._reading: dict[int, list[Future[None]]] = {}
 
-    def _begin(self, number: int, images: range) -> None:
+    def _begin(self, number: int, images: Sequence[int]) -> None:
         slot = self.pixels[number % self.slots]
         self._reading[number] = [
             self._pool.submit(_read_into, slot, at, self.source, image)
@@ -161,6 +161,9 @@ class Processes(Readers):
     def __init__(self, source: ImageSource, batch_size: int, kept: int, workers: int) -> None:
         super().__init__(source, batch_size, kept)
         self._left: dict[int, int] = {}
+        numbers = mmap.mmap(-1, self.slots * batch_size * 8)
+        self.numbers = np.frombuffer(numbers, dtype=np.int64).reshape(self.slots, batch_size)
+        """Which images a slot is for: shared with the workers, as any may be in a batch."""
         self._board = Board(workers)
         self._share = max(1, -(-batch_size // (TASKS_A_WORKER * workers)))
         tasks, self._tasks = os.pipe()
@@ -179,12 +182,13 @@ class Processes(Readers):
         os.close(tasks)
         os.close(answers)
 
-    def _begin(self, number: int, images: range) -> None:
+    def _begin(self, number: int, images: Sequence[int]) -> None:
         self._left[number] = len(images)
+        self.numbers[number % self.slots, : len(images)] = images
         for at in range(0, len(images), self._share):
             count = min(self._share, len(images) - at)
             try:
-                os.write(self._tasks, TASK.pack(number, images[at], at, count))
+                os.write(self._tasks, TASK.pack(number, at, count))
             except BrokenPipeError:
                 raise self._death() from None
 
@@ -272,12 +276,13 @@ def _work(
     working, source = readers._board.working, readers.source
     try:
         while task := os.read(tasks, TASK.size):
-            batch, first, at, count = TASK.unpack(task)
+            batch, first, count = TASK.unpack(task)
             slot, failed = readers.pixels[batch % readers.slots], 0
+            images = readers.numbers[batch % readers.slots]
             try:
-                for i in range(count):
-                    working[number] = first + i
-                    _read_into(slot, at + i, source, first + i)
+                for at in range(first, first + count):
+                    working[number] = images[at]
+                    _read_into(slot, at, source, int(images[at]))
                 working[number] = IDLE
             except BaseException as error:
                 readers._board.tell(number, error)

@@ -351,7 +351,7 @@ class Manifest:
     skipped: tuple[str, ...] = ()
     """Keys of corrupt images that were left out."""
     lineage: dict[str, Ref] = field(default_factory=dict)
-    """What the set was made of: "source" and "autoencoder"."""
+    """What the set was made of: "source" and "autoencoder", "earlier" if images were copied."""
 
     def __post_init__(self) -> None:
         whole, last = self.shards[:-1], self.shards[-1:]

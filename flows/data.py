@@ -44,14 +44,22 @@ def encode(
     to: Annotated[str, typer.Option(metavar="STORE", help="Folder or s3://bucket/prefix.")],
     image_size: Annotated[int, typer.Option(help="Pixels a side, after ADM's centre crop.")],
     autoencoder: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="identity, fit (a small one, on these images), a folder or .safetensors file, "
-            "s3://..., or owner/name@revision of the hub."
+            "s3://..., or owner/name@revision of the hub; fit, or that of --earlier."
         ),
-    ] = "fit",
+    ] = None,
     autoencoder_sha256: Annotated[
         str | None, typer.Option(help="Of its weights; needed unless they lie on this machine.")
+    ] = None,
+    earlier: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LATENTS",
+            help="Of the same store: images that are in them are copied, the others encoded by "
+            "their autoencoder.",
+        ),
     ] = None,
     kind: Annotated[
         str, typer.Option(help="folder, imagenet, webdataset, parquet, digits; auto looks.")
@@ -77,6 +85,7 @@ def encode(
 ) -> None:
     """Encode images into sealed shards of latents; interrupted, it goes on where it was."""
     from eqm.records import to_json
+    from eqm.stage import open_ref
     from flows.plan import autoencoder_job, ensure, latents_job, read_config
 
     found = _kind(source) if kind == "auto" else kind
@@ -93,7 +102,7 @@ def encode(
             "held_out_fraction": share,
             "on_corrupt": on_corrupt,
         },
-        "autoencoder": _autoencoder(autoencoder, autoencoder_sha256, image_size),
+        "autoencoder": _autoencoder(autoencoder or "fit", autoencoder_sha256, image_size),
         "encode": {
             "shard_images": shard_images,
             "batch_size": batch_size,
@@ -103,15 +112,20 @@ def encode(
     }
     config = read_config(table, _changes(set_))
     plan = _plan(config, to)
+    known = None if earlier is None else _earlier(plan.store, earlier, autoencoder)
     _say(f"listing {source}")
     listed = _listed(plan)
-    made = ensure(plan, autoencoder_job(plan, listed), say=_say)
-    job = latents_job(plan, listed, made)
+    if known is None:
+        made = ensure(plan, autoencoder_job(plan, listed), say=_say)
+    else:
+        made = open_ref(plan.store, known.inputs["autoencoder"])
+    job = latents_job(plan, listed, made, known)
     record = ensure(plan, job, say=_say, processes=plan.processes)
     values = to_json(record.values)
     out.print(
         f"{values['images']} images of {values['classes']} classes in {values['shards']} shards "
-        f"({values['train_images']} to train on, {values['held_out_images']} held out)",
+        f"({values['train_images']} to train on, {values['held_out_images']} held out)"
+        f"{_copied(record)}",
         soft_wrap=True,
     )
     out.print(plan.store.where(f"latents/{record.digest}"), soft_wrap=True)
@@ -153,7 +167,8 @@ def stats(latents: LatentsArgument) -> None:
     data.close()
     facts = table_of("", "", header=False)
     facts.add_row(
-        "images", f"{found.images:,} ({found.train:,} train, {found.held_out:,} held out)"
+        "images",
+        f"{found.images:,} ({found.train:,} train, {found.held_out:,} held out){_copied(record)}",
     )
     smallest, largest = (f"{escape(n)} ({c:,})" for n, c in (found.smallest, found.largest))
     balanced = found.smallest[1] == found.largest[1]
@@ -360,6 +375,33 @@ def _opened(latents: str) -> tuple[Any, Any]:
     if record is None:
         raise DataError(f"{store.uri} has no latents {latents}: `eqm data list` shows what it has")
     return store, record
+
+
+def _earlier(store: Any, latents: str, autoencoder: str | None) -> Any:
+    """Record of the set to copy images from. Raises ConfigError, DataError."""
+    from eqm.errors import ConfigError, DataError
+
+    if autoencoder is not None:
+        raise ConfigError(
+            f"--autoencoder is {autoencoder}, but images are encoded by that of --earlier: leave "
+            "one of them out"
+        )
+    digits = latents.rstrip("/").removesuffix("/record.json").rpartition("/")[2]
+    record = sealed_by_digits(store, "latents", digits)
+    if record is None:
+        raise DataError(
+            f"--earlier is {latents}, but {store.uri} has no such latents: they must be of the "
+            f"store that --to names; `eqm data list {store.uri}` shows what it has"
+        )
+    return record
+
+
+def _copied(record: Any) -> str:
+    """How many images of a set were copied from which, where any were asked for."""
+    if "copied" not in record.values:
+        return ""
+    ref = record.inputs["earlier"]
+    return f", {record.values['copied']:,} copied from latents {ref.digest[:12]}"
 
 
 def _say(line: str) -> None:

@@ -65,9 +65,11 @@ def fit_autoencoder(plan: Plan, source: Ref) -> Record:
 
 
 @stage
-def encode_images(plan: Plan, source: Ref, autoencoder: Record) -> Record:
-    """Encode all images into sealed shards of moments."""
-    job = latents_job(plan, source, autoencoder)
+def encode_images(
+    plan: Plan, source: Ref, autoencoder: Record, earlier: Record | None = None
+) -> Record:
+    """Encode all images into sealed shards of moments; copy those that earlier latents hold."""
+    job = latents_job(plan, source, autoencoder, earlier)
     return ensure(plan, job, say=logged, processes=plan.processes)
 
 

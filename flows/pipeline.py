@@ -35,6 +35,8 @@ class Base:
     extractor: Record
     further: Records
     """Other extractors that samples are measured by as well."""
+    latents: Record | None
+    """What its images were encoded to, where those may be copied."""
 
 
 @flow(name="pipeline", timeout_seconds=MONTH_SECONDS)
@@ -55,7 +57,7 @@ def images_to_decision(plan: Plan, source: Ref, base: Base | None = None) -> dic
     autoencoder = base.autoencoder if base else fit_autoencoder(plan, source)
     extractor = base.extractor if base else fit_extractor(plan, source)
     further = fit_further(plan, source, base.further if base else None)
-    latents = encode_images(plan, source, autoencoder)
+    latents = encode_images(plan, source, autoencoder, base.latents if base else None)
     trained = train_model(plan, latents)
     version = register_model(plan, trained)
     samples = generate_samples(plan, trained, extractor, further)

@@ -246,10 +246,13 @@ def extractor_job(plan: Plan, source: Ref, further: str | None = None) -> Job:
     return _job(plan, "extractor", asked, {"source": source})
 
 
-def latents_job(plan: Plan, source: Ref, autoencoder: Record) -> Job:
-    """Encode the images into shards."""
+def latents_job(plan: Plan, source: Ref, autoencoder: Record, earlier: Record | None = None) -> Job:
+    """Encode the images into shards; those in ``earlier`` latents are copied."""
     asked = LatentsStage(source=plan.config.source, encode=plan.config.encode)
-    return _job(plan, "latents", asked, {"source": source, "autoencoder": autoencoder.ref})
+    inputs = {"source": source, "autoencoder": autoencoder.ref}
+    if earlier is not None:
+        inputs["earlier"] = earlier.ref
+    return _job(plan, "latents", asked, inputs)
 
 
 def train_job(plan: Plan, latents: Record) -> Job:

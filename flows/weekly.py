@@ -1,9 +1,10 @@
 """The pipeline of a schedule: what is new of the images decides what is done.
 
 Without a champion the whole pipeline runs, from nothing. With one, the images are listed again. New
-ones: they are encoded by the champion's own autoencoder, training goes on from its weights for a
-budget of images, and the two are judged under one protocol. Nothing new: all that a next run would
-use is verified, down to the last byte. Either way a record says what was found, ``watch/<digest>``.
+ones: they are encoded by the champion's own autoencoder, and the others copied from its latents;
+training goes on from its weights for a budget of images, and the two are judged under one protocol.
+Nothing new: all that a next run would use is verified, down to the last byte. Either way a record
+says what was found, ``watch/<digest>``.
 """
 
 import datetime
@@ -12,7 +13,8 @@ from typing import Any
 from prefect import flow
 
 from eqm import champion
-from eqm.config import PretrainedFile, replace
+from eqm.config import LatentsStage, PretrainedFile, replace
+from eqm.earlier import INPUT, differences
 from eqm.images import checked_source
 from eqm.records import Record, Ref
 from eqm.stage import listing_key, open_ref, verify
@@ -31,10 +33,12 @@ def weekly(
     config: str | dict[str, Any] = "demo",
     changes: dict[str, Any] | None = None,
     as_of: str | None = None,
+    encode_all: bool = False,
 ) -> dict[str, Any]:
     """List the images again; where they changed, go on from the champion, else verify.
 
     ``as_of``: day of the record (YYYY-MM-DD); unless given, the day (UTC) on which it was due.
+    ``encode_all``: copy no image from the champion's latents.
     """
     day = datetime.date.fromisoformat(as_of) if as_of else day_due()
     plan = open_plan(config, changes)
@@ -47,7 +51,8 @@ def weekly(
     if known.inputs["source"] == source:
         return {"outcome": "nothing new", "watch": verify_all(plan, standing, source, day).digest}
     changed = compare_listings(plan, known.inputs["source"], source)
-    result = images_to_decision(continued(plan, standing), source, base_of(plan, standing))
+    base = base_of(plan, standing, encode_all)
+    result = images_to_decision(continued(plan, standing), source, base)
     seal(plan, standing, source, day, {"outcome": "continued", **changed, **_told(result)})
     return {"outcome": "continued", **result}
 
@@ -70,18 +75,29 @@ def continued(plan: Plan, standing: champion.Entry) -> Plan:
     return replace(plan, config=replace(plan.config, train=train))
 
 
-def base_of(plan: Plan, standing: champion.Entry) -> Base:
-    """The champion's autoencoder, without which its weights mean nothing, and its extractors."""
+def base_of(plan: Plan, standing: champion.Entry, encode_all: bool) -> Base:
+    """The champion's autoencoder, without which its weights mean nothing, and what it was fed."""
     latents = open_ref(plan.store, open_ref(plan.store, standing.train).inputs["latents"])
     evaluation = open_ref(plan.store, standing.evaluation)
     base = Base(
         autoencoder=open_ref(plan.store, latents.inputs["autoencoder"]),
         extractor=open_ref(plan.store, evaluation.inputs["extractor"]),
         further=extractors_of(plan, references_of(plan, evaluation)),
+        latents=None if encode_all else copied_from(plan, latents),
     )
     for record in (base.autoencoder, base.extractor, *base.further.values()):
         verify(plan.store, record)
     return base
+
+
+def copied_from(plan: Plan, latents: Record) -> Record | None:
+    """The champion's latents, where images that they hold may be copied; else None, said aloud."""
+    asked = LatentsStage(source=plan.config.source, encode=plan.config.encode)
+    wrong = differences(latents, asked, latents.inputs["autoencoder"])
+    if wrong:
+        logged(f"all images are encoded, none is copied from the champion's: {'; '.join(wrong)}")
+        return None
+    return latents
 
 
 @stage
@@ -120,14 +136,17 @@ def verify_all(plan: Plan, standing: champion.Entry, source: Ref, day: datetime.
 
 
 def _chain(plan: Plan, standing: champion.Entry) -> list[Record]:
-    """The champion's records, back to the images."""
+    """The champion's records, back to the images.
+
+    Without latents from which its own were copied: all that was used of them is in its own.
+    """
     found: dict[str, Record] = {}
     open_ends = [standing.evaluation, standing.train]
     while open_ends:
         ref = open_ends.pop()
         if ref.stage != "source" and ref.digest not in found:
-            found[ref.digest] = open_ref(plan.store, ref)
-            open_ends.extend(found[ref.digest].inputs.values())
+            record = found[ref.digest] = open_ref(plan.store, ref)
+            open_ends.extend(used for name, used in record.inputs.items() if name != INPUT)
     return list(found.values())
 
 

@@ -118,6 +118,22 @@ def test_latents_are_named_by_their_first_digits(eqm_: Run) -> None:
     assert (wrong.status, "has no latents 0000" in wrong.err) == (2, True)
 
 
+def test_images_of_earlier_latents_are_copied(eqm_: Run) -> None:
+    where = encoded(eqm_)
+    digest = where.rpartition("/")[2]
+    make_images(Path("pictures"), 42)
+    line = ("encode", "pictures", "--image-size", "8", "--to", "store", "--shard-images", "16")
+    told = eqm_(*line, "--held-out", "0.2", "--earlier", digest[:10])
+    assert told.status == 0, told.err
+    assert f"held out), 40 copied from latents {digest[:12]}" in told.out
+    later = told.out.split()[-1]
+    assert later != where
+    shown = eqm_("stats", later)
+    assert "42 (" in shown.out
+    assert f"40 copied from latents {digest[:12]}" in shown.out
+    assert "every byte is sound" in eqm_("verify", later).out
+
+
 def test_verify_names_all_damage_and_exits_with_1(eqm_: Run) -> None:
     where = encoded(eqm_)
     data = eqm.open_manifest(where)
@@ -216,6 +232,14 @@ def test_a_set_has_a_digest_for_configs(eqm_: Run) -> None:
             "a folder without diffusion_pytorch_model.safetensors",
         ),
         (("encode", "pictures", "--image-size", "1", "--to", "s"), "image_size_px"),
+        (
+            ("encode", "pictures", "--image-size", "8", "--to", "s", "--earlier", "s/latents/0a"),
+            "has no such latents: they must be of the store that --to names",
+        ),
+        (
+            ("encode", "pictures", "--image-size=8", "--to=s", "--earlier=0a", "--autoencoder=fit"),
+            "leave one of them out",
+        ),
         (("verify", "store/latents/abc"), "is no set of latents"),
         (("digest", "svhn", "pictures"), "test_32x32.mat does not exist: give the folder of train"),
         (("digest", "mnist", "pictures"), "kind is 'mnist'; it must be one of folder, cifar10"),

@@ -2,15 +2,20 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from deployed import pictures
 from test_pipeline import STAGES_IN_THIS_PROCESS, run_flow
 
 from eqm import champion
-from eqm.records import Record
+from eqm.config import ALGORITHMS, LatentsStage, replace
+from eqm.records import Record, Ref, to_json
 from eqm.stage import open_ref, verify
 from eqm.storage import Store, open_store
+from flows import weekly
+from flows.plan import read_config
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(400)]
 
@@ -115,6 +120,9 @@ def test_weeks_of_a_folder(all_environment: dict[str, str], tmp_path: Path) -> N
     assert evaluations[0].inputs["extractor"] == evaluations[1].inputs["extractor"]
     latents = [open_ref(store, open_ref(store, e.train).inputs["latents"]) for e in (old, new)]
     assert latents[0].inputs["autoencoder"] == latents[1].inputs["autoencoder"]
+    # Only what is new was encoded: 24 pictures, one of which is another one now, and 24 more.
+    assert latents[1].inputs["earlier"] == latents[0].ref
+    assert (latents[1].values["images"], latents[1].values["copied"]) == (47, 23)
 
     looked = {
         record.config["day"]: record
@@ -125,6 +133,8 @@ def test_weeks_of_a_folder(all_environment: dict[str, str], tmp_path: Path) -> N
     assert looked["2026-03-09"].values["outcome"] == "nothing new"
     # An extractor and a reference more than there would be without the further one.
     assert looked["2026-03-09"].values["records"] == 9
+    # Champion and chain are other ones then; the set that was copied from is not looked at again.
+    assert looked["2026-03-23"].values["records"] == 9
     went_on = looked["2026-03-16"].values
     assert (went_on["new_images"], went_on["gone_images"]) == (24, 1)
     for record in looked.values():
@@ -148,6 +158,32 @@ def test_weeks_of_a_folder(all_environment: dict[str, str], tmp_path: Path) -> N
     # Measured again on the new images, or there were nothing to compare.
     judged = {reason["check"]: reason for reason in new.decision["reasons"]}
     assert judged["champion fd_wide"]["passed"]
+
+
+def test_latents_that_do_not_fit_are_told_and_not_copied_from(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(weekly, "logged", said.append)
+    config = read_config("tiny", {"encode.precision": "float32"})
+    plan: Any = SimpleNamespace(config=config)
+    asked = LatentsStage(source=config.source, encode=config.encode)
+    ref = Ref(stage="autoencoder", digest="a" * 64, content="b" * 64)
+    latents = Record(
+        stage="latents",
+        algorithm=ALGORITHMS["latents"],
+        config=to_json(asked),
+        inputs={"autoencoder": ref},
+        outputs={},
+        values={},
+    )
+    assert weekly.copied_from(plan, latents) is latents
+    assert said == []
+    half = replace(asked, encode=replace(asked.encode, precision="bfloat16"))
+    assert weekly.copied_from(plan, replace(latents, config=to_json(half))) is None
+    (line,) = said
+    assert line.startswith("all images are encoded, none is copied")
+    assert "encode.precision is 'float32', it was 'bfloat16'" in line
 
 
 def records(store: Store, stage: str) -> list[Record]:
