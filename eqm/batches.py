@@ -25,6 +25,7 @@ from eqm import randomness
 from eqm.config import require
 from eqm.errors import ConfigError, DataError
 from eqm.latent_set import LatentSet, open_manifest
+from eqm.patience import Patience
 from eqm.randomness import Stream, uniform
 from eqm.shards import Int64
 
@@ -68,24 +69,26 @@ def batches(
     split: Split = "train",
     ahead: int = 2,
     pin: bool = False,
+    patience: Patience | None = None,
 ) -> Iterator[Batch]:
     """Batches without end, from image number ``first_image`` on; ``ahead`` are read ahead.
 
     ``batch_size`` is global: each of ``world`` ranks gets its contiguous part. ``pin`` puts what is
     read into page-locked memory, from where a GPU takes it without anybody waiting
-    (:meth:`Batch.to`). Raises ConfigError for a batch that the ranks cannot share equally,
-    DataError for a split without samples, and what reading raises.
+    (:meth:`Batch.to`). A store that is away is waited for with ``patience``. Raises ConfigError for
+    a batch that the ranks cannot share equally, DataError for a split without samples, and what
+    reading raises.
     """
     _check(batch_size, first_image, rank, world, split)
     require(ahead > 0, "ahead", ahead, "greater than 0")
     data = latents if isinstance(latents, LatentSet) else open_manifest(latents)
     if not len(split_numbers(data, split)):
         raise DataError(f"{data.where} has no {split} samples")
-    share = batch_size // world
+    share, ask = batch_size // world, patience or Patience()
     starts = itertools.count(first_image + rank * share, batch_size)
 
     def read(start: int) -> Batch:
-        batch = read_batch(data, seed, start, share, split)
+        batch = ask(lambda: read_batch(data, seed, start, share, split))
         return batch.pinned() if pin else batch
 
     return _read_ahead(read, starts, ahead)

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ from torch import Tensor
 from eqm import lease
 from eqm.cache import damaged
 from eqm.errors import IntegrityError, MissingError
+from eqm.patience import Patience
 from eqm.records import Blob, note_from_bytes, note_to_bytes
 from eqm.storage import Store
 
@@ -91,8 +93,8 @@ class Writer:
     """Makes states durable in a thread, one at a time, while the caller changes their tensors.
 
     ``keep`` checkpoints stay, under a lease; without one (a program that has the run for itself)
-    all do. ``durable`` is told of each, in that thread. Methods are for one thread. What fails in
-    the background is raised by the next call.
+    all do. ``durable`` is told of each, in that thread. Methods are for one thread. A store that is
+    away is waited for with ``patience``; what fails in the background is raised by the next call.
     """
 
     def __init__(
@@ -103,9 +105,10 @@ class Writer:
         keep: int,
         mine: lease.Held | None = None,
         durable: Callable[[TrainState], None] = lambda _: None,
+        patience: Patience | None = None,
     ) -> None:
         self.store, self.digest, self.keep, self.mine = store, digest, keep, mine
-        self._durable = durable
+        self._durable, self._patience = durable, patience or Patience()
         self.stalled_seconds = 0.0
         """For so long callers were blocked: copies, and waiting for what was not yet durable."""
         self.written = 0
@@ -138,9 +141,15 @@ class Writer:
         self.written += 1
 
     def snapshot(self, images_seen: int, averages: Mapping[float, dict[str, Tensor]]) -> None:
-        """Begin to make averages durable; checkpoints that are written later wait for them."""
+        """Begin to make averages durable; checkpoints that are written later wait for them.
+
+        What failed before is not raised here, but by :meth:`write` and :meth:`wait`: it fails what
+        is begun now as well.
+        """
         with self._stalled():
-            self._end("snapshot")
+            if "snapshot" in self._flying:
+                # Its copies may then be overwritten, however it ended.
+                self._flying["snapshot"].exception()
             copied = {s: self._copies.of(tensors, f"{s}/") for s, tensors in averages.items()}
             self._begin("snapshot", self._snapshot, images_seen, copied)
 
@@ -151,7 +160,8 @@ class Writer:
                 self._end(kind)
 
     def close(self) -> None:
-        """Let what is under way end, well or not."""
+        """Let what is under way end, well or not; a store that is away is waited for no more."""
+        self._patience.end()
         self._thread.shutdown(wait=True)
 
     def _end(self, kind: str) -> None:
@@ -166,15 +176,24 @@ class Writer:
         self._flying[kind] = self._thread.submit(_after, earlier, act, *arguments)
 
     def _checkpoint(self, state: TrainState) -> str:
-        key = save(self.store, self.digest, state, token=self.token, check=self._check)
+        key = save(
+            *(self.store, self.digest, state),
+            token=self.token,
+            check=self._check,
+            patience=self._patience,
+        )
         self._durable(state)
-        if self.mine is not None:
-            prune(self.store, self.digest, keep=self.keep, mine=self.mine)
+        mine = self.mine
+        if mine is not None:
+            self._patience(lambda: prune(self.store, self.digest, keep=self.keep, mine=mine))
         return key
 
     def _snapshot(self, images_seen: int, averages: Mapping[float, dict[str, Tensor]]) -> str:
         return save_snapshot(
-            *(self.store, self.digest, images_seen, averages), token=self.token, check=self._check
+            *(self.store, self.digest, images_seen, averages),
+            token=self.token,
+            check=self._check,
+            patience=self._patience,
         )
 
     def _check(self) -> None:
@@ -233,30 +252,42 @@ def save(
     *,
     token: int = 1,
     check: Callable[[], None] = lambda: None,
+    patience: Patience | None = None,
 ) -> str:
     """Make a checkpoint durable; returns the key of its commit. Idempotent.
 
-    ``check`` is asked between the files and the commit, and raises to prevent it. Raises
-    StoreError, and IntegrityError where another state is committed at this position.
+    ``check`` is asked between the files and the commit, and raises to prevent it. A store that is
+    away is waited for with ``patience``. Raises StoreError, and IntegrityError where another state
+    is committed at this position.
     """
-    at = Position(state.images_seen, token)
+    at, ask = Position(state.images_seen, token), patience or Patience()
+
+    def write(end: str, data: bytes) -> Blob:
+        ask(lambda: store.write_once(_key(digest, at, end), data))
+        return Blob.of(data)
+
     curve = {name: getattr(state, name) for name in CURVE_FIELDS}
-    files = {CURVE: _write_file(store, digest, at, CURVE, json.dumps(curve).encode())}
+    files = {CURVE: write(CURVE, json.dumps(curve).encode())}
     tensors = _flat(state)
     for number, names in enumerate(cut(tensors)):
         data = tensors_to_bytes({name: tensors[name] for name in names})
         end = f"{number:04d}.safetensors"
-        files[end] = _write_file(store, digest, at, end, data)
+        files[end] = write(end, data)
     commit = Commit(
         schema=SCHEMA,
         images_seen=at.images_seen,
         token=token,
         files=files,
-        events={n: e if isinstance(e, Blob) else store.put(e) for n, e in state.events.items()},
+        events=ask(lambda: _stored(store, state.events)),
     )
-    check()
     key, data = _key(digest, at, "json"), note_to_bytes(commit)
-    if not store.write_once(key, data) and store.read(key) != data:
+
+    def seal() -> bool:
+        # Each time: it may have been taken over while the store was away.
+        check()
+        return store.write_once(key, data) or store.read(key) == data
+
+    if not ask(seal):
         raise IntegrityError(f"{store.where(key)} is there already, of another state: delete it")
     return key
 
@@ -275,9 +306,8 @@ def cut(tensors: Mapping[str, Tensor]) -> list[list[str]]:
     return files
 
 
-def _write_file(store: Store, digest: str, at: Position, end: str, data: bytes) -> Blob:
-    store.write_once(_key(digest, at, end), data)
-    return Blob.of(data)
+def _stored(store: Store, events: Mapping[str, bytes | Blob]) -> dict[str, Blob]:
+    return {n: e if isinstance(e, Blob) else store.put(e) for n, e in events.items()}
 
 
 def prune(store: Store, digest: str, *, keep: int, mine: lease.Held) -> None:
@@ -514,19 +544,26 @@ def save_snapshot(
     *,
     token: int = 1,
     check: Callable[[], None] = lambda: None,
+    patience: Patience | None = None,
 ) -> str:
     """Make sigma_rel -> averages durable at a position; returns the key of its commit. Idempotent.
 
-    Where one of the same token stands there already, it stays. ``check`` as in :func:`save`.
+    Where one of the same token stands there already, it stays. ``check`` and ``patience`` as in
+    :func:`save`.
     """
+    ask = patience or Patience()
     tracks = tuple(
-        Track(sigma_rel=sigma, tensors=store.put(tensors_to_bytes(tensors)))
+        Track(sigma_rel=sigma, tensors=ask(partial(store.put, tensors_to_bytes(tensors))))
         for sigma, tensors in averages.items()
     )
     commit = SnapshotCommit(schema=SNAPSHOT_SCHEMA, images_seen=images_seen, tracks=tracks)
     key = _key(digest, Position(images_seen, token), "json", "snapshots")
-    check()
-    store.write_once(key, note_to_bytes(commit))
+
+    def seal() -> None:
+        check()
+        store.write_once(key, note_to_bytes(commit))
+
+    ask(seal)
     return key
 
 

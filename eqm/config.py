@@ -905,6 +905,9 @@ class Runtime:
     """CPU threads a process; null: all cores over the local processes."""
     collective_timeout_seconds: float = 600.0
     """How long ranks wait for one that stalls. It must be longer than saving a checkpoint takes."""
+    patience_seconds: float = 300.0
+    """How long a training asks a store again that is away; at most half of the time above, for the
+    others may wait for the rank that asks."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
     """How a training step is computed."""
     checkpoint_every_images: int = 25_600
@@ -929,7 +932,13 @@ class Runtime:
         _positive(self, "runtime", "collective_timeout_seconds")
         count, span = self.workers, self.shards
         require(count is None or count >= 0, "runtime.workers", count, "0 or greater, or null")
-        for name in ("keep_checkpoints", "lease_seconds"):
+        require(
+            self.patience_seconds >= 0,
+            "runtime.patience_seconds",
+            self.patience_seconds,
+            "0 or greater",
+        )
+        for name in ("keep_checkpoints", "lease_seconds", "checkpoint_every_images"):
             value = getattr(self, name)
             require(value >= 1, f"runtime.{name}", value, "1 or greater")
         ok = span is None or 0 <= span[0] < span[1]

@@ -52,5 +52,9 @@ class StageError(EqmError):
     """A stage program failed; the message is the stage's own."""
 
 
+class AwayError(StoreError):
+    """The store does not answer, or fails: it may be there again in a while."""
+
+
 class TransferError(StoreError):
     """A transfer broke off on the way; it may be tried again."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from eqm.disk import parts
-from eqm.errors import MissingError, StoreError, TransferError
+from eqm.errors import AwayError, MissingError, StoreError, TransferError
 
 PART_BYTES = 64 * 2**20
 """Objects larger than this travel in parts of this size."""
@@ -326,7 +326,7 @@ def _in_words(endpoint: str, bucket: str, where: str) -> Iterator[None]:
         raise TransferError(f"{where} broke off while it was read ({error}): run again") from error
     except (exceptions.ConnectionError, exceptions.HTTPClientError) as error:
         reason = type(error).__name__
-        raise StoreError(UNREACHABLE.format(endpoint=endpoint, error=reason)) from error
+        raise AwayError(UNREACHABLE.format(endpoint=endpoint, error=reason)) from error
 
 
 def _from_client_error(error: Any, endpoint: str, bucket: str, where: str) -> StoreError:
@@ -341,5 +341,5 @@ def _from_client_error(error: Any, endpoint: str, bucket: str, where: str) -> St
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "Forbidden"):
         return StoreError(REFUSED.format(endpoint=endpoint, error=code))
     if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500:
-        return StoreError(FAILED.format(endpoint=endpoint, where=where, error=error))
+        return AwayError(FAILED.format(endpoint=endpoint, where=where, error=error))
     return StoreError(f"S3 at {endpoint} failed on {where}: {error}")

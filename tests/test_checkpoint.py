@@ -4,15 +4,19 @@ import dataclasses
 import json
 import re
 import threading
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from eqm import checkpoint, lease
+from eqm import checkpoint, lease, patience
 from eqm.checkpoint import Position, TrainState, Writer, lease_key, load, newest, save
-from eqm.errors import IntegrityError, StoreError
+from eqm.errors import AwayError, IntegrityError, StoreError
+from eqm.lease import LostLeaseError
+from eqm.patience import Patience
 from eqm.records import digest, note_from_bytes, to_json
 from eqm.storage import LocalStore, Store, open_store
 
@@ -329,13 +333,93 @@ def test_what_failed_in_the_background_is_raised_and_nothing_is_sealed_on_it(
     # There is room for the checkpoint, but not for the snapshot before it.
     store.full = "blobs/"
     store.go.set()
-    writer.close()
-    assert writer.failed
+    while not writer.failed:
+        time.sleep(0.001)
     store.full = "nowhere"
+    # Told where all processes of a training meet, which is at no snapshot.
+    writer.snapshot(256, KEPT)
     for again in (lambda: writer.write(a_state(256)), writer.wait):
         with pytest.raises(StoreError, match="disk is full"):
             again()
+    writer.close()
     assert LocalStore(tmp_path).list("train/") == []
+
+
+class Away(LocalStore):
+    """A store that fails twice at each of its keys, and otherwise for as long as it is told to."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.failed: Counter[str] = Counter()
+        self.gone = False
+
+    def write_once(self, key: str, data: bytes | Path) -> bool:
+        if self.gone or self.failed[key] < 2:
+            self.failed[key] += 1
+            raise AwayError("S3 cannot be reached")
+        return super().write_once(key, data)
+
+
+def test_a_store_that_is_away_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "FIRST_SECONDS", 0.001)
+    store = Away(tmp_path)
+    writer = Writer(store, RUN, keep=3, patience=Patience(60))
+    writer.snapshot(128, KEPT)
+    writer.write(with_averages())
+    writer.wait()
+    assert set(store.failed.values()) == {2}
+    assert_same(load(store, RUN, Position(128, 1)), with_averages())
+    assert len(checkpoint.read_snapshot(store, RUN, 128).tracks) == len(KEPT)
+
+
+def test_whoever_ends_waits_for_no_store(tmp_path: Path) -> None:
+    store = Away(tmp_path)
+    store.gone = True
+    writer = Writer(store, RUN, keep=3, patience=Patience(600))
+    writer.write(a_state())
+    while not store.failed:
+        time.sleep(0.001)
+    began = time.monotonic()
+    writer.close()
+    assert time.monotonic() - began < 10
+    with pytest.raises(AwayError, match="cannot be reached"):
+        writer.wait()
+
+
+def test_who_lost_the_lease_while_the_store_was_away_commits_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "FIRST_SECONDS", 0.001)
+    asked: list[str] = []
+
+    def check() -> None:
+        asked.append("")
+        if len(asked) == 2:
+            raise LostLeaseError("it is not ours any more")
+
+    with pytest.raises(LostLeaseError):
+        save(Away(tmp_path), RUN, a_state(), check=check, patience=Patience(60))
+    assert newest(LocalStore(tmp_path), RUN) is None
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.05])
+def test_patience_is_bounded_and_for_what_time_mends_alone(
+    seconds: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "FIRST_SECONDS", 0.01)
+    asked: list[type[StoreError]] = []
+
+    def fails(kind: type[StoreError]) -> None:
+        asked.append(kind)
+        raise kind("no")
+
+    for kind in (StoreError, AwayError):
+        with pytest.raises(kind):
+            Patience(seconds)(lambda kind=kind: fails(kind))
+    assert asked.count(StoreError) == 1
+    assert (asked.count(AwayError) > 1) == (seconds > 0)
 
 
 # -- more than one trainer ----------------------------------------------------------------------

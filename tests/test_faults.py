@@ -10,6 +10,7 @@ import re
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -183,7 +184,8 @@ def training(tiny: chain.Chain, folder: Path) -> Job:
     for key in tiny.store.list(""):
         if not key.startswith("train/"):
             store.write_once(key, tiny.store.read(key))
-    asked = tiny.job("train", cache=str(folder / "cache"), checkpoint_every_images=100)
+    cache = str(folder / "cache")
+    asked = tiny.job("train", cache=cache, checkpoint_every_images=100, patience_seconds=0)
     return replace(asked, runtime=replace(asked.runtime, store=store.uri))
 
 
@@ -303,6 +305,30 @@ def test_what_is_not_endured_is_told_and_a_second_start_ends_well(
     assert proxy.most_asked(again=True) <= len(FATAL) * CHECKPOINTS * MOST_TRIES
     assert chain.run(job).content == tiny["train"].content
     check_commits(store, job)
+
+
+def test_a_store_that_is_away_for_a_while_ends_no_training(
+    tiny: chain.Chain, tmp_path: Path, proxied: Proxied, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """What boto3 itself tries again is over at once here; all requests fail, the lease's too."""
+    proxy = proxied()
+    job = training(tiny, tmp_path)
+    patient = replace(job, runtime=replace(job.runtime, patience_seconds=60.0))
+    back = threading.Timer(1.5, proxy.now)
+
+    def goes_away(_: object) -> None:
+        if not back.is_alive() and not proxy.count("503 before"):
+            proxy.now(Fault("503 before", most=None))
+            back.start()
+
+    with proxy.watch("PUT", COMMITS, "after", goes_away):
+        assert chain.run(patient).content == tiny["train"].content
+    back.join()
+    said = capfd.readouterr().err
+    assert "run again to go on. It is asked again for 60 s" in said
+    assert "the store answers again, after " in said
+    assert proxy.count("503 before") > 5
+    check_commits(store_of(job, tmp_path / "other"), job)
 
 
 MIX = (
