@@ -35,17 +35,7 @@ def prepare(
     for kernels that are not of this device or network, and for what cannot be done with an energy
     that is differentiated twice.
     """
-    double = objective.energy != "implicit" and objective.backward == "double"
-    for name, cannot in (
-        ("compile", "compiled code has no double backward"),
-        ("checkpointing", "what a double backward computes again is not what it had kept"),
-        ("fused", "these kernels have no double backward"),
-    ):
-        if double and getattr(compute, name):
-            raise ConfigError(
-                f"compute.{name} is true, but {cannot}: train this energy with "
-                f"objective.backward = 'directional', or leave compute.{name} false"
-            )
+    check_double(compute, objective)
     if compute.compile:
         check_compiler(device)
     for block in blocks_of(network, compute):
@@ -57,6 +47,21 @@ def prepare(
         if compute.checkpointing:
             # Not around __call__: hooks on a block see its tokens once, and not again going back.
             block.forward = functools.partial(_recomputed, block.forward)
+
+
+def check_double(compute: ComputeConfig, objective: ObjectiveConfig) -> None:
+    """Refuse what an energy that is differentiated twice cannot go through. Raises ConfigError."""
+    double = objective.energy != "implicit" and objective.backward == "double"
+    for name, cannot in (
+        ("compile", "compiled code has no double backward"),
+        ("checkpointing", "what a double backward computes again is not what it had kept"),
+        ("fused", "these kernels have no double backward"),
+    ):
+        if double and getattr(compute, name):
+            raise ConfigError(
+                f"compute.{name} is true, but {cannot}: train this energy with "
+                f"objective.backward = 'directional', or leave compute.{name} false"
+            )
 
 
 def blocks_of(network: nn.Module, compute: ComputeConfig) -> list[nn.Module]:

@@ -104,9 +104,9 @@ class Shards:
         )
 
 
-def check_shardable(objective: ObjectiveConfig, world: World) -> None:
-    """Refuse what FSDP2 cannot train. Raises ConfigError."""
-    if world.size == 1:
+def check_shardable(objective: ObjectiveConfig, processes: int) -> None:
+    """Refuse what FSDP2 cannot train with so many processes. Raises ConfigError."""
+    if processes == 1:
         raise ConfigError(
             "compute.parallel is 'fsdp2', which shares weights among processes, and there is one: "
             "set processes to 2 or more, or compute.parallel to 'ddp'"

@@ -171,6 +171,7 @@ def make_plan(
     ``tracked``: MLflow will be needed. Raises ConfigError, StoreError, TrackingError.
     """
     checked = read_config(config, changes)
+    check_training(checked)
     settings = current_settings()
     settings.check_sources(to_json(checked))
     store = store_of(settings)
@@ -180,6 +181,25 @@ def make_plan(
     if tracked:
         _ask_mlflow(plan)
     return plan
+
+
+def check_training(config: PipelineConfig) -> None:
+    """Refuse now, not after a night of encoding, what training would refuse. Raises ConfigError."""
+    from torch.nn import Module
+
+    from eqm.compute import blocks_of, check_double, check_micro_batch
+
+    compute, objective = config.compute, config.objective
+    check_micro_batch(compute, objective, config.train.batch_size // config.processes)
+    check_double(compute, objective)
+    if config.network.kind == "unet":
+        # As any network without blocks.
+        blocks_of(Module(), compute)
+    if compute.parallel == "fsdp2":
+        # Half a second that nobody else should wait for.
+        from eqm.sharding import check_shardable
+
+        check_shardable(objective, config.processes)
 
 
 def _ask_mlflow(plan: Plan) -> None:

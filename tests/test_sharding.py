@@ -22,7 +22,6 @@ from eqm.config import (
     replace,
     with_settings,
 )
-from eqm.distributed import World
 from eqm.errors import ConfigError
 from eqm.events import events_of
 from eqm.latent_set import open_manifest
@@ -178,16 +177,15 @@ def test_provenance_says_how_it_was_computed(runs: dict[str, Job]) -> None:
 
 
 def test_what_shared_weights_cannot_train_is_refused_in_words() -> None:
-    pair = World(0, 2, torch.device("cpu"))
     usual = ObjectiveConfig()
-    check_shardable(usual, pair)
+    check_shardable(usual, 2)
     with pytest.raises(ConfigError, match=r"there is one: set processes to 2 or more"):
-        check_shardable(usual, World(0, 1, torch.device("cpu")))
+        check_shardable(usual, 1)
     with pytest.raises(ConfigError, match=r"no double backward: .*'directional'"):
-        check_shardable(replace(usual, energy="l2", backward="double"), pair)
+        check_shardable(replace(usual, energy="l2", backward="double"), 2)
     for change in ({"loss": "norms"}, {"dispersive_weight": 0.1}):
         with pytest.raises(ConfigError, match=r"with compute\.parallel 'fsdp2'"):
-            check_shardable(replace(usual, **change), pair)
+            check_shardable(replace(usual, **change), 2)
 
 
 def test_how_a_pipeline_computes_is_a_setting_of_its_own() -> None:

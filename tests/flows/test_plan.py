@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from eqm.errors import ConfigError, TrackingError
-from flows.plan import make_plan, read_config
+from eqm.recipes import recipes
+from flows.plan import check_training, make_plan, read_config
 
 
 def test_how_training_runs_is_told_to_it_and_is_in_no_digest(
@@ -33,6 +34,33 @@ def test_how_training_runs_is_told_to_it_and_is_in_no_digest(
 def test_a_checkpoint_at_no_time_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match=f"{name} is 0; it must be greater than 0"):
         read_config("demo", {name: 0})
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"compute.micro_batch": 7}, r"micro_batch is 7; .*divisor of the 64 images"),
+        ({"compute.parallel": "fsdp2", "processes": 1}, r"'fsdp2'.*there is one: set processes"),
+        ({"compute.parallel": "fsdp2", "objective.loss": "norms"}, r"with compute\.parallel"),
+        (
+            {"compute.compile": True, "objective.energy": "dot", "objective.backward": "double"},
+            r"compute\.compile is true, but compiled code has no double backward",
+        ),
+        ({"network.kind": "unet", "compute.checkpointing": True}, r"False for a U-Net"),
+    ],
+)
+def test_what_training_would_refuse_is_refused_before_images_are_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], words: str
+) -> None:
+    monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
+    with pytest.raises(ConfigError, match=words):
+        make_plan("demo", changes, tracked=False)
+
+
+def test_every_recipe_is_what_training_takes() -> None:
+    for name in recipes():
+        check_training(read_config(name))
 
 
 def test_mlflow_that_is_away_ends_a_run_that_somebody_watches_alone(
