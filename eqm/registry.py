@@ -152,7 +152,7 @@ class RunMirror:
         self._deadline = math.inf
         self._sent = -1
         self._failure = ""
-        self._warned = self._done = False
+        self._warned = self._done = self._abandoned = False
         self._thread = threading.Thread(target=self._work, name="mlflow-mirror", daemon=True)
         self._thread.start()
 
@@ -176,6 +176,12 @@ class RunMirror:
                 f"{self._failure or 'it did not answer in time'}); results are unaffected, and the "
                 "points are sent when the same training is started again\n"
             )
+
+    def abandon(self) -> None:
+        """Send nothing more, and leave the run as it is shown: it is another process's by now."""
+        self._abandoned, self._deadline = True, -math.inf
+        self._wake.set()
+        self._thread.join(AWAY_SECONDS)
 
     def _work(self) -> None:
         while time.monotonic() < self._deadline:
@@ -210,7 +216,7 @@ class RunMirror:
         self.run_id = run_id
         kept = self._begin(mark)
         self._failure = ""
-        while True:
+        while not self._abandoned:
             status = self._status
             self._send_points(client, run_id, beyond=kept)
             if status is not None:

@@ -19,18 +19,19 @@ from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from eqm import checkpoint, flops, gauges, glimpse, lease, model
-from eqm.batches import Batch, batches
+from eqm.batches import Batch, batches, samples_of
 from eqm.checkpoint import Position, TrainState
 from eqm.compute import blocks_of, check_micro_batch, prepare, slow_bfloat16
 from eqm.config import Runtime, TrainConfig, TrainStage
 from eqm.distributed import OnItsWay, World
-from eqm.errors import DataError, DivergedError, EqmError
+from eqm.errors import DataError, DivergedError, EqmError, StoreError
 from eqm.events import EventLog, log_of, restore
 from eqm.first_weights import first_network
 from eqm.frechet import Gaussian
@@ -39,6 +40,7 @@ from eqm.latents import sample_latents
 from eqm.learner import FLAGS, Learner, diverged, learning_rate
 from eqm.model import Model, ModelSpec
 from eqm.objective import Corrupted
+from eqm.patience import Patience
 from eqm.precision import choose_deterministic, choose_products
 from eqm.progress import Progress
 from eqm.randomness import Stream, normal
@@ -57,8 +59,12 @@ EVENTS = "events.jsonl"
 """The log of the run, among the logs of the sealed record."""
 CATCH_UP_SECONDS = 600.0
 """How long MLflow may take for what it has missed of a sealed run, while it answers."""
+LOG_UPDATES = 500
+"""The log has an event after so many updates at most: a point of the curve may be hours long."""
 SPIKE, SPIKE_POINTS = 5.0, 10
 """A loss so many times the median of so many points of the curve is told."""
+NAMED_UPDATES = 8
+"""Of so many updates that were skipped the log names the samples; of all it names the images."""
 
 
 class InterruptedTraining(EqmError):
@@ -79,7 +85,8 @@ class Run:
         default_factory=lambda: {"images": [], "loss": [], "gradient_norm": []}
     )
     since_report: list[Tensor] = field(default_factory=list)
-    """(loss, gradient norm) of the updates since the last point of the curve, on the device."""
+    """(loss, gradient norm) of the updates since the last point of the curve, on the device. Where
+    they stand in the log follows from their number."""
     persisted: int = -1
     """Position of the newest checkpoint that is durable or being written."""
     mine: lease.Held | None = None
@@ -124,7 +131,14 @@ class Run:
             keep=keep,
             mine=self.mine,
             durable=lambda state: self.log.commit(state.events),
+            patience=self.patience,
         )
+
+    @cached_property
+    def patience(self) -> Patience:
+        """How a store that is away is waited for."""
+        runtime = self.context.job.runtime
+        return Patience(min(runtime.patience_seconds, runtime.collective_timeout_seconds / 2))
 
     @cached_property
     def around(self) -> Gaussian:
@@ -140,6 +154,11 @@ class Run:
     def report_every(self) -> int:
         """Images between two points of the curve: a function of the config alone."""
         return self.config.batch_size * max(1, self.config.updates // HISTORY_POINTS)
+
+    @property
+    def since_event(self) -> int:
+        """How many of the updates ``since_report`` no event tells of yet."""
+        return (len(self.since_report) - 1) % LOG_UPDATES + 1
 
 
 # -- setup --------------------------------------------------------------------------------------
@@ -192,7 +211,7 @@ def sharded(network: torch.nn.Module, stage: TrainStage, context: Context) -> "S
     # Half a second that nobody else should wait for.
     from eqm.sharding import Shards, check_shardable
 
-    check_shardable(stage.objective, context.world)
+    check_shardable(stage.objective, context.world.size)
     blocks = blocks_of(network, context.job.runtime.compute)
     # Differences of an energy would be noise in bfloat16: autocast leaves those alone.
     half = stage.train.precision == "bfloat16" and stage.objective.energy == "implicit"
@@ -306,16 +325,16 @@ def corrupted(run: Run, batch: Batch) -> Corrupted:
 
 
 def report(run: Run, bar: Progress) -> None:
-    """Add a point to the curve where one is due, and log it with all that is measured beside it."""
-    if run.images_seen % run.report_every and run.images_seen < total_images(run):
+    """Log what is measured where that is due, and add a point to the curve where one is."""
+    ends = run.images_seen % run.report_every == 0 or run.images_seen >= total_images(run)
+    if not ends and len(run.since_report) % LOG_UPDATES:
         bar.advance(run.config.batch_size)
         return
-    found = guarded(run)
+    found, begun = guarded(run)
     loss, norm = found.mean(dim=0).tolist()
-    tell_spikes(run, found)
-    run.since_report.clear()
-    for name, value in (("images", run.images_seen), ("loss", loss), ("gradient_norm", norm)):
-        run.history[name].append(value)
+    tell_spikes(run, found, begun)
+    if ends:
+        add_point(run)
     bar.advance(run.config.batch_size, loss=loss, gradient=norm)
     # All processes take part: of shared weights each has its rows.
     weights = parameter_norm(run)
@@ -323,6 +342,18 @@ def report(run: Run, bar: Progress) -> None:
         figures = {**figures_of(run, loss, norm), "parameter_norm": weights}
         run.log.append("metrics", run.images_seen, gauges.finite(figures))
     run.tally.zero_()
+
+
+def add_point(run: Run) -> None:
+    """Add the updates since the last point to the curve: means of those that were finite."""
+    found = torch.stack(run.since_report).double().cpu()
+    finite = found.isfinite().all(dim=1)
+    loss, norm = found[finite].mean(dim=0).tolist()
+    for name, value in (("images", run.images_seen), ("loss", loss), ("gradient_norm", norm)):
+        run.history[name].append(value)
+    if run.config.on_nonfinite == "skip":
+        run.history.setdefault("skipped", []).append(float((~finite).sum()))
+    run.since_report.clear()
 
 
 def parameter_norm(run: Run) -> float:
@@ -346,36 +377,45 @@ def figures_of(run: Run, loss: float, norm: float) -> dict[str, float]:
     return figures | gauges.band_figures(run.tally) | rates | work | memory
 
 
-def guarded(run: Run) -> Tensor:
-    """(loss, gradient norm) of the updates since the last point that were finite, (U, 2) float64.
+def guarded(run: Run) -> tuple[Tensor, Tensor]:
+    """(loss, gradient norm) of the updates since the last event that were finite, (U, 2) float64.
 
-    Raises DivergedError, naming the update, for one that was not where training is to stop, and
-    where no other is left. Those that were skipped are told, and counted in the history.
+    And their first images, (U,). Raises DivergedError, naming the update, for one that was not
+    where training is to stop, and where no other is left. Others that were not are told and logged,
+    with the numbers of their samples.
     """
-    found = torch.stack(run.since_report).double().cpu()
+    found = torch.stack(run.since_report[-run.since_event :]).double().cpu()
+    size = run.config.batch_size
+    begun = torch.arange(run.images_seen - len(found) * size, run.images_seen, size)
     finite = found.isfinite().all(dim=1)
-    begun = updates_begun(run)
-    odd = [n for n, fine in enumerate(finite.tolist()) if not fine]
-    skipping = run.config.on_nonfinite == "skip"
-    if odd and not (skipping and bool(finite.any())):
-        loss, norm = found[odd[0]].tolist()
-        raise DivergedError(diverged(loss, norm, begun[odd[0]]))
-    if skipping:
-        run.history.setdefault("skipped", []).append(float(len(odd)))
-    if odd and run.world.is_first:
-        ends = ", ".join(f"{begun[n]:,} to {begun[n] + run.config.batch_size - 1:,}" for n in odd)
-        sys.stderr.write(
-            f"{len(odd)} updates were skipped, whose loss or gradient was not finite: images "
-            f"{ends} of the run\n"
-        )
-        run.log.append("skip", run.images_seen, updates_from=[begun[n] for n in odd])
-    return found[finite]
+    odd = begun[~finite].tolist()
+    if odd and (run.config.on_nonfinite == "stop" or not finite.any()):
+        tell_nonfinite(run, "guard", odd[:1])
+        loss, norm = found[~finite][0].tolist()
+        raise DivergedError(diverged(loss, norm, odd[0]))
+    if odd:
+        tell_nonfinite(run, "skip", odd)
+    return found[finite], begun[finite]
 
 
-def updates_begun(run: Run) -> list[int]:
-    """First image of each update since the last point of the curve."""
-    count, size = len(run.since_report), run.config.batch_size
-    return list(range(run.images_seen - count * size, run.images_seen, size))
+def tell_nonfinite(run: Run, kind: Literal["skip", "guard"], begun: list[int]) -> None:
+    """Say and log that updates, by their first images, were not finite, and what is done then."""
+    if not run.world.is_first:
+        return
+    ends = ", ".join(f"{image:,} to {image + run.config.batch_size - 1:,}" for image in begun)
+    done = "were skipped" if kind == "skip" else "ended the training"
+    sys.stderr.write(
+        f"{len(begun)} updates {done}, whose loss or gradient was not finite: images {ends} of "
+        "the run\n"
+    )
+    samples = [samples_at(run, image) for image in begun[:NAMED_UPDATES]]
+    run.log.append(kind, run.images_seen, what="not finite", updates_from=begun, samples=samples)
+
+
+def samples_at(run: Run, image: int) -> list[int]:
+    """Numbers in the latents of what the update that begins at an image of the run was given."""
+    numbers = np.arange(image, image + run.config.batch_size)
+    return samples_of(run.data, run.config.seed, numbers).tolist()
 
 
 def refuse_divergence(run: Run) -> None:
@@ -384,17 +424,23 @@ def refuse_divergence(run: Run) -> None:
         guarded(run)
 
 
-def tell_spikes(run: Run, found: Tensor) -> None:
-    """Say where the loss of an update was far above the usual; nothing is done about it."""
+def tell_spikes(run: Run, found: Tensor, begun: Tensor) -> None:
+    """Say and log where a loss was far above the usual; nothing is done about it.
+
+    ``found`` (U, 2) are losses and norms of updates, ``begun`` (U,) their first images.
+    """
     usual = run.history["loss"][-SPIKE_POINTS:]
     if len(usual) < SPIKE_POINTS or not run.world.is_first:
         return
-    middle, highest = statistics.median(usual), float(found[:, 0].max())
+    middle, at = statistics.median(usual), int(found[:, 0].argmax())
+    highest, image = float(found[at, 0]), int(begun[at])
     if highest > SPIKE * middle:
         sys.stderr.write(
-            f"a loss of {highest:.4g} among the updates before image {run.images_seen:,}, "
+            f"a loss of {highest:.4g} in the update from image {image:,} on, "
             f"{highest / middle:.1f} times the usual {middle:.4g}\n"
         )
+        facts = {"loss": highest, "usual": middle, "samples": [samples_at(run, image)]}
+        run.log.append("guard", run.images_seen, what="spike", updates_from=[image], **facts)
 
 
 def speed(run: Run, images_per_second: float) -> dict[str, float]:
@@ -416,16 +462,13 @@ def look(run: Run) -> None:
     settings = run.context.job.runtime.grid_sampler
     try:
         seen = glimpse.take(model_of(run, tensors), settings, run.around)
-    except DataError as error:
+        grid = run.context.store.put(seen.grid)
+    except (DataError, StoreError) as error:
         # A look costs no training.
         sys.stderr.write(f"warning: no samples at image {run.images_seen:,}: {error}\n")
         return
-    run.log.append(
-        "samples",
-        run.images_seen,
-        {"latent_distance": seen.distance},
-        blobs={"grid.png": run.context.store.put(seen.grid)},
-    )
+    figures = {"latent_distance": seen.distance}
+    run.log.append("samples", run.images_seen, figures, blobs={"grid.png": grid})
 
 
 def model_of(run: Run, tensors: dict[str, Tensor]) -> Model:
@@ -608,11 +651,16 @@ def program(context: Context) -> Outcome | None:
 
 def mirrored(run: Run) -> None:
     """The loop, with its curve shown in MLflow where that is given."""
-    mirror = open_mirror(run)
+    mirror, mine = open_mirror(run), run.mine
     try:
         loop(run)
-    except BaseException:
-        if mirror is not None:
+        if mine is not None:
+            run.patience(mine.check)
+    except BaseException as error:
+        if mirror is not None and isinstance(error, lease.LostLeaseError):
+            # Whoever has the lease shows the run; as this one sees it, it is over.
+            mirror.abandon()
+        elif mirror is not None:
             mirror.close("KILLED")
         raise
     if run.world.is_first:
@@ -675,6 +723,7 @@ def feed(run: Run) -> Iterator[Batch]:
         rank=run.world.rank,
         world=run.world.size,
         pin=run.world.device.type == "cuda",
+        patience=run.patience,
     )
 
 

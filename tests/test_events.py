@@ -255,6 +255,42 @@ def test_stopped_between_two_points_all_that_is_reproducible_is_the_same(
     assert [e.images_seen for e in points(events)] == [128, 256, 384, 512, 640]
 
 
+def test_a_point_of_the_curve_that_is_long_has_several_events(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where training was stopped between two of them; what is sealed stays as it was."""
+    monkeypatch.setattr(train, "HISTORY_POINTS", 4)
+    whole = untrained(tiny, tmp_path / "whole")
+    few = chain.run(whole)
+    monkeypatch.setattr(train, "LOG_UPDATES", 2)
+    job = untrained(tiny, tmp_path / "stopped")
+    step = train.step
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            train, "step", lambda run, b, _: step(run, b, False) or run.images_seen == 8 * BATCH
+        )
+        with pytest.raises(InterruptedTraining):
+            chain.run(job)
+    record = chain.run(job)
+    assert record.content == few.content
+    found = points(sealed_log(store_of(job), record))
+    ends = [2, 4, 5, 7, 9, 10, 12, 14, 15, 17, 19, 20]
+    assert [event.images_seen for event in found] == [BATCH * end for end in ends]
+    every = curve_of(tiny.store, tiny["train"])
+    for begin, end, event in zip([0, *ends], ends, found, strict=False):
+        mean = sum(every[begin:end]) / (end - begin)
+        assert event.figures["loss"] == pytest.approx(mean, rel=1e-6)
+        counts = (v for name, v in event.figures.items() if name.startswith("images/"))
+        assert sum(counts) == (end - begin) * BATCH
+    assert curve_of(store_of(job), record) == pytest.approx(
+        [sum(every[k : k + 5]) / 5 for k in range(0, 20, 5)], rel=1e-6
+    )
+
+
+def curve_of(store: LocalStore, record: Record) -> list[float]:
+    return json.loads(store.get(record.outputs["history.json"]))["loss"]
+
+
 def test_killed_and_started_again_the_log_has_no_gap_and_no_double(
     tiny: chain.Chain, tmp_path: Path
 ) -> None:

@@ -11,8 +11,12 @@ import torch
 from chain import store_of, untrained
 
 from eqm import checkpoint, train
+from eqm.batches import read_batch
 from eqm.config import ComputeConfig, Job, replace
 from eqm.errors import ConfigError, DataError
+from eqm.events import Event, events_of
+from eqm.latent_set import open_manifest
+from eqm.records import Record
 from eqm.stage import job_digest
 from eqm.train import InterruptedTraining
 
@@ -56,11 +60,27 @@ def test_training_stops_and_names_the_update_before_a_checkpoint_follows_it(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(train, "HISTORY_POINTS", 2)
-    job = asked(tiny, tmp_path, "stop", checkpoint_every_images=BATCH)
+    cache = tmp_path / "cache"
+    job = asked(tiny, tmp_path, "stop", checkpoint_every_images=BATCH, cache=str(cache))
     words = r"gradient norm inf of the update from image 128 on: training has diverged; lower"
     with pytest.raises(DataError, match=words):
         chain.run(job)
     assert positions(job)[-1] == BAD
+    (copy,) = cache.glob("events/*.jsonl")
+    told = events_of(copy.read_bytes(), "copy")[-1]
+    assert (told.kind, told.facts) == ("guard", {"what": "not finite", **where(tiny, BAD)})
+
+
+def where(tiny: chain.Chain, image: int) -> dict[str, Any]:
+    """What the log says of the update that begins at an image: with the numbers of its samples."""
+    data = open_manifest(tiny["latents"], tiny.store)
+    samples = read_batch(data, 0, image, BATCH).sample_numbers.tolist()
+    return {"updates_from": [image], "samples": [samples]}
+
+
+def events(job: Job, record: Record, kind: str) -> list[Event]:
+    log = events_of(store_of(job).get(record.logs["events.jsonl"]), "log")
+    return [event for event in log if event.kind == kind]
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -82,6 +102,8 @@ def test_training_goes_on_past_it_counts_it_and_tells_its_images(
     record = chain.run(job)
     assert "1 updates were skipped" in (said := capsys.readouterr().err)
     assert "images 128 to 159 of the run" in said
+    (skip,) = events(job, record, "skip")
+    assert skip.facts == {"what": "not finite", **where(tiny, BAD)}
     curve = json.loads(store_of(job).get(record.outputs["history.json"]))
     assert curve["skipped"] == [0, 1, 0, 0, 0]
     assert all(math.isfinite(v) for name in ("loss", "gradient_norm") for v in curve[name])
@@ -124,8 +146,11 @@ def test_a_loss_far_above_the_usual_is_told_and_changes_nothing(
     monkeypatch.setattr(train, "accumulate", high)
     job = asked(tiny, tmp_path, "stop")
     record = chain.run(job)
-    assert "among the updates before image 512" in (said := capsys.readouterr().err)
+    assert "in the update from image 480 on" in (said := capsys.readouterr().err)
     assert said.count("times the usual") == 1
+    (spike,) = events(job, record, "guard")
+    assert spike.facts.items() >= {"what": "spike", **where(tiny, 15 * BATCH)}.items()
+    assert spike.facts["loss"] > train.SPIKE * spike.facts["usual"]
     for name in ("ema.safetensors", "raw.safetensors"):
         assert record.outputs[name] == tiny["train"].outputs[name]
 

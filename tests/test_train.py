@@ -283,6 +283,34 @@ def test_a_trainer_that_was_replaced_while_it_slept_changes_nothing_and_says_who
     assert readable(job) == before
 
 
+@pytest.mark.parametrize("when", ["in the loop", "after it"])
+def test_a_trainer_that_was_replaced_leaves_alone_what_mlflow_shows(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    job, told, loop = untrained(tiny, tmp_path), [], train.loop
+
+    class Shown:
+        def close(self, status: str) -> None:
+            told.append(status)
+
+        def abandon(self) -> None:
+            told.append("abandoned")
+
+    def lost(run: train.Run) -> None:
+        if when == "after it":
+            loop(run)
+        run.context.store.delete(checkpoint.lease_key(job_digest(job)))
+        if when == "in the loop":
+            loop(run)
+
+    monkeypatch.setattr(train, "open_mirror", lambda _: Shown())
+    monkeypatch.setattr(train, "loop", lost)
+    with pytest.raises(lease.LostLeaseError):
+        chain.run(job)
+    assert told == ["abandoned"]
+    assert store_of(job).record("train", job_digest(job)) is None
+
+
 def readable(job: Job) -> dict[str, bytes]:
     """All that anybody reads of a run."""
     store, digest = store_of(job), job_digest(job)

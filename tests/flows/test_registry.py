@@ -238,6 +238,18 @@ def test_parameters_longer_than_mlflow_takes_are_shown_in_part(uri: str, model: 
     assert (len(found["long"]), found["long"][:5991]) == (6000, "v" * 5991)
 
 
+def test_who_was_replaced_leaves_the_run_as_its_successor_shows_it(uri: str, model: str) -> None:
+    log = a_log(64)
+    sleeper = opened(uri, model, "d", log)
+    wait_for(lambda: sleeper.run_id is not None and steps(uri, sleeper) == [64])
+    other = EventLog(_clock.__next__)
+    other._events, other._next = log.events, len(log.events)
+    opened(uri, model, "d", more(other, 128)).close("FINISHED")
+    sleeper.abandon()
+    assert steps(uri, sleeper) == [64, 128]
+    assert MlflowClient(uri).get_run(str(sleeper.run_id)).info.status == "FINISHED"
+
+
 def test_what_no_checkpoint_holds_is_not_shown_yet(uri: str, model: str) -> None:
     log = a_log(64)
     mirror = opened(uri, model, "d", log)
