@@ -42,11 +42,12 @@ from eqm.config import (
     Runtime,
     SourceConfig,
 )
-from eqm.encode import Batch, Lanes, Walk, shard_plans
+from eqm.encode import Lanes
 from eqm.images import ImageSource, open_source, sample_photographs
 from eqm.records import Record, Ref, to_json
 from eqm.stage import Outcome, listing_key
 from eqm.storage import LocalStore
+from eqm.walk import Batch, Walk, shard_plans
 
 SD_VAE = {
     "down_block_types": ["DownEncoderBlock2D"] * 4,

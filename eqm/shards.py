@@ -2,7 +2,7 @@
 
 A shard is a plain tar (eqm.tars) with an index of its own beside it: the unit in which images are
 encoded and committed. Sealing joins the indices into one file of columns. Which images go into
-which shard is eqm.encode's business; sets are read by eqm.latent_set, and eqm.damage looks for
+which shard is eqm.walk's business; sets are read by eqm.latent_set, and eqm.damage looks for
 what changed.
 
     N  samples of the set    V  views of a sample (1, or 2 with mirrors)    C, H, W  of a latent

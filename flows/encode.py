@@ -15,11 +15,11 @@ from prefect.deployments import run_deployment
 from prefect.exceptions import ObjectNotFound
 
 from eqm.config import Job, replace
-from eqm.encode import shard_plans
 from eqm.errors import ConfigError, DataError
 from eqm.images import checked_source
 from eqm.records import Record, Ref
 from eqm.stage import job_digest, listing_key
+from eqm.walk import shard_plans
 from flows.plan import (
     Changes,
     Plan,

@@ -35,6 +35,7 @@ from eqm.latent_set import LatentSet, open_manifest
 from eqm.records import Blob, Record, to_json
 from eqm.stage import listing_key
 from eqm.storage import LocalStore, Store
+from eqm.walk import Batch, ShardPlan
 
 NEW = 3
 GONE = 2
@@ -236,7 +237,7 @@ def test_an_interrupted_run_goes_on_and_ends_in_the_same_bytes(
     job = replace(job, runtime=replace(job.runtime, workers=0))
     made, real = [], encode.commit
 
-    def counted(context: stage.Context, plan: encode.ShardPlan, *rest: Any) -> Any:
+    def counted(context: stage.Context, plan: ShardPlan, *rest: Any) -> Any:
         if len(made) == 3:
             raise Interrupted
         made.append(plan)
@@ -466,6 +467,22 @@ def test_a_set_holds_no_more_shards_than_are_read(made: tuple[Record, Job]) -> N
     assert data.resident == 2 / 5
     data.bring([])
     assert data.resident == 0
+    copying = Earlier(data, store_of(job), np.arange(IMAGES)[::-1])
+    for first in range(4, IMAGES, 5):
+        means, _ = copying.moments(range(first, first + 5))
+        assert data.resident == 1 / 5
+        assert np.array_equal(means[0], both_views(opened(job, earlier))[0, -1 - first])
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_are_decoded_in_any_order(made: tuple[Record, Job], workers: int) -> None:
+    _, job = made
+    source = open_source(FOLDER, job.runtime.source_uri)
+    plan = ShardPlan(number=0, first=0, count=IMAGES, new=(5, 1, 17, 3, 4, 20, 0, 11))
+    batches = [Batch(plan=plan, numbers=numbers) for numbers in plan.batches(8)]
+    with readahead.open_readers(source, 8, workers=workers) as readers:
+        for batch, pixels in readers.read(batches):
+            assert torch.equal(pixels, torch.stack([source.read(i) for i in batch.numbers]))
 
 
 def test_a_job_that_names_no_set_has_none(made: tuple[Record, Job]) -> None:

@@ -19,7 +19,7 @@ import safetensors.numpy
 import torch
 from PIL import Image
 
-from eqm import autoencoder, encode, images, stage
+from eqm import autoencoder, encode, images, stage, walk
 from eqm.config import (
     AutoencoderConfig,
     AutoencoderFit,
@@ -32,13 +32,13 @@ from eqm.config import (
     replace,
 )
 from eqm.disk import ASIDE, hash_file
-from eqm.encode import Commits, ShardPlan, Walk, shard_plans
 from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.latent_set import LatentSet, open_manifest
 from eqm.records import Record, Ref, to_json
 from eqm.shards import ORIGINALS
 from eqm.stage import Context, Outcome, listing_key
 from eqm.storage import LocalStore, open_store
+from eqm.walk import Commits, ShardPlan, Walk, shard_plans
 
 DIGITS = SourceConfig(image_size_px=8)
 FOLDER = SourceConfig(
@@ -366,9 +366,8 @@ def test_a_lone_walk_takes_every_shard_once_and_lists_twice() -> None:
 def test_a_walk_skips_what_is_finished_before_it_and_while_it_goes() -> None:
     commits, plans = Done(), shard_plans(50, EncodeConfig(shard_images=1))
     commits.done = set(range(10))
-    walk = Walk(commits, plans, 20)
     taken = []
-    for batch in walk.batches(1):
+    for batch in Walk(commits, plans, 20).batches(1):
         taken.append(batch.plan.number)
         commits.done |= {batch.plan.number, 30, 31, 32}
     assert sorted(taken) == [n for n in range(10, 50) if n not in (30, 31, 32)]
@@ -397,14 +396,14 @@ def test_walks_that_begin_together_do_little_twice(walkers: int) -> None:
 
 
 def test_a_shard_that_another_finishes_first_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encode, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(walk, "LOOK_SECONDS", 0.0)
     commits, plans = Done(), shard_plans(8, EncodeConfig(shard_images=4))
-    walk = Walk(commits, plans, 0)
-    batches = walk.batches(1)
+    going = Walk(commits, plans, 0)
+    batches = going.batches(1)
     assert [next(batches).numbers[0] for _ in range(2)] == [0, 1]
     commits.done.add(0)
     assert [batch.numbers[0] for batch in batches] == [4, 5, 6, 7]
-    assert walk.overtaken == {0}
+    assert going.overtaken == {0}
 
 
 # -- ranges -------------------------------------------------------------------------------------
