@@ -363,7 +363,7 @@ def read_snapshot(file: PretrainedFile, weights: str = HUB_WEIGHTS) -> tuple[str
     """Name and bytes of a file of weights: a file itself, or what lies so named in a folder.
 
     A folder is one as the hub hands it out (``weights`` is what the library that wrote it calls its
-    file), here or under s3://, or is on the hub. Raises as ``pretrained``, and DataError for a
+    file). Either lies here, under s3:// or on the hub. Raises as ``pretrained``, and DataError for a
     folder that has weights only as a pickle.
     """
     place = _place(file, weights)
@@ -401,6 +401,8 @@ def _place(file: PretrainedFile, weights: str = HUB_WEIGHTS) -> _Place:
         hub = HUB_ID.fullmatch(uri) is not None
         hint = "; to take it from the hub, give pretrained.revision" if hub else ""
         raise DataError(f"pretrained.uri {uri!r}: there is no such file or folder{hint}")
+    if is_file and HUB_ID.fullmatch(folder):
+        return _Place(folder, None, name)
     return _Place(uri, None, weights)
 
 

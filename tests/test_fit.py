@@ -298,6 +298,33 @@ def test_a_hub_id_needs_a_revision_and_a_hub(
         run(tmp_path, ExtractorConfig(kind="dinov2", pretrained=away))
 
 
+def test_a_file_of_the_hub_is_taken_by_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights as their authors released them, wherever somebody keeps a copy."""
+    here, _ = snapshot(tmp_path)
+    state = safetensors.torch.load_file(here / "model.safetensors")
+    (here / "released").mkdir()
+    torch.save(state, here / "released" / "small.pth")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    file = PretrainedFile(
+        uri="somebody/dinov2-small/released/small.pth",
+        sha256=sha256((here / "released" / "small.pth").read_bytes()),
+        revision="c" * 40,
+    )
+    record = run(tmp_path / "made", ExtractorConfig(kind="dinov2", pretrained=file))
+    assert record.outputs["weights.pth"].sha256 == file.sha256
+    assert record.values["name"] == "dinov2-vit-s-14"
+    with pytest.raises(IntegrityError, match=r"pretrained\.sha256 is 0000"):
+        wrong = replace(file, sha256="0" * 64)
+        run(tmp_path, ExtractorConfig(kind="dinov2", pretrained=wrong))
+    gone = replace(file, uri="somebody/dinov2-small/released/large.pth")
+    told = r"large\.pth of somebody/dinov2-small/released@c.* cannot be had from the hub"
+    with pytest.raises(DataError, match=told):
+        run(tmp_path, ExtractorConfig(kind="dinov2", pretrained=gone))
+
+
 def test_one_class_gives_nothing_to_tell_apart(tmp_path: Path) -> None:
     (tmp_path / "data" / "only").mkdir(parents=True)
     for i in range(8):
