@@ -363,8 +363,8 @@ def read_snapshot(file: PretrainedFile, weights: str = HUB_WEIGHTS) -> tuple[str
     """Name and bytes of a file of weights: a file itself, or what lies so named in a folder.
 
     A folder is one as the hub hands it out (``weights`` is what the library that wrote it calls its
-    file). Either lies here, under s3:// or on the hub. Raises as ``pretrained``, and DataError for a
-    folder that has weights only as a pickle.
+    file). Either lies here, under s3:// or on the hub. Raises as ``pretrained``, and DataError for
+    a folder that has weights only as a pickle.
     """
     place = _place(file, weights)
     folder = Path(place.name) if place.store is not None else None

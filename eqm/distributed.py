@@ -14,7 +14,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -30,6 +30,8 @@ JOIN = datetime.timedelta(minutes=10)
 """For all ranks to start: machines do not come up at once."""
 ROLL_CALL_SECONDS = 6.0
 """After a collective broke off, for the others to notice it as well and say that they are there."""
+LOOK_SECONDS = 5.0
+"""Between two looks at what others have done, at most."""
 PR_SET_PDEATHSIG = 1
 
 
@@ -44,16 +46,34 @@ class World:
     """Of all ranks, with the time-out of collectives; None for a process that is alone."""
     store: Store | None = None
     """What the ranks met at; it is on the first one's machine, or where torchrun has put it."""
+    timeout_seconds: float = 600.0
+    """How long the others are waited for."""
 
     @property
     def is_first(self) -> bool:
         """Whether this is rank 0: the one that speaks, writes and seals."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        """Wait for everybody. Raises PeerError."""
+    def barrier(self, left: Callable[[], int] | None = None) -> None:
+        """Wait for everybody. Raises PeerError.
+
+        ``left``: how much any of them still has to do. As long as it falls, the others are slow and
+        not silent, and are waited for however long it takes them.
+        """
+        if left is not None and self.size > 1:
+            self._wait_while_falling(left)
         # Read on the host: on a GPU the sum itself returns before anybody has come.
         self.sum_(torch.zeros(1, device=self.device)).item()
+
+    def _wait_while_falling(self, left: Callable[[], int]) -> None:
+        least, began = sys.maxsize, time.monotonic()
+        since = began
+        while (now := left()) > 0:
+            if now < least:
+                least, since = now, time.monotonic()
+            elif time.monotonic() - since > self.timeout_seconds:
+                return
+            time.sleep(min(LOOK_SECONDS, 0.02 + 0.1 * (time.monotonic() - began)))
 
     def sum_(self, flat: torch.Tensor) -> torch.Tensor:
         """Add a tensor up over all ranks, in place, in one call: the order of addition is fixed.
@@ -204,7 +224,12 @@ def _joined(
         ) from error
     calls = PrefixStore("roll-call", store)
     try:
-        yield World(rank, size, device, cast("ProcessGroup", group), calls)
+        yield World(
+            *(rank, size, device),
+            group=cast("ProcessGroup", group),
+            store=calls,
+            timeout_seconds=timeout.total_seconds(),
+        )
     finally:
         dist.destroy_process_group()
 

@@ -78,7 +78,8 @@ def program(context: Context) -> Outcome | None:
             made[IMAGES] = made[IMAGES][: max(0, config.keep_images - part.first)]
             commits.add(part, made, clock.take())
             bar.advance(part.count)
-    context.world.barrier()
+    folder = _commit_folder(context)
+    context.world.barrier(left=lambda: len(parts) - len(context.store.list(folder)))
     return gather(context, config, trained, parts, held) if context.world.is_first else None
 
 
@@ -274,8 +275,12 @@ class Clock:
 # -- what is durable ----------------------------------------------------------------------------
 
 
+def _commit_folder(context: Context) -> str:
+    return f"samples/{context.digest}/parts/"
+
+
 def _commit_key(context: Context, part: Part) -> str:
-    return f"samples/{context.digest}/parts/{part.number:06d}.json"
+    return f"{_commit_folder(context)}{part.number:06d}.json"
 
 
 def committed(context: Context, part: Part) -> Committed | None:

@@ -132,7 +132,8 @@ def program(context: Context) -> Outcome | None:
             if committed(context, part) is None:
                 commit(context, part, *look(stage.reference, extractor, real, part))
             bar.advance(part.count)
-    context.world.barrier()
+    folder = _commit_folder(context)
+    context.world.barrier(left=lambda: len(parts) - len(context.store.list(folder)))
     return gather(context, extractor, real, parts) if context.world.is_first else None
 
 
@@ -197,8 +198,12 @@ def _finite_moments(rows: NDArray[np.float32], extractor: FeatureExtractor, part
     return Moments.of(rows)
 
 
+def _commit_folder(context: Context) -> str:
+    return f"reference/{context.digest}/parts/"
+
+
 def _commit(context: Context, part: Part) -> str:
-    return f"reference/{context.digest}/parts/{part.side}-{part.number:04d}.json"
+    return f"{_commit_folder(context)}{part.side}-{part.number:04d}.json"
 
 
 def committed(context: Context, part: Part) -> Made | None:

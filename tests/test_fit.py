@@ -316,8 +316,8 @@ def test_a_file_of_the_hub_is_taken_by_its_name(
     record = run(tmp_path / "made", ExtractorConfig(kind="dinov2", pretrained=file))
     assert record.outputs["weights.pth"].sha256 == file.sha256
     assert record.values["name"] == "dinov2-vit-s-14"
+    wrong = replace(file, sha256="0" * 64)
     with pytest.raises(IntegrityError, match=r"pretrained\.sha256 is 0000"):
-        wrong = replace(file, sha256="0" * 64)
         run(tmp_path, ExtractorConfig(kind="dinov2", pretrained=wrong))
     gone = replace(file, uri="somebody/dinov2-small/released/large.pth")
     told = r"large\.pth of somebody/dinov2-small/released@c.* cannot be had from the hub"

@@ -1,5 +1,6 @@
 """Samples are a function of the model and their seeds, made once each whatever happens."""
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -112,13 +113,30 @@ def test_ranks_share_the_parts(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     job = fresh(tiny, tmp_path)
-    monkeypatch.setattr(World, "barrier", lambda _: None)
+    lefts: list[int] = []
+    monkeypatch.setattr(World, "barrier", lambda _, left=None: left and lefts.append(left()))
     for rank in (1, 0):
         outcome = generate.program(in_world(job, rank, 2))
         assert (outcome is None) == (rank == 1)
         commits = len(store_of(job).list(f"samples/{job_digest(job)}/parts/"))
         assert commits == (1 if rank == 1 else 3)
+    # Whoever is done is told what others have to do, and goes on waiting while that falls.
+    assert lefts == [2, 0]
     assert chain.run(job).content == tiny["samples"].content
+
+
+def test_a_slow_rank_is_waited_for_and_a_silent_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank of another speed would end the others, at their barrier, minutes before the end."""
+    met: list[float] = []
+    monkeypatch.setattr(World, "sum_", lambda _, flat: met.append(time.monotonic()) or flat)
+    world = World(0, 2, torch.device("cpu"), timeout_seconds=0.4)
+    began = time.monotonic()
+    # Five parts of a fifth of a second: longer than the time-out together, and none of them alone.
+    world.barrier(left=lambda: 5 - int((time.monotonic() - began) / 0.2))
+    assert 1.0 <= met[0] - began < 5
+    began = time.monotonic()
+    world.barrier(left=lambda: 3)
+    assert 0.4 <= met[1] - began < 5
 
 
 def test_a_damaged_part_is_refused_and_a_lost_one_made_again(
@@ -141,7 +159,7 @@ def test_a_damaged_part_is_refused_and_a_lost_one_made_again(
 def test_samples_are_equal_for_any_batch_and_number_of_ranks(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop_below: float | None
 ) -> None:
-    monkeypatch.setattr(World, "barrier", lambda _: None)
+    monkeypatch.setattr(World, "barrier", lambda *_, **__: None)
     found = {}
     for size, ranks in ((20, 1), (20, 2), (7, 1), (50, 1)):
         changes = {

@@ -94,7 +94,8 @@ def test_it_goes_on_where_it_was_and_ranks_share_the_work(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(reference, "PART_IMAGES", 500)
-    monkeypatch.setattr(World, "barrier", lambda _: None)
+    lefts: list[int] = []
+    monkeypatch.setattr(World, "barrier", lambda _, left=None: left and lefts.append(left()))
     job, alone = fresh(tiny, tmp_path / "two"), fresh(tiny, tmp_path / "one")
     look, looked = reference.look, []
 
@@ -118,6 +119,7 @@ def test_it_goes_on_where_it_was_and_ranks_share_the_work(
     assert as_rank(0) is not None
     expected = [("training", 1), "killed", ("held-out", 0), ("training", 0), ("training", 2)]
     assert looked == expected
+    assert lefts == [2, 0]
     assert chain.run(job).content == chain.run(alone).content
 
 
