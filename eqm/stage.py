@@ -22,13 +22,16 @@ from eqm.config import ALGORITHMS, Job, stage_config
 from eqm.disk import disk_errors
 from eqm.distributed import World
 from eqm.errors import (
+    AwayError,
     ConfigError,
     DataError,
     DivergedError,
     EqmError,
     IntegrityError,
     MissingError,
+    StageError,
 )
+from eqm.patience import PASSING
 from eqm.progress import Progress
 from eqm.records import (
     Blob,
@@ -42,6 +45,8 @@ from eqm.records import (
 )
 from eqm.storage import Store, open_store
 
+AWAY = " (The store was away.)"
+"""Behind the message that a program leaves for whoever started it: trying again may help."""
 EXIT_REFUSED = 2
 """Exit status when the reason is one that a person can mend; its message is on stderr."""
 
@@ -196,13 +201,13 @@ def main(
         job = read_job(Path(argv[0]), stages)
         run_part(job, program, afterwards=sealed)
     except EqmError as error:
-        return _refuse(str(error), job)
+        return _refuse(error, job)
     except OSError as error:
         try:
             with disk_errors(str(error.filename or "this machine")):
                 raise
         except EqmError as told:
-            return _refuse(str(told), job)
+            return _refuse(told, job)
     return 0
 
 
@@ -211,11 +216,19 @@ def _module() -> str:
     return spec.name if spec else "eqm.STAGE"
 
 
-def _refuse(message: str, job: Job | None) -> int:
-    sys.stderr.write(f"error: {message}\n")
+def _refuse(error: EqmError, job: Job | None) -> int:
+    sys.stderr.write(f"error: {error}\n")
     if job is not None and job.runtime.error_file:
-        Path(job.runtime.error_file).write_text(message)
+        file = Path(job.runtime.error_file)
+        # Of several ranks the first one has the cause, the others what followed from it.
+        if not file.exists() or not file.read_text():
+            file.write_text(f"{error}{AWAY if isinstance(error, PASSING) else ''}")
     return EXIT_REFUSED
+
+
+def failure(message: str) -> EqmError:
+    """What to raise for a program that left a message: AwayError, or else StageError."""
+    return AwayError(message) if message.endswith(AWAY) else StageError(message)
 
 
 def read_job(path: Path, stages: tuple[str, ...]) -> Job:

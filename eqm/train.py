@@ -31,7 +31,7 @@ from eqm.checkpoint import Position, TrainState
 from eqm.compute import blocks_of, check_micro_batch, prepare, slow_bfloat16
 from eqm.config import Runtime, TrainConfig, TrainStage
 from eqm.distributed import OnItsWay, World
-from eqm.errors import DataError, DivergedError, EqmError, StoreError
+from eqm.errors import AwayError, DataError, DivergedError, EqmError, StoreError
 from eqm.events import EventLog, log_of, restore
 from eqm.first_weights import first_network
 from eqm.frechet import Gaussian
@@ -40,13 +40,13 @@ from eqm.latents import sample_latents
 from eqm.learner import FLAGS, Learner, diverged, learning_rate
 from eqm.model import Model, ModelSpec
 from eqm.objective import Corrupted
-from eqm.patience import Patience
+from eqm.patience import PASSING, Patience
 from eqm.precision import choose_deterministic, choose_products
 from eqm.progress import Progress
 from eqm.randomness import Stream, normal
 from eqm.records import Blob, Record
 from eqm.registry import RunMirror
-from eqm.stage import Context, Outcome
+from eqm.stage import AWAY, Context, Outcome
 from eqm.stage import main as stage_main
 from eqm.storage import Store
 
@@ -524,9 +524,12 @@ def first_acts(world: World, act: Callable[[], None]) -> None:
             act()
         except EqmError as error:
             failure = error
-    told = world.first_tells("" if failure is None else str(failure))
+    mark = AWAY if isinstance(failure, PASSING) else ""
+    told = world.first_tells("" if failure is None else f"{failure}{mark}")
     if failure is not None:
         raise failure
+    if told.endswith(AWAY):
+        raise AwayError(told.removesuffix(AWAY))
     if told:
         raise InterruptedTraining(told)
 

@@ -22,7 +22,7 @@ from typing import Protocol
 from eqm.config import PROGRAMS, Job, replace
 from eqm.errors import StageError
 from eqm.records import to_json
-from eqm.stage import job_digest
+from eqm.stage import failure, job_digest
 from eqm.storage import open_store
 
 GRACE_SECONDS = 30.0
@@ -36,7 +36,10 @@ class Launcher(Protocol):
     """Runs a stage program to its end."""
 
     def run(self, job: Job, *, processes: int) -> None:
-        """Return when the program has ended well. Raises StageError with the program's reason."""
+        """Return when the program has ended well.
+
+        Raises StageError with the program's reason; AwayError where that is a store that was away.
+        """
         ...
 
 
@@ -61,7 +64,7 @@ class LocalLauncher:
         self.environment = dict(environment)
 
     def run(self, job: Job, *, processes: int = 1) -> None:
-        """Run a program to its end. Raises StageError."""
+        """Run a program to its end. Raises as :class:`Launcher`."""
         name = f"{job.stage}-{job_digest(job)[:16]}"
         if job.runtime.shards is not None:
             # Parts of one job may run beside each other.
@@ -109,7 +112,7 @@ class LocalLauncher:
         }
         status = self._run(command(PROGRAMS[job.stage], file, processes), environment, lock)
         if status != 0:
-            raise StageError(_why(name, status, reason))
+            raise failure(_why(name, status, reason))
 
     def _run(self, line: list[str], environment: Mapping[str, str], lock: int) -> int:
         child = subprocess.Popen(line, env=environment, start_new_session=True, pass_fds=(lock,))

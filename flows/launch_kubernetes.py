@@ -18,6 +18,7 @@ from typing import Any
 from eqm.config import PROGRAMS, Job, replace
 from eqm.errors import ConfigError, StageError
 from eqm.records import to_json
+from eqm.stage import failure
 from flows.clusters import Kubernetes
 from flows.launch import cluster_name, is_sealed
 
@@ -146,12 +147,12 @@ class KubernetesLauncher:
         self.api = Api(cluster)
 
     def run(self, job: Job, *, processes: int = 1) -> None:
-        """Run a program to its end. Raises StageError."""
+        """Run a program to its end. Raises as :class:`flows.launch.Launcher`."""
         name = cluster_name(job)
         body = self.train_job(job, processes)
         try:
             self._start(job, name, body)
-            failure = self._watch(job, name)
+            why = self._watch(job, name)
         except Exception:
             # The server is out of reach, or refuses: what runs there is not ours to end.
             raise
@@ -159,9 +160,9 @@ class KubernetesLauncher:
             # Cancelled or interrupted: the program ends before the flow does.
             self._delete(name)
             raise
-        if failure is not None:
+        if why is not None:
             # It stays for a look at its logs, and the next start replaces it.
-            raise StageError(self._why(name, failure))
+            raise failure(self._why(name, why))
         self._delete(name)
 
     # -- what is sent --
@@ -308,7 +309,7 @@ class KubernetesLauncher:
             while time.monotonic() < deadline and self._found(name) is not None:
                 time.sleep(min(1.0, POLL_SECONDS))
 
-    def _why(self, name: str, failure: str) -> str:
+    def _why(self, name: str, why: str) -> str:
         with contextlib.suppress(StageError):
             label = f"jobset.sigs.k8s.io/jobset-name={name}"
             pods = self.api.call("GET", self.api.core("pods", labelSelector=label))
@@ -316,7 +317,7 @@ class KubernetesLauncher:
             if words:
                 return f"{name}: {words[0]}"
         return (
-            f"{name}: the TrainJob {failure}; `kubectl logs --namespace {self.cluster.namespace} "
+            f"{name}: the TrainJob {why}; `kubectl logs --namespace {self.cluster.namespace} "
             f"--selector jobset.sigs.k8s.io/jobset-name={name}` has its output"
         )
 

@@ -21,6 +21,7 @@ from eqm.config import PROGRAMS, Job, replace
 from eqm.disk import locked
 from eqm.errors import ConfigError, StageError
 from eqm.records import to_json
+from eqm.stage import failure
 from flows.clusters import Slurm
 from flows.launch import cluster_name, is_sealed
 
@@ -88,7 +89,7 @@ class SlurmLauncher:
         self.say = say
 
     def run(self, job: Job, *, processes: int = 1) -> None:
-        """Run a program to its end. Raises StageError."""
+        """Run a program to its end. Raises as :class:`flows.launch.Launcher`."""
         name = cluster_name(job)
         number = None
         try:
@@ -105,7 +106,7 @@ class SlurmLauncher:
         if state == "GONE" and is_sealed(job):
             return
         if state != "COMPLETED":
-            raise StageError(self._why(name, number, state))
+            raise failure(self._why(name, number, state))
 
     # -- started --
 

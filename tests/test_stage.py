@@ -9,8 +9,19 @@ from typing import Any
 import pytest
 
 from eqm import progress, stage
-from eqm.config import Job, Runtime
-from eqm.errors import ConfigError, DataError, DivergedError, IntegrityError
+from eqm.config import Job, Runtime, replace
+from eqm.errors import (
+    AwayError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    EqmError,
+    IntegrityError,
+    PeerError,
+    StageError,
+    StoreError,
+    TransferError,
+)
 from eqm.records import Ref, to_json
 from eqm.stage import Context, Outcome
 from eqm.storage import LocalStore
@@ -72,6 +83,36 @@ def test_a_stage_that_failed_otherwise_is_not_called_diverged(tmp_path: Path) ->
     with pytest.raises(DataError, match="no images"):
         stage.run(a_job(tmp_path), fails)
     assert stage.divergence(LocalStore(tmp_path / "store"), a_job(tmp_path)) is None
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [
+        (AwayError("S3 cannot be reached"), AwayError),
+        (TransferError("it broke off"), AwayError),
+        (StoreError("the disk is full"), StageError),
+        (DataError("no images"), StageError),
+    ],
+)
+def test_whoever_started_a_program_learns_whether_the_store_was_away(
+    tmp_path: Path, error: EqmError, kind: type[EqmError]
+) -> None:
+    left, job = tmp_path / "error", a_job(tmp_path)
+    told = replace(job, runtime=replace(job.runtime, error_file=str(left)))
+    (tmp_path / "job.json").write_text(json.dumps(to_json(told)))
+
+    def fails(_: Context) -> Outcome:
+        raise error
+
+    def follows(_: Context) -> Outcome:
+        raise PeerError("rank 0 does not answer")
+
+    for program in (fails, follows):
+        assert stage.main(("latents",), program, [str(tmp_path / "job.json")]) == 2
+    # The first rank to write it has the cause.
+    raised = stage.failure(left.read_text())
+    assert type(raised) is kind
+    assert str(raised).startswith(str(error))
 
 
 def test_inputs_are_checked_before_use(tmp_path: Path) -> None:

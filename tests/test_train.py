@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import chain
@@ -31,7 +32,7 @@ from eqm.batches import read_batch
 from eqm.config import Job, TrainConfig, TrainStage, replace, stage_config
 from eqm.distributed import World
 from eqm.ema import EMA, sigma_rel_to_gamma
-from eqm.errors import ConfigError, DataError, IntegrityError
+from eqm.errors import AwayError, ConfigError, DataError, EqmError, IntegrityError, StoreError
 from eqm.events import events_of
 from eqm.latents import sample_latents
 from eqm.learner import learning_rate
@@ -331,6 +332,29 @@ def test_where_the_first_process_may_not_train_all_end_and_say_why(
         assert pair.returncode != 0
         assert "Traceback" not in said.partition("ChildFailedError")[0].partition("elastic")[0]
     assert f"process {os.getpid()} on " in (tmp_path / "error").read_text()
+
+
+@pytest.mark.parametrize(
+    ("error", "kind"),
+    [(AwayError("S3 is gone"), AwayError), (StoreError("disk full"), InterruptedTraining)],
+)
+def test_all_processes_end_by_what_the_first_one_met(
+    error: StoreError, kind: type[EqmError]
+) -> None:
+    said: list[str] = []
+
+    def fails() -> None:
+        raise error
+
+    def world(first: bool) -> Any:
+        return SimpleNamespace(is_first=first, first_tells=lambda text: said.append(text) or text)
+
+    with pytest.raises(StoreError) as met:
+        train.first_acts(world(first=True), fails)
+    assert met.value is error
+    other = SimpleNamespace(is_first=False, first_tells=lambda _: said[0])
+    with pytest.raises(kind, match=f"^{error}$"):
+        train.first_acts(other, fails)  # type: ignore[arg-type]
 
 
 # -- more than one process ----------------------------------------------------------------------

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 
 from eqm.config import Job, Runtime
-from eqm.errors import StageError
+from eqm.errors import AwayError, StageError
 from eqm.records import from_json
-from eqm.stage import read_job
+from eqm.stage import AWAY, read_job
 from flows import launch
 from flows.launch import LocalLauncher
 
@@ -152,6 +152,17 @@ def test_the_message_of_the_program_is_the_message(place: Place) -> None:
     # The reason of the run before is not the reason of this one.
     place.program("sys.exit(3)")
     with pytest.raises(StageError, match="ended with status 3: its output above says why"):
+        place.launcher.run(a_job(), processes=1)
+
+
+def test_a_program_whose_store_was_away_may_be_tried_again(place: Place) -> None:
+    place.program(
+        "import json\n"
+        'told = json.loads(Path(sys.argv[1]).read_text())["runtime"]["error_file"]\n'
+        f'Path(told).write_text("S3 cannot be reached{AWAY}")\n'
+        "sys.exit(2)"
+    )
+    with pytest.raises(AwayError, match=r"^latents-[0-9a-f]{16}: S3 cannot be reached"):
         place.launcher.run(a_job(), processes=1)
 
 
