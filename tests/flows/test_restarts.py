@@ -4,6 +4,7 @@ Each with services of its own, and with nobody who cleans up.
 """
 
 import datetime
+import json
 import os
 import signal
 import time
@@ -52,6 +53,8 @@ def test_a_machine_that_lost_power_goes_on_where_it_was(home: Home) -> None:
     config = with_images(home, "test-power", 64_000)
     run = start_deployment(home.api, "weekly", {"config": config})
     digest = home.until(home.training, seconds=240)
+    kept = checkpoint.newest(home.store, digest)
+    assert kept is not None
     home.kill_everything()
 
     home.up()
@@ -61,11 +64,25 @@ def test_a_machine_that_lost_power_goes_on_where_it_was(home: Home) -> None:
     (shown,) = home.runs("weekly")
     assert (shown["id"], shown["run_count"]) == (run, 2)
     assert home.trainings() == [digest]
+    # Not from the beginning.
+    (start, again) = begun(home, digest)
+    assert start == ("start", 0)
+    assert again[0] == "resume"
+    assert again[1] >= kept.images_seen > 0
     held = lease.read(home.store, checkpoint.lease_key(digest))
     assert held is not None
     assert (held.token, held.released) == (2, True)
     assert [entry.version for entry in champion.history(home.store, "eqm-test-power")] == [1]
     assert not home.taken_slots()
+
+
+def begun(home: Home, digest: str) -> list[tuple[str, int]]:
+    """How and at which image each attempt at a sealed training began, by its own log."""
+    record = home.store.record("train", digest)
+    assert record is not None
+    lines = home.store.get(record.logs["events.jsonl"]).splitlines()
+    events = [json.loads(line) for line in lines]
+    return [(e["kind"], e["images_seen"]) for e in events if e["kind"] in ("start", "resume")]
 
 
 def test_what_fell_due_while_all_was_off_is_run_once(home: Home) -> None:
