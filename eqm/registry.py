@@ -499,15 +499,8 @@ class Registry:
             self._set_alias(model, alias, number)
 
     def _set_alias(self, model: str, alias: str, number: int) -> None:
-        from mlflow.exceptions import MlflowException
-
-        try:
-            self._client.set_registered_model_alias(model, alias, str(number))
-        except MlflowException as error:
-            if "registered_model_aliases" not in str(error):
-                raise
-            # Of two that make a new alias at the same moment, MLflow fails one; now it exists.
-            self._client.set_registered_model_alias(model, alias, str(number))
+        set_ = self._client.set_registered_model_alias
+        _twice("registered_model_aliases", lambda: set_(model, alias, str(number)))
 
     def unpoint(self, model: str, alias: str) -> None:
         """Remove an alias."""
@@ -517,8 +510,9 @@ class Registry:
     def tag(self, version: Version, tags: Mapping[str, str]) -> None:
         """Put tags on a version."""
         with _errors(self.uri):
+            where, set_ = (version.model, str(version.number)), self._client.set_model_version_tag
             for key, value in tags.items():
-                self._client.set_model_version_tag(version.model, str(version.number), key, value)
+                _twice("model_version_tags", lambda of=(*where, key, value): set_(*of))
 
     def add_evidence(
         self, run_digest: str, *, metrics: Mapping[str, float], files: Mapping[str, bytes]
@@ -560,6 +554,21 @@ class Registry:
         with _errors(self.uri):
             experiment = self._client.get_run(run_id).info.experiment_id
         return f"{_public(self.uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+
+
+def _twice(table: str, call: Callable[[], Any]) -> None:
+    """Of two that make the same row of a table at the same moment MLflow fails one: it asks again.
+
+    The row exists then, and is replaced.
+    """
+    from mlflow.exceptions import MlflowException
+
+    try:
+        call()
+    except MlflowException as error:
+        if table not in str(error):
+            raise
+        call()
 
 
 def _version(entity: Any) -> Version:

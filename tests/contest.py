@@ -4,8 +4,10 @@ import dataclasses
 import fcntl
 import itertools
 import json
+import multiprocessing
 import random
 from collections.abc import Callable
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,12 @@ from eqm.champion import Entry, LostRaceError
 from eqm.config import Job, Runtime
 from eqm.errors import DataError
 from eqm.records import Decision, Reason, Record, Ref, to_json
-from eqm.registry import Version
+from eqm.registry import Registry, Version
 from eqm.stage import Outcome
+from eqm.storage import open_store
 
 CANDIDATES = 3
+RACES = 50
 MOVES = 5
 """Of a schedule."""
 CALLS = {"promote": 36, "rollback": 26}
@@ -335,3 +339,61 @@ class Schedule:
             elif stack[-1:] != [entry.version]:
                 stack = [*stack, entry.version]
         return stack[-1] if stack else None
+
+
+# -- races --------------------------------------------------------------------------------------
+
+
+def race_all(benches: list[Bench], *, registry: str) -> int:
+    """Have two processes promote version 1 and version 2 of each model at the same moment.
+
+    In every race exactly one wins, the other is told, and the alias is the winner's. ``registry``
+    is the file of a FileRegistry, or the address of an MLflow. Returns in how many races both had
+    found the same history, so that the store alone decided.
+    """
+    context = multiprocessing.get_context("spawn")
+    start, ended = context.Barrier(2), context.Queue()
+    models = [bench.model for bench in benches]
+    given = (benches[0].store.uri, registry, models, benches[0].trained, start, ended)
+    racers = [context.Process(target=racer, args=(mine, *given)) for mine in (1, 2)]
+    for process in racers:
+        process.start()
+    results = [ended.get(timeout=90) for _ in range(2 * len(benches))]
+    for process in racers:
+        process.join(30)
+        assert process.exitcode == 0
+    met = 0
+    for bench in benches:
+        mine = {number: (won, told) for which, number, won, told in results if which == bench.model}
+        (winner,) = [number for number, (won, _) in mine.items() if won]
+        ((_, told),) = [mine[number] for number in mine if number != winner]
+        assert "judge again" in told or "at the same moment" in told
+        met += "at the same moment" in told
+        assert bench.moves() == [(1, "promote", winner)]
+        assert bench.shown() == winner
+        assert bench.repairs(every=True) == []
+    return met
+
+
+def racer(
+    mine: int,
+    store: str,
+    registry: str,
+    models: list[str],
+    trained: dict[int, Record],
+    start: Barrier,
+    ended: Any,
+) -> None:
+    """Promote one of two candidates of each model, when somebody else does the other."""
+    shared: Any = FileRegistry(Path(registry)) if registry.startswith("/") else Registry(registry)
+    for model in models:
+        bench = Bench(open_store(store), shared, model)
+        bench.trained = trained
+        version = shared.by_number(model, mine)
+        decision = bench.judged(version)
+        start.wait(60)
+        try:
+            won = bench.promotes(version, decision).number == 1
+            ended.put((model, mine, won, ""))
+        except LostRaceError as error:
+            ended.put((model, mine, False, str(error)))

@@ -9,7 +9,7 @@ from typing import Any
 
 import boto3
 import pytest
-from contest import CANDIDATES, Bench, Schedule
+from contest import CANDIDATES, RACES, Bench, Schedule, race_all
 from mlflow import MlflowClient
 
 from eqm import champion, stage
@@ -207,6 +207,21 @@ def test_schedules_on_real_services(mlflow_environment: dict[str, str], tmp_path
         bench = first.beside(f"{model}-{seed}")
         Schedule(seed, bench, set()).run()
         assert bench.moves()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_races_of_processes_on_real_services(
+    mlflow_environment: dict[str, str], tmp_path: Path
+) -> None:
+    """As the fifty of tests/test_promotion.py, on S3 and MLflow themselves."""
+    uri = mlflow_environment["MLFLOW_TRACKING_URI"]
+    model = f"eqm-raced-{os.getpid()}"
+    first = Bench(open_store(f"s3://eqm/{model}", cache=tmp_path / "cache"), Registry(uri), model)
+    for _ in range(2):
+        first.trains()
+    benches = [first.beside(f"{model}-{race}") for race in range(RACES)]
+    assert race_all(benches, registry=uri), "in no race did both find the same history"
 
 
 # -- the alias mirrors the history --------------------------------------------------------------

@@ -140,6 +140,19 @@ def test_two_at_once_register_one_model(registry: Registry, uri: str, model: str
         assert candidate in found
 
 
+def test_two_at_once_put_the_same_tags(registry: Registry, uri: str, model: str) -> None:
+    """As two that mirror one move of the champion: of a new tag MLflow refuses one of them."""
+    version, other = registered(registry, model, "c1"), Registry(uri)
+    for round_ in range(6):
+        given = {f"eqm.new-{round_}-{number}": "x" for number in range(5)}
+        told = in_threads(
+            lambda given=given: registry.tag(version, given),
+            lambda given=given: other.tag(version, given),
+        )
+        assert told == [None, None]
+        assert given.items() <= registry.by_number(model, 1).tags.items()
+
+
 def test_an_answer_that_got_lost_makes_no_second_version(
     registry: Registry, uri: str, model: str
 ) -> None:
