@@ -80,9 +80,13 @@ class Stopwatch:
             yield thing
 
     def figures(self, images_each: int) -> dict[str, float]:
-        """Images a second, and the share of the time spent waiting; begins anew."""
+        """Images a second, seconds a step, and the share of the time spent waiting; begins anew.
+
+        All that a training does between two reports is in them, checkpoints and grids as well.
+        """
         now = time.monotonic()
-        seconds, waited, images = now - self._began, self._waited, self._count * images_each
+        seconds, waited, count = max(now - self._began, 1e-9), self._waited, self._count
         self._began, self._waited, self._count = now, 0.0, 0
-        seconds = max(seconds, 1e-9)
-        return {"images_per_second": images / seconds, "data_wait_share": waited / seconds}
+        step = {"step_seconds": seconds / count} if count else {}
+        rate = count * images_each / seconds
+        return {"images_per_second": rate, "data_wait_share": waited / seconds, **step}
