@@ -17,8 +17,8 @@ from eqm.names import kind_of
 from eqm.policy import MetricRule, OODRule, PolicyConfig
 from eqm.records import Decision, Evaluation, Metric, OODRow, Reason, Ref, to_json
 
-NEVER_NEGATIVE = ("distance", "distance_endless", "distance_held_out", "nearest")
-"""Metrics that are distances; the unbiased kernel distance (KID) may be negative."""
+NEVER_NEGATIVE = ("distance", "distance_held_out", "nearest")
+"""Metrics that are distances; those without bias, FID-infinity and KID, may be negative."""
 FRACTIONS = ("precision", "recall", "label_agreement")
 MEASURES = ("auroc", "aupr", "fpr95")
 """How the names of a row's measures begin."""

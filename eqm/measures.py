@@ -123,7 +123,8 @@ def distances(samples: Samples, reference: Reference) -> dict[str, Metric]:
                 name="FID-infinity" if of == INCEPTION else f"FD-infinity[{of}]",
                 value=found.endless.value,
                 beside=floor.endless.value if floor else None,
-                note="where the curve over 1/N ends: the distance that endless samples would have",
+                note="where the curve over 1/N ends: the distance that endless samples would have; "
+                "unbiased, so it may be slightly negative",
             ),
         )
     return metrics

@@ -68,14 +68,14 @@ def test_the_bias_of_few_samples_is_gone(dimension, count, shift):
 
 
 @pytest.mark.parametrize(("dimension", "count"), [(16, 512), (32, 128)])
-def test_of_the_same_distribution_the_interval_begins_at_zero(dimension, count):
+def test_of_the_same_distribution_the_interval_holds_zero(dimension, count):
     truth, found = simulated(dimension, count, shift=0.0, stretch=1.0)
     assert truth == pytest.approx(0, abs=1e-12)
-    assert np.mean([one.endless.low == 0 for one in found]) >= ENOUGH
-    # A distance is not negative: half of the values are cut off there, and the mean is above it.
+    assert np.mean([one.endless.low <= 0 <= one.endless.high for one in found]) >= ENOUGH
+    # Cut off at 0, the mean would be above it by up to a third of the bias.
     values = np.array([one.endless.value for one in found])
-    assert 0.2 < np.mean(values == 0) < 0.8
-    assert values.mean() < 0.3 * np.mean([one.plain.value for one in found])
+    assert 0.2 < np.mean(values < 0) < 0.8
+    assert abs(values.mean()) < 0.1 * np.mean([one.plain.value for one in found])
 
 
 @pytest.mark.slow
