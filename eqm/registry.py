@@ -546,7 +546,8 @@ class Registry:
             name = kind
             if known != protocol and (known is not None or untold):
                 name = f"{kind}-{protocol[:12]}"
-            self._client.set_tag(run.info.run_id, f"{PROTOCOL}{name}", protocol)
+            of = (run.info.run_id, f"{PROTOCOL}{name}", protocol)
+            _twice("INSERT INTO tags", lambda: self._client.set_tag(*of))
         return name
 
     def run_page(self, run_id: str) -> str:

@@ -153,6 +153,18 @@ def test_two_at_once_put_the_same_tags(registry: Registry, uri: str, model: str)
         assert given.items() <= registry.by_number(model, 1).tags.items()
 
 
+def test_two_at_once_name_one_protocol(registry: Registry, uri: str, model: str) -> None:
+    MlflowClient(uri).create_run("0", tags={"eqm.digest": model})
+    other, one = Registry(uri), "1" * 64
+    for round_ in range(12):
+        kind = f"eval{round_}"
+        told = in_threads(
+            lambda kind=kind: registry.name_for(model, kind, one),
+            lambda kind=kind: other.name_for(model, kind, one),
+        )
+        assert told == [kind, kind]
+
+
 def test_an_answer_that_got_lost_makes_no_second_version(
     registry: Registry, uri: str, model: str
 ) -> None:
