@@ -253,7 +253,7 @@ def autoencoder_from_bytes(files: Mapping[str, bytes], where: str = "autoencoder
     if missing:
         raise DataError(f"{where} lacks {', '.join(missing)}: restore it, or fit it again")
     config = _json(files[CONFIG], f"{where}/{CONFIG}")
-    spec = from_json(LatentSpec, _json(files[SPEC], f"{where}/{SPEC}"), f"{where}/{SPEC}")
+    spec = _spec(files[SPEC], f"{where}/{SPEC}")
     if config == IDENTITY and spec.autoencoder == "identity":
         return Autoencoder(spec, IDENTITY, None)
     if not spec.autoencoder.endswith(f"-{_identity_of(config, files[WEIGHTS])}"):
@@ -274,6 +274,17 @@ def load_autoencoder(
     names = [name for name in (CONFIG, WEIGHTS, SPEC) if name in record.outputs]
     files = {name: store.get(record.outputs[name]) for name in names}
     return autoencoder_from_bytes(files, f"autoencoder {record.digest[:12]}").to(device)
+
+
+def latent_spec(record: Record, store: Store) -> LatentSpec:
+    """What latents of a sealed autoencoder mean, without its weights. As load_autoencoder."""
+    if record.stage != "autoencoder" or SPEC not in record.outputs:
+        raise DataError(f"{record.stage} {record.digest[:12]} is no autoencoder")
+    return _spec(store.get(record.outputs[SPEC]), f"autoencoder {record.digest[:12]}/{SPEC}")
+
+
+def _spec(data: bytes, where: str) -> LatentSpec:
+    return from_json(LatentSpec, _json(data, where), where)
 
 
 def _weights_to_bytes(network: nn.Module) -> bytes:

@@ -24,6 +24,7 @@ from flows.encode import encode_images, fit_autoencoder, list_images, open_plan
 from flows.plan import (
     Plan,
     Records,
+    check_network,
     ensure,
     evaluation_job,
     extractor_job,
@@ -317,7 +318,9 @@ def evaluate(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | No
     plan = make_plan(config, changes)
     source = list_images(plan)
     check_sets(plan)
-    latents = encode_images(plan, source, fit_autoencoder(plan, source))
+    autoencoder = fit_autoencoder(plan, source)
+    check_network(plan, autoencoder)
+    latents = encode_images(plan, source, autoencoder)
     trained = train_model(plan, latents)
     register_model(plan, trained)
     extractor, further = fit_extractor(plan, source), fit_further(plan, source)

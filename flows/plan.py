@@ -202,6 +202,30 @@ def check_training(config: PipelineConfig) -> None:
         check_shardable(objective, config.processes)
 
 
+def check_network(plan: Plan, autoencoder: Record) -> None:
+    """Refuse a network that cannot be built for latents before these are made. Raises ConfigError.
+
+    Patches that do not tile them, levels of a U-Net that do not halve them.
+    """
+    import torch
+
+    from eqm.autoencoder import latent_spec
+    from eqm.model import SCHEMA, ModelSpec
+
+    config = plan.config
+    spec = ModelSpec(
+        schema=SCHEMA,
+        network=config.network,
+        objective=config.objective,
+        latent=latent_spec(autoencoder, plan.store),
+        classes=(),
+        null_label=False,
+    )
+    # Without weights: of XL/2 they are 2.7 GB.
+    with torch.device("meta"):
+        spec.build()
+
+
 def _ask_mlflow(plan: Plan) -> None:
     """Refuse an MLflow that is away now, not after an hour of encoding: a person can mend it.
 

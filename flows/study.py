@@ -25,6 +25,7 @@ from eqm.study_table import table_of
 from flows.plan import (
     Plan,
     autoencoder_job,
+    check_network,
     ensure,
     evaluation_job,
     extractor_job,
@@ -70,6 +71,7 @@ class Ground:
     """What all cells of a study stand on."""
 
     source: Ref
+    autoencoder: Record
     latents: Record
     extractor: Record
     reference: Record
@@ -87,6 +89,8 @@ def run_study(plan: Plan, name: str, *, seeds: int, do: Ensure = run_stage) -> R
     asked = asked_for.stage(base, seeds)
     # Every config is checked before the first hour is spent.
     plans = [[_cell_plan(plan, asked, i, k) for i in range(len(asked.rows))] for k in range(seeds)]
+    for cell in plans[0]:
+        check_network(cell, ground.autoencoder)
     cells: dict[str, Ref] = {}
     failed: dict[str, str] = {}
     trained: dict[str, Record] = {}
@@ -112,10 +116,11 @@ def run_study(plan: Plan, name: str, *, seeds: int, do: Ensure = run_stage) -> R
 def _ground(plan: Plan, do: Ensure) -> Ground:
     source = source_ref(list_source(plan))
     autoencoder = do(plan, autoencoder_job(plan, source), 1)
+    check_network(plan, autoencoder)
     latents = do(plan, latents_job(plan, source, autoencoder), plan.processes)
     extractor = do(plan, extractor_job(plan, source), 1)
     reference = do(plan, reference_job(plan, source, extractor), plan.processes)
-    return Ground(source, latents, extractor, reference)
+    return Ground(source, autoencoder, latents, extractor, reference)
 
 
 def _base(plan: Plan, latents: Record) -> Base:

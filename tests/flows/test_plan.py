@@ -4,9 +4,19 @@ from pathlib import Path
 
 import pytest
 
+from eqm import fit
 from eqm.errors import ConfigError, TrackingError
 from eqm.recipes import recipes
-from flows.plan import check_training, make_plan, read_config
+from eqm.stage import run
+from flows.plan import (
+    autoencoder_job,
+    check_network,
+    check_training,
+    list_source,
+    make_plan,
+    read_config,
+    source_ref,
+)
 
 
 def test_how_training_runs_is_told_to_it_and_is_in_no_digest(
@@ -56,6 +66,29 @@ def test_what_training_would_refuse_is_refused_before_images_are_encoded(
     monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
     with pytest.raises(ConfigError, match=words):
         make_plan("demo", changes, tracked=False)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"network.patch": 3}, "16 x 16 cannot be cut into patches of 3.* a network.patch that"),
+        (
+            {"network.kind": "unet", "network.unet": {"widths": [32] * 6, "attention": []}},
+            "16 x 16 cannot be halved 5 times: give network.unet.widths fewer",
+        ),
+    ],
+)
+def test_a_network_that_latents_do_not_fit_is_refused_before_they_are_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], words: str
+) -> None:
+    monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
+    identity = {"autoencoder": {"kind": "identity"}}
+    plan = make_plan("demo", identity, tracked=False)
+    autoencoder = run(autoencoder_job(plan, source_ref(list_source(plan))), fit.program)
+    check_network(plan, autoencoder)
+    with pytest.raises(ConfigError, match=words):
+        check_network(make_plan("demo", {**identity, **changes}, tracked=False), autoencoder)
 
 
 def test_every_recipe_is_what_training_takes() -> None:
