@@ -115,8 +115,11 @@ class LocalLauncher:
             raise failure(_why(name, status, reason))
 
     def _run(self, line: list[str], environment: Mapping[str, str], lock: int) -> int:
-        child = subprocess.Popen(line, env=environment, start_new_session=True, pass_fds=(lock,))
+        child = None
         try:
+            child = subprocess.Popen(
+                line, env=environment, start_new_session=True, pass_fds=(lock,)
+            )
             status = child.wait()
         except BaseException:
             # Cancelled or interrupted: the program ends before the flow does.
@@ -135,17 +138,21 @@ def command(module: str, file: Path, processes: int) -> list[str]:
     return [*torchrun, f"--nproc-per-node={processes}", "-m", module, str(file)]
 
 
-def stop(child: subprocess.Popen[bytes], mark: str) -> None:
-    """End a program and all its children: SIGTERM, and SIGKILL after a grace time."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child.pid, signal.SIGTERM)
+def stop(child: subprocess.Popen[bytes] | None, mark: str) -> None:
+    """End a program and all its children: SIGTERM, and SIGKILL after a grace time.
+
+    None: of a start that was interrupted, which may have been made all the same.
+    """
     try:
-        child.wait(GRACE_SECONDS)
-    except subprocess.TimeoutExpired:
-        pass
+        if child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGTERM)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                child.wait(GRACE_SECONDS)
     finally:
         _kill_marked(mark)
-        child.wait()
+        if child is not None:
+            child.wait()
 
 
 def _kill_marked(mark: str) -> None:

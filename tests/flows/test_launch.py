@@ -250,6 +250,24 @@ def test_a_second_interrupt_ends_it_at_once(place: Place) -> None:
     assert place.survivors() == []
 
 
+def test_an_interrupt_of_the_start_itself_leaves_nothing(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine a program may be at work before its launcher knows that it has begun."""
+    place.program(SLEEPS_WITH_A_CHILD)
+    really = subprocess.Popen
+
+    def started_and_interrupted(*line: Any, **settings: Any) -> None:
+        really(*line, **settings)
+        assert len(place.pids(1)) == 2
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launch.subprocess, "Popen", started_and_interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        place.launcher.run(a_job(), processes=1)
+    assert place.survivors() == []
+
+
 def test_a_flow_that_is_killed_leaves_its_program(place: Place) -> None:
     place.program(SLEEPS_WITH_A_CHILD)
     script = (
@@ -336,16 +354,22 @@ class interrupted:
         self.times = times
         self.begun: list[int] = []
         self.thread = threading.Thread(target=self._wait)
+        self.lock, self.over = threading.Lock(), threading.Event()
 
     def _wait(self) -> None:
         self.begun.extend(self.when())
         for _ in range(self.times):
-            os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            with self.lock:
+                # Later, it would interrupt the test run.
+                if not self.over.is_set():
+                    os.kill(os.getpid(), signal.SIGINT)
+            self.over.wait(1)
 
     def __enter__(self) -> list[int]:
         self.thread.start()
         return self.begun
 
     def __exit__(self, *_: object) -> None:
+        with self.lock:
+            self.over.set()
         self.thread.join()
