@@ -25,7 +25,7 @@ RACES = 50
 MOVES = 5
 """Of a schedule."""
 CALLS = {"promote": 36, "rollback": 26}
-"""Calls of a move of which every one is cut off, in some schedule; a few moves make up to 60."""
+"""Calls of a move of which every one is cut off, in some schedule; with others in it up to 60."""
 WATCHED = ("read", "write_once", "list", "get", "record", "find_number", "find", "by_alias")
 CHANGING = ("point", "unpoint", "tag")
 
@@ -238,6 +238,17 @@ class Watched:
         return call
 
 
+@dataclasses.dataclass
+class Made:
+    """A move of a schedule."""
+
+    kind: str
+    calls: int = 0
+    """That it made itself."""
+    alone: bool = True
+    """Whether nothing happened in it."""
+
+
 class Schedule:
     """A seeded run of moves of one champion, some of which are cut off or met by another move."""
 
@@ -250,6 +261,7 @@ class Schedule:
         """What was said to be done."""
         self.open: set[str] = set()
         """Moves that were killed: they may be done or not."""
+        self.made: list[Made] = []
 
     def run(self) -> None:
         for _ in range(MOVES):
@@ -265,14 +277,14 @@ class Schedule:
     def moves(self) -> bool:
         """Make a move; whether it was killed."""
         kind = self.chance.choice(("promote", "promote", "rollback"))
-        event = self.chance.choice(("kill", "kill", "meet", "late"))
-        at, count = self.chance.randrange(CALLS[kind]), itertools.count()
-        if event == "late":
-            # Most moves have ended by then.
-            at, event = at + CALLS[kind], "kill"
+        event, at = self.event(kind)
+        made = Made(kind)
+        self.made.append(made)
 
         def announce(_: str) -> None:
-            number = next(count)
+            number = made.calls
+            made.calls += 1
+            made.alone = made.alone and number != at
             if number == at and event == "kill":
                 self.reached.add((kind, at))
                 raise Killed
@@ -286,6 +298,13 @@ class Schedule:
         )
         watched.trained = self.bench.trained
         return self.make(kind, watched)
+
+    def event(self, kind: str) -> tuple[str, int]:
+        """What happens in a move of this kind, and before which of its calls."""
+        event = self.chance.choice(("kill", "kill", "meet", "late"))
+        at = self.chance.randrange(CALLS[kind])
+        # Most moves have ended by then.
+        return ("kill", at + CALLS[kind]) if event == "late" else (event, at)
 
     def make(self, kind: str, bench: Bench) -> bool:
         name = f"move {next(self.names)}"
@@ -339,6 +358,20 @@ class Schedule:
             elif stack[-1:] != [entry.version]:
                 stack = [*stack, entry.version]
         return stack[-1] if stack else None
+
+
+class Cut(Schedule):
+    """The schedule of a seed, in which a certain move is killed before a certain call of it."""
+
+    def __init__(
+        self, seed: int, bench: Bench, reached: set[tuple[str, int]], *, move: int, at: int
+    ) -> None:
+        super().__init__(seed, bench, reached)
+        self.move, self.at = move, at
+
+    def event(self, kind: str) -> tuple[str, int]:
+        found = super().event(kind)
+        return ("kill", self.at) if len(self.made) == self.move else found
 
 
 # -- races --------------------------------------------------------------------------------------

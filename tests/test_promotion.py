@@ -10,6 +10,7 @@ from contest import (
     CANDIDATES,
     RACES,
     Bench,
+    Cut,
     FileRegistry,
     MemoryRegistry,
     Schedule,
@@ -21,6 +22,7 @@ from eqm.storage import LocalStore
 
 SCHEDULES = 1000
 LATE = 3
+LOOKED_AT = 160
 
 
 @pytest.fixture
@@ -45,6 +47,24 @@ def test_a_thousand_schedules(contest: Bench) -> None:
     assert reached - late == {(kind, at) for kind, calls in CALLS.items() for at in range(calls)}
     assert len(late) >= LATE, sorted(late)
     assert moves > 2 * SCHEDULES
+
+
+@pytest.mark.parametrize("kind", CALLS)
+def test_the_longest_move_is_cut_off_before_each_of_its_calls(contest: Bench, kind: str) -> None:
+    """After a move that was cut off the next one has more to do than usual."""
+    found = []
+    for seed in range(LOOKED_AT):
+        schedule = Schedule(seed, contest.beside(f"eqm-{seed}", MemoryRegistry()), set())
+        schedule.run()
+        whole = [(i, made) for i, made in enumerate(schedule.made) if made.alone]
+        found += [(made.calls, seed, i) for i, made in whole if made.kind == kind]
+    calls, seed, move = max(found)
+    assert calls > CALLS[kind]
+    for at in range(calls):
+        reached: set[tuple[str, int]] = set()
+        bench = contest.beside(f"eqm-cut-{at}", MemoryRegistry())
+        Cut(seed, bench, reached, move=move, at=at).run()
+        assert (kind, at) in reached
 
 
 def test_fifty_races_of_two_processes(contest: Bench, tmp_path: Path) -> None:
