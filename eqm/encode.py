@@ -353,7 +353,7 @@ def gather(
     )
     manifest = sealed.manifest
     # Named only where there is an earlier set: all other records stay what they were.
-    copied = {"copied": sum(len(plan.copied) for plan in plans)} if INPUT in inputs else {}
+    copied = {"copied": sum(p.count - len(p.new) for p in plans)} if INPUT in inputs else {}
     outputs: dict[str, bytes | Blob] = {**sealed.files, ORIGINALS: originals(source)}
     for plan, shard in zip(plans, shards, strict=True):
         outputs[f"shard-{plan.number:05d}.tar"] = shard.tar
