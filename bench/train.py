@@ -109,9 +109,13 @@ def ours(
     half: bool = False,
     compiled: bool = False,
     fused: bool = False,
+    attends: bool = False,
     in_order: bool = ON_GPU,
 ) -> Callable[[], None]:
-    """What eqm.train does between two batches; ``in_order``: by kernels that always add alike."""
+    """What eqm.train does between two batches.
+
+    ``attends``: attention by our kernel. ``in_order``: by kernels that always add alike.
+    """
     torch.use_deterministic_algorithms(False)
     if in_order:
         choose_deterministic()
@@ -121,7 +125,8 @@ def ours(
     choose_products(config.precision, DEVICE)
     net, objective = network(size), ObjectiveConfig()
     micro = MICRO_BATCH.get(size) if ON_GPU else None
-    prepare(net, ComputeConfig(compile=compiled, fused=fused), objective, DEVICE)
+    compute = ComputeConfig(compile=compiled, fused=fused, attention="eqm" if attends else "torch")
+    prepare(net, compute, objective, DEVICE)
     learner = Learner(net, objective, config, device=DEVICE, micro_batch=micro)
     x, labels = latents(batch)
     numbers = torch.arange(batch, device=DEVICE)
@@ -165,7 +170,8 @@ if ON_GPU:
         "ours, bf16": functools.partial(ours, half=True),
         "ours, bf16, compiled": functools.partial(ours, half=True, compiled=True),
         "ours, bf16, compiled, fused": whole,
-        "the same, in any order": functools.partial(whole, in_order=False),
+        "and attention": functools.partial(whole, attends=True),
+        "the same, in any order": functools.partial(whole, attends=True, in_order=False),
     }
 
 

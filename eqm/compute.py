@@ -1,4 +1,4 @@
-"""How a network's blocks are run in training: kept or computed again, compiled, by own kernels.
+"""How a network is run in training: blocks kept or computed again, compiled, by kernels of ours.
 
 Applied from outside: a network's module says what it computes, not how. Weights keep their names.
 Called by train, before it builds what is trained.
@@ -8,16 +8,17 @@ import functools
 import math
 import time
 from collections.abc import Callable
+from types import MethodType
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig, require
 from eqm.errors import ConfigError
 
-Forward = Callable[..., Tensor]
+Forward = Callable[..., Any]
 
 SLOW_PRODUCTS = 1.2
 """Products in bfloat16 that take so many times as long as in float32 are told; half the memory may
@@ -38,12 +39,11 @@ def prepare(
     check_double(compute, objective)
     if compute.compile:
         check_compiler(device)
+    if compute.fused:
+        fuse(network, compute, objective, device)
     for block in blocks_of(network, compute):
-        forward = fused_forward(network, device) if compute.fused else type(block).forward
         if compute.compile:
-            forward = compiled(forward)
-        if compute.compile or compute.fused:
-            block.forward = forward.__get__(block)
+            block.forward = compiled(cast(MethodType, block.forward).__func__).__get__(block)
         if compute.checkpointing:
             # Not around __call__: hooks on a block see its tokens once, and not again going back.
             block.forward = functools.partial(_recomputed, block.forward)
@@ -83,26 +83,34 @@ def compiled(forward: Forward) -> Any:
     return torch.compile(forward, dynamic=False)
 
 
-def fused_forward(network: nn.Module, device: torch.device) -> Any:
-    """The forward of a transformer's block by our kernels. Raises ConfigError where they are not.
+def fuse(
+    network: nn.Module, compute: ComputeConfig, objective: ObjectiveConfig, device: torch.device
+) -> None:
+    """Have a transformer's blocks and its head computed by our kernels, in place.
 
-    They are for layer norm and GPUs of NVIDIA.
+    Raises ConfigError where they are not: they are for layer norm and GPUs of NVIDIA.
     """
+    blocks = blocks_of(network, compute)
     rule = "false, as these kernels are written for GPUs of NVIDIA, and this trains on a CPU"
     require(device.type == "cuda", "compute.fused", True, rule)
-    rule = "false with network.rms_norm: these kernels are of layer norm"
     config = cast(NetworkConfig, network.config)
+    rule = "false with network.rms_norm: these kernels are of layer norm"
     require(not config.rms_norm, "compute.fused", True, rule)
     # Its compiler is not everywhere where torch is, and takes a second.
-    from eqm.kernels import block_forward
+    from eqm.kernels.blocks import block_forward, head_forward
 
-    return block_forward
+    # The dispersive loss looks at tokens as they leave a block.
+    attends = compute.attention == "eqm"
+    forward = block_forward(attends=attends, carries=not objective.dispersive_weight)
+    for block in blocks:
+        block.forward = forward.__get__(block)
+    head = cast(nn.Module, network.head)
+    head.forward = head_forward.__get__(head)
 
 
-def _recomputed(forward: Forward, *args: Tensor) -> Tensor:
+def _recomputed(forward: Forward, *args: object) -> Any:
     # Nothing in a block is drawn at random.
-    found = checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
-    return cast(Tensor, found)
+    return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
 
 
 def check_compiler(device: torch.device) -> None:
@@ -132,6 +140,17 @@ def check_micro_batch(compute: ComputeConfig, objective: ObjectiveConfig, share:
     rule = f"a multiple of objective.dispersive_group ({group})"
     whole = not objective.dispersive_weight or size % group == 0
     require(whole, "compute.micro_batch", size, rule)
+
+
+def check_attention(compute: ComputeConfig, network: NetworkConfig, config: TrainConfig) -> None:
+    """Refuse our attention for what it is not for. Raises ConfigError."""
+    if compute.attention == "torch":
+        return
+    plain = not (network.qk_norm or network.rope)
+    rule = "'torch' with network.qk_norm or network.rope, which ours knows nothing of"
+    require(plain, "compute.attention", compute.attention, rule)
+    rule = f"'torch' with train.precision {config.precision!r}: ours is quick in 'bfloat16' alone"
+    require(config.precision == "bfloat16", "compute.attention", compute.attention, rule)
 
 
 def slow_bfloat16(config: TrainConfig, device: torch.device) -> str | None:

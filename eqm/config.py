@@ -782,14 +782,19 @@ class ComputeConfig:
     compile: bool = False
     """Whether torch.compile makes kernels of the blocks; on a CPU it needs a C++ compiler."""
     fused: bool = False
-    """Whether norms, modulations, gates and residuals of a transformer's blocks are kernels of ours
+    """Whether what a transformer's blocks do between their products are kernels of ours
     (eqm.kernels); on GPUs of NVIDIA alone."""
+    attention: Literal["torch", "eqm"] = "torch"
+    """Whose kernels mix the tokens of a fused block. "eqm": ours, for up to some hundred tokens in
+    bfloat16."""
     timeout_seconds: float = 600.0
     """How long ranks wait for one that stalls before they end, and name it."""
 
     def __post_init__(self) -> None:
         _known(self, "compute")
         _positive(self, "compute", "timeout_seconds")
+        rule = "'torch' where compute.fused is false, for ours is a kernel of a fused block"
+        require(self.fused or self.attention == "torch", "compute.attention", self.attention, rule)
         size = self.micro_batch
         require(size is None or size > 0, "compute.micro_batch", size, "greater than 0, or null")
 

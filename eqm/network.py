@@ -215,6 +215,10 @@ class Attention(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
+        return self.out(self.mixed(tokens))
+
+    def mixed(self, tokens: Tensor) -> Tensor:
+        """What ``out`` is given: the heads' values, mixed over tokens, (B, N, D)."""
         split = self.qkv(tokens).unflatten(2, (3, self.heads, -1))
         q, k, v = split.permute(2, 0, 3, 1, 4)
         if self.q_scale is not None and self.k_scale is not None:
@@ -222,7 +226,7 @@ class Attention(nn.Module):
         if self.turns is not None:
             q, k = rotated(q, self.turns), rotated(k, self.turns)
         mixed = functional.scaled_dot_product_attention(q, k, v)
-        return self.out(mixed.transpose(1, 2).flatten(2))
+        return mixed.transpose(1, 2).flatten(2)
 
 
 class MLP(nn.Module):
@@ -250,8 +254,12 @@ class GatedMLP(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         """(B, N, D) -> (B, N, D)."""
+        return self.down(self.activated(tokens))
+
+    def activated(self, tokens: Tensor) -> Tensor:
+        """What ``down`` is given."""
         gate, up = self.up(tokens).chunk(2, dim=-1)
-        return self.down(functional.silu(gate) * up)
+        return functional.silu(gate) * up
 
 
 class Head(nn.Module):

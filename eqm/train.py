@@ -28,7 +28,7 @@ from torch import Tensor
 from eqm import checkpoint, flops, gauges, glimpse, lease, model
 from eqm.batches import Batch, batches, samples_of
 from eqm.checkpoint import Position, TrainState
-from eqm.compute import blocks_of, check_micro_batch, prepare, slow_bfloat16
+from eqm.compute import blocks_of, check_attention, check_micro_batch, prepare, slow_bfloat16
 from eqm.config import Runtime, TrainConfig, TrainStage
 from eqm.distributed import OnItsWay, World
 from eqm.errors import AwayError, DataError, DivergedError, EqmError, StoreError
@@ -171,6 +171,7 @@ def setup(context: Context, mine: lease.Held | None = None) -> Run:
     compute, device = context.job.runtime.compute, context.world.device
     world_divides(stage.train, context.world)
     check_micro_batch(compute, stage.objective, stage.train.batch_size // context.world.size)
+    check_attention(compute, stage.network, stage.train)
     choose_products(stage.train.precision, device)
     if context.world.is_first and (told := slow_bfloat16(stage.train, device)) is not None:
         sys.stderr.write(told + "\n")

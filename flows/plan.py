@@ -187,11 +187,12 @@ def check_training(config: PipelineConfig) -> None:
     """Refuse now, not after a night of encoding, what training would refuse. Raises ConfigError."""
     from torch.nn import Module
 
-    from eqm.compute import blocks_of, check_double, check_micro_batch
+    from eqm.compute import blocks_of, check_attention, check_double, check_micro_batch
 
     compute, objective = config.compute, config.objective
     check_micro_batch(compute, objective, config.train.batch_size // config.processes)
     check_double(compute, objective)
+    check_attention(compute, config.network, config.train)
     if config.network.kind == "unet":
         # As any network without blocks.
         blocks_of(Module(), compute)

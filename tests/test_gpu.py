@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import chain
 import pytest
@@ -137,19 +138,29 @@ def test_float32_training_is_that_of_the_cpu(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "asked", [{}, {"compile": True}, {"fused": True}, {"compile": True, "fused": True}]
+    "asked",
+    [
+        {},
+        {"compile": True},
+        {"fused": True},
+        {"compile": True, "fused": True},
+        {"compile": True, "fused": True, "attention": "eqm"},
+    ],
 )
 @pytest.mark.parametrize("precision", ["float32", "tf32", "bfloat16"])
-def test_the_same_training_twice_has_the_same_bits(precision: str, asked: dict[str, bool]) -> None:
+def test_the_same_training_twice_has_the_same_bits(
+    precision: str, asked: dict[str, object]
+) -> None:
     choose_products(precision, GPU)
     compute = ComputeConfig(**asked)  # type: ignore[arg-type]
     one, other = (trained(learner(compute=compute, precision=precision)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_compiled_bfloat16_trains_as_float32_does() -> None:
+@pytest.mark.parametrize("attention", ["torch", "eqm"])
+def test_compiled_bfloat16_trains_as_float32_does(attention: Literal["torch", "eqm"]) -> None:
     whole = trained(learner())[0]
-    compute = ComputeConfig(compile=True, fused=True)
+    compute = ComputeConfig(compile=True, fused=True, attention=attention)
     half = trained(learner(compute=compute, precision="bfloat16"))[0]
     assert torch.allclose(whole, half, rtol=2e-2)
 
@@ -163,7 +174,8 @@ def test_parts_of_a_batch_and_recomputed_blocks_give_the_same_gradient() -> None
         return of.gradient().double()
 
     whole = gradient()
-    kernels = {"fused": True}, {"fused": True, "compile": True}
+    ours = {"fused": True, "attention": "eqm"}
+    kernels = {"fused": True}, {"fused": True, "compile": True}, ours
     for asked in ({"micro_batch": 4}, {"checkpointing": True}, {"compile": True}, *kernels):
         assert float((gradient(**asked) - whole).norm() / whole.norm()) < 1e-5, asked
 

@@ -1,21 +1,45 @@
 """Our kernels are the plain formulas: run by Triton's interpreter, in a process of its own."""
 
+import math
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn import functional
 
-from eqm.compute import prepare
-from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig
+from eqm.compute import check_attention, prepare
+from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig, replace
 from eqm.errors import ConfigError
-from eqm.network import Block, Transformer, layer_norm, modulate
+from eqm.network import Transformer, layer_norm, modulate
 
 ROOT = Path(__file__).parent.parent
+IMPLICIT = ObjectiveConfig()
 WIDTHS = [(5, 24), (33, 40)]
 """Tokens and channels: neither a power of two, and one walk and several."""
+ATTENTIONS = [
+    (21, 8, (16, 16), torch.float32),
+    (37, 24, (16, 32), torch.float32),
+    (64, 72, (32, 64), torch.float32),
+    (64, 72, (32, 64), torch.float16),
+    (70, 64, (64, 16), torch.float32),
+]
+"""Tokens, channels of a head, queries and keys at once, number type: one tile and several, whole
+ones and not, of heads that are a power of two, more than one, and less than a product takes."""
+SHARED_BYTES = 227 * 2**10
+"""Of an H100, that one program can have."""
+NETWORKS: list[tuple[bool, dict[str, object], dict[str, object]]] = [
+    (False, {}, {"attends": True, "carries": True}),
+    (True, {}, {"attends": True, "carries": True}),
+    (True, {}, {"attends": False, "carries": False}),
+    (False, {"swiglu": True, "rope": True}, {"attends": False, "carries": True}),
+]
+"""Whether it is compiled, what of the network differs, and how its blocks are asked for."""
 
 
 def test_they_are_the_plain_formulas() -> None:
@@ -29,19 +53,19 @@ def test_they_are_the_plain_formulas() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ok") == 2 * len(WIDTHS) + 2
+    assert done.stdout.count("ok") == 2 * len(WIDTHS) + len(ATTENTIONS) + 1 + len(NETWORKS)
 
 
 def network(**changes: object) -> Transformer:
-    config = NetworkConfig(width=24, depth=1, heads=2, patch=2, **changes)  # type: ignore[arg-type]
-    return Transformer(config, size=8, channels=4, classes=3)
+    config = replace(NetworkConfig(width=24, depth=1, heads=2, patch=2), **changes)
+    return Transformer(config, size=4, channels=4, classes=3)
 
 
 @pytest.mark.parametrize(
     ("device", "changes", "objective", "said"),
     [
-        ("cpu", {}, ObjectiveConfig(), "compute.fused is True; .*GPUs of NVIDIA"),
-        ("cuda", {"rms_norm": True}, ObjectiveConfig(), "with network.rms_norm"),
+        ("cpu", {}, IMPLICIT, "compute.fused is True; .*GPUs of NVIDIA"),
+        ("cuda", {"rms_norm": True}, IMPLICIT, "with network.rms_norm"),
         (
             "cuda",
             {},
@@ -57,65 +81,172 @@ def test_what_they_are_not_for_is_refused(
         prepare(network(**changes), ComputeConfig(fused=True), objective, torch.device(device))
 
 
+def test_what_our_attention_is_not_for_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"attention is 'eqm'; .*where compute\.fused is"):
+        ComputeConfig(attention="eqm")
+    ours, half = ComputeConfig(fused=True, attention="eqm"), TrainConfig(precision="bfloat16")
+    usual = NetworkConfig()
+    check_attention(ours, usual, half)
+    check_attention(ComputeConfig(), usual, TrainConfig())
+    with pytest.raises(ConfigError, match=r"'torch' with network\.qk_norm or"):
+        check_attention(ours, replace(usual, rope=True), half)
+    with pytest.raises(ConfigError, match=r"train\.precision 'float32'"):
+        check_attention(ours, usual, TrainConfig())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("heads", "head"), [(16, 72), (6, 64)], ids=["XL", "S"])
+def test_an_h100_takes_them(heads: int, head: int) -> None:
+    """What its compiler makes of them, which needs no GPU; a program's share of its memory."""
+    from eqm.kernels import adaln, attention, gelu
+
+    width = heads * head
+    block = {"WIDTH": width, "BLOCK": 2 ** math.ceil(math.log2(width)), "GATED": True}
+    qkv = torch.empty(1, 256, 3 * width, device="meta")
+    parts = []
+    for tiles in (attention.FORWARD, attention.BACKWARD):
+        shapes = attention._shapes(qkv, heads, tiles)
+        parts.append(({n: v for n, v in shapes.items() if n.isupper()}, shapes["num_warps"]))
+    tile = {"ROWS": gelu.ROWS, "COLUMNS": gelu.COLUMNS, "STEPS": gelu.STEPS}
+    for kernel, constants, warps in (
+        (adaln._forward_kernel, block, adaln.WARPS),
+        (adaln._backward_kernel, {**block, "WALK": adaln.WALK}, adaln.WARPS),
+        (gelu._backward_kernel, tile, gelu.WARPS),
+        (attention._forward_kernel, *parts[0]),
+        (attention._backward_kernel, *parts[1]),
+    ):
+        found = built(kernel, constants, warps)
+        assert found.metadata.shared <= SHARED_BYTES
+        assert len(found.asm["cubin"])
+
+
+def built(kernel: Any, constants: dict[str, int], warps: int) -> Any:
+    """A kernel of training in bfloat16, for an H100."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    whole = {"sum_at", "mean_at", "rstd_at", "dsum_at", "dx_at", "x_at", "mass_at", "kept_at"}
+    whole |= {"sums_at", "dshift_at", "dscale_at", "dgate_at", "dbias_at"}
+    names = [n for n in kernel.arg_names if n not in constants]
+    kinds = {n: "*fp32" if n in whole else "*bf16" for n in names if n.endswith("_at")}
+    floats = dict.fromkeys({"eps", "slope", "scale"} & set(names), "fp32")
+    signature = {n: {**kinds, **floats}.get(n, "i32") for n in names}
+    source = ASTSource(kernel, {**signature, **dict.fromkeys(constants, "constexpr")}, constants)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
+
+
 # -- in the process that interprets -------------------------------------------------------------
 
 
-def check_formulas(tokens: int, width: int) -> None:
-    """Against autograd through the formulas, in float64; with a branch and without."""
-    from eqm.kernels import adaln
-
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, generator=generator).requires_grad_()
-
-    x, y, parts = draw(2, tokens, width), draw(2, tokens, width), draw(2, 6 * width)
-    slopes = draw(2, tokens, width), draw(2, tokens, width)
-
-    def plain(*given: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
-        x, y, gate, shift, scale = (None if t is None else t.double() for t in given)
-        assert x is not None and shift is not None and scale is not None  # noqa: PT018
-        sums = x if y is None or gate is None else x + gate.unsqueeze(1) * y
-        return sums, modulate(layer_norm(sums), shift.unsqueeze(1), scale.unsqueeze(1))
-
-    for gated in (True, False):
-        leaves = (x, y, parts) if gated else (x, parts)
-        found = []
-        for way in (adaln, plain):
-            pieces = parts.chunk(6, dim=-1)
-            sums, h = way(x, y if gated else None, pieces[2] if gated else None, *pieces[3:5])
-            total = (sums * slopes[0]).sum() + (h * slopes[1]).sum()
-            found.append([sums, h, *torch.autograd.grad(total, leaves)])
-        for ours, theirs in zip(*found, strict=True):
-            assert float((ours - theirs).norm() / theirs.norm()) < 1e-6
-        print("ok")  # noqa: T201
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator).requires_grad_()
 
 
-def check_block(compiled: bool) -> None:
-    """A whole block, and what torch.compile makes of it."""
-    from eqm.kernels import block_forward
-
-    net = network()
-    net.initialise(0, zero_head=False)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for weight in net.parameters():
-            weight += 0.1 * torch.randn(weight.shape, generator=generator)
-    block = net.blocks[0]
-    tokens = torch.randn(2, 16, 24, generator=generator, requires_grad=True)
-    condition = torch.randn(2, 24, generator=generator)
-    fused = torch.compile(block_forward, backend="aot_eager", fullgraph=True)
-    found = []
-    for way in (Block.forward, fused if compiled else block_forward):
-        out = way(block, tokens, condition)
-        found.append([out, *torch.autograd.grad(out.square().sum(), [tokens, *block.parameters()])])
-    for ours, theirs in zip(*found, strict=True):
-        assert float((ours - theirs).norm() / theirs.norm()) < 1e-5
+def near(found: Sequence[Tensor], wanted: Sequence[Tensor], bound: float) -> None:
+    for ours, theirs in zip(found, wanted, strict=True):
+        assert float((ours.detach() - theirs).norm() / theirs.detach().norm()) < bound
     print("ok")  # noqa: T201
 
 
-if __name__ == "__main__":
+def check_adaln(tokens: int, width: int) -> None:
+    """Against autograd through the formulas, in float64; with a branch and without."""
+    from eqm.kernels.adaln import adaln
+
+    x, y, bias = draw(2, tokens, width), draw(2, tokens, width, seed=1), draw(width, seed=2)
+    parts, slopes = draw(2, 6 * width, seed=3), draw(2, 2, tokens, width, seed=4)
+
+    def plain(*given: Tensor | None) -> tuple[Tensor, Tensor]:
+        x, y, bias, gate, shift, scale = (None if t is None else t.double() for t in given)
+        assert x is not None and shift is not None and scale is not None  # noqa: PT018
+        if y is not None and bias is not None and gate is not None:
+            x = x + gate.unsqueeze(1) * (y + bias - bias.detach())
+        return x, modulate(layer_norm(x), shift.unsqueeze(1), scale.unsqueeze(1))
+
+    for gated in (True, False):
+        leaves = (x, y, bias, parts) if gated else (x, parts)
+        found = []
+        for way in (adaln, plain):
+            pieces = parts.chunk(6, dim=-1)
+            branch = (y, bias, pieces[2]) if gated else (None, None, None)
+            sums, h = way(x, *branch, *pieces[3:5])
+            total = (sums * slopes[0]).sum() + (h * slopes[1]).sum()
+            found.append([sums, h, *torch.autograd.grad(total, leaves)])
+        near(*found, 1e-6)
+
+
+def check_mixing(tokens: int, head: int, tiles: tuple[int, int], dtype: torch.dtype) -> None:
+    """Against autograd through the formula in float64, of the same numbers; two heads."""
+    from eqm.kernels import attention as kernels
+
+    kernels.FORWARD = kernels.BACKWARD = kernels.Tiles(*tiles, warps=1, stages=1)
+    qkv = draw(2, tokens, 6 * head).detach().to(dtype).requires_grad_()
+    bias, slope = draw(6 * head, seed=1), draw(2, tokens, 2 * head, seed=2).to(dtype).detach()
+
+    def plain(qkv: Tensor, bias: Tensor, heads: int) -> Tensor:
+        parts = (qkv + bias - bias.detach()).double().unflatten(2, (3, heads, head))
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        mixed = (q @ k.transpose(2, 3) / head**0.5).softmax(dim=3) @ v
+        return mixed.transpose(1, 2).flatten(2)
+
+    found = []
+    for way in (kernels.attention, plain):
+        out = way(qkv, bias, 2)
+        found.append([out, *torch.autograd.grad((out * slope.to(out.dtype)).sum(), (qkv, bias))])
+    near(*found, 2e-6 if dtype == torch.float32 else 2e-3)
+
+
+def check_gelu(rows: int, width: int) -> None:
+    """Against autograd in float64, also where tanh is 1 to the last bit."""
+    from eqm.kernels.gelu import gelu
+
+    u, bias, slope = 3 * draw(2, rows, width), draw(width, seed=1), draw(2, rows, width, seed=2)
+
+    def plain(u: Tensor, bias: Tensor) -> Tensor:
+        return functional.gelu((u + bias - bias.detach()).double(), approximate="tanh")
+
+    found = []
+    for way in (gelu, plain):
+        a = way(u, bias)
+        found.append([a, *torch.autograd.grad((a * slope).sum(), (u, bias))])
+    near(*found, 1e-6)
+
+
+def check_network(compiled: bool, changes: dict[str, object], asked: dict[str, object]) -> None:
+    """A network of several blocks and a head, and what torch.compile makes of it."""
+    from eqm.kernels.blocks import block_forward, head_forward
+
+    found = []
+    for fused in (True, False):
+        net = network(depth=2, **changes)
+        net.initialise(0, zero_head=False)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for weight in net.parameters():
+                weight += 0.1 * torch.randn(weight.shape, generator=generator)
+        if fused:
+            forward = block_forward(**asked)  # type: ignore[arg-type]
+            if compiled:
+                forward = torch.compile(forward, backend="aot_eager", fullgraph=True)
+            for block in net.blocks:
+                block.forward = forward.__get__(block)  # type: ignore[attr-defined]
+            net.head.forward = head_forward.__get__(net.head)  # type: ignore[attr-defined]
+        x = draw(2, 4, 4, 4, seed=2)
+        out = net(x, torch.tensor([0, 2]))
+        found.append([out, *torch.autograd.grad(out.square().sum(), [x, *net.parameters()])])
+    near(*found, 1e-5)
+
+
+def main() -> None:
     for tokens, width in WIDTHS:
-        check_formulas(tokens, width)
-    check_block(compiled=False)
-    check_block(compiled=True)
+        check_adaln(tokens, width)
+    for tokens, head, tiles, dtype in ATTENTIONS:
+        check_mixing(tokens, head, tiles, dtype)
+    check_gelu(rows=70, width=260)
+    for compiled, changes, asked in NETWORKS:
+        check_network(compiled, changes, asked)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,12 @@
-"""Norm, modulation, gate and residual of a transformer's block in one pass over memory, for GPUs.
+"""Norm, modulation, gate and residual of a transformer's block in one pass over memory.
 
-A block's products are bound by arithmetic, all between them by memory. Compiled from the plain
-formulas, the backward of adaLN reads its inputs twice: once for the sums over a token's channels,
-and once for those over an image's tokens, which are the gradients of shift, scale and gate. Here a
-program walks through some tokens of one image and does both. Sums over tokens are kept for each
-walk and added afterwards, without atomics: the same bits every time.
+Compiled from the plain formulas, the backward of adaLN reads its inputs twice: once for the sums
+over a token's channels, and once for those over an image's tokens, which are the gradients of
+shift, scale and gate, and of the bias of the product y. Here a program walks through some tokens of
+one image and does both. Sums over tokens are kept for each walk and added afterwards.
 
     x'  = x + gate y                       y a branch's output; without one, x' = x
     h   = norm(x') (1 + scale) + shift     norm without weights, over D
-
-Float32 inside whatever goes in. Differentiable once. Applied from outside, by eqm.compute; written
-in Triton, which also runs it, slowly, on a CPU where TRITON_INTERPRET=1 is set: tests do.
 
     B  batch      N  tokens      D  width
 """
@@ -23,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from eqm.network import NORM_EPS, Block
+from eqm.network import NORM_EPS
 
 WALK = 32
 """Tokens that one program of the backward walks through."""
@@ -34,26 +30,26 @@ WARPS = 2
 @triton.jit
 def _forward_kernel(
     x_at, y_at, gate_at, shift_at, scale_at, sum_at, h_at, mean_at, rstd_at,
-    tokens, row, eps,
+    tokens, gate_row, shift_row, scale_row, eps,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
-    """One token: x (B N, D) -> x' and h; shift, scale and gate lie ``row`` apart."""
+    """One token: x (B N, D) -> x' and h; rows of gate, shift and scale lie so far apart."""
     token = tl.program_id(0).to(tl.int64)
     image = token // tokens
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
-    here, there = token * WIDTH + column, image * row + column
+    here = token * WIDTH + column
     x = tl.load(x_at + here, mask=inside, other=0.0).to(tl.float32)
     if GATED:
         y = tl.load(y_at + here, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(gate_at + there, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_at + image * gate_row + column, mask=inside, other=0.0).to(tl.float32)
         x += gate * y
         tl.store(sum_at + here, x.to(sum_at.dtype.element_ty), mask=inside)
     mean = tl.sum(x, axis=0) / WIDTH
     centred = tl.where(inside, x - mean, 0.0)
     rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / WIDTH + eps)
-    shift = tl.load(shift_at + there, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(scale_at + there, mask=inside, other=0.0).to(tl.float32)
+    shift = tl.load(shift_at + image * shift_row + column, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scale_at + image * scale_row + column, mask=inside, other=0.0).to(tl.float32)
     h = centred * rstd * (1 + scale) + shift
     tl.store(h_at + here, h.to(h_at.dtype.element_ty), mask=inside)
     tl.store(mean_at + token, mean)
@@ -63,21 +59,22 @@ def _forward_kernel(
 @triton.jit
 def _backward_kernel(
     dh_at, dsum_at, sum_at, y_at, gate_at, scale_at, mean_at, rstd_at,
-    dx_at, dy_at, dshift_at, dscale_at, dgate_at,
-    tokens, row,
+    dx_at, dy_at, dshift_at, dscale_at, dgate_at, dbias_at,
+    tokens, gate_row, scale_row,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
     """WALK tokens of an image: gradients of h and x' -> those of x and y, and sums over tokens."""
     walk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
-    there = image * row + column
-    slope = 1 + tl.load(scale_at + there, mask=inside, other=0.0).to(tl.float32)
+    scale = tl.load(scale_at + image * scale_row + column, mask=inside, other=0.0)
+    slope = 1 + scale.to(tl.float32)
     dshift = tl.zeros([BLOCK], dtype=tl.float32)
     dscale = tl.zeros([BLOCK], dtype=tl.float32)
     dgate = tl.zeros([BLOCK], dtype=tl.float32)
+    total = tl.zeros([BLOCK], dtype=tl.float32)
     if GATED:
-        gate = tl.load(gate_at + there, mask=inside, other=0.0).to(tl.float32)
+        gate = tl.load(gate_at + image * gate_row + column, mask=inside, other=0.0).to(tl.float32)
     for step in range(WALK):
         number = walk * WALK + step
         if number < tokens:
@@ -97,12 +94,14 @@ def _backward_kernel(
             if GATED:
                 y = tl.load(y_at + here, mask=inside, other=0.0).to(tl.float32)
                 dgate += dx * y
+                total += dx
                 tl.store(dy_at + here, (dx * gate).to(dy_at.dtype.element_ty), mask=inside)
     kept = (image * tl.num_programs(0) + walk) * WIDTH + column
     tl.store(dshift_at + kept, dshift, mask=inside)
     tl.store(dscale_at + kept, dscale, mask=inside)
     if GATED:
         tl.store(dgate_at + kept, dgate, mask=inside)
+        tl.store(dbias_at + kept, total * gate, mask=inside)
 
 
 # Opaque to torch.compile, which calls them where they stand.
@@ -118,7 +117,7 @@ def _forward(
     sums, h, mean, rstd = _forward_fake(x, y, gate, shift, scale)
     cast(Any, _forward_kernel)[(batch * tokens,)](
         x, y if gated else x, gate if gated else shift, shift, scale, sums, h, mean, rstd,
-        tokens, shift.stride(0), NORM_EPS,
+        tokens, _row(gate), _row(shift), _row(scale), NORM_EPS,
         WIDTH=width, BLOCK=triton.next_power_of_2(width), GATED=gated, num_warps=WARPS,
     )  # fmt: skip
     return sums, h, mean, rstd
@@ -147,14 +146,14 @@ def _backward(
     scale: Tensor,
     mean: Tensor,
     rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (B, N, D), y, and of shift, scale and gate, (B, walks, D): yet to be added."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (B, N, D) and y; of shift, scale, gate and bias (B, walks, D), to be added."""
     batch, tokens, width = sums.shape
     gated = y is not None and gate is not None
     found = _backward_fake(dh, dsums, sums, y, gate, scale, mean, rstd)
     cast(Any, _backward_kernel)[(found[2].shape[1], batch)](
         dh, dsums, sums, y if gated else sums, gate if gated else scale, scale, mean, rstd,
-        *found, tokens, scale.stride(0),
+        *found, tokens, _row(gate), _row(scale),
         WIDTH=width, BLOCK=triton.next_power_of_2(width), GATED=gated, WALK=WALK, num_warps=WARPS,
     )  # fmt: skip
     return found
@@ -170,7 +169,7 @@ def _backward_fake(
     scale: Tensor,
     mean: Tensor,
     rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch, tokens, width = sums.shape
     walks = batch, -(-tokens // WALK), width
     return (
@@ -179,51 +178,66 @@ def _backward_fake(
         sums.new_empty(walks, dtype=torch.float32),
         sums.new_empty(walks, dtype=torch.float32),
         sums.new_empty((0,) if y is None else walks, dtype=torch.float32),
+        sums.new_empty((0,) if y is None else walks, dtype=torch.float32),
     )
 
 
+def _row(part: Tensor | None) -> int:
+    """How far its rows lie apart; what has no such rows would be read wrongly."""
+    if part is None:
+        return 0
+    assert part.stride(1) == 1, "columns of gate, shift and scale lie side by side"
+    return part.stride(0)
+
+
 class _AdaLN(torch.autograd.Function):
-    """(x, y, gate, shift, scale) -> (x', h); y and gate None for a norm alone."""
+    """(x, y, bias, gate, shift, scale) -> (x', h); y, bias and gate None for a norm alone."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor
+        ctx: Any,
+        x: Tensor,
+        y: Tensor | None,
+        bias: Tensor | None,
+        gate: Tensor | None,
+        shift: Tensor,
+        scale: Tensor,
     ) -> tuple[Tensor, Tensor]:
         x, y = x.contiguous(), None if y is None else y.contiguous()
         sums, h, mean, rstd = _forward(x, y, gate, shift, scale)
         # x itself without a branch: gradients of both its uses are then added where it is read.
         sums = x if y is None else sums
         ctx.save_for_backward(sums, y, gate, scale, mean, rstd)
+        ctx.dtype = None if bias is None else bias.dtype
         return sums, h
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dsums: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         sums, y, gate, scale, mean, rstd = ctx.saved_tensors
-        dx, dy, dshift, dscale, dgate = _backward(
+        dx, dy, dshift, dscale, dgate, dbias = _backward(
             dh.contiguous(), dsums.contiguous(), sums, y, gate, scale, mean, rstd
         )
         dshift, dscale = (d.sum(dim=1).to(scale.dtype) for d in (dshift, dscale))
         if y is None:
-            return dx, None, None, dshift, dscale
-        return dx, dy, dgate.sum(dim=1).to(scale.dtype), dshift, dscale
+            return dx, None, None, None, dshift, dscale
+        dgate = dgate.sum(dim=1).to(scale.dtype)
+        return dx, dy, dbias.sum(dim=(0, 1)).to(ctx.dtype), dgate, dshift, dscale
 
 
 @torch.compiler.allow_in_graph
 def adaln(
-    x: Tensor, y: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor
+    x: Tensor,
+    y: Tensor | None,
+    bias: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor,
+    scale: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """(x', h) of tokens x and y (B, N, D), and gate, shift and scale (B, D), in whose dtype h is.
 
-    The last three are rows of one tensor, or as if they were. Without y and gate, x' is x: whoever
-    goes on with it in place of x has its gradients added in the same pass.
+    The last three may be columns of a wider tensor. y already has its bias (D,), which is here for
+    its gradient alone. Without y, bias and gate, x' is x: whoever goes on with it in place of x has
+    its gradients added in the same pass.
     """
-    return cast(tuple[Tensor, Tensor], _AdaLN.apply(x, y, gate, shift, scale))
-
-
-def block_forward(block: Block, tokens: Tensor, condition: Tensor) -> Tensor:
-    """What ``Block.forward`` computes; condition (B, D)."""
-    parts = block.modulation(condition).chunk(6, dim=-1)
-    tokens, hidden = adaln(tokens, None, None, *parts[:2])
-    tokens, hidden = adaln(tokens, block.attention(hidden), *parts[2:5])
-    return tokens + parts[5].unsqueeze(-2) * block.mlp(hidden)
+    return cast(tuple[Tensor, Tensor], _AdaLN.apply(x, y, bias, gate, shift, scale))

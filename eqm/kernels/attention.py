@@ -1,0 +1,295 @@
+"""Attention of few tokens, from the product that makes q, k and v to the one that reads its output.
+
+    out = softmax(q k^T / sqrt(d)) v            of each head of each image
+
+Other kernels give the gradients of q, k and v apart, to be put together for the product before,
+whose bias asks for their sums; here they are written where they belong, and summed. A program of
+the backward has all of one head: it walks over keys, and for each part of them over queries, so
+that scores are computed once for all three gradients. What other parts of the keys add to a
+query's gradient is kept in float32 between them. Of these biases only those of q and v get a
+gradient: k's adds the same to all scores of a query, which softmax takes away.
+
+A head of 72 channels is 64 and the rest of them, 8, which products take as 16: padded to 128, as
+one power of two, it would cost 1.6 times as much.
+
+    B  batch    N  tokens    D  width    d  channels of a head, D / heads
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """What a program computes at once. ``bench.attention`` tries others."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+    """Parts that are fetched ahead of the one that is computed, and itself."""
+
+
+FORWARD = Tiles(queries=128, keys=128, warps=8, stages=2)
+BACKWARD = Tiles(queries=64, keys=128, warps=8, stages=2)
+"""As large as fits into the registers of an H100 with 72 channels a head: its compiler says so."""
+LEAST = 16
+"""Rows and columns that products of tiles have at least."""
+
+
+@triton.jit
+def _load_part(at, rows, row, columns, tokens, HEAD: tl.constexpr):
+    inside = (rows < tokens)[:, None] & (columns < HEAD)[None, :]
+    return tl.load(at + rows[:, None] * row + columns[None, :], mask=inside, other=0.0)
+
+
+@triton.jit
+def _load(at, rows, row, tokens, HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr):
+    """Rows of a head that lie ``row`` apart, in two parts; zeros beyond tokens and channels."""
+    wide = _load_part(at, rows, row, tl.arange(0, WIDE), tokens, HEAD)
+    return wide, _load_part(at, rows, row, WIDE + tl.arange(0, REST), tokens, HEAD)
+
+
+@triton.jit
+def _store_part(at, rows, row, columns, tokens, HEAD: tl.constexpr, tile):
+    inside = (rows < tokens)[:, None] & (columns < HEAD)[None, :]
+    here = at + rows[:, None] * row + columns[None, :]
+    tl.store(here, tile.to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store(
+    at, rows, row, tokens, wide, rest,
+    HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
+):  # fmt: skip
+    _store_part(at, rows, row, tl.arange(0, WIDE), tokens, HEAD, wide)
+    if HEAD > WIDE:
+        _store_part(at, rows, row, WIDE + tl.arange(0, REST), tokens, HEAD, rest)
+
+
+@triton.jit
+def _over_channels(a, a_rest, b, b_rest, HEAD: tl.constexpr, WIDE: tl.constexpr):
+    """a b^T."""
+    found = tl.dot(a, tl.trans(b), input_precision="ieee")
+    if HEAD > WIDE:
+        found = tl.dot(a_rest, tl.trans(b_rest), found, input_precision="ieee")
+    return found
+
+
+@triton.jit
+def _over_tokens(p, b, b_rest, onto, onto_rest, HEAD: tl.constexpr, WIDE: tl.constexpr):
+    """onto + p b."""
+    onto = tl.dot(p, b, onto, input_precision="ieee")
+    if HEAD > WIDE:
+        onto_rest = tl.dot(p, b_rest, onto_rest, input_precision="ieee")
+    return onto, onto_rest
+
+
+@triton.jit
+def _zeros(rows: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr):
+    return tl.zeros([rows, WIDE], dtype=tl.float32), tl.zeros([rows, REST], dtype=tl.float32)
+
+
+@triton.jit
+def _forward_kernel(
+    qkv_at, out_at, mass_at, tokens, heads, slope,
+    HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Some queries of a head: out (B, N, D), and log2 of what softmax divides by, (B heads, N)."""
+    number = tl.program_id(1).to(tl.int64)
+    image, head = number // heads, number % heads
+    width = heads * HEAD
+    row = 3 * width
+    qkv_at += image * tokens * row + head * HEAD
+    out_at += image * tokens * width + head * HEAD
+    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    q, q_rest = _load(qkv_at, query, row, tokens, HEAD, WIDE, REST)
+    out, out_rest = _zeros(QUERIES, WIDE, REST)
+    top = tl.full([QUERIES], -float("inf"), dtype=tl.float32)
+    total = tl.zeros([QUERIES], dtype=tl.float32)
+    for start in tl.range(0, tokens, KEYS, num_stages=STAGES):
+        key = start + tl.arange(0, KEYS)
+        k, k_rest = _load(qkv_at + width, key, row, tokens, HEAD, WIDE, REST)
+        scores = _over_channels(q, q_rest, k, k_rest, HEAD, WIDE)
+        scores = tl.where((key < tokens)[None, :], scores * slope, -float("inf"))
+        higher = tl.maximum(top, tl.max(scores, axis=1))
+        shrink = tl.exp2(top - higher)
+        p = tl.exp2(scores - higher[:, None])
+        total = total * shrink + tl.sum(p, axis=1)
+        top = higher
+        out, out_rest = out * shrink[:, None], out_rest * shrink[:, None]
+        v, v_rest = _load(qkv_at + 2 * width, key, row, tokens, HEAD, WIDE, REST)
+        out, out_rest = _over_tokens(p.to(v.dtype), v, v_rest, out, out_rest, HEAD, WIDE)
+    out, out_rest = out / total[:, None], out_rest / total[:, None]
+    _store(out_at, query, width, tokens, out, out_rest, HEAD, WIDE, REST)
+    tl.store(mass_at + number * tokens + query, top + tl.log2(total), mask=query < tokens)
+
+
+@triton.jit
+def _backward_kernel(  # noqa: PLR0915 - what it saves is to go once over what it holds
+    qkv_at, out_at, dout_at, mass_at, dqkv_at, sums_at, kept_at, tokens, heads, slope, scale,
+    HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """One head: dqkv (B, N, 3 D), and its sums over the image's tokens (B, 3 D), k's left alone."""
+    number = tl.program_id(0).to(tl.int64)
+    image, head = number // heads, number % heads
+    width = heads * HEAD
+    row = 3 * width
+    qkv_at += image * tokens * row + head * HEAD
+    dqkv_at += image * tokens * row + head * HEAD
+    out_at += image * tokens * width + head * HEAD
+    dout_at += image * tokens * width + head * HEAD
+    mass_at += number * tokens
+    kept_at += number * tokens * HEAD
+    q_sum, q_sum_rest = _zeros(1, WIDE, REST)
+    v_sum, v_sum_rest = _zeros(1, WIDE, REST)
+    for start in range(0, tokens, KEYS):
+        key = start + tl.arange(0, KEYS)
+        k, k_rest = _load(qkv_at + width, key, row, tokens, HEAD, WIDE, REST)
+        v, v_rest = _load(qkv_at + 2 * width, key, row, tokens, HEAD, WIDE, REST)
+        dk, dk_rest = _zeros(KEYS, WIDE, REST)
+        dv, dv_rest = _zeros(KEYS, WIDE, REST)
+        pull = tl.zeros([KEYS], dtype=tl.float32)
+        for first in tl.range(0, tokens, QUERIES, num_stages=STAGES):
+            # Keys down and queries across: p and ds then are left sides of products as they are.
+            query = first + tl.arange(0, QUERIES)
+            q, q_rest = _load(qkv_at, query, row, tokens, HEAD, WIDE, REST)
+            dout, dout_rest = _load(dout_at, query, width, tokens, HEAD, WIDE, REST)
+            out, out_rest = _load(out_at, query, width, tokens, HEAD, WIDE, REST)
+            delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
+            if HEAD > WIDE:
+                delta += tl.sum(dout_rest.to(tl.float32) * out_rest.to(tl.float32), axis=1)
+            scores = _over_channels(k, k_rest, q, q_rest, HEAD, WIDE)
+            dp = _over_channels(v, v_rest, dout, dout_rest, HEAD, WIDE)
+            # Beyond the tokens, what queries weigh meets zeros in dout and q, what keys do in k.
+            mass = tl.load(mass_at + query, mask=query < tokens, other=0.0)
+            p = tl.exp2(scores * slope - mass[None, :])
+            ds = p * (dp - delta[None, :])
+            pull += tl.sum(ds, axis=1)
+            p, ds = p.to(dout.dtype), ds.to(q.dtype)
+            dv, dv_rest = _over_tokens(p, dout, dout_rest, dv, dv_rest, HEAD, WIDE)
+            dk, dk_rest = _over_tokens(ds, q, q_rest, dk, dk_rest, HEAD, WIDE)
+            dq, dq_rest = _zeros(QUERIES, WIDE, REST)
+            dq, dq_rest = _over_tokens(tl.trans(ds), k, k_rest, dq, dq_rest, HEAD, WIDE)
+            if start > 0:
+                kept, kept_rest = _load(kept_at, query, HEAD, tokens, HEAD, WIDE, REST)
+                dq, dq_rest = dq + kept, dq_rest + kept_rest
+            if start + KEYS < tokens:
+                _store(kept_at, query, HEAD, tokens, dq, dq_rest, HEAD, WIDE, REST)
+            else:
+                dq, dq_rest = dq * scale, dq_rest * scale
+                _store(dqkv_at, query, row, tokens, dq, dq_rest, HEAD, WIDE, REST)
+        # The sum over queries of their gradients, ds k, is that of (sum of ds) k.
+        q_sum += tl.sum(k.to(tl.float32) * pull[:, None], axis=0, keep_dims=True)
+        q_sum_rest += tl.sum(k_rest.to(tl.float32) * pull[:, None], axis=0, keep_dims=True)
+        inside = (key < tokens)[:, None]
+        v_sum += tl.sum(tl.where(inside, dv, 0.0), axis=0, keep_dims=True)
+        v_sum_rest += tl.sum(tl.where(inside, dv_rest, 0.0), axis=0, keep_dims=True)
+        dk, dk_rest = dk * scale, dk_rest * scale
+        _store(dqkv_at + width, key, row, tokens, dk, dk_rest, HEAD, WIDE, REST)
+        _store(dqkv_at + 2 * width, key, row, tokens, dv, dv_rest, HEAD, WIDE, REST)
+        # What was kept is read by other threads than wrote it.
+        tl.debug_barrier()
+    one = tl.arange(0, 1)
+    sums_at += image * row + head * HEAD
+    _store(sums_at, one, row, 1, q_sum * scale, q_sum_rest * scale, HEAD, WIDE, REST)
+    _store(sums_at + 2 * width, one, row, 1, v_sum, v_sum_rest, HEAD, WIDE, REST)
+
+
+def _power(count: int) -> int:
+    """The least power of two that is no less; 1 for none."""
+    return 2 ** math.ceil(math.log2(max(1, count)))
+
+
+def _shapes(qkv: Tensor, heads: int, tiles: Tiles) -> dict[str, int]:
+    """What kernels are compiled for: parts of a head, and tiles no larger than there are tokens."""
+    head, tokens = qkv.shape[2] // (3 * heads), max(LEAST, _power(qkv.shape[1]))
+    wide = max(LEAST, 2 ** int(math.log2(head)))
+    return {
+        "HEAD": head,
+        "WIDE": wide,
+        "REST": max(LEAST, _power(head - wide)),
+        "QUERIES": min(tiles.queries, tokens),
+        "KEYS": min(tiles.keys, tokens),
+        "STAGES": tiles.stages,
+        "num_warps": tiles.warps,
+    }
+
+
+@torch.library.custom_op("eqm::attention", mutates_args=())
+def _forward(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """Output (B, N, D), and log2 of what each query's softmax divides by, (B heads, N)."""
+    shapes = _shapes(qkv, heads, FORWARD)
+    out, mass = _forward_fake(qkv, heads)
+    grid = triton.cdiv(qkv.shape[1], shapes["QUERIES"]), len(mass)
+    slope = math.log2(math.e) / math.sqrt(shapes["HEAD"])
+    cast(Any, _forward_kernel)[grid](qkv, out, mass, qkv.shape[1], heads, slope, **shapes)
+    return out, mass
+
+
+@_forward.register_fake
+def _forward_fake(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    batch, tokens, three = qkv.shape
+    mass = qkv.new_empty(batch * heads, tokens, dtype=torch.float32)
+    return qkv.new_empty(batch, tokens, three // 3), mass
+
+
+@torch.library.custom_op("eqm::attention_backward", mutates_args=())
+def _backward(
+    dout: Tensor, qkv: Tensor, out: Tensor, mass: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    """Gradient of qkv (B, N, 3 D), and its sums over the tokens of each image, (B, 3 D)."""
+    shapes = _shapes(qkv, heads, BACKWARD)
+    tokens = qkv.shape[1]
+    dqkv, sums = torch.empty_like(qkv), qkv.new_zeros(len(qkv), qkv.shape[2], dtype=torch.float32)
+    again = shapes["KEYS"] < tokens
+    kept = qkv.new_empty(out.numel() if again else 0, dtype=torch.float32)
+    scale = 1 / math.sqrt(shapes["HEAD"])
+    cast(Any, _backward_kernel)[(len(mass),)](
+        qkv, out, dout, mass, dqkv, sums, kept, tokens, heads, math.log2(math.e) * scale, scale,
+        **shapes,
+    )  # fmt: skip
+    return dqkv, sums
+
+
+@_backward.register_fake
+def _backward_fake(
+    dout: Tensor, qkv: Tensor, out: Tensor, mass: Tensor, heads: int
+) -> tuple[Tensor, Tensor]:
+    sums = qkv.new_empty(len(qkv), qkv.shape[2], dtype=torch.float32)
+    return torch.empty_like(qkv), sums
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, bias: Tensor, heads: int) -> Tensor:
+        qkv = qkv.contiguous()
+        out, mass = _forward(qkv, heads)
+        ctx.save_for_backward(qkv, out, mass)
+        ctx.heads, ctx.dtype = heads, bias.dtype
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        qkv, out, mass = ctx.saved_tensors
+        dqkv, sums = _backward(dout.contiguous(), qkv, out, mass, ctx.heads)
+        return dqkv, sums.sum(dim=0).to(ctx.dtype), None
+
+
+@torch.compiler.allow_in_graph
+def attention(qkv: Tensor, bias: Tensor, heads: int) -> Tensor:
+    """(B, N, D) of qkv (B, N, 3 D): q, then k, then v, each of them head by head.
+
+    qkv already has its bias (3 D,), which is here for its gradient alone.
+    """
+    return cast(Tensor, _Attention.apply(qkv, bias, heads))

@@ -1,0 +1,77 @@
+"""A transformer's blocks and its head by our kernels: what eqm.network computes, in other pieces.
+
+A block ends with a residual, and the next one begins with a norm of it: one kernel for both, where
+what is yet to be added goes from block to block beside the tokens.
+"""
+
+import functools
+from collections.abc import Callable
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eqm.kernels.adaln import adaln
+from eqm.kernels.attention import attention
+from eqm.kernels.gelu import gelu
+from eqm.network import MLP, Attention, Block, GatedMLP, Head
+
+Stream = tuple[Tensor, Tensor, Tensor, Tensor]
+"""Tokens (B, N, D), and a product y (B, N, D), its bias (D,) and a gate (B, D): gate * y is yet to
+be added to the tokens, and y's bias has yet to get its gradient."""
+Forward = Callable[[Block, Tensor | Stream, Tensor], Tensor | Stream]
+
+
+@functools.cache
+def block_forward(*, attends: bool, carries: bool) -> Forward:
+    """What ``Block.forward`` computes of tokens (B, N, D) or a stream, under condition (B, D).
+
+    ``attends``: attention too is a kernel of ours. ``carries``: it gives a stream, else tokens.
+    """
+
+    def forward(block: Block, given: Tensor | Stream, condition: Tensor) -> Tensor | Stream:
+        parts = block.modulation(condition).chunk(6, dim=-1)
+        tokens, hidden = _normed(given, parts[0], parts[1])
+        y, bias = _attended(block.attention, hidden, attends=attends)
+        tokens, hidden = adaln(tokens, y, bias, *parts[2:5])
+        hidden, down = _activated(block.mlp, hidden), block.mlp.down
+        if not carries:
+            return tokens + parts[5].unsqueeze(-2) * down(hidden)
+        # A copy of the bias: FSDP2 takes a block's weights away when it has ended.
+        return tokens, _product(down, hidden), down.bias.clone(), parts[5]
+
+    return forward
+
+
+def head_forward(head: Head, given: Tensor | Stream, condition: Tensor) -> Tensor:
+    """What ``Head.forward`` computes, (B, N, P * P * channels)."""
+    shift, scale = head.modulation(condition).chunk(2, dim=-1)
+    _, hidden = _normed(given, shift, scale)
+    return head.linear(hidden)
+
+
+def _normed(given: Tensor | Stream, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    if isinstance(given, Tensor):
+        return adaln(given, None, None, None, shift, scale)
+    return adaln(*given, shift, scale)
+
+
+def _attended(module: Attention, hidden: Tensor, *, attends: bool) -> tuple[Tensor, Tensor]:
+    """What comes out of attention, and the bias that has yet to get its gradient."""
+    if attends:
+        qkv = _product(module.qkv, hidden)
+        mixed = attention(qkv, module.qkv.bias, module.heads)
+    else:
+        mixed = module.mixed(hidden)
+    return _product(module.out, mixed), module.out.bias
+
+
+def _activated(mlp: MLP | GatedMLP, hidden: Tensor) -> Tensor:
+    """What an MLP's second product is given."""
+    if isinstance(mlp, GatedMLP):
+        return mlp.activated(hidden)
+    return gelu(_product(mlp.up, hidden), mlp.up.bias)
+
+
+def _product(layer: nn.Linear, x: Tensor) -> Tensor:
+    """A layer's output, whose bias gets no gradient here: who reads the output gives it."""
+    return functional.linear(x, layer.weight, layer.bias.detach())
