@@ -471,7 +471,8 @@ class TrainConfig:
     whose products a GPU takes in TF32, as the released code does; "float32" never does."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do about an update whose loss or gradient is not finite. It never reaches the
-    weights; "skip" goes on without it, and counts it."""
+    weights; "skip" goes on without it, and counts it, unless all of a point of the curve are so, or
+    the last 500 of a longer one."""
     init_from: PretrainedFile | None = None
     """Weights to begin from: of a sealed training (``ema.safetensors``), or an official or SiT
     checkpoint (``.pt``). The autoencoder and the shapes must be the same."""

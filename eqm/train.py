@@ -382,15 +382,16 @@ def guarded(run: Run) -> tuple[Tensor, Tensor]:
     """(loss, gradient norm) of the updates since the last event that were finite, (U, 2) float64.
 
     And their first images, (U,). Raises DivergedError, naming the update, for one that was not
-    where training is to stop, and where no other is left. Others that were not are told and logged,
-    with the numbers of their samples.
+    where training is to stop, and where none of the last LOG_UPDATES of this point was. Others that
+    were not are told and logged, with the numbers of their samples.
     """
-    found = torch.stack(run.since_report[-run.since_event :]).double().cpu()
-    size = run.config.batch_size
+    # What no event tells of yet may be one update: alone it is no sign of anything.
+    recent = torch.stack(run.since_report[-LOG_UPDATES:]).double().cpu()
+    found, size = recent[-run.since_event :], run.config.batch_size
     begun = torch.arange(run.images_seen - len(found) * size, run.images_seen, size)
     finite = found.isfinite().all(dim=1)
     odd = begun[~finite].tolist()
-    if odd and (run.config.on_nonfinite == "stop" or not finite.any()):
+    if odd and (run.config.on_nonfinite == "stop" or not recent.isfinite().all(dim=1).any()):
         tell_nonfinite(run, "guard", odd[:1])
         loss, norm = found[~finite][0].tolist()
         raise DivergedError(diverged(loss, norm, odd[0]))
@@ -431,7 +432,7 @@ def tell_spikes(run: Run, found: Tensor, begun: Tensor) -> None:
     ``found`` (U, 2) are losses and norms of updates, ``begun`` (U,) their first images.
     """
     usual = run.history["loss"][-SPIKE_POINTS:]
-    if len(usual) < SPIKE_POINTS or not run.world.is_first:
+    if not len(found) or len(usual) < SPIKE_POINTS or not run.world.is_first:
         return
     middle, at = statistics.median(usual), int(found[:, 0].argmax())
     highest, image = float(found[at, 0]), int(begun[at])

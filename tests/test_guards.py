@@ -42,17 +42,18 @@ def positions(job: Job) -> list[int]:
 
 
 @pytest.fixture
-def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The gradient of one update is infinite in one entry; its loss is as ever."""
-    accumulate = train.accumulate
+def poisoned(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> int:
+    """The gradient of one update is infinite in one entry; its loss is as ever. Where it begins."""
+    accumulate, bad = train.accumulate, getattr(request, "param", BAD)
 
     def worse(run: train.Run, batch: train.Batch) -> torch.Tensor:
         losses = accumulate(run, batch)
-        if run.images_seen == BAD:
+        if run.images_seen == bad:
             run.learner.gradient()[5] = float("inf")
         return losses
 
     monkeypatch.setattr(train, "accumulate", worse)
+    return bad
 
 
 @pytest.mark.usefixtures("poisoned")
@@ -110,6 +111,57 @@ def test_training_goes_on_past_it_counts_it_and_tells_its_images(
     for name in ("ema.safetensors", "raw.safetensors"):
         tensors = checkpoint.tensors_from_bytes(store_of(job).get(record.outputs[name]))
         assert all(bool(t.isfinite().all()) for t in tensors.values())
+
+
+@pytest.mark.parametrize("poisoned", [4 * BATCH, 9 * BATCH], indirect=True)
+def test_a_skipped_update_that_is_alone_in_its_event_ends_no_training(
+    tiny: chain.Chain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    poisoned: int,
+) -> None:
+    """What events leave over of a point may be one update: of 2,001, where they tell of 500."""
+    monkeypatch.setattr(train, "HISTORY_POINTS", 4)
+    monkeypatch.setattr(train, "LOG_UPDATES", 4)
+    monkeypatch.setattr(train, "SPIKE_POINTS", 1)
+    job = asked(tiny, tmp_path, "skip")
+    record = chain.run(job)
+    assert "1 updates were skipped" in capsys.readouterr().err
+    curve = json.loads(store_of(job).get(record.outputs["history.json"]))
+    assert curve["skipped"] == [int(poisoned == at * BATCH) for at in (4, 9, 14, 19)]
+    assert all(math.isfinite(v) for name in ("loss", "gradient_norm") for v in curve[name])
+    told = {e.images_seen: e.figures for e in events(job, record, "metrics")}
+    assert [at for at, figures in told.items() if "loss" not in figures] == [poisoned + BATCH]
+    # All that does not depend on its loss is told.
+    assert told[poisoned + BATCH].keys() > {"learning_rate", "step_seconds", "parameter_norm"}
+
+
+@pytest.mark.parametrize(("good", "made"), [(0, 4), (6, 12)])
+def test_as_many_as_an_event_tells_of_that_are_all_skipped_end_training(
+    tiny: chain.Chain,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    good: int,
+    made: int,
+) -> None:
+    """Also in the middle of a point whose beginning was good."""
+    monkeypatch.setattr(train, "HISTORY_POINTS", 1)
+    monkeypatch.setattr(train, "LOG_UPDATES", 4)
+    accumulate, begun = train.accumulate, []
+
+    def worse(run: train.Run, batch: train.Batch) -> torch.Tensor:
+        losses = accumulate(run, batch)
+        begun.append(run.images_seen)
+        if run.images_seen >= good * BATCH:
+            run.learner.gradient()[5] = float("inf")
+        return losses
+
+    monkeypatch.setattr(train, "accumulate", worse)
+    with pytest.raises(DataError, match="training has diverged"):
+        chain.run(asked(tiny, tmp_path, "skip"))
+    # Where an event is due, and the four before it were skipped.
+    assert len(begun) == made
 
 
 @pytest.mark.usefixtures("poisoned")
