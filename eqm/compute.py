@@ -37,10 +37,9 @@ def prepare(
     that is differentiated twice.
     """
     check_double(compute, objective)
-    if compute.compile:
-        check_compiler(device)
+    check_kernels(network, compute, device)
     if compute.fused:
-        fuse(network, compute, objective, device)
+        fuse(network, compute, objective)
     for block in blocks_of(network, compute):
         if compute.compile:
             block.forward = compiled(cast(MethodType, block.forward).__func__).__get__(block)
@@ -83,19 +82,25 @@ def compiled(forward: Forward) -> Any:
     return torch.compile(forward, dynamic=False)
 
 
-def fuse(
-    network: nn.Module, compute: ComputeConfig, objective: ObjectiveConfig, device: torch.device
-) -> None:
-    """Have a transformer's blocks and its head computed by our kernels, in place.
+def check_kernels(network: nn.Module, compute: ComputeConfig, device: torch.device) -> None:
+    """Refuse kernels that are not of a device or network, ours or compiled. Raises ConfigError.
 
-    Raises ConfigError where they are not: they are for layer norm and GPUs of NVIDIA.
+    Ours are for layer norm and GPUs of NVIDIA.
     """
-    blocks = blocks_of(network, compute)
+    if compute.compile:
+        check_compiler(device)
+    if not compute.fused or not blocks_of(network, compute):
+        return
     rule = "false, as these kernels are written for GPUs of NVIDIA, and this trains on a CPU"
     require(device.type == "cuda", "compute.fused", True, rule)
     config = cast(NetworkConfig, network.config)
     rule = "false with network.rms_norm: these kernels are of layer norm"
     require(not config.rms_norm, "compute.fused", True, rule)
+
+
+def fuse(network: nn.Module, compute: ComputeConfig, objective: ObjectiveConfig) -> None:
+    """Have a transformer's blocks and its head computed by our kernels, in place."""
+    blocks = blocks_of(network, compute)
     # Its compiler is not everywhere where torch is, and takes a second.
     from eqm.kernels.blocks import block_forward, head_forward
 

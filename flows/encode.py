@@ -24,6 +24,7 @@ from flows.plan import (
     Changes,
     Plan,
     autoencoder_job,
+    check_trainable,
     ensure,
     latents_job,
     list_source,
@@ -66,10 +67,20 @@ def fit_autoencoder(plan: Plan, source: Ref) -> Record:
 
 @stage
 def encode_images(
-    plan: Plan, source: Ref, autoencoder: Record, earlier: Record | None = None
+    plan: Plan,
+    source: Ref,
+    autoencoder: Record,
+    earlier: Record | None = None,
+    *,
+    to_train: bool = True,
 ) -> Record:
-    """Encode all images into sealed shards of moments; copy those that earlier latents hold."""
+    """Encode all images into sealed shards of moments; copy those that earlier latents hold.
+
+    ``to_train``: what could not be trained on them is refused before.
+    """
     job = latents_job(plan, source, autoencoder, earlier)
+    if to_train:
+        check_trainable(plan, autoencoder, job)
     return ensure(plan, job, say=logged, processes=plan.processes)
 
 
@@ -108,7 +119,7 @@ def encode(
     made = fit_autoencoder(plan, source)
     if workers > 1:
         fan_out(plan, source, made, config, changes, workers)
-    latents = encode_images(plan, source, made)
+    latents = encode_images(plan, source, made, to_train=False)
     return plan.store.where(f"latents/{latents.digest}")
 
 

@@ -24,7 +24,6 @@ from flows.encode import encode_images, fit_autoencoder, list_images, open_plan
 from flows.plan import (
     Plan,
     Records,
-    check_network,
     ensure,
     evaluation_job,
     extractor_job,
@@ -318,9 +317,7 @@ def evaluate(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | No
     plan = make_plan(config, changes)
     source = list_images(plan)
     check_sets(plan)
-    autoencoder = fit_autoencoder(plan, source)
-    check_network(plan, autoencoder)
-    latents = encode_images(plan, source, autoencoder)
+    latents = encode_images(plan, source, fit_autoencoder(plan, source))
     trained = train_model(plan, latents)
     register_model(plan, trained)
     extractor, further = fit_extractor(plan, source), fit_further(plan, source)

@@ -21,7 +21,7 @@ from flows.evaluate import (
     look_further,
     publish,
 )
-from flows.plan import Plan, Records, check_network
+from flows.plan import Plan, Records
 from flows.prefect_tools import MONTH_SECONDS
 from flows.promote import promote_model
 from flows.train import register_model, train_model
@@ -55,10 +55,9 @@ def images_to_decision(plan: Plan, source: Ref, base: Base | None = None) -> dic
     """Every stage in its turn, on a base that is there already or on one that is fitted here."""
     check_sets(plan)
     autoencoder = base.autoencoder if base else fit_autoencoder(plan, source)
-    check_network(plan, autoencoder)
+    latents = encode_images(plan, source, autoencoder, base.latents if base else None)
     extractor = base.extractor if base else fit_extractor(plan, source)
     further = fit_further(plan, source, base.further if base else None)
-    latents = encode_images(plan, source, autoencoder, base.latents if base else None)
     trained = train_model(plan, latents)
     version = register_model(plan, trained)
     samples = generate_samples(plan, trained, extractor, further)

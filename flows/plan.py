@@ -184,7 +184,10 @@ def make_plan(
 
 
 def check_training(config: PipelineConfig) -> None:
-    """Refuse now, not after a night of encoding, what training would refuse. Raises ConfigError."""
+    """Refuse now, not after a night of encoding, what training would refuse. Raises ConfigError.
+
+    What depends on the latents, or on the machine that trains, is told by ``check_trainable``.
+    """
     from torch.nn import Module
 
     from eqm.compute import blocks_of, check_attention, check_double, check_micro_batch
@@ -203,10 +206,11 @@ def check_training(config: PipelineConfig) -> None:
         check_shardable(objective, config.processes)
 
 
-def check_network(plan: Plan, autoencoder: Record) -> None:
-    """Refuse a network that cannot be built for latents before these are made. Raises ConfigError.
+def check_trainable(plan: Plan, autoencoder: Record, latents: Job) -> None:
+    """Refuse before latents are made what could not be trained on them. Raises ConfigError.
 
-    Patches that do not tile them, levels of a U-Net that do not halve them.
+    Patches that do not tile them, levels of a U-Net that do not halve them; and what this machine
+    cannot do, where it is the one that trains.
     """
     import torch
 
@@ -224,7 +228,36 @@ def check_network(plan: Plan, autoencoder: Record) -> None:
     )
     # Without weights: of XL/2 they are 2.7 GB.
     with torch.device("meta"):
-        spec.build()
+        network = spec.build()
+    # Of latents that are there, the model may be as well, trained on another machine.
+    if plan.settings.cluster is None and plan.store.record("latents", job_digest(latents)) is None:
+        _check_machine(plan, network)
+
+
+def _check_machine(plan: Plan, network: Any) -> None:
+    """Refuse what the devices of this machine, or so many of them, cannot do."""
+    from eqm.compute import check_kernels
+    from eqm.distributed import pick_device
+
+    config, started = plan.config, plan.processes
+    check_kernels(network, config.compute, pick_device("auto"))
+    if started == config.processes:
+        return
+    # What was asked for was checked when the config was read.
+    gpus = f"{started} GPU{'s' if started > 1 else ''}"
+    why = f"processes is {config.processes}, but this machine has {gpus}, one a process"
+    if config.compute.parallel == "fsdp2" and started == 1:
+        raise ConfigError(
+            f"{why}: compute.parallel is 'fsdp2', which shares weights among several; set it to "
+            "'ddp', or train where there are more"
+        )
+    size, part = config.train.batch_size, config.compute.micro_batch or 1
+    if size % (started * part):
+        parts = "" if part == 1 else f" in parts of compute.micro_batch ({part})"
+        raise ConfigError(
+            f"{why}: these cannot share a train.batch_size of {size}{parts} equally; change one of "
+            "the settings"
+        )
 
 
 def _ask_mlflow(plan: Plan) -> None:

@@ -14,18 +14,19 @@ from typing import Any
 from prefect import flow
 
 from eqm import studies, study_page
+from eqm.autoencoder import latent_spec
 from eqm.config import Job, StudyStage, replace, study_input, with_settings
 from eqm.errors import DataError, DivergedError, EqmError
 from eqm.records import Record, Ref, note_from_bytes, note_to_bytes
 from eqm.registry import Registry
-from eqm.shards import manifest_of
 from eqm.stage import divergence, divergence_key, job_digest, open_ref
 from eqm.studies import Base
 from eqm.study_table import table_of
 from flows.plan import (
     Plan,
     autoencoder_job,
-    check_network,
+    check_trainable,
+    check_training,
     ensure,
     evaluation_job,
     extractor_job,
@@ -71,7 +72,6 @@ class Ground:
     """What all cells of a study stand on."""
 
     source: Ref
-    autoencoder: Record
     latents: Record
     extractor: Record
     reference: Record
@@ -84,13 +84,15 @@ def run_study(plan: Plan, name: str, *, seeds: int, do: Ensure = run_stage) -> R
     ConfigError, and DataError where no row is left whole.
     """
     asked_for = studies.study(name)
-    ground = _ground(plan, do)
-    base = _base(plan, ground.latents)
-    asked = asked_for.stage(base, seeds)
+    source = source_ref(list_source(plan))
+    autoencoder = do(plan, autoencoder_job(plan, source), 1)
+    asked = asked_for.stage(_base(plan, autoencoder), seeds)
     # Every config is checked before the first hour is spent.
     plans = [[_cell_plan(plan, asked, i, k) for i in range(len(asked.rows))] for k in range(seeds)]
     for cell in plans[0]:
-        check_network(cell, ground.autoencoder)
+        check_training(cell.config)
+        check_trainable(cell, autoencoder, latents_job(plan, source, autoencoder))
+    ground = _ground(plan, source, autoencoder, do)
     cells: dict[str, Ref] = {}
     failed: dict[str, str] = {}
     trained: dict[str, Record] = {}
@@ -113,19 +115,15 @@ def run_study(plan: Plan, name: str, *, seeds: int, do: Ensure = run_stage) -> R
     return record
 
 
-def _ground(plan: Plan, do: Ensure) -> Ground:
-    source = source_ref(list_source(plan))
-    autoencoder = do(plan, autoencoder_job(plan, source), 1)
-    check_network(plan, autoencoder)
+def _ground(plan: Plan, source: Ref, autoencoder: Record, do: Ensure) -> Ground:
     latents = do(plan, latents_job(plan, source, autoencoder), plan.processes)
     extractor = do(plan, extractor_job(plan, source), 1)
     reference = do(plan, reference_job(plan, source, extractor), plan.processes)
-    return Ground(source, autoencoder, latents, extractor, reference)
+    return Ground(source, latents, extractor, reference)
 
 
-def _base(plan: Plan, latents: Record) -> Base:
-    shape = manifest_of(plan.store, latents).spec.shape
-    return Base(config=plan.config, latent_shape=shape)
+def _base(plan: Plan, autoencoder: Record) -> Base:
+    return Base(config=plan.config, latent_shape=latent_spec(autoencoder, plan.store).shape)
 
 
 def _cell_plan(plan: Plan, asked: StudyStage, row: int, repetition: int) -> Plan:

@@ -15,7 +15,6 @@ from flows.encode import encode_images, fit_autoencoder, list_images
 from flows.plan import (
     Plan,
     autoencoder_job,
-    check_network,
     ensure,
     latents_job,
     make_plan,
@@ -80,9 +79,7 @@ def train(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None 
     """Train and register the model of a config; returns the address of the sealed model."""
     plan = make_plan(config, changes)
     source = list_images(plan)
-    autoencoder = fit_autoencoder(plan, source)
-    check_network(plan, autoencoder)
-    latents = encode_images(plan, source, autoencoder)
+    latents = encode_images(plan, source, fit_autoencoder(plan, source))
     trained = train_model(plan, latents)
     register_model(plan, trained)
     return plan.store.where(f"train/{trained.digest}")

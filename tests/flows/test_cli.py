@@ -207,6 +207,8 @@ def test_a_study_is_rehearsed_at_full_size(run, tmp_path: Path) -> None:
     # A row that is none is refused here, and not hours later.
     sets = ("--set", "network.time=conditioned", "--set", "generate.sampler.rule=euler")
     refused(run("study", "samplers", *sets, "--dry-run"), "generate.sampler.rule is 'gd'")
+    sets = ("--set", "compute.compile=true", "--set", "objective.backward=double")
+    refused(run("study", "energies", *sets, "--dry-run"), "compute.compile is true, but compiled")
 
 
 # -- mistakes in a config -----------------------------------------------------------------------

@@ -1,17 +1,23 @@
 """A plan: what a config asks for reaches the programs that do it."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from eqm import fit
-from eqm.errors import ConfigError, TrackingError
+from eqm.config import ALGORITHMS, Job, replace
+from eqm.errors import ConfigError, StageError, TrackingError
 from eqm.recipes import recipes
+from eqm.records import Record
 from eqm.stage import run
+from flows.encode import encode_images
 from flows.plan import (
+    Plan,
     autoencoder_job,
-    check_network,
+    check_trainable,
     check_training,
+    latents_job,
     list_source,
     make_plan,
     read_config,
@@ -83,12 +89,109 @@ def test_a_network_that_latents_do_not_fit_is_refused_before_they_are_made(
 ) -> None:
     monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
-    identity = {"autoencoder": {"kind": "identity"}}
-    plan = make_plan("demo", identity, tracked=False)
-    autoencoder = run(autoencoder_job(plan, source_ref(list_source(plan))), fit.program)
-    check_network(plan, autoencoder)
+    check(plan := pixels("demo"))
     with pytest.raises(ConfigError, match=words):
-        check_network(make_plan("demo", {**identity, **changes}, tracked=False), autoencoder)
+        check(pixels("demo", **changes))
+    assert plan.store.list("latents/") == []
+
+
+def test_latents_that_nobody_trains_on_here_are_made_whatever_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
+    begun: list[str] = []
+
+    class Launched:
+        def run(self, job: Job, *, processes: int) -> None:
+            begun.append(job.stage)
+            raise StageError("launched")
+
+    plan = replace(pixels("demo", **{"network.patch": 3}), launcher=Launched())
+    source = source_ref(list_source(plan))
+    autoencoder = run(autoencoder_job(plan, source), fit.program)
+    with pytest.raises(ConfigError, match="cannot be cut into patches"):
+        encode_images.fn(plan, source, autoencoder)  # type: ignore[attr-defined]
+    assert begun == []
+    with pytest.raises(StageError):
+        encode_images.fn(plan, source, autoencoder, to_train=False)  # type: ignore[attr-defined]
+    assert begun == ["latents"]
+
+
+def pixels(config: str, **changes: object) -> Plan:
+    """The plan of a config whose latents are the pixels of digits."""
+    digits = {"source": {"image_size_px": 16}, "autoencoder": {"kind": "identity"}}
+    return make_plan(config, {**digits, "network.patch": 2, **changes}, tracked=False)
+
+
+def check(plan: Plan) -> Job:
+    """See whether a plan can be trained, before it has latents; the job that would make them."""
+    source = source_ref(list_source(plan))
+    autoencoder = run(autoencoder_job(plan, source), fit.program)
+    job = latents_job(plan, source, autoencoder)
+    check_trainable(plan, autoencoder, job)
+    return job
+
+
+MACHINE = [
+    (0, {"compute.fused": True}, r"compute\.fused is True; .* this trains on a CPU"),
+    (
+        1,
+        {"compute.parallel": "fsdp2", "processes": 2},
+        "processes is 2, but this machine has 1 GPU, .*'fsdp2'.*set it to 'ddp'",
+    ),
+    (
+        3,
+        {"train.batch_size": 64, "processes": 4},
+        "processes is 4, .* has 3 GPUs, .* cannot share a train.batch_size of 64 equally",
+    ),
+    (
+        2,
+        {"train.batch_size": 72, "processes": 4, "compute.micro_batch": 9},
+        None,
+    ),
+    (
+        3,
+        {"train.batch_size": 72, "processes": 4, "compute.micro_batch": 9},
+        r"cannot share a train.batch_size of 72 in parts of compute\.micro_batch \(9\) equally",
+    ),
+]
+
+
+@pytest.mark.parametrize(("gpus", "changes", "words"), MACHINE)
+def test_what_this_machine_cannot_train_is_refused_before_latents_are_made(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    gpus: int,
+    changes: dict[str, object],
+    words: str | None,
+) -> None:
+    """Of fewer GPUs than processes one is started on each."""
+    monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    plan = pixels("demo", **changes)
+    if words is None:
+        check(plan)
+        return
+    with pytest.raises(ConfigError, match=words):
+        check(plan)
+    # A cluster has machines of its own.
+    cluster: Any = object()
+    elsewhere = replace(plan, settings=replace(plan.settings, cluster=cluster))
+    job = check(elsewhere)
+    # Where the latents are there, so may be the model, and this one only reads it.
+    plan.store.seal(
+        Record(
+            stage="latents",
+            algorithm=ALGORITHMS["latents"],
+            config=job.config,
+            inputs=job.inputs,
+            outputs={},
+            values={},
+        )
+    )
+    check(plan)
 
 
 def test_every_recipe_is_what_training_takes() -> None:

@@ -4,15 +4,17 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import chain
 import pytest
 
 from eqm import studies, study
-from eqm.config import Job, StudyRow, with_settings
+from eqm.config import Job, StudyRow, replace, with_settings
 from eqm.errors import ConfigError, DataError, IntegrityError, StageError
 from eqm.records import to_json
 from eqm.stage import job_digest, run
+from eqm.storage import LocalStore
 from eqm.studies import Base, Study
 from eqm.study_table import table_of
 from flows.plan import Plan, make_plan, study_job
@@ -69,6 +71,38 @@ def plan(store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Plan:
 
 def by(plan: Plan, launcher: InThisProcess) -> Plan:
     return Plan(plan.config, plan.settings, plan.store, launcher)
+
+
+@pytest.mark.parametrize(
+    ("base", "row", "words"),
+    [
+        ({}, {"train.images": -1}, r"train\.images is -1"),
+        ({}, {"network.patch": 3}, "8 x 8 cannot be cut into patches of 3"),
+        (
+            {"compute.checkpointing": True, "objective.backward": "double"},
+            {"objective.energy": "dot"},
+            "compute.checkpointing is true, but what a double backward computes",
+        ),
+    ],
+)
+def test_a_row_that_cannot_be_trained_is_refused_before_images_are_encoded(
+    plan: Plan,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    base: dict[str, Any],
+    row: dict[str, Any],
+    words: str,
+) -> None:
+    wrong = StudyRow(label="wrong", changes=row)
+    small = Study(**{**vars(SMALL), "rows": lambda of: [*rows(of), wrong]})
+    monkeypatch.setattr(studies, "STUDIES", (small,))
+    launcher, store = InThisProcess(), LocalStore(tmp_path / "empty")
+    config = with_settings(plan.config, base)
+    settings = replace(plan.settings, store=store.uri)
+    with pytest.raises(ConfigError, match=words):
+        run_study(Plan(config, settings, store, launcher), "small", seeds=3)
+    # What latents measure is the autoencoder's to say.
+    assert [line.split()[0] for line in launcher.begun] == ["autoencoder"]
 
 
 @pytest.mark.slow
@@ -203,21 +237,6 @@ def test_a_damaged_seal_counts_for_nothing(plan: Plan, store: Path, tmp_path: Pa
     elsewhere = Plan(plan.config, plan.settings, type(plan.store)(copy), plan.launcher)
     with pytest.raises(IntegrityError):
         sealed_studies(elsewhere)
-
-
-def test_a_row_whose_config_is_wrong_is_refused_before_anything_starts(
-    plan: Plan, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    wrong = StudyRow(label="wrong", changes={"train.images": -1})
-    monkeypatch.setattr(
-        studies,
-        "STUDIES",
-        (Study(**{**vars(SMALL), "rows": lambda base: [*rows(base), wrong]}),),
-    )
-    launcher = InThisProcess()
-    with pytest.raises(ConfigError, match=r"train\.images is -1"):
-        run_study(by(plan, launcher), "small", seeds=3)
-    assert launcher.begun == []
 
 
 def test_a_job_of_a_study_knows_its_cells(plan: Plan) -> None:
