@@ -293,6 +293,11 @@ def _autoencoder(given: str, sha256: str | None, image_size: int) -> dict[str, A
     from eqm.disk import hash_file
     from eqm.errors import ConfigError
 
+    if given in ("identity", "fit") and sha256 is not None:
+        raise ConfigError(
+            f"--autoencoder-sha256 is {sha256}, and no weights are read: leave it out, or say "
+            "which ones with --autoencoder"
+        )
     if given == "identity":
         return {"kind": given}
     if given == "fit":
@@ -346,8 +351,12 @@ def _settings(store: str | None) -> Any:
     settings = activate()
     if store is None:
         return settings
-    place = store if "://" in store else str(Path(store).absolute())
-    return dataclasses.replace(settings, store=place)
+    return dataclasses.replace(settings, store=_place(store))
+
+
+def _place(store: str) -> str:
+    """A store as all of its users write it."""
+    return store.rstrip("/") if "://" in store else str(Path(store).absolute())
 
 
 def _store(store: str | None) -> Any:
@@ -386,8 +395,9 @@ def _earlier(store: Any, latents: str, autoencoder: str | None) -> Any:
             f"--autoencoder is {autoencoder}, but images are encoded by that of --earlier: leave "
             "one of them out"
         )
-    digits = latents.rstrip("/").removesuffix("/record.json").rpartition("/")[2]
-    record = sealed_by_digits(store, "latents", digits)
+    place, _, digits = latents.rstrip("/").removesuffix("/record.json").rpartition("/latents/")
+    here = not place or _place(place) == store.uri
+    record = sealed_by_digits(store, "latents", digits) if here else None
     if record is None:
         raise DataError(
             f"--earlier is {latents}, but {store.uri} has no such latents: they must be of the "

@@ -134,6 +134,17 @@ def test_images_of_earlier_latents_are_copied(eqm_: Run) -> None:
     assert "every byte is sound" in eqm_("verify", later).out
 
 
+@pytest.mark.parametrize("store", ["s3://elsewhere/store", "another"])
+def test_an_address_of_earlier_latents_is_of_this_store(eqm_: Run, store: str) -> None:
+    where = encoded(eqm_)
+    make_images(Path("pictures"), 42)
+    line = ("encode", "pictures", "--image-size", "8", "--to", "store", "--held-out", "0.2")
+    told = eqm_(*line, "--earlier", f"{store}/latents/{where.rpartition('/')[2]}")
+    assert (told.status, "has no such latents: they must be of" in told.err) == (2, True), told
+    for address in (where, f"{where}/record.json", str(Path(where).absolute())):
+        assert eqm_(*line, "--earlier", address).status == 0
+
+
 def test_verify_names_all_damage_and_exits_with_1(eqm_: Run) -> None:
     where = encoded(eqm_)
     data = eqm.open_manifest(where)
@@ -239,6 +250,17 @@ def test_a_set_has_a_digest_for_configs(eqm_: Run) -> None:
         (
             ("encode", "pictures", "--image-size=8", "--to=s", "--earlier=0a", "--autoencoder=fit"),
             "leave one of them out",
+        ),
+        (
+            ("encode", "pictures", "--image-size=8", "--to=s", "--autoencoder-sha256", "0" * 64),
+            "and no weights are read: leave it out",
+        ),
+        (
+            (
+                *("encode", "pictures", "--image-size=8", "--to=s", "--earlier=0a"),
+                *("--autoencoder-sha256", "0" * 64),
+            ),
+            "and no weights are read: leave it out",
         ),
         (("verify", "store/latents/abc"), "is no set of latents"),
         (("digest", "svhn", "pictures"), "test_32x32.mat does not exist: give the folder of train"),
