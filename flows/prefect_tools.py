@@ -144,12 +144,3 @@ def link(key: str, address: str, text: str) -> None:
 
     if FlowRunContext.get() is not None:
         create_link_artifact(link=address, link_text=text, key=key.lower(), description=text)
-
-
-def markdown(key: str, text: str, description: str) -> None:
-    """Show a page among the flow run's artifacts; nothing outside of a flow run."""
-    from prefect.artifacts import create_markdown_artifact
-    from prefect.context import FlowRunContext
-
-    if FlowRunContext.get() is not None:
-        create_markdown_artifact(markdown=text, key=key.lower(), description=description)

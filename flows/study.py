@@ -40,7 +40,7 @@ from flows.plan import (
     study_job,
     train_job,
 )
-from flows.prefect_tools import MONTH_SECONDS, logged, markdown, stage
+from flows.prefect_tools import MONTH_SECONDS, logged, page, stage
 
 Ensure = Callable[[Plan, Job, int], Record]
 """How a job comes to its record, by so many processes."""
@@ -259,7 +259,7 @@ def study(
     plan = make_plan(config, changes)
     shown = show(plan, run_study(plan, name, seeds=seeds, do=_as_task))
     tell(plan, shown)
-    markdown(f"study-{name}", shown.texts["md"].decode(), f"Study: {name}")
+    page(f"study-{name}", shown.texts["md"].decode(), f"Study: {name}")
     return answer(shown, plan)
 
 
