@@ -37,8 +37,9 @@ def pixels(count, seed=0, side=32):
 
 def as_seen(images, size=16, channels=3):
     """What eqm.pictures makes of pixels (N, H, W, 3), without it: halved by averaging."""
-    halved = [Image.fromarray(x).resize((size, size), Image.Resampling.BOX) for x in images]
-    arrays = [np.asarray(x.convert("RGB" if channels == 3 else "L")) for x in halved]
+    kind = "RGB" if channels == 3 else "L"
+    made = [Image.fromarray(x).convert(kind) for x in images]
+    arrays = [np.asarray(x.resize((size, size), Image.Resampling.BOX)) for x in made]
     return torch.from_numpy(np.stack(arrays).reshape(len(images), size, size, channels)).permute(
         0, 3, 1, 2
     )
@@ -98,7 +99,7 @@ def test_cifar10_is_read(tmp_path):
     assert torch.equal(train[4:8], as_seen(pixels(4, 2)))
     assert len(train) == 20
     gray = read("cifar10", root, inside=INSIDE[:, :1])
-    assert torch.equal(gray, as_seen(pixels(4), channels=1)) or gray.shape == (4, 1, 16, 16)
+    assert torch.equal(gray, as_seen(pixels(4), channels=1))
     assert len(read("cifar10", root, split="train", count=7)) == 7
 
 
@@ -274,8 +275,8 @@ def test_a_matlab_file_that_is_cut_anywhere_is_refused_in_words(compressed):
     savemat(buffer, {"X": pixels(1), "y": np.ones((1, 1))}, do_compression=compressed)
     data = buffer.getvalue()
     for end in [*range(260), *range(260, len(data), 37)]:
-        with pytest.raises(DataError, match="it "):
-            numeric_arrays(data[:end], "it", names=("X", "y"))
+        with pytest.raises(DataError, match=r"^a\.mat"):
+            numeric_arrays(data[:end], "a.mat", names=("X", "y"))
 
 
 @pytest.mark.parametrize("compressed", [True, False])
@@ -289,9 +290,9 @@ def test_damage_anywhere_is_refused_in_words_or_changes_numbers_alone(compressed
         for bit in range(8):
             damaged = data[:at] + bytes([data[at] ^ (1 << bit)]) + data[at + 1 :]
             try:
-                found = numeric_arrays(damaged, "it", names=("X", "y"))
+                found = numeric_arrays(damaged, "a.mat", names=("X", "y"))
             except DataError as error:
-                assert "it" in str(error)  # noqa: PT017
+                assert str(error).startswith("a.mat")  # noqa: PT017
             else:
                 assert found["X"].size == 60
 

@@ -18,9 +18,9 @@ from stub_kubernetes import CORE, TRAIN_JOBS, Cluster, Server
 from waiting import UPDATES, wait_for, when
 
 from eqm.config import Job, replace
-from eqm.errors import ConfigError, StageError
+from eqm.errors import AwayError, ConfigError, StageError
 from eqm.records import Record
-from eqm.stage import job_digest
+from eqm.stage import AWAY, job_digest
 from eqm.storage import LocalStore
 from flows import launch_kubernetes
 from flows.clusters import Kubernetes, Nodes
@@ -173,6 +173,18 @@ def test_the_last_words_of_the_program_are_the_message(place: Place) -> None:
         # It is kept for a look at its logs, and the next start replaces it.
         assert f"{TRAIN_JOBS}/{place.name}" in place.cluster.objects
         assert place.cluster.starts == number
+
+
+def test_a_program_whose_store_was_away_may_be_tried_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place.cluster.messages = [
+        {"status": {"containerStatuses": [stub_kubernetes.terminated(2, f"S3 is gone{AWAY}\n")]}}
+    ]
+    monkeypatch.setattr(place.launcher, "_start", lambda *_: None)
+    monkeypatch.setattr(place.launcher, "_watch", lambda *_: "failed")
+    with pytest.raises(AwayError, match=rf"^{place.name}: S3 is gone"):
+        place.launcher.run(place.job)
 
 
 def test_a_failure_without_words_is_told(place: Place) -> None:

@@ -20,9 +20,9 @@ import pytest
 from waiting import UPDATES, wait_for, when
 
 from eqm.config import Job, replace
-from eqm.errors import ConfigError, StageError
+from eqm.errors import AwayError, ConfigError, StageError
 from eqm.records import Record
-from eqm.stage import job_digest
+from eqm.stage import AWAY, job_digest
 from eqm.storage import LocalStore
 from flows import launch_slurm
 from flows.clusters import Nodes, Slurm
@@ -221,6 +221,17 @@ def test_the_message_of_the_program_is_the_message(place: Place) -> None:
     # The queue has forgotten it; the accounts have not.
     (place.state / "purge").touch()
     assert launch_slurm._state(str(place.number)) == "FAILED"
+
+
+def test_a_program_whose_store_was_away_may_be_tried_again(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(place.launcher, "_started", lambda *_: "7")
+    monkeypatch.setattr(place.launcher, "_watch", lambda *_: "FAILED")
+    place.file("error").parent.mkdir(parents=True, exist_ok=True)
+    place.file("error").write_text(f"S3 is gone{AWAY}")
+    with pytest.raises(AwayError, match=rf"^{place.name}: S3 is gone"):
+        place.launcher.run(place.job)
 
 
 def test_a_lost_node_is_told(place: Place) -> None:

@@ -1,5 +1,6 @@
 """Who is told: addresses that are refused, and a real Prefect that posts to a server of ours."""
 
+import datetime
 import json
 import queue
 import threading
@@ -144,7 +145,7 @@ def post_event(
 ) -> None:
     body = {
         "id": str(uuid.uuid4()),
-        "occurred": __import__("datetime").datetime.now(__import__("datetime").UTC).isoformat(),
+        "occurred": datetime.datetime.now(datetime.UTC).isoformat(),
         "event": event,
         "resource": {"prefect.resource.id": resource, "prefect.resource.name": name},
         "payload": payload,

@@ -4,6 +4,7 @@ import datetime
 import os
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -109,7 +110,7 @@ def test_what_may_only_be_slow_is_waited_for(
     running, pending = taken(api, "RUNNING"), taken(api, "PENDING")
     orphans.look(worker_since=EARLIER)
     assert shown(api, running) == ("RUNNING", "Running")
-    now = __import__("time").monotonic()
+    now = time.monotonic()
     monkeypatch.setattr("infra.orphans.time.monotonic", lambda: now + GONE_SECONDS + 1)
     orphans.look(worker_since=EARLIER)
     assert shown(api, running) == ("SCHEDULED", "AwaitingRetry")
