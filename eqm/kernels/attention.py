@@ -104,13 +104,14 @@ def _forward_kernel(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Some queries of a head: out (B, N, D), and log2 of what softmax divides by, (B heads, N)."""
-    number = tl.program_id(1).to(tl.int64)
+    parts = tl.cdiv(tokens, QUERIES)
+    number = (tl.program_id(0) // parts).to(tl.int64)
     image, head = number // heads, number % heads
     width = heads * HEAD
     row = 3 * width
     qkv_at += image * tokens * row + head * HEAD
     out_at += image * tokens * width + head * HEAD
-    query = tl.program_id(0) * QUERIES + tl.arange(0, QUERIES)
+    query = tl.program_id(0) % parts * QUERIES + tl.arange(0, QUERIES)
     q, q_rest = _load(qkv_at, query, row, tokens, HEAD, WIDE, REST)
     out, out_rest = _zeros(QUERIES, WIDE, REST)
     top = tl.full([QUERIES], -float("inf"), dtype=tl.float32)
@@ -150,7 +151,7 @@ def _backward_kernel(  # noqa: PLR0915 - what it saves is to go once over what i
     dout_at += image * tokens * width + head * HEAD
     mass_at += number * tokens
     kept_at += number * tokens * HEAD
-    q_sum, q_sum_rest = _zeros(1, WIDE, REST)
+    q_sum, q_sum_rest = _zeros(1, WIDE, REST)  # pyright: ignore[reportGeneralTypeIssues]
     v_sum, v_sum_rest = _zeros(1, WIDE, REST)
     for start in range(0, tokens, KEYS):
         key = start + tl.arange(0, KEYS)
@@ -230,7 +231,8 @@ def _forward(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """Output (B, N, D), and log2 of what each query's softmax divides by, (B heads, N)."""
     shapes = _shapes(qkv, heads, FORWARD)
     out, mass = _forward_fake(qkv, heads)
-    grid = triton.cdiv(qkv.shape[1], shapes["QUERIES"]), len(mass)
+    # Programs of one head follow each other: the second finds its keys and values in the cache.
+    grid = (triton.cdiv(qkv.shape[1], shapes["QUERIES"]) * len(mass),)
     slope = math.log2(math.e) / math.sqrt(shapes["HEAD"])
     cast(Any, _forward_kernel)[grid](qkv, out, mass, qkv.shape[1], heads, slope, **shapes)
     return out, mass
