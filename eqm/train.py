@@ -31,7 +31,7 @@ from eqm.checkpoint import Position, TrainState
 from eqm.compute import blocks_of, check_attention, check_micro_batch, prepare, slow_bfloat16
 from eqm.config import Runtime, TrainConfig, TrainStage
 from eqm.distributed import OnItsWay, World
-from eqm.errors import AwayError, DataError, DivergedError, EqmError, StoreError
+from eqm.errors import AwayError, DataError, DivergedError, EqmError
 from eqm.events import EventLog, log_of, restore
 from eqm.first_weights import first_network
 from eqm.frechet import Gaussian
@@ -465,8 +465,8 @@ def look(run: Run) -> None:
     try:
         seen = glimpse.take(model_of(run, tensors), settings, run.around)
         grid = run.context.store.put(seen.grid)
-    except (DataError, StoreError) as error:
-        # A look costs no training.
+    except EqmError as error:
+        # A look costs no training, and where one rank alone ended, the others would wait for it.
         sys.stderr.write(f"warning: no samples at image {run.images_seen:,}: {error}\n")
         return
     figures = {"latent_distance": seen.distance}

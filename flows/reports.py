@@ -48,8 +48,11 @@ def fetch(
     ),
 ) -> None:
     """Fetch the report on which the champion was promoted."""
+    from eqm.errors import ConfigError
     from eqm.verification import stored_report
 
+    if not to.absolute().parent.is_dir():
+        raise ConfigError(f"--to is {to}, but there is no folder {to.absolute().parent}")
     plan, standing = _champion(config, set_)
     report = stored_report(plan.store, standing.report)
     to.write_bytes(report.data if to.suffix == ".json" else report.page)

@@ -10,7 +10,7 @@ from PIL import Image
 
 from eqm import glimpse
 from eqm.config import SamplerConfig
-from eqm.errors import DataError
+from eqm.errors import DataError, EqmError, IntegrityError, StoreError
 from eqm.events import events_of
 from eqm.frechet import Gaussian
 from eqm.latent_set import open_manifest
@@ -72,11 +72,12 @@ def test_looks_are_in_the_log_and_sealed_and_training_is_the_same(
         assert store.get(event.blobs["grid.png"]).startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("kind", [DataError, StoreError, IntegrityError])
 def test_a_look_that_fails_costs_no_training(
-    tiny: chain.Chain, tmp_path, monkeypatch: pytest.MonkeyPatch, capfd
+    tiny: chain.Chain, tmp_path, monkeypatch: pytest.MonkeyPatch, capfd, kind: type[EqmError]
 ) -> None:
     def fail(*_: object) -> None:
-        raise DataError("samples diverged")
+        raise kind("samples diverged")
 
     monkeypatch.setattr(glimpse, "take", fail)
     job = chain.untrained(tiny, tmp_path, grid_every_images=500, grid_sampler=FEW)
