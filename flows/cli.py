@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from flows import data, imports, recovery, reports, samples, study_command
-from flows.options import ConfigArgument, SetOption
+from flows.options import ConfigArgument, SetOption, check_folder
 from flows.terminal import any_encoding, show
 from flows.terminal import table as table_of
 
@@ -303,14 +303,12 @@ def sample(
     """Draw a grid of samples: one row a label, one column a seed."""
     _prepare()
     import eqm
-    from eqm.errors import ConfigError
     from eqm.figures import sample_grid
     from flows.settings import current_settings
 
     columns = _numbers("seeds", seeds)
     asked = None if labels is None else _numbers("labels", labels)
-    if not to.absolute().parent.is_dir():
-        raise ConfigError(f"--to is {to}, but there is no folder {to.absolute().parent}")
+    check_folder("--to", to)
     loaded = eqm.load(model, mlflow_uri=current_settings().mlflow_uri)
     rows, names = _rows(loaded.spec.classes, asked)
     _ = loaded.autoencoder  # a model that came without one is told before its descent, not after

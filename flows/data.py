@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from flows.addresses import sealed_by_digits, sealed_digests
+from flows.options import check_folder
 from flows.terminal import show
 from flows.terminal import table as table_of
 
@@ -194,12 +195,10 @@ def preview(
     to: Annotated[Path, typer.Option("--out", help="PNG file to write.")] = Path("preview.png"),
 ) -> None:
     """Draw images beside what comes back from their latents, and their mirrors."""
-    from eqm.errors import ConfigError
     from eqm.inspection import preview as drawn
     from eqm.latent_set import open_manifest
 
-    if not to.absolute().parent.is_dir():
-        raise ConfigError(f"--out is {to}, but there is no folder {to.absolute().parent}")
+    check_folder("--out", to)
     store, record = _opened(latents)
     data = open_manifest(record, store)
     to.write_bytes(drawn(data, record, store))

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from flows.options import check_folder
+
 if TYPE_CHECKING:
     from infra.backup import Home
 
@@ -67,8 +69,7 @@ def secrets(
     from infra.credentials import environment_file
     from infra.files import create_private
 
-    if not to.absolute().parent.is_dir():
-        raise ConfigError(f"--to is {to}, but there is no folder {to.absolute().parent}")
+    check_folder("--to", to)
     if not create_private(to, environment_file().encode()):
         raise ConfigError(f"--to is {to}, which exists: passwords that are in use are not replaced")
     out.print(f"{to} is made: keep it, and keep it out of Git", highlight=False, soft_wrap=True)

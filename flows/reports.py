@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from flows.options import ConfigArgument, SetOption
+from flows.options import ConfigArgument, SetOption, check_folder
 
 FETCH = "fetch"
 MOST_DIFFERENCES = 12
@@ -48,11 +48,9 @@ def fetch(
     ),
 ) -> None:
     """Fetch the report on which the champion was promoted."""
-    from eqm.errors import ConfigError
     from eqm.verification import stored_report
 
-    if not to.absolute().parent.is_dir():
-        raise ConfigError(f"--to is {to}, but there is no folder {to.absolute().parent}")
+    check_folder("--to", to)
     plan, standing = _champion(config, set_)
     report = stored_report(plan.store, standing.report)
     to.write_bytes(report.data if to.suffix == ".json" else report.page)

@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from flows.addresses import open_sealed
+from flows.options import check_folder
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,13 +44,11 @@ def remake(
     """Make a sample again as it was made, and compare: exit status 1 where it is another."""
     import torch
 
-    from eqm.config import require
     from eqm.distributed import pick_device
     from eqm.figures import strip_png
     from eqm.generate import remake as made_again
 
-    folder = to.absolute().parent
-    require(folder.is_dir(), "--to", str(to), f"in a folder that exists, and {folder} does not")
+    check_folder("--to", to)
     store, record = open_sealed(samples, "samples")
     if exact:
         # Sums are cut among threads: as many as then.

@@ -105,7 +105,10 @@ def test_what_is_asked_for_must_be_there(store, tmp_path):
         (["verify", "nonsense"], "neither a preset"),
         (["demo"], "no champion yet"),
         (["verify", "demo"], "no champion yet"),
-        (["tiny", "--to", str(tmp_path / "gone" / "r.html")], f"there is no folder {tmp_path}/gone"),
+        (
+            ["tiny", "--to", str(tmp_path / "gone" / "r.html")],
+            f"there is no folder {tmp_path}/gone",
+        ),
     ):
         told = eqm(*words)
         assert told.exit_code != 0
