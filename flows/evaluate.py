@@ -50,6 +50,39 @@ class Report:
     """Page of the MLflow run that shows it."""
 
 
+@dataclass(frozen=True)
+class Standing:
+    """A champion, and what it was judged by."""
+
+    entry: champion.Entry
+    evaluation: Record
+    """On which it was promoted."""
+    trained: Record
+    extractor: Record
+    further: Records
+    """Other extractors that its samples were measured by as well."""
+    references: Records
+    """What those made of the real images."""
+
+
+@stage
+def find_champion(plan: Plan) -> Standing | None:
+    """The champion of a model; None before the first."""
+    entry = champion.current(plan.store, plan.model_name)
+    if entry is None:
+        return None
+    evaluation = open_ref(plan.store, entry.evaluation)
+    references = references_of(plan, evaluation)
+    return Standing(
+        entry,
+        evaluation,
+        trained=open_ref(plan.store, entry.train),
+        extractor=open_ref(plan.store, evaluation.inputs["extractor"]),
+        further=extractors_of(plan, references),
+        references=references,
+    )
+
+
 @stage
 def check_sets(plan: Plan) -> None:
     """See that the sets which scores are tested on are what they should be, before a training."""
@@ -349,18 +382,15 @@ def reevaluate_champion(
     day = datetime.date.fromisoformat(as_of) if as_of else day_due()
     plan = open_plan(config, changes)
     plan = replace(plan, config=_of_day(plan, day))
-    standing = champion.current(plan.store, plan.model_name)
+    standing = find_champion(plan)
     if standing is None:
         raise DataError(f"{plan.model_name} has no champion yet: run `eqm pipeline` first")
     check_sets(plan)
     # By the extractor, and against the images, of the promotion, whatever came since: with others
     # there were nothing to compare the night with.
-    promotion = open_ref(plan.store, standing.evaluation)
-    source = promotion.inputs["source"]
-    trained = open_ref(plan.store, standing.train)
-    extractor = open_ref(plan.store, promotion.inputs["extractor"])
-    references = references_of(plan, promotion)
-    samples = generate_samples(plan, trained, extractor, extractors_of(plan, references))
+    source = standing.evaluation.inputs["source"]
+    trained, extractor, references = standing.trained, standing.extractor, standing.references
+    samples = generate_samples(plan, trained, extractor, standing.further)
     reference = look_at_images(plan, source, extractor)
     evaluation = evaluate_model(plan, source, trained, extractor, samples, reference, references)
     night = compare_days(plan, standing, evaluation, day)
@@ -378,26 +408,24 @@ def _of_day(plan: Plan, day: datetime.date) -> Any:
 
 
 @stage
-def compare_days(
-    plan: Plan, standing: champion.Entry, today: Record, day: datetime.date
-) -> drift.Drift:
+def compare_days(plan: Plan, standing: Standing, today: Record, day: datetime.date) -> drift.Drift:
     """Seal what the night has to say beside the promotion, show it, and raise the alarm if so."""
-    promotion = open_ref(plan.store, standing.evaluation)
+    promotion, entry = standing.evaluation, standing.entry
     found = drift.between(dossier.evaluation_of(promotion), dossier.evaluation_of(today))
     plan.store.seal(
         Record(
             stage="night",
             algorithm=1,
             config={"model": plan.model_name, "day": day.isoformat()},
-            inputs={"promotion": promotion.ref, "evaluation": today.ref, "train": standing.train},
+            inputs={"promotion": promotion.ref, "evaluation": today.ref, "train": entry.train},
             outputs={},
             values={"drift": to_json(found)},
         )
     )
-    logged(f"{'ALARM  ' if found.alarm else ''}version {standing.version}: {found.text}")
+    logged(f"{'ALARM  ' if found.alarm else ''}version {entry.version}: {found.text}")
     verdict = {"none": "No drift", "drift": "**Drift**", "unknown": "Drift unknown"}[found.outcome]
-    text = f"{verdict} of version {standing.version} on {day}: {found.text}."
+    text = f"{verdict} of version {entry.version} on {day}: {found.text}."
     page(f"{plan.model_name}-drift", text, "Last night's look at the champion")
     if found.alarm:
-        tell(DRIFTED, plan.model_name, {"version": standing.version, "day": str(day), "text": text})
+        tell(DRIFTED, plan.model_name, {"version": entry.version, "day": str(day), "text": text})
     return found

@@ -19,7 +19,7 @@ from eqm.images import checked_source
 from eqm.records import Record, Ref
 from eqm.stage import listing_key, open_ref, verify
 from flows.encode import list_images, open_plan
-from flows.evaluate import extractors_of, references_of
+from flows.evaluate import Standing, find_champion
 from flows.pipeline import Base, images_to_decision
 from flows.plan import Plan
 from flows.prefect_tools import day_due, logged, page, stage
@@ -43,17 +43,17 @@ def weekly(
     day = datetime.date.fromisoformat(as_of) if as_of else day_due()
     plan = open_plan(config, changes)
     source = list_images(plan)
-    standing = champion.current(plan.store, plan.model_name)
+    standing = find_champion(plan)
     if standing is None:
         logged(f"{plan.model_name} has no champion yet: training from nothing")
         return {"outcome": "first", **images_to_decision(plan, source)}
-    known = open_ref(plan.store, standing.evaluation)
-    if known.inputs["source"] == source:
-        return {"outcome": "nothing new", "watch": verify_all(plan, standing, source, day).digest}
-    changed = compare_listings(plan, known.inputs["source"], source)
+    entry, known = standing.entry, standing.evaluation.inputs["source"]
+    if known == source:
+        return {"outcome": "nothing new", "watch": verify_all(plan, entry, source, day).digest}
+    changed = compare_listings(plan, known, source)
     base = base_of(plan, standing, encode_all)
     result = images_to_decision(continued(plan, standing), source, base)
-    seal(plan, standing, source, day, {"outcome": "continued", **changed, **_told(result)})
+    seal_look(plan, entry, source, day, {"outcome": "continued", **changed, **_told(result)})
     return {"outcome": "continued", **result}
 
 
@@ -66,23 +66,23 @@ def _told(result: dict[str, Any]) -> dict[str, Any]:
 # -- new images ---------------------------------------------------------------------------------
 
 
-def continued(plan: Plan, standing: champion.Entry) -> Plan:
+def continued(plan: Plan, standing: Standing) -> Plan:
     """The plan of a training that begins with the champion's averaged weights."""
-    blob = open_ref(plan.store, standing.train).outputs["ema.safetensors"]
+    blob, version = standing.trained.outputs["ema.safetensors"], standing.entry.version
     weights = PretrainedFile(uri=plan.store.where(blob.key), sha256=blob.sha256)
     train = replace(plan.config.train, images=plan.config.continue_images, init_from=weights)
-    logged(f"training goes on from version {standing.version}, for {train.images:,} images at most")
+    logged(f"training goes on from version {version}, for {train.images:,} images at most")
     return replace(plan, config=replace(plan.config, train=train))
 
 
-def base_of(plan: Plan, standing: champion.Entry, encode_all: bool) -> Base:
+@stage
+def base_of(plan: Plan, standing: Standing, encode_all: bool) -> Base:
     """The champion's autoencoder, without which its weights mean nothing, and what it was fed."""
-    latents = open_ref(plan.store, open_ref(plan.store, standing.train).inputs["latents"])
-    evaluation = open_ref(plan.store, standing.evaluation)
+    latents = open_ref(plan.store, standing.trained.inputs["latents"])
     base = Base(
         autoencoder=open_ref(plan.store, latents.inputs["autoencoder"]),
-        extractor=open_ref(plan.store, evaluation.inputs["extractor"]),
-        further=extractors_of(plan, references_of(plan, evaluation)),
+        extractor=standing.extractor,
+        further=standing.further,
         latents=None if encode_all else copied_from(plan, latents),
     )
     for record in (base.autoencoder, base.extractor, *base.further.values()):
@@ -164,3 +164,7 @@ def seal(
             values=found,
         )
     )
+
+
+seal_look = stage(seal)
+"""``seal`` of a flow, which waits for a store that is away."""

@@ -1,6 +1,9 @@
 """What a run that nobody watches waits for, and what it never tries again."""
 
+import ast
 import datetime
+import inspect
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +14,7 @@ import yaml
 from prefect.states import Failed
 
 from eqm.errors import ConfigError, DataError, MissingError, StoreError, TrackingError
-from flows import prefect_tools
+from flows import clean, evaluate, prefect_tools, weekly
 from flows.encode import open_plan
 
 
@@ -62,3 +65,26 @@ def test_every_deployment_ends_some_time_has_a_limit_and_schedules_in_utc(
     assert found.retries == 0, "what may be tried again is tried by its stages"
     assert set(deployed.get("parameters", {})) <= set(found.parameters.properties)
     assert all(one["timezone"] == "UTC" for one in deployed.get("schedules", []))
+
+
+SCHEDULED = (weekly.weekly, evaluate.reevaluate_champion, clean.clean_store)
+
+
+@pytest.mark.parametrize("flow", SCHEDULED, ids=lambda flow: flow.name)
+def test_what_a_scheduled_run_asks_of_the_store_it_asks_in_stages(flow: Any) -> None:
+    """For a stage waits for a store that is away; what stands in the flow itself ends the run."""
+    assert list(asked_of_the_store(flow.fn)) == []
+
+
+def asked_of_the_store(function: Any) -> Iterator[str]:
+    """Calls on the store, or that are given it, in a function of flows and those that it calls."""
+    for call in ast.walk(ast.parse(inspect.getsource(function))):
+        if not isinstance(call, ast.Call):
+            continue
+        name, given = ast.unparse(call.func), [ast.unparse(one) for one in call.args]
+        asks = name.startswith("plan.store.") and name != "plan.store.where"
+        called = function.__globals__.get(name)
+        if asks or "plan.store" in given:
+            yield f"{function.__name__}: {ast.unparse(call)}"
+        elif inspect.isfunction(called) and called.__module__.startswith("flows."):
+            yield from asked_of_the_store(called)
