@@ -20,9 +20,10 @@ FIRST_SECONDS, LONGEST_SECONDS = 1.0, 30.0
 
 
 class Patience:
-    """Asks again for ``seconds`` after a first failure; 0: once. Safe to use by several threads.
+    """Asks again for ``seconds`` from when it first asked; 0: once. Safe to use by several threads.
 
-    What is asked must do no harm when it is done twice.
+    From then on, for a server that says nothing takes minutes to fail: whoever waits for this one
+    would have given it up. What is asked must do no harm when it is done twice.
     """
 
     def __init__(self, seconds: float = 0.0) -> None:
@@ -35,24 +36,22 @@ class Patience:
 
     def __call__(self, act: Callable[[], T]) -> T:
         """What an act returns. Raises what it raises last, and at once what time does not mend."""
-        began: float | None = None
+        began, failed = time.monotonic(), False
         pause = FIRST_SECONDS
         while True:
             try:
                 found = act()
             except PASSING as error:
-                now = time.monotonic()
-                if began is None:
-                    began = now
-                left = began + self.seconds - now
+                left = began + self.seconds - time.monotonic()
                 if left <= 0 or self._over.is_set():
                     raise
-                if now == began:
-                    _say(f"warning: {error}. It is asked again for {self.seconds:.0f} s")
+                if not failed:
+                    _say(f"warning: {error}. It is asked again for {left:.0f} s")
+                failed = True
                 self._over.wait(min(pause, left))
                 pause = min(2 * pause, LONGEST_SECONDS)
                 continue
-            if began is not None:
+            if failed:
                 _say(f"the store answers again, after {time.monotonic() - began:.0f} s")
             return found
 

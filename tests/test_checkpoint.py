@@ -8,6 +8,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -420,6 +421,27 @@ def test_patience_is_bounded_and_for_what_time_mends_alone(
             Patience(seconds)(lambda kind=kind: fails(kind))
     assert asked.count(StoreError) == 1
     assert (asked.count(AwayError) > 1) == (seconds > 0)
+
+
+def test_a_store_that_says_nothing_is_waited_for_as_long_as_one_that_refuses(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It takes four minutes to fail once; the other ranks wait for ten, for twice the patience."""
+    clock, patient = [0.0], Patience(300)
+    monkeypatch.setattr(patience, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    over = SimpleNamespace(wait=lambda seconds: passes(seconds), is_set=lambda: False)
+    monkeypatch.setattr(patient, "_over", over)
+
+    def passes(seconds: float) -> None:
+        clock[0] += seconds
+
+    def silent() -> None:
+        passes(240)
+        raise AwayError("S3 does not answer")
+
+    with pytest.raises(AwayError):
+        patient(silent)
+    assert 300 <= clock[0] < 600
 
 
 # -- more than one trainer ----------------------------------------------------------------------
