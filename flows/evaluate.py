@@ -171,7 +171,7 @@ def under_same_protocol(plan: Plan, evaluation: Record, standing: champion.Entry
     extractor = open_ref(plan.store, evaluation.inputs["extractor"])
     references = references_of(plan, evaluation)
     asked = samples_job(plan, trained, extractor, extractors_of(plan, references))
-    samples = ensure(plan, asked, say=logged)
+    samples = ensure(plan, asked, say=logged, processes=plan.processes)
     source, reference = evaluation.inputs["source"], evaluation.inputs["reference"]
     real = open_ref(plan.store, reference)
     job = evaluation_job(plan, source, trained, extractor, samples, real, references)

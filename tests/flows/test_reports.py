@@ -3,18 +3,23 @@
 import json
 import os
 from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import chain
 import pytest
 from typer.testing import CliRunner
 
 from eqm import champion, dossier, gate, verification
+from eqm.config import with_settings
 from eqm.recomputation import compute_again
 from eqm.records import note_to_bytes, to_json
 from eqm.report import render_json, report_key
 from eqm.report_page import render_html
 from eqm.storage import LocalStore
-from flows import cli
+from flows import cli, evaluate
+from flows.plan import Plan
+from flows.settings import current_settings
 
 MODEL = "eqm-tiny"
 
@@ -55,6 +60,28 @@ def store(tiny, tmp_path, monkeypatch) -> Iterator[LocalStore]:
     yield store
     os.environ.clear()
     os.environ.update(before)
+
+
+def test_a_champion_is_measured_again_by_as_many_processes_as_a_candidate(
+    tiny, store, monkeypatch
+) -> None:
+    record, launched = tiny["evaluation"], []
+    found = dossier.evaluation_of(record)
+    other = replace(found, protocol={**found.protocol, "neighbours": 9})
+    values = {**record.values, "evaluation": to_json(other)}
+    then = store.seal(replace(record, config={"of": "another night"}, values=values))
+    entry = replace(champion.current(store, MODEL), evaluation=then.ref)
+
+    def ensured(_: Any, job: Any, *, say: Any, processes: int = 1) -> Any:
+        launched.append((job.stage, processes))
+        return tiny["samples"] if job.stage == "samples" else record
+
+    monkeypatch.setattr(evaluate, "ensure", ensured)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    config = with_settings(tiny.config, {"processes": 2})
+    plan = Plan(config, current_settings(), store, None)  # type: ignore[arg-type]
+    assert evaluate.under_same_protocol(plan, record, entry) == record
+    assert launched == [("samples", 2), ("evaluation", 1)]
 
 
 def eqm(*words: str):
