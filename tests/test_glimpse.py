@@ -28,7 +28,6 @@ def test_directions_are_unit_vectors_and_always_the_same() -> None:
     found = glimpse.directions(40)
     assert found.shape == (40, glimpse.DIRECTIONS)
     assert torch.allclose(found.norm(dim=0), torch.ones(glimpse.DIRECTIONS, dtype=torch.float64))
-    # Of another size they begin alike: nothing but the counter enters.
     assert torch.linalg.matrix_rank(found) == glimpse.DIRECTIONS
     assert torch.equal(found, glimpse.directions(40))
 
