@@ -16,7 +16,7 @@ from typing import Any, Literal, TypeAlias, cast, get_args, get_origin, get_type
 from eqm.errors import ConfigError, require
 from eqm.names import kind_of
 from eqm.policy import MethodScore, PolicyConfig
-from eqm.records import Ref, from_json, to_json
+from eqm.records import LATER, Ref, from_json, to_json
 
 ALGORITHMS = {
     "autoencoder": 1,
@@ -577,6 +577,11 @@ class SamplerConfig:
     guidance_channels: int | None = None
     """Guide only the first so many channels (3 reproduces the released numbers); null: all."""
     batch_size: int = 256
+    precision: Literal["float32", "tf32", "bfloat16"] = field(
+        default="float32", metadata={LATER: True}
+    )
+    """Of the network's products on the way down; samples are float32 in any. "tf32" is for GPUs of
+    NVIDIA, on which both others are some times as fast as "float32"."""
 
     def __post_init__(self) -> None:
         _known(self, "sampler")

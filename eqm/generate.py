@@ -159,6 +159,7 @@ def _how(config: GenerateConfig) -> dict[str, Any]:
         "stop": sampling.stop_of(settings),
         "guidance": settings.guidance,
         "guidance_channels": settings.guidance_channels,
+        "precision": settings.precision,
     }
 
 
@@ -423,6 +424,7 @@ def remake(
     of the seeds. They equal the sealed ones up to rounding, for another batch adds in another
     order. With ``exact``, the parts in which they lie are made again as they were: every bit is the
     same on the same kind of device with as many threads, and it takes as long as whole batches do.
+    What was made in TF32 is made in float32 on a CPU, which is more exact, and not with ``exact``.
     Seeds beyond those of the record are made too, but not with ``exact``. Raises DataError for
     them, for a record of something else, for no seeds, and for samples that blow up.
     """
@@ -430,6 +432,14 @@ def remake(
     if not len(seeds):
         raise DataError("there are no seeds to make samples of: give at least one")
     place = torch.device(device)
+    if config.sampler.precision == "tf32" and place.type != "cuda":
+        if exact:
+            raise DataError(
+                f"samples {record.digest[:12]} were made in 'tf32', which only GPUs of NVIDIA "
+                f"have: their bits cannot be made again on a {place.type}; leave exact out, or "
+                "make them on a GPU"
+            )
+        config = replace(config, sampler=replace(config.sampler, precision="float32"))
     train = open_ref(store, record.inputs["train"])
     trained = model.from_record(store, train).to(place)
     extractors = load_extractors(record.inputs, store, place)

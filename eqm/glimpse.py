@@ -79,4 +79,5 @@ def _sample(model: Model, settings: SamplerConfig, labels: list[int]) -> samplin
         seeds=range(len(labels)),
         rule=sampling.rule_of(settings),
         updates=settings.updates,
+        precision=settings.precision,
     )

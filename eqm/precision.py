@@ -1,6 +1,6 @@
 """Numerics that must not depend on what others have chosen.
 
-Called by autoencoder, features, fit and train.
+Called by autoencoder, features, fit, sampling and train.
 """
 
 import contextlib
@@ -12,20 +12,52 @@ import torch
 from eqm.errors import ConfigError
 
 
-def choose_products(precision: str, device: torch.device) -> None:
-    """Set what CUDA takes products of float32 in, for this process: TF32 for "tf32", else IEEE.
-
-    Torch's own choices differ between products and convolutions, and between versions. Raises
-    ConfigError for TF32 on another device.
-    """
+def check_products(
+    precision: str, device: torch.device, *, setting: str = "train.precision"
+) -> None:
+    """Refuse TF32 where it is not. Raises ConfigError, which names the setting."""
     if precision == "tf32" and device.type != "cuda":
         raise ConfigError(
-            f"train.precision is 'tf32', which only GPUs of NVIDIA have, and the device is "
+            f"{setting} is 'tf32', which only GPUs of NVIDIA have, and the device is "
             f"{device.type}: use 'float32'"
         )
+
+
+def choose_products(
+    precision: str, device: torch.device, *, setting: str = "train.precision"
+) -> None:
+    """Set what CUDA takes products of float32 in, for this process: TF32 for "tf32", else IEEE.
+
+    Torch's own choices differ between products and convolutions, and between versions. Raises as
+    :func:`check_products`.
+    """
+    check_products(precision, device, setting=setting)
     chosen = "tf32" if precision == "tf32" else "ieee"
     backends: Any = torch.backends
     backends.cuda.matmul.fp32_precision = backends.cudnn.conv.fp32_precision = chosen
+
+
+@contextlib.contextmanager
+def products_in(
+    precision: str, device: torch.device, *, setting: str = "precision"
+) -> Iterator[None]:
+    """Take products of float32 in "float32", "tf32" or "bfloat16" meanwhile.
+
+    Raises as :func:`check_products`.
+    """
+    if precision == "bfloat16":
+        with torch.autocast(device.type, torch.bfloat16):
+            yield
+        return
+    backends: Any = torch.backends
+    knobs = (backends.cuda.matmul, backends.cudnn.conv)
+    before = [knob.fp32_precision for knob in knobs]
+    try:
+        choose_products(precision, device, setting=setting)
+        yield
+    finally:
+        for knob, value in zip(knobs, before, strict=True):
+            knob.fp32_precision = value
 
 
 def choose_deterministic() -> None:

@@ -70,6 +70,7 @@ EDIT = {
     "extractor.pretrained.uri": "torch-fidelity's file, on this machine",
     "processes": "GPUs of this machine",
     "compute.fused": "kernels for GPUs of NVIDIA: false elsewhere",
+    "generate.sampler.precision": "of GPUs of NVIDIA, as released: 'float32' elsewhere",
     "train.ema_half_life_images": "ln 0.5 / ln 0.9999 * 256: a decay of 0.9999 an update of 256",
 }
 """Dotted name of a setting -> what is said beside it."""
@@ -105,7 +106,8 @@ EXPECTED = {
 RELEASED = (
     "The network keeps the released code's time embedder, which is fed zeros, and the unused half "
     "of its head, so that weights go there and back bit for bit.",
-    "bfloat16 in the network, where the released code has TF32; weights are float32 in both.",
+    "bfloat16 in the network while it is trained, where the released code has TF32; weights are "
+    "float32 in both. Samples are made in TF32, as released.",
     "Labels of the samples are balanced; the released code draws them.",
 )
 STEP_OF_B = "Only for B/2 and XL/2 is a step size told: this is that of B/2."
@@ -202,7 +204,8 @@ def _imagenet_config(
             precision="bfloat16",
         ),
         generate=GenerateConfig(
-            samples=50_000, sampler=SamplerConfig(rule="gd", step_size=step_size, updates=249)
+            samples=50_000,
+            sampler=SamplerConfig(rule="gd", step_size=step_size, updates=249, precision="tf32"),
         ),
         policy=PolicyConfig(name=name),
         checkpoints=EVERY_EPOCH,
@@ -222,6 +225,7 @@ def _headline() -> Recipe:
         updates=249,
         guidance=1.5,
         guidance_channels=3,
+        precision="tf32",
     )
     config = replace(
         base.config,
@@ -272,7 +276,7 @@ def _cifar10() -> Recipe:
             ema_half_life_images=HALF_LIFE,
             precision="bfloat16",
         ),
-        generate=GenerateConfig(samples=50_000, sampler=SamplerConfig(rule="gd")),
+        generate=GenerateConfig(samples=50_000, sampler=SamplerConfig(rule="gd", precision="tf32")),
         policy=PolicyConfig(name="cifar10"),
         checkpoints=EVERY_EPOCH,
         processes=8,

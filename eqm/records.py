@@ -26,6 +26,9 @@ from eqm.errors import ConfigError, IntegrityError
 T = TypeVar("T")
 Json = Any
 """A JSON value: None, bool, int, float, str, list or dict of them."""
+LATER = "later"
+"""In the metadata of a field that came when there were digests already: where it has its default it
+is left out of the JSON, so that what was sealed without it keeps its address."""
 Table = Mapping[Any, Any]
 Items = list[Any] | tuple[Any, ...]
 
@@ -36,7 +39,8 @@ Items = list[Any] | tuple[Any, ...]
 def to_json(value: Any) -> Json:
     """Turn a dataclass tree into plain JSON values; refuses NaN and infinities."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        fields = {f: getattr(value, f.name) for f in dataclasses.fields(value)}
+        return {f.name: to_json(v) for f, v in fields.items() if not _is_unsaid(f, v)}
     if isinstance(value, Mapping):
         return {str(key): to_json(item) for key, item in cast("Table", value).items()}
     if isinstance(value, list | tuple):
@@ -46,6 +50,10 @@ def to_json(value: Any) -> Json:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _is_unsaid(of: dataclasses.Field[Any], value: Any) -> bool:
+    return bool(of.metadata.get(LATER)) and value == of.default
 
 
 def canonical_bytes(value: Any) -> bytes:

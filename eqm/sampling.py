@@ -14,7 +14,7 @@ eqm.train, eqm.evaluate and people.
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor
@@ -25,8 +25,11 @@ from eqm.config import SamplerConfig
 from eqm.errors import ConfigError, DataError
 from eqm.field import Gradient
 from eqm.model import Model, ModelSpec
+from eqm.precision import check_products, products_in
 from eqm.sampler import Descent, Known, Problem, Projection, StopRule
 
+Precision: TypeAlias = Literal["float32", "tf32", "bfloat16"]
+"""Of a network's products."""
 MAX_SEED = 2**43 - 1
 SLACK = 1e-3
 """Of gamma: step sizes may be rounded, and ends of the ODE are 1 to this."""
@@ -182,6 +185,7 @@ def sample(
     project: Known | Projection | None = None,
     slots: int | None = None,
     check_every: int = 1,
+    precision: Precision | None = None,
     on_update: Callable[[int, Tensor], None] | None = None,
     on_finished: Callable[[int], None] | None = None,
     trace_every: int | None = None,
@@ -198,12 +202,17 @@ def sample(
     ``slots``, one that is done makes room for the next, and ``on_finished(count)`` tells how many
     are; without, all are carried to the end of the last, ``on_update(k, latents)`` sees every
     update, and ``trace_every`` keeps the way, with the energy that is descended (guided, composed)
-    where that is explicit. The device is asked every ``check_every`` updates.
+    where that is explicit. The device is asked every ``check_every`` updates. ``precision`` is that
+    of the network's products, where weights are float32: torch's own choice unless given. Samples
+    have the dtype of the model in any.
 
     Samples that blow up are marked in ``diverged``. Raises DataError and ConfigError for what does
     not fit.
     """
-    asked = _asked(model, labels, seeds, start, rule, updates, guidance, guidance_channels, project)
+    asked = _asked(
+        *(model, labels, seeds, start, rule, updates, guidance, guidance_channels, project),
+        precision,
+    )
     common = {"rule": asked.rule, "updates": updates, "stop": stop, "check_every": check_every}
     if slots is not None:
         if on_update is not None or trace_every is not None:
@@ -240,13 +249,16 @@ def samples_as_found(
     guidance_channels: int | None = None,
     stop: StopRule | None = None,
     check_every: int = 1,
+    precision: Precision | None = None,
 ) -> Iterator[tuple[list[int], Samples]]:
     """Samples as soon as each is found, with their places among the seeds; any number of them.
 
     As :func:`sample` with ``slots``, but nothing waits for the last one, and the batch has so many
     slots even where fewer samples are asked for: the bits of one do not depend on the others.
     """
-    asked = _asked(model, labels, seeds, None, rule, updates, guidance, guidance_channels, None)
+    asked = _asked(
+        *(model, labels, seeds, None, rule, updates, guidance, guidance_channels, None), precision
+    )
     found = sampler.found_in_slots(
         asked.problem,
         range(asked.count),
@@ -280,8 +292,10 @@ def _asked(
     guidance: float,
     channels: int | None,
     project: Known | Projection | None,
+    precision: Precision | None,
 ) -> _Asked:
     """Check what is asked. Raises DataError, ConfigError."""
+    _check_precision(model, precision)
     names = _names(seeds)
     first, count = _starts(model, names, start)
     given = None if labels is None else torch.as_tensor(labels)
@@ -294,15 +308,43 @@ def _asked(
     _check_rule(model, chosen, updates)
     problem = Problem(
         start=first,
-        gradient=lambda at: model.gradient_of(
-            None if checked is None else checked[at.to(checked.device)],
-            guidance=guidance,
-            channels=channels,
+        gradient=lambda at: _taken_in(
+            precision,
+            model.gradient_of(
+                None if checked is None else checked[at.to(checked.device)],
+                guidance=guidance,
+                channels=channels,
+            ),
+            model.device,
         ),
         project=_projections(model, project, count),
         numbers=lambda at: at if names is None else names[at],
     )
     return _Asked(problem, count, checked, chosen)
+
+
+def _check_precision(model: Model | Composition, precision: Precision | None) -> None:
+    """Refuse a precision that weights or device have not. Raises ConfigError."""
+    if precision is None:
+        return
+    check_products(precision, model.device, setting="precision")
+    if model.dtype != torch.float32:
+        raise ConfigError(
+            f"precision is {precision!r}, and weights are {model.dtype}: leave it out, or convert "
+            "the model with model.to(dtype=torch.float32)"
+        )
+
+
+def _taken_in(precision: Precision | None, gradient: Gradient, device: torch.device) -> Gradient:
+    """The same gradient, with the network's products in another precision."""
+    if precision is None or (precision == "float32" and device.type == "cpu"):
+        return gradient
+
+    def taken(x: Tensor, gamma: Tensor | None = None) -> Tensor:
+        with products_in(precision, device):
+            return gradient(x, gamma).to(x.dtype)
+
+    return taken
 
 
 def _together(

@@ -41,7 +41,7 @@ from eqm.learner import FLAGS, Learner, diverged, learning_rate
 from eqm.model import Model, ModelSpec
 from eqm.objective import Corrupted
 from eqm.patience import PASSING, Patience
-from eqm.precision import choose_deterministic, choose_products
+from eqm.precision import check_products, choose_deterministic, choose_products
 from eqm.progress import Progress
 from eqm.randomness import Stream, normal
 from eqm.records import Blob, Record
@@ -173,6 +173,8 @@ def setup(context: Context, mine: lease.Held | None = None) -> Run:
     check_micro_batch(compute, stage.objective, stage.train.batch_size // context.world.size)
     check_attention(compute, stage.network, stage.train)
     choose_products(stage.train.precision, device)
+    grids = context.job.runtime.grid_sampler.precision
+    check_products(grids, device, setting="generate.sampler.precision")
     if context.world.is_first and (told := slow_bfloat16(stage.train, device)) is not None:
         sys.stderr.write(told + "\n")
     spec = ModelSpec(

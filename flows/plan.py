@@ -238,9 +238,13 @@ def _check_machine(plan: Plan, network: Any) -> None:
     """Refuse what the devices of this machine, or so many of them, cannot do."""
     from eqm.compute import check_kernels
     from eqm.distributed import pick_device
+    from eqm.precision import check_products
 
-    config, started = plan.config, plan.processes
-    check_kernels(network, config.compute, pick_device("auto"))
+    config, started, device = plan.config, plan.processes, pick_device("auto")
+    check_kernels(network, config.compute, device)
+    check_products(config.train.precision, device)
+    sampled = config.generate.sampler.precision
+    check_products(sampled, device, setting="generate.sampler.precision")
     if started == config.processes:
         return
     # What was asked for was checked when the config was read.

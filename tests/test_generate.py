@@ -1,5 +1,6 @@
 """Samples are a function of the model and their seeds, made once each whatever happens."""
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -363,6 +364,19 @@ def test_settings_of_the_sampler_are_in_the_digest(tiny: chain.Chain, tmp_path: 
     assert not torch.equal(mine, columns(tiny.store, tiny["samples"])["features"])
 
 
+def test_the_precision_of_the_descent_is_in_the_digest_and_moves_samples_little(
+    tiny: chain.Chain, tmp_path: Path
+) -> None:
+    job = fresh(tiny, tmp_path, sampler__precision="bfloat16")
+    record = chain.run(job)
+    assert record.digest != tiny["samples"].digest
+    mine, usual = images_of(store_of(job), record), images_of(tiny.store, tiny["samples"])
+    assert not torch.equal(mine, usual)
+    assert float((mine.float() - usual.float()).abs().mean()) < 8
+    again = generate.remake(store_of(job), record, [3], exact=True)
+    assert torch.equal(again["images"][0], mine[3])
+
+
 # -- once more ----------------------------------------------------------------------------------
 
 
@@ -387,6 +401,15 @@ def test_a_seed_beyond_the_record_is_made_and_only_exactly_refused(tiny: chain.C
         generate.remake(tiny.store, tiny["samples"], [])
     with pytest.raises(DataError, match="is no set of samples"):
         generate.remake(tiny.store, tiny["train"], [0])
+
+
+def test_what_a_gpu_made_in_tf32_is_made_again_on_a_cpu_but_not_its_bits(tiny: chain.Chain) -> None:
+    made = replace(tiny["samples"], config=json.loads(json.dumps(tiny["samples"].config)))
+    made.config["generate"]["sampler"]["precision"] = "tf32"
+    usual = generate.remake(tiny.store, tiny["samples"], [5])
+    assert torch.equal(generate.remake(tiny.store, made, [5])["images"], usual["images"])
+    with pytest.raises(DataError, match="were made in 'tf32', which only GPUs of NVIDIA have"):
+        generate.remake(tiny.store, made, [5], exact=True)
 
 
 def test_images_of_samples_without_one_are_not_made_up(tiny: chain.Chain) -> None:

@@ -39,7 +39,7 @@ from eqm.field import Field
 from eqm.latent_set import open_manifest
 from eqm.learner import Learner
 from eqm.network import Transformer
-from eqm.precision import choose_products, deterministic
+from eqm.precision import choose_products, deterministic, products_in
 from eqm.randomness import Stream, bits, normal, uniform
 from eqm.records import Record, to_json
 from eqm.rules import NAG
@@ -174,10 +174,24 @@ def test_parts_of_a_batch_and_recomputed_blocks_give_the_same_gradient() -> None
         return of.gradient().double()
 
     whole = gradient()
-    ours = {"fused": True, "attention": "eqm"}
-    kernels = {"fused": True}, {"fused": True, "compile": True}, ours
+    kernels = {"fused": True}, {"fused": True, "compile": True}
     for asked in ({"micro_batch": 4}, {"checkpointing": True}, {"compile": True}, *kernels):
         assert float((gradient(**asked) - whole).norm() / whole.norm()) < 1e-5, asked
+
+
+def test_our_attention_gives_the_gradient_of_torchs() -> None:
+    """In bfloat16: both are as far from float32's gradient."""
+
+    def gradient(precision: str, attention: Literal["torch", "eqm"]) -> Tensor:
+        compute = ComputeConfig(fused=True, attention=attention)
+        of = learner(compute=compute, precision=precision)
+        of.backward(of.corrupted(*data()))
+        return of.gradient().double()
+
+    whole = gradient("float32", "torch")
+    theirs, ours = (gradient("bfloat16", who) for who in ("torch", "eqm"))
+    apart = [float((found - whole).norm() / whole.norm()) for found in (theirs, ours)]
+    assert apart[1] < 1.2 * apart[0] < 2e-2
 
 
 @pytest.mark.parametrize("kind", ["dot", "l2"])
@@ -255,6 +269,18 @@ def test_descents_are_those_of_the_cpu(stops: bool) -> None:
     here, there = (down(device, below=below) for device in (CPU, GPU))
     assert torch.equal(here.evaluations, there.evaluations.cpu())
     assert torch.allclose(here.latents, there.latents.cpu(), atol=1e-4)
+
+
+@pytest.mark.parametrize(("precision", "near"), [("tf32", 2e-3), ("bfloat16", 2e-2)])
+def test_samples_in_less_precision_are_those_of_float32_nearly(
+    precision: Literal["tf32", "bfloat16"], near: float
+) -> None:
+    seen = []
+    for chosen in ("float32", precision):
+        with products_in(chosen, GPU):
+            seen.append(down(GPU).latents)
+    whole, fewer = seen
+    assert 0 < float((fewer.float() - whole).norm() / whole.norm()) < near
 
 
 # -- NCCL ---------------------------------------------------------------------------------------

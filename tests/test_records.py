@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eqm.config import NetworkConfig, PipelineConfig, demo
+from eqm.config import NetworkConfig, PipelineConfig, SamplerConfig, demo, with_settings
 from eqm.errors import ConfigError, IntegrityError
 from eqm.records import (
     Blob,
@@ -114,6 +114,17 @@ def test_half_a_record_is_refused() -> None:
 
 def test_config_round_trip() -> None:
     assert from_json(PipelineConfig, json.loads(json.dumps(to_json(demo())))) == demo()
+
+
+def test_a_setting_that_came_later_moves_no_digest_until_it_is_used() -> None:
+    usual, other = SamplerConfig(), SamplerConfig(precision="bfloat16")
+    assert "precision" not in to_json(usual)
+    assert to_json(other) == {**to_json(usual), "precision": "bfloat16"}
+    assert from_json(SamplerConfig, to_json(other)) == other
+    assert from_json(SamplerConfig, {**to_json(usual), "precision": "float32"}) == usual
+    assert digest(usual) != digest(other)
+    changed = with_settings(demo(), {"generate.sampler.precision": "bfloat16"})
+    assert changed.generate.sampler.precision == "bfloat16"
 
 
 def test_unknown_keys_are_refused_with_the_nearest_known_one() -> None:

@@ -2,6 +2,7 @@
 constraints, scores, and everything that is asked wrongly."""
 
 import argparse
+import contextlib
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from eqm.errors import ConfigError, DataError
 from eqm.learner import learn
 from eqm.model import Model
 from eqm.network import Transformer
+from eqm.precision import products_in
 from eqm.rules import (
     NAG,
     BarzilaiBorwein,
@@ -492,6 +494,48 @@ def test_every_rule_of_a_config_descends(name, model):
     out = eqm.sample(model, labels=[0, 1], seeds=[0, 1], rule=rule, updates=3)
     assert bool(out.latents.isfinite().all())
     assert out.evaluations.tolist() == [6 if name == "heun" else 3] * 2
+
+
+@pytest.mark.parametrize("energy", ["implicit", "dot"])
+@pytest.mark.parametrize("slots", [None, 2])
+def test_in_bfloat16_the_network_alone_is(energy, slots):
+    """Against the descent written out; what is added up stays float32."""
+    model = made(energy=energy).to(torch.float32)
+    start, labels = latents(4).float(), torch.tensor([0, 1, 2, 1])
+    how = {"rule": GradientDescent(step_size=0.01), "updates": 5, "slots": slots}
+    found = eqm.sample(model, labels=labels, start=start, precision="bfloat16", **how)
+    x = start
+    for _ in range(5):
+        with torch.autocast("cpu", torch.bfloat16):
+            gradient = model.gradient(x, labels)
+        x = x - 0.01 * gradient.float()
+    assert found.latents.dtype == torch.float32
+    assert torch.allclose(found.latents, x, rtol=0, atol=1e-6 if slots is None else 1e-3)
+    usual = eqm.sample(model, labels=labels, start=start, **how).latents
+    assert 0 < float((found.latents - usual).norm() / (usual - start).norm()) < 2e-2
+    same = eqm.sample(model, labels=labels, start=start, precision="float32", **how).latents
+    assert torch.equal(same, usual)
+
+
+def test_a_precision_that_cannot_be_is_refused(model):
+    single = made().to(torch.float32)
+    with pytest.raises(ConfigError, match="precision is 'tf32', which only GPUs of NVIDIA have"):
+        eqm.sample(single, seeds=[0], precision="tf32")
+    with pytest.raises(ConfigError, match=r"is 'bfloat16', and weights are torch\.float64"):
+        eqm.sample(model, seeds=[0], precision="bfloat16")
+
+
+def test_other_products_are_as_before_afterwards():
+    knobs = torch.backends.cuda.matmul, torch.backends.cudnn.conv
+    before = [knob.fp32_precision for knob in knobs]
+    cuda = torch.device("cuda")
+    with products_in("tf32", cuda):
+        assert [knob.fp32_precision for knob in knobs] == ["tf32", "tf32"]
+        with contextlib.suppress(KeyError), products_in("float32", cuda):
+            assert [knob.fp32_precision for knob in knobs] == ["ieee", "ieee"]
+            raise KeyError
+        assert [knob.fp32_precision for knob in knobs] == ["tf32", "tf32"]
+    assert [knob.fp32_precision for knob in knobs] == before
 
 
 def test_a_config_may_stop_samples():

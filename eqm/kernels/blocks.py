@@ -7,6 +7,7 @@ what is yet to be added goes from block to block beside the tokens.
 import functools
 from collections.abc import Callable
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -18,6 +19,9 @@ from eqm.network import MLP, Attention, Block, GatedMLP, Head
 Stream = tuple[Tensor, Tensor, Tensor, Tensor]
 """Tokens (B, N, D), and a product y (B, N, D), its bias (D,) and a gate (B, D): gate * y is yet to
 be added to the tokens, and y's bias has yet to get its gradient."""
+ATTENDED = torch.bfloat16, torch.float16
+"""Number types that our attention is for: where a training looks at samples in float32, whose
+products it would take one by one, attention is torch's."""
 Forward = Callable[[Block, Tensor | Stream, Tensor], Tensor | Stream]
 
 
@@ -25,7 +29,8 @@ Forward = Callable[[Block, Tensor | Stream, Tensor], Tensor | Stream]
 def block_forward(*, attends: bool, carries: bool) -> Forward:
     """What ``Block.forward`` computes of tokens (B, N, D) or a stream, under condition (B, D).
 
-    ``attends``: attention too is a kernel of ours. ``carries``: it gives a stream, else tokens.
+    ``attends``: attention too is a kernel of ours, in half precision. ``carries``: it gives a
+    stream, else tokens.
     """
 
     def forward(block: Block, given: Tensor | Stream, condition: Tensor) -> Tensor | Stream:
@@ -57,7 +62,7 @@ def _normed(given: Tensor | Stream, shift: Tensor, scale: Tensor) -> tuple[Tenso
 
 def _attended(module: Attention, hidden: Tensor, *, attends: bool) -> tuple[Tensor, Tensor]:
     """What comes out of attention, and the bias that has yet to get its gradient."""
-    if attends:
+    if attends and hidden.dtype in ATTENDED:
         qkv = _product(module.qkv, hidden)
         mixed = attention(qkv, module.qkv.bias, module.heads)
     else:

@@ -135,6 +135,8 @@ def check(plan: Plan) -> Job:
 
 MACHINE = [
     (0, {"compute.fused": True}, r"compute\.fused is True; .* this trains on a CPU"),
+    (0, {"train.precision": "tf32"}, r"train\.precision is 'tf32', .* device is cpu: use"),
+    (0, {"generate.sampler.precision": "tf32"}, r"generate\.sampler\.precision is 'tf32', .* cpu"),
     (
         1,
         {"compute.parallel": "fsdp2", "processes": 2},
