@@ -173,8 +173,10 @@ def setup(context: Context, mine: lease.Held | None = None) -> Run:
     check_micro_batch(compute, stage.objective, stage.train.batch_size // context.world.size)
     check_attention(compute, stage.network, stage.train)
     choose_products(stage.train.precision, device)
-    grids = context.job.runtime.grid_sampler.precision
-    check_products(grids, device, setting="generate.sampler.precision")
+    runtime = context.job.runtime
+    if runtime.grid_every_images is not None:
+        sampled = runtime.grid_sampler.precision
+        check_products(sampled, device, setting="generate.sampler.precision")
     if context.world.is_first and (told := slow_bfloat16(stage.train, device)) is not None:
         sys.stderr.write(told + "\n")
     spec = ModelSpec(

@@ -10,7 +10,7 @@ from PIL import Image
 
 from eqm import glimpse
 from eqm.config import SamplerConfig
-from eqm.errors import DataError, EqmError, IntegrityError, StoreError
+from eqm.errors import ConfigError, DataError, EqmError, IntegrityError, StoreError
 from eqm.events import events_of
 from eqm.frechet import Gaussian
 from eqm.latent_set import open_manifest
@@ -69,6 +69,15 @@ def test_looks_are_in_the_log_and_sealed_and_training_is_the_same(
     for event in looks:
         assert record.logs[f"samples-{event.images_seen:012d}-grid.png"] == event.blobs["grid.png"]
         assert store.get(event.blobs["grid.png"]).startswith(b"\x89PNG")
+
+
+def test_how_samples_are_taken_is_no_matter_where_nobody_looks(tiny: chain.Chain, tmp_path) -> None:
+    """A machine that trains need not be one that samples."""
+    asked = {"grid_sampler": SamplerConfig(updates=3, precision="tf32")}
+    job = chain.untrained(tiny, tmp_path / "unseen", **asked)
+    assert chain.run(job).content == tiny["train"].content
+    with pytest.raises(ConfigError, match=r"generate\.sampler\.precision is 'tf32'"):
+        chain.run(chain.untrained(tiny, tmp_path / "seen", grid_every_images=320, **asked))
 
 
 @pytest.mark.parametrize("kind", [DataError, StoreError, IntegrityError])
