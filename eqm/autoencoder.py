@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from eqm.config import AutoencoderFit, PretrainedFile, SourceConfig
+from eqm.disk import hash_file
 from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.latents import unwhiten
 from eqm.precision import full_precision
@@ -363,6 +364,36 @@ def pretrained(file: PretrainedFile, source: SourceConfig) -> Autoencoder:
     _check_fits(full, source, place.name)
     shift, scale = _whitening(full, place.name)
     return sealed_autoencoder(network, source, name="pretrained", shift=shift, scale=scale)
+
+
+def for_latents(place: str | Path, shape: tuple[int, int, int]) -> Autoencoder:
+    """The autoencoder of latents of a shape (C, H, W), of whoever has it on this machine.
+
+    "identity" for pixels, x / 127.5 - 1; else the folder or .safetensors file that diffusers wrote,
+    which is taken as it lies there. Raises ConfigError for what does not make such latents,
+    DataError for what is not there.
+    """
+    if str(place) == IDENTITY["kind"]:
+        made = identity(SourceConfig(image_size_px=shape[1], channels=shape[0]))
+    else:
+        weights = weights_file(Path(place))
+        if not weights.is_file():
+            raise DataError(
+                f"autoencoder {str(place)!r}: there is no {weights}; give 'identity' for pixels, "
+                "or the folder that diffusers wrote"
+            )
+        file = PretrainedFile(uri=str(weights), sha256=hash_file(weights))
+        found = open_store(str(weights.parent)).read(CONFIG)
+        written = _json(found, str(weights.with_name(CONFIG)))
+        halvings = len(written.get("block_out_channels", [0])) - 1
+        size, channels = shape[1] * 2**halvings, written.get("in_channels", 3)
+        made = pretrained(file, SourceConfig(image_size_px=size, channels=channels))
+    if made.spec.shape != shape:
+        raise ConfigError(
+            f"the autoencoder {str(place)!r} makes latents of shape {made.spec.shape}, and those "
+            f"of the model have {shape}: give the one that it was trained on"
+        )
+    return made
 
 
 def read_pretrained(file: PretrainedFile) -> bytes:

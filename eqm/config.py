@@ -44,13 +44,24 @@ PROGRAMS = {
 
 
 def _known(config: Any, section: str) -> None:
-    """Refuse values that are none of a field's choices, which Python itself would let pass."""
+    """Refuse what is none of a field's choices, or no number: Python itself would let it pass."""
     kind: type[Any] = config.__class__
     for name, hint in get_type_hints(kind).items():
+        place, value = f"{section}.{name}", getattr(config, name)
         if get_origin(hint) is Literal:
             choices = get_args(hint)
-            value = getattr(config, name)
-            require(value in choices, f"{section}.{name}", value, f"one of {choices}")
+            require(value in choices, place, value, f"one of {choices}")
+        elif hint in (int, int | None):
+            ok = (value is None and hint is not int) or _is_number(value, int)
+            require(ok, place, value, "a whole number")
+        elif hint in (float, float | None):
+            ok = (value is None and hint is not float) or _is_number(value, (int, float))
+            require(ok, place, value, "a number")
+
+
+def _is_number(value: object, kinds: type | tuple[type, ...]) -> bool:
+    """Whether it is one, and True and False are none."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def _positive(config: Any, section: str, *names: str) -> None:

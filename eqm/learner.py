@@ -8,6 +8,7 @@ dropped) is a function of (seed, n). Pure: knows no files and no ranks.
 """
 
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,6 +32,10 @@ if TYPE_CHECKING:
 
 FLAGS = 2
 """Numbers of an update that processes add up beside its gradient: the loss, and whether to stop."""
+
+
+MUCH = 0.05
+"""Of the initial weights in the averages of a whole run: samples show it."""
 
 
 class Learner:
@@ -250,6 +255,23 @@ def learning_rate(config: TrainConfig, images_seen: int) -> float:
     return config.learning_rate * warm * decay
 
 
+def initial_share(config: TrainConfig) -> float:
+    """Share of the initial weights in the averages at the end of a run."""
+    return 2.0 ** -(config.updates * config.batch_size / config.ema_half_life_images)
+
+
+def told_of_averages(config: TrainConfig) -> str | None:
+    """What to say of a run that is short for its averages; None where there is nothing to say."""
+    share = initial_share(config)
+    if share < MUCH:
+        return None
+    return (
+        f"the averaged weights at the end of this run will hold {share:.0%} of the initial ones: "
+        f"train.ema_half_life_images is {config.ema_half_life_images:,.0f}, and train.images "
+        f"{config.images:,}; make the half-life a tenth of the run, or the run longer"
+    )
+
+
 def check_slope(network: nn.Module, config: ObjectiveConfig) -> None:
     """Refuse the l2 energy of a network that is zero everywhere. Raises ConfigError.
 
@@ -301,13 +323,16 @@ def learn(
     ``x`` (N, C, H, W) in the dtype of the weights, ``labels`` (N,) int64 or None; ``network`` a
     Transformer or UNet, which is changed. ``c`` is any function of gamma that is 0 at 1 and
     positive before. ``on_update(images_seen, loss)`` is called after each update, and waits for the
-    device. The same arguments give the same bits on one kind of device. Raises DataError for data
+    device. The same arguments give the same bits on one kind of device. Warns of averages that will
+    hold much of the initial weights. Raises DataError for data
     that do not fit or are not finite, ConfigError.
     """
     asked, config = objective or ObjectiveConfig(), train or TrainConfig()
     if not any(p.requires_grad for p in network.parameters()):
         # As an earlier call leaves it: this one goes on from there.
         network.train().requires_grad_(True)
+    elif (told := told_of_averages(config)) is not None:
+        warnings.warn(told, stacklevel=2)
     check_slope(network, asked)
     given = None if labels is None else _labels(labels)
     _check_data(network, x, given)
@@ -386,4 +411,10 @@ def _check_data(network: nn.Module, x: Tensor, labels: Tensor | None) -> None:
         raise DataError("labels were given to a network without labels: leave them out")
     if len(labels) != len(x):
         raise DataError(f"{len(labels)} labels for {len(x)} data: give one each")
-    check_labels(labels, classes=int(network.classes))  # type: ignore[arg-type]
+    classes = int(network.classes)  # type: ignore[arg-type]
+    check_labels(labels, classes=classes)
+    if int(labels.max()) == classes and bool((labels > 0).all()):
+        raise DataError(
+            f"labels go from {int(labels.min())} to {classes}, and {classes} is no class here: it "
+            f"stands for no label. Classes are 0 to {classes - 1}: if yours begin at 1, take 1 off"
+        )

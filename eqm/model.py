@@ -11,17 +11,17 @@ anything in it.
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from eqm import checkpoint, field
-from eqm.autoencoder import Autoencoder, load_autoencoder
+from eqm.autoencoder import Autoencoder, for_latents, load_autoencoder
 from eqm.config import NetworkConfig, ObjectiveConfig
 from eqm.distributed import pick_device
 from eqm.ema import Reconstruction, plan_reconstruction, weighted_sum
@@ -42,6 +42,8 @@ NO_AUTOENCODER = "none"
 """What latents of a model that was trained in memory are of."""
 SD_VAE = "SD-VAE, not verified"
 """What latents of official checkpoints are of; which file it was, nobody says."""
+Labels: TypeAlias = Tensor | Sequence[int]
+"""(B,) int64."""
 FURTHER = ("ema-", "power-")
 """How the names of averages begin that a training leaves beside the main ones."""
 SD_VAE_SCALE = 0.18215
@@ -139,9 +141,36 @@ class Model:
         if self._open_autoencoder is None:
             raise DataError(
                 f"this model came without its autoencoder ({self.spec.latent.autoencoder}), so "
-                "latents cannot be decoded: give it, as eqm.load(..., autoencoder=...)"
+                "latents cannot be decoded: give model.with_autoencoder(...) one, 'identity' for "
+                "pixels, or `eqm import-official --autoencoder` the folder of SD-VAE"
             )
         return self._open_autoencoder().to(self.device)
+
+    def with_autoencoder(self, autoencoder: "Autoencoder | str | Path") -> "Model":
+        """This model, and what decodes its latents: for one that came without, or with another.
+
+        An autoencoder, or where one lies (:func:`eqm.autoencoder.for_latents`). Raises ConfigError
+        for one whose latents mean something else, and DataError.
+        """
+        latent = self.spec.latent
+        given = (
+            autoencoder
+            if isinstance(autoencoder, Autoencoder)
+            else for_latents(autoencoder, latent.shape)
+        )
+        if given.spec.shape != latent.shape:
+            raise ConfigError(
+                f"the autoencoder makes latents of shape {given.spec.shape}, and those of the "
+                f"model have {latent.shape}: give the one that it was trained on"
+            )
+        wrong = list(_other_latents(latent, given.spec))
+        if wrong:
+            raise ConfigError(
+                f"the autoencoder makes other latents than those of the model: {'; '.join(wrong)}. "
+                "Give the one that it was trained on"
+            )
+        spec = dataclasses.replace(self.spec, latent=given.spec)
+        return Model(spec, cast("torch.nn.Module", self.field.network), autoencoder=lambda: given)
 
     @property
     def device(self) -> torch.device:
@@ -159,18 +188,18 @@ class Model:
         return self
 
     def gradient(
-        self, x: Tensor, labels: Tensor | None = None, gamma: Tensor | None = None
+        self, x: Tensor, labels: Labels | None = None, gamma: Tensor | None = None
     ) -> Tensor:
         """Gradient at latents x (B, C, H, W): points from data to noise; the same shape.
 
-        ``labels`` (B,) int64; None takes the null label. ``gamma`` (B,) is for the baselines that
-        are conditioned on it. The true gradient of the energy, where that is explicit. Raises
+        ``labels`` (B,) whole numbers; None takes the null label. ``gamma`` (B,) is for the baselines
+        that are conditioned on it. The true gradient of the energy, where that is explicit. Raises
         DataError for what does not fit or is not finite.
         """
         return self.field.gradient(*self.checked(x, labels, gamma))
 
     def energy(
-        self, x: Tensor, labels: Tensor | None = None, gamma: Tensor | None = None
+        self, x: Tensor, labels: Labels | None = None, gamma: Tensor | None = None
     ) -> Tensor:
         """Energy at latents x, (B,): rises toward noise. Raises ValueError for implicit models."""
         with torch.no_grad():
@@ -187,7 +216,7 @@ class Model:
         return field.guided(self.field, labels, scale=guidance, channels=channels)
 
     def checked(
-        self, x: Tensor, labels: Tensor | None, gamma: Tensor | None = None
+        self, x: Tensor, labels: Labels | None, gamma: Tensor | None = None
     ) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Latents, labels and levels as they were given, if they fit. Raises DataError."""
         self.check_latents(x)
@@ -214,7 +243,7 @@ class Model:
         if len(odd):
             raise DataError(f"latent {int(odd[0])} of {len(x)} has NaN or infinite entries")
 
-    def checked_labels(self, count: int, labels: Tensor | None) -> Tensor | None:
+    def checked_labels(self, count: int, labels: Labels | None) -> Tensor | None:
         """Labels for so many latents, the null label where none are given. Raises DataError."""
         classes = len(self.spec.classes)
         if labels is None:
@@ -227,6 +256,10 @@ class Model:
             return null if classes else None
         if not classes:
             raise DataError("this model was trained without labels: leave them out")
+        try:
+            labels = torch.as_tensor(labels)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise DataError(f"labels are no whole numbers ({error}): give (B,) int64") from error
         if labels.dtype != torch.int64 or labels.dim() != 1:
             raise DataError(
                 f"labels are {labels.dtype} of shape {tuple(labels.shape)}; give (B,) int64"
@@ -238,14 +271,16 @@ class Model:
         return labels.to(self.device)
 
     def save(self, folder: str | Path) -> None:
-        """Write a directory that :func:`load` reads, with digests; refuses one that exists.
+        """Write a directory that :func:`load` reads, with digests.
 
-        The autoencoder goes with it, where there is one.
+        The autoencoder goes with it, where there is one. Raises ConfigError for what exists.
         """
         from eqm.autoencoder import autoencoder_to_bytes
 
         folder = Path(folder)
-        folder.mkdir(parents=True, exist_ok=False)
+        if folder.exists():
+            raise ConfigError(f"{folder} exists: name a directory that does not")
+        folder.mkdir(parents=True)
         files = {
             "model.json": spec_to_bytes(self.spec),
             "ema.safetensors": checkpoint.tensors_to_bytes(self.network.state_dict()),
@@ -267,7 +302,7 @@ def load(
     energy: field.Energy | None = None,
     num_heads: int | None = None,
     flow_matching: bool = False,
-    autoencoder: Autoencoder | None = None,
+    autoencoder: Autoencoder | str | Path | None = None,
     device: str = "auto",
     dtype: torch.dtype = torch.float32,
     mlflow_uri: str | None = None,
@@ -283,7 +318,8 @@ def load(
 
     An official file holds no config: ``energy`` says how its weights are to be read (None:
     "implicit"), ``num_heads`` is needed for widths that the paper has not, ``flow_matching`` reads
-    a SiT, and ``autoencoder`` is what its latents belong to. Raises ConfigError, DataError,
+    a SiT, and ``autoencoder`` decodes its latents: one, or the folder of SD-VAE that diffusers
+    wrote (:meth:`Model.with_autoencoder`). Raises ConfigError, DataError,
     StoreError, IntegrityError.
     """
     if weights not in ("ema", "raw") and not weights.startswith(FURTHER):
@@ -305,7 +341,7 @@ def load(
     else:
         model = _from_sealed(uri, weights=weights, mlflow_uri=mlflow_uri, cache=cache)
     if autoencoder is not None:
-        model = Model(model.spec, model.network, autoencoder=lambda: autoencoder)
+        model = model.with_autoencoder(autoencoder)
     return model.to(pick_device(device), dtype)
 
 
@@ -583,18 +619,21 @@ def check_same(known: ModelSpec, spec: ModelSpec, where: str) -> None:
     ``known`` is what they were trained as, ``spec`` what they are to become. What ``known`` leaves
     open is not compared. Raises ConfigError.
     """
-    skipped = {NO_AUTOENCODER: set(_names(known.latent)), SD_VAE: {"autoencoder"}}
     wrong = [
         *_differences("network", known.network, spec.network, skip=_unused(known.network)),
-        *_differences(
-            "latent", known.latent, spec.latent, skip=skipped.get(known.latent.autoencoder, set())
-        ),
+        *_other_latents(known.latent, spec.latent),
     ]
     if wrong:
         raise ConfigError(
             f"{where} holds weights that mean something else here: {'; '.join(wrong)}. Begin from "
             "weights of the same network and autoencoder, or make this config as theirs"
         )
+
+
+def _other_latents(known: LatentSpec, here: LatentSpec) -> Iterator[str]:
+    """In what latents differ, as far as it is known."""
+    skipped = {NO_AUTOENCODER: set(_names(known)), SD_VAE: {"autoencoder"}}
+    return _differences("latent", known, here, skip=skipped.get(known.autoencoder, set()))
 
 
 def _differences(section: str, known: object, here: object, *, skip: set[str]) -> Iterator[str]:

@@ -74,7 +74,13 @@ def check_decay(c: Decay) -> None:
     not everywhere 0: it is looked at 1001 levels.
     """
     gamma = torch.linspace(0, 1, 1001, dtype=torch.float64)
-    values = c(gamma)
+    asked = "c is given a tensor of levels gamma, (B,), and returns as many, as 1 - gamma does"
+    try:
+        values = c(gamma)
+    except Exception as error:
+        raise ConfigError(f"{asked}; it raised {type(error).__name__}: {error}") from error
+    if not isinstance(values, Tensor):
+        raise ConfigError(f"{asked}; it returned a {type(values).__name__}")
     if values.shape != gamma.shape or not bool(values.isfinite().all()):
         found = f"shape {tuple(values.shape)}"
         if values.shape == gamma.shape:

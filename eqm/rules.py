@@ -254,6 +254,11 @@ class Optimiser:
     settings: tuple[tuple[str, object], ...]
 
     def __init__(self, kind: type[torch.optim.Optimizer], **settings: object) -> None:
+        if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
+            raise ValueError(
+                f"kind is a {type(kind).__name__}: give a class of torch.optim and its settings, "
+                "as Optimiser(torch.optim.Adam, lr=0.01)"
+            )
         if issubclass(kind, torch.optim.LBFGS):
             settings = {"max_iter": 1, **settings}
             if settings["max_iter"] != 1 or settings.get("line_search_fn") is not None:

@@ -313,7 +313,7 @@ def _update(plan: _Plan, state: _State, gradient: Gradient, constraint: _Constra
     norm, g = norms(move.gradient), move.gradient
     stopping = torch.zeros_like(state.active)
     if plan.stop is not None:
-        stopping = state.active & plan.stop(Look(state.x, g, norm, state.updates))
+        stopping = state.active & _told(plan.stop(Look(state.x, g, norm, state.updates)), norm)
     moving = state.active & ~stopping
     there = _nearest(move.x, constraint.project)
     step = (there - state.x).to(state.lengths.dtype)
@@ -339,6 +339,20 @@ def _update(plan: _Plan, state: _State, gradient: Gradient, constraint: _Constra
         diverged=state.diverged | (moving & ~sound),
         gradient=g,
         swings=swings,
+    )
+
+
+def _told(stopping: object, norm: Tensor) -> Tensor:
+    """What a stop rule said, (B,) bool. Raises ConfigError for something else."""
+    if isinstance(stopping, Tensor) and stopping.dtype == torch.bool:
+        if stopping.shape == norm.shape:
+            return stopping
+        found = f"bool of shape {tuple(stopping.shape)}"
+    else:
+        found = _kind(stopping)
+    raise ConfigError(
+        f"the stop rule says {found}: it must say for each of {len(norm)} samples whether it "
+        "stops, as look.gradient_norms < 10 does"
     )
 
 

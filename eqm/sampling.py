@@ -22,9 +22,9 @@ from torch import Tensor
 from eqm import field, rules, sampler
 from eqm.autoencoder import Autoencoder
 from eqm.config import SamplerConfig
-from eqm.errors import ConfigError, DataError
+from eqm.errors import ConfigError, DataError, require
 from eqm.field import Gradient
-from eqm.model import Model, ModelSpec
+from eqm.model import Labels, Model, ModelSpec
 from eqm.precision import check_products, products_in
 from eqm.sampler import Descent, Known, Problem, Projection, StopRule
 
@@ -110,7 +110,7 @@ class Composition:
         """Refuse latents that do not fit. Raises DataError."""
         self.first.check_latents(x)
 
-    def checked_labels(self, count: int, labels: Tensor | None) -> Tensor | None:
+    def checked_labels(self, count: int, labels: Labels | None) -> Tensor | None:
         """None: labels belong to the parts. Raises DataError where some are given."""
         if labels is not None:
             raise DataError("the labels of a composition are those of its parts: leave them out")
@@ -174,7 +174,7 @@ class Samples(Descent):
 def sample(
     model: Model | Composition,
     *,
-    labels: Tensor | Sequence[int] | None = None,
+    labels: Labels | None = None,
     seeds: Sequence[int] | None = None,
     start: Tensor | None = None,
     rule: rules.Rule | None = None,
@@ -212,6 +212,7 @@ def sample(
     asked = _asked(
         *(model, labels, seeds, start, rule, updates, guidance, guidance_channels, project),
         precision,
+        stop,
     )
     common = {"rule": asked.rule, "updates": updates, "stop": stop, "check_every": check_every}
     if slots is not None:
@@ -240,7 +241,7 @@ def sample(
 def samples_as_found(
     model: Model | Composition,
     *,
-    labels: Tensor | Sequence[int] | None = None,
+    labels: Labels | None = None,
     seeds: Sequence[int],
     slots: int,
     rule: rules.Rule | None = None,
@@ -257,7 +258,9 @@ def samples_as_found(
     slots even where fewer samples are asked for: the bits of one do not depend on the others.
     """
     asked = _asked(
-        *(model, labels, seeds, None, rule, updates, guidance, guidance_channels, None), precision
+        *(model, labels, seeds, None, rule, updates, guidance, guidance_channels, None),
+        precision,
+        stop,
     )
     found = sampler.found_in_slots(
         asked.problem,
@@ -284,7 +287,7 @@ class _Asked:
 
 def _asked(
     model: Model | Composition,
-    labels: Tensor | Sequence[int] | None,
+    labels: Labels | None,
     seeds: Sequence[int] | None,
     start: Tensor | None,
     rule: rules.Rule | None,
@@ -293,13 +296,14 @@ def _asked(
     channels: int | None,
     project: Known | Projection | None,
     precision: Precision | None,
+    stop: StopRule | None,
 ) -> _Asked:
     """Check what is asked. Raises DataError, ConfigError."""
+    _check_kinds(rule, stop, updates)
     _check_precision(model, precision)
     names = _names(seeds)
     first, count = _starts(model, names, start)
-    given = None if labels is None else torch.as_tensor(labels)
-    checked = model.checked_labels(count, given)
+    checked = model.checked_labels(count, labels)
     if guidance != 1.0 and labels is None and isinstance(model, Model):
         raise DataError(
             f"guidance is {guidance}, and no labels are given: give some, or guidance 1"
@@ -345,6 +349,19 @@ def _taken_in(precision: Precision | None, gradient: Gradient, device: torch.dev
             return gradient(x, gamma).to(x.dtype)
 
     return taken
+
+
+def _check_kinds(rule: object, stop: object, updates: object) -> None:
+    """Refuse what is no rule, no stop rule or no number of updates. Raises ConfigError."""
+    if rule is not None and (isinstance(rule, type) or not callable(getattr(rule, "move", None))):
+        raise ConfigError(
+            f"rule is {rule!r}: give a rule, as eqm.NAG(step_size=0.003, momentum=0.3)"
+        )
+    if stop is not None and not callable(stop):
+        raise ConfigError(
+            f"stop is {stop!r}: give eqm.GradientNormBelow({stop!r}), or a function of a Look"
+        )
+    require(hasattr(updates, "__index__"), "updates", updates, "a whole number")
 
 
 def _together(
@@ -411,7 +428,9 @@ def _names(seeds: Iterable[Any] | None) -> Tensor | None:
     try:
         names = [operator.index(s) for s in seeds]
     except TypeError as error:
-        raise DataError(f"seeds are whole numbers: {error}") from error
+        raise DataError(
+            f"seeds are a sequence of whole numbers, as range(8) or [3]: {error}"
+        ) from error
     odd = [s for s in names if not 0 <= s <= MAX_SEED]
     if odd:
         raise DataError(f"seed {odd[0]} is out of range: seeds go from 0 to {MAX_SEED}")
@@ -474,7 +493,7 @@ class Scores:
 def score(
     model: Model,
     x: Tensor,
-    labels: Tensor | None = None,
+    labels: Labels | None = None,
     *,
     rule: rules.Rule | None = None,
     updates: int = 100,

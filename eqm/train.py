@@ -37,7 +37,7 @@ from eqm.first_weights import first_network
 from eqm.frechet import Gaussian
 from eqm.latent_set import LatentSet, open_manifest
 from eqm.latents import sample_latents
-from eqm.learner import FLAGS, Learner, diverged, learning_rate
+from eqm.learner import FLAGS, Learner, diverged, learning_rate, told_of_averages
 from eqm.model import Model, ModelSpec
 from eqm.objective import Corrupted
 from eqm.patience import PASSING, Patience
@@ -208,6 +208,9 @@ def setup(context: Context, mine: lease.Held | None = None) -> Run:
     )
     resume(run)
     begin_log(run)
+    told = told_of_averages(stage.train) if stage.train.init_from is None else None
+    if told is not None and run.world.is_first:
+        sys.stderr.write(f"warning: {told}\n")
     return run
 
 

@@ -520,6 +520,10 @@ def import_official(
     flow_matching: Annotated[
         bool, typer.Option("--flow-matching", help="The weights are of a SiT.")
     ] = False,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(help="Folder of SD-VAE as diffusers wrote it, to be kept with the model."),
+    ] = None,
 ) -> None:
     """Turn a checkpoint of the official code into a model directory. Runs no code in it."""
     import eqm
@@ -537,6 +541,7 @@ def import_official(
         energy=energy,  # type: ignore[arg-type]
         num_heads=num_heads,
         flow_matching=flow_matching,
+        autoencoder=autoencoder,
         device="cpu",
     )
     model.save(to)

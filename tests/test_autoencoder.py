@@ -13,6 +13,7 @@ from eqm.autoencoder import (
     Autoencoder,
     autoencoder_from_bytes,
     autoencoder_to_bytes,
+    for_latents,
     fresh_network,
     identity,
     load_autoencoder,
@@ -233,6 +234,19 @@ def test_a_folder_of_diffusers_is_loaded(tmp_path: Path) -> None:
     assert pretrained(weights, SOURCE).spec == found.spec
     again = autoencoder_from_bytes(autoencoder_to_bytes(found))
     assert again.spec == found.spec
+
+
+def test_latents_find_their_autoencoder_on_this_machine(tmp_path: Path) -> None:
+    file = written(tmp_path / "vae")
+    for place in (tmp_path / "vae", f"{file.uri}/diffusion_pytorch_model.safetensors"):
+        found = for_latents(place, (2, 4, 4))
+        assert found.spec == pretrained(file, SOURCE).spec
+        assert torch.equal(found.encode(pixels()), a_kl().encode(pixels()))
+    assert for_latents("identity", (3, 8, 8)).spec.image_size_px == 8
+    with pytest.raises(ConfigError, match=r"makes latents of shape \(2, 4, 4\), and those"):
+        for_latents(tmp_path / "vae", (4, 4, 4))
+    with pytest.raises(DataError, match=r"there is no .*/nowhere; give 'identity'"):
+        for_latents(tmp_path / "nowhere", (2, 4, 4))
 
 
 def test_whitening_is_what_the_config_says(tmp_path: Path) -> None:

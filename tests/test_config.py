@@ -9,6 +9,7 @@ from eqm.config import (
     PRESETS,
     PROGRAMS,
     NetworkConfig,
+    ObjectiveConfig,
     PipelineConfig,
     TrainConfig,
     demo,
@@ -127,3 +128,19 @@ def test_stage_config_is_typed() -> None:
 def test_where_images_lie_is_in_no_stage_config() -> None:
     config = PipelineConfig(source=demo().source, source_uri="somewhere")
     assert "somewhere" not in str(to_json(config.source))
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda: TrainConfig(images=1e6), "train.images is 1000000.0; it must be a whole number"),
+        (lambda: TrainConfig(images="10"), "train.images is '10'; it must be a whole number"),
+        (lambda: TrainConfig(batch_size=True), "train.batch_size is True; it must be a whole"),
+        (lambda: TrainConfig(gradient_clip="1"), "train.gradient_clip is '1'; it must be a number"),
+        (lambda: NetworkConfig(depth=2.5), "network.depth is 2.5; it must be a whole number"),
+        (lambda: ObjectiveConfig(a=None), "objective.a is None; it must be a number"),
+    ],
+)
+def test_numbers_of_another_kind_are_refused_in_python_too(make: Any, told: str) -> None:
+    with pytest.raises(ConfigError, match=told):
+        make()

@@ -12,7 +12,7 @@ from eqm.config import NetworkConfig, ObjectiveConfig, TrainConfig, replace
 from eqm.ema import LONGEST_SIGMA_REL
 from eqm.errors import ConfigError, DataError
 from eqm.field import Field
-from eqm.learner import Learner, check_slope, learn
+from eqm.learner import Learner, check_slope, initial_share, learn
 from eqm.network import Transformer
 from eqm.objective import (
     Corrupted,
@@ -601,3 +601,50 @@ def test_averages_of_other_tracks_are_refused():
         learner(network()).load_averages(kept)
     tracking.load_averages({"power-0.1": {n: a + 1 for n, a in kept["power-0.1"].items()}})
     assert float(tracking.averages()["power-0.1"]["head.linear.bias"].min()) == 1
+
+
+# -- arguments that a person may get wrong -------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("c", "told"),
+    [
+        (lambda gamma: 4.0, "it returned a float"),
+        (lambda gamma: (1 - gamma).numpy(), "it returned a ndarray"),
+        (lambda gamma: gamma if gamma < 0.5 else 0 * gamma, "it raised RuntimeError"),
+    ],
+)
+def test_a_c_that_is_no_function_of_tensors_is_told_what_it_gets(digits, c, told):
+    with pytest.raises(ConfigError, match=f"given a tensor of levels gamma.*{told}"):
+        learn(network(), *digits, c=c, train=SHORT)
+
+
+def test_labels_that_begin_at_1_are_not_taken_for_no_label(digits):
+    x, labels = digits
+    with pytest.raises(DataError, match=r"labels go from 1 to 10, and 10 is no class.*take 1 off"):
+        learn(network(), x, labels + 1, train=SHORT)
+    # A set of which some have no label is meant so.
+    some = labels.clone()
+    some[:10] = 10
+    learn(network(), x, some, train=replace(SHORT, images=64))
+
+
+@pytest.mark.filterwarnings("error:the averaged weights")
+def test_averages_that_stay_at_the_initial_weights_are_told(digits):
+    long = replace(SHORT, ema_half_life_images=512.0)
+    assert initial_share(long) == 0.5
+    with pytest.warns(UserWarning, match=r"hold 50% of the initial.*half_life_images is 512"):
+        learn(network(), *digits, train=long)
+    net = network()
+    learn(net, *digits, train=replace(SHORT, ema_half_life_images=100.0))
+    # What it begins from is trained already.
+    learn(net, *digits, train=long)
+
+
+def test_the_average_of_a_run_that_stood_still_is_its_share_of_the_initial_weights(digits):
+    from eqm.ema import EMA
+
+    share, ema = initial_share(SHORT), EMA({"w": torch.ones(1)}, half_life_images=200.0)
+    for _ in range(SHORT.updates):
+        ema.update({"w": torch.zeros(1)}, images=64)
+    assert float(ema.state_dict()["w"]) == pytest.approx(share, rel=1e-5)

@@ -100,7 +100,7 @@ def test_a_compiled_network_is_saved_under_its_own_names(trained: Model, tmp_pat
 
 
 def test_a_directory_is_never_overwritten(trained: Model, saved: Path) -> None:
-    with pytest.raises(FileExistsError):
+    with pytest.raises(ConfigError, match="exists: name a directory that does not"):
         trained.save(saved)
 
 

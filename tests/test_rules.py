@@ -243,3 +243,9 @@ def test_memory_is_refilled_slot_by_slot():
 def test_what_cannot_be_is_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_an_optimiser_is_a_class_and_its_settings():
+    made = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
+    with pytest.raises(ValueError, match=r"kind is a Adam: give a class of torch\.optim"):
+        Optimiser(made)

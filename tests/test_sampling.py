@@ -10,8 +10,14 @@ from reference import official
 from safetensors.torch import load_file
 
 import eqm
-from eqm.autoencoder import identity
-from eqm.config import NetworkConfig, ObjectiveConfig, SamplerConfig, SourceConfig
+from eqm.autoencoder import fresh_network, identity
+from eqm.config import (
+    AutoencoderFit,
+    NetworkConfig,
+    ObjectiveConfig,
+    SamplerConfig,
+    SourceConfig,
+)
 from eqm.errors import ConfigError, DataError
 from eqm.learner import learn
 from eqm.model import Model
@@ -631,3 +637,75 @@ def test_a_model_without_labels_takes_none():
         eqm.sample(model, labels=[0], seeds=[0], updates=1)
     with pytest.raises(DataError, match="no labels are given"):
         eqm.sample(model, seeds=[0], updates=1, guidance=2.0)
+
+
+# -- what is no argument of the kind asked for ---------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ({"rule": "nag"}, "rule is 'nag': give a rule, as eqm.NAG"),
+        ({"rule": NAG}, "rule is <class .*: give a rule, as eqm.NAG"),
+        ({"stop": 10.0}, r"stop is 10.0: give eqm.GradientNormBelow\(10.0\)"),
+        ({"updates": 2.5}, "updates is 2.5; it must be a whole number"),
+        ({"stop": lambda look: True}, "stop rule says bool: it must say for each of 2"),
+        ({"stop": lambda look: look.gradient_norms}, "stop rule says torch.float32"),
+        ({"stop": lambda look: (look.gradient_norms < 1).all()}, "stop rule says bool of shape"),
+    ],
+)
+def test_what_is_no_rule_stop_rule_or_number_is_told(model, wrong, told):
+    with pytest.raises(ConfigError, match=told):
+        eqm.sample(model.to(torch.float32), seeds=[0, 1], **{"updates": 2, **wrong})
+
+
+def test_seeds_and_labels_may_be_any_sequence_of_whole_numbers(model):
+    model.to(torch.float64)
+    x, labels = latents(3), [0, 1, 2]
+    as_tensor = torch.tensor(labels)
+    assert torch.equal(model.gradient(x, labels), model.gradient(x, as_tensor))
+    one, other = (eqm.score(model, x, given, updates=2) for given in (labels, as_tensor))
+    assert torch.equal(one.descent_length, other.descent_length)
+    with pytest.raises(DataError, match=r"as range\(8\) or \[3\]"):
+        eqm.sample(model, seeds=3, updates=1)
+    with pytest.raises(DataError, match="labels are no whole numbers"):
+        eqm.sample(model, seeds=[0], labels=["3"], updates=1)
+
+
+def vae(folder, **changes):
+    """A folder as diffusers writes SD-VAE: 4 channels, 8 pixels a latent."""
+    source, fit = SourceConfig(image_size_px=64, channels=3), AutoencoderFit(widths=(8,) * 4)
+    network = fresh_network(fit, source)
+    network.register_to_config(**changes)
+    network.save_pretrained(folder)
+    return folder
+
+
+def test_an_official_checkpoint_is_decoded_by_the_autoencoder_that_is_given(checkpoint, tmp_path):
+    folder = vae(tmp_path / "vae", scaling_factor=0.18215)
+    model = eqm.load(checkpoint, num_heads=4, device="cpu", autoencoder=folder)
+    side = model.spec.latent.shape[1]
+    assert eqm.sample(model, seeds=[0], updates=1).images().shape == (1, 3, 8 * side, 8 * side)
+    model.save(tmp_path / "kept")
+    again = eqm.load(tmp_path / "kept", device="cpu")
+    assert again.spec == model.spec
+    x = latents(1, shape=model.spec.latent.shape).float()
+    assert torch.equal(again.autoencoder.decode(x), model.autoencoder.decode(x))
+
+
+def test_an_autoencoder_of_other_latents_is_refused(checkpoint, tmp_path, model):
+    other = vae(tmp_path / "other", scaling_factor=0.13025)
+    with pytest.raises(ConfigError, match=r"latent.scale was .*0\.18215.*is .*0\.13025"):
+        eqm.load(checkpoint, num_heads=4, device="cpu", autoencoder=other)
+    with pytest.raises(ConfigError, match="autoencoder makes latents of shape"):
+        model.with_autoencoder(identity(SourceConfig(image_size_px=8)))
+
+
+def test_pixels_that_were_learnt_in_memory_become_images():
+    network = Transformer(NetworkConfig(width=16, depth=1, heads=2), size=4, channels=1, classes=3)
+    plain = Model.of(network, objective=ObjectiveConfig())
+    with pytest.raises(DataError, match="'identity' for pixels"):
+        eqm.sample(plain, seeds=[0], updates=1).images()
+    seen = eqm.sample(plain.with_autoencoder("identity"), seeds=[0], updates=1)
+    shown = (127.5 * seen.latents + 128).clamp(0, 255).to(torch.uint8)
+    assert torch.equal(seen.images(), shown)
