@@ -452,7 +452,10 @@ SNAPSHOTS = 32
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """The optimisation: AdamW at a constant rate, EMA, label dropout (paper, appendix A)."""
+    """The optimisation: AdamW at a constant rate, EMA, label dropout (paper, appendix A).
+
+    Defaults are for digits; the paper's numbers are in eqm.recipes.
+    """
 
     images: int = 200_000
     """Length of the run."""

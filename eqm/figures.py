@@ -10,7 +10,7 @@ Legend: N images, K classes, R samples of each, C H W one image.
 import html
 import io
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,8 @@ SETTINGS = {
 LOG_FROM_RATIO = 20
 """Positive values whose largest is so many times the smallest are drawn on a logarithmic axis."""
 BINS = 48
+LEGEND_SHARE = 0.25
+"""Room above lines for their names, as a share of the height."""
 
 
 # -- PNG ----------------------------------------------------------------------------------------
@@ -170,6 +172,57 @@ def curve_svg(
             _short_ticks(axes.yaxis)
 
     return _svg(draw, title)
+
+
+Panel = tuple[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
+"""Title -> lines by name, each (x, y)."""
+
+
+def panels_png(
+    panels: Sequence[Panel],
+    *,
+    x_label: str,
+    marks: Sequence[float] = (),
+    logarithmic: Sequence[str] = (),
+) -> bytes:
+    """PNG of small plots, two a row.
+
+    ``marks`` are places on the x axis where something happened: a dashed line in each plot. Those
+    of ``logarithmic`` titles are so upwards where their values span orders of magnitude.
+    """
+    import matplotlib
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        settings: dict[Any, Any] = {**SETTINGS, "axes.edgecolor": "#888", "grid.color": "#888"}
+        matplotlib.rcParams.update(settings)
+        rows = -(-len(panels) // 2)
+        figure = Figure(figsize=(8.4, 2.2 * rows), layout="constrained", dpi=150)
+        for at, (title, lines) in enumerate(panels):
+            axes = figure.add_subplot(rows, 2, at + 1)
+            for name, (x, y) in lines.items():
+                main = name == title
+                colour = "#333333" if main else None
+                axes.plot(x, y, label=name, color=colour, linewidth=1.6 if main else 1.0)
+            for mark in marks:
+                axes.axvline(mark, color="#b06a00", linewidth=0.7, linestyle="--")
+            axes.set_title(title, fontsize=8)
+            axes.set_xlabel(x_label)
+            _short_ticks(axes.xaxis)
+            values = [value for _, y in lines.values() for value in y]
+            if title in logarithmic and _spans_orders(values):
+                _logarithmic(axes, "y")
+            else:
+                _short_ticks(axes.yaxis)
+            if len(lines) > 1:
+                low, high = axes.get_ylim()
+                axes.set_ylim(low, high + LEGEND_SHARE * (high - low))
+                axes.legend(fontsize=6, frameon=False, loc="upper right", ncol=3)
+        buffer = io.BytesIO()
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
 
 
 def histogram_svg(

@@ -192,7 +192,7 @@ class Model:
     ) -> Tensor:
         """Gradient at latents x (B, C, H, W): points from data to noise; the same shape.
 
-        ``labels`` (B,) whole numbers; None takes the null label. ``gamma`` (B,) is for the baselines
+        ``labels`` (B,) int64 or a list; None takes the null label. ``gamma`` (B,) is for baselines
         that are conditioned on it. The true gradient of the energy, where that is explicit. Raises
         DataError for what does not fit or is not finite.
         """

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from flows import data, imports, recovery, reports, samples, study_command
+from flows import curves, data, imports, recovery, reports, samples, study_command
 from flows.options import ConfigArgument, SetOption, check_folder
 from flows.terminal import any_encoding, show
 from flows.terminal import table as table_of
@@ -27,6 +27,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(samples.app, name="samples")
 app.add_typer(reports.app, name="report")
 app.command("study")(study_command.run_study)
+app.command("curves")(curves.curves)
 app.command("import-reference")(imports.import_reference)
 out = Console()
 err = Console(stderr=True)

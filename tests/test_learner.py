@@ -648,3 +648,41 @@ def test_the_average_of_a_run_that_stood_still_is_its_share_of_the_initial_weigh
     for _ in range(SHORT.updates):
         ema.update({"w": torch.zeros(1)}, images=64)
     assert float(ema.state_dict()["w"]) == pytest.approx(share, rel=1e-5)
+
+
+# -- a distribution whose optimum is known ------------------------------------------------------
+
+
+def gaussian_optimum(x, s, c):
+    """Of data N(0, s^2): E[(eps - x') c(gamma) given x], as an integral over gamma."""
+    gamma = torch.linspace(0, 1, 4001, dtype=torch.float64)
+    variance = gamma**2 * s**2 + (1 - gamma) ** 2
+    squares, size = x.double().flatten(1).square().sum(1, keepdim=True), x[0].numel()
+    weight = torch.softmax(-size / 2 * variance.log() - squares / (2 * variance), dim=1)
+    slope = c(gamma) * ((1 - gamma) - gamma * s**2) / variance
+    return ((weight * slope).sum(1).view(-1, 1, 1, 1) * x).float()
+
+
+@pytest.mark.parametrize(
+    ("energy", "images"),
+    [("implicit", 12_800), pytest.param("dot", 25_600, marks=pytest.mark.slow)],
+)
+def test_what_is_learnt_of_a_gaussian_is_the_field_that_is_known(energy, images):
+    s, generator, c = 0.5, torch.Generator().manual_seed(1), decay(ObjectiveConfig())
+    x = s * torch.randn(5000, 1, 4, 4, generator=generator)
+    net = network(NetworkConfig(width=64, depth=1, heads=2, patch=4), size=4, classes=None)
+    train = TrainConfig(
+        images=images,
+        batch_size=128,
+        learning_rate=4e-3,
+        decay_fraction=0.7,
+        ema_half_life_images=images / 20,
+    )
+    field = learn(net, x, objective=ObjectiveConfig(energy=energy), train=train).field
+    noise = torch.randn(2, 4000, 1, 4, 4, generator=generator)
+    some, eps = s * noise[0], noise[1]
+    at = corrupted(some, eps, torch.rand(4000, generator=generator), None, c=c)
+    found, known = field.gradient(at.x), gaussian_optimum(at.x, s, c)
+    assert official.error(found, known) < 0.17
+    loss, floor, first = ((f - at.goal).square().mean() for f in (found, known, 0 * known))
+    assert floor < loss < floor + 0.03 * (first - floor)

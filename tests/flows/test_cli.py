@@ -25,10 +25,11 @@ from typer.testing import CliRunner
 import eqm
 from eqm.autoencoder import identity
 from eqm.config import NetworkConfig, SourceConfig
+from eqm.events import EventLog
 from eqm.images import open_source
 from eqm.model import reconstructed
 from eqm.storage import LocalStore
-from flows import cli, clusters, settings
+from flows import cli, clusters, curves, settings
 from flows.terminal import any_encoding, show, table
 from infra import alarms
 
@@ -36,7 +37,7 @@ PROJECT = Path(__file__).resolve().parent.parent.parent
 COMMANDS = [
     *("up", "down", "status", "env", "doctor", "backup", "restore", "secrets"),
     *("pipeline", "encode", "train", "evaluate", "promote", "rollback", "history"),
-    *("sample", "serve", "ema", "study", "recipes", "clean"),
+    *("sample", "serve", "ema", "curves", "study", "recipes", "clean"),
     *("import-official", "export-official", "import-reference"),
 ]
 
@@ -469,6 +470,51 @@ def changes_for(folder: Path) -> list[str]:
         "autoencoder.kind": "identity",
     }
     return [word for k, v in settings_of_it.items() for word in ("--set", f"{k}={v}")]
+
+
+# -- what a training logged -----------------------------------------------------------------------
+
+
+def a_log(file: Path) -> EventLog:
+    """Of a training that was interrupted at image 128, and is at 256."""
+    log = EventLog(clock=lambda: 0)
+    log.append("start", 0, world_size=1)
+    for seen, loss in ((128, 32.0), (256, 16.0)):
+        bands = {"loss/gamma_0.0_0.2": 2 * loss, "loss/gamma_0.8_1.0": loss / 4}
+        log.append("metrics", seen, {"loss": loss, "mfu": 0.4, **bands})
+        if seen == 128:
+            log.append("resume", 128, world_size=2)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(log.to_bytes())
+    return log
+
+
+def test_curves_are_drawn_of_a_log_and_of_a_training_that_goes_on(run, tmp_path: Path) -> None:
+    running = tmp_path / "home" / "cache" / "events" / f"{'ab' * 32}.jsonl"
+    log = a_log(running)
+    told = run("curves", str(running), "--to", "c.png")
+    assert told.status == 0, told
+    width, height = Image.open("c.png").size
+    assert width > height > 100
+    assert "mfu 0.4 0.4" in " ".join(told.out.split())
+    assert "loss 16 24" in " ".join(told.out.split())
+    assert "at image 128: resume (world_size 2)" in told.out
+    assert "256 images" in told.out
+    assert [event.images_seen for event in curves.events_of("abab")] == [0, 128, 128, 256]
+    panels = dict(curves.panels_of([e for e in log.events if e.kind == "metrics"]))
+    assert list(panels) == ["loss", "MFU"]
+    assert panels["loss"]["gamma 0.8 to 1.0"] == ([128, 256], [8.0, 4.0])
+    before = Path("c.png").read_bytes()
+    run("curves", "abab", "--to", "c.png")
+    assert Path("c.png").read_bytes() == before
+
+
+def test_curves_of_what_is_no_training_are_refused(run, tmp_path: Path) -> None:
+    os.environ["EQM_STORE"] = str(tmp_path / "store")
+    refused(run("curves", "abab"), "abab is not sealed")
+    refused(run("curves", "nothing.jsonl"), "nothing.jsonl: there is no such file")
+    Path("empty.jsonl").write_bytes(b"")
+    refused(run("curves", "empty.jsonl"), "one that has logged something")
 
 
 # -- checkpoints of the official code -----------------------------------------------------------
