@@ -663,26 +663,26 @@ def gaussian_optimum(x, s, c):
     return ((weight * slope).sum(1).view(-1, 1, 1, 1) * x).float()
 
 
-@pytest.mark.parametrize(
-    ("energy", "images"),
-    [("implicit", 12_800), pytest.param("dot", 25_600, marks=pytest.mark.slow)],
-)
-def test_what_is_learnt_of_a_gaussian_is_the_field_that_is_known(energy, images):
+@pytest.mark.slow
+def test_what_is_learnt_of_a_gaussian_is_the_field_that_is_known():
+    # 0.08, 0.10 and 0.01 when this was written; 0.10, 0.17 where the target has 0.8 x for x, and
+    # 0.10, 0.17 where c does not vanish.
     s, generator, c = 0.5, torch.Generator().manual_seed(1), decay(ObjectiveConfig())
     x = s * torch.randn(5000, 1, 4, 4, generator=generator)
     net = network(NetworkConfig(width=64, depth=1, heads=2, patch=4), size=4, classes=None)
     train = TrainConfig(
-        images=images,
+        images=102_400,
         batch_size=128,
         learning_rate=4e-3,
         decay_fraction=0.7,
-        ema_half_life_images=images / 20,
+        ema_half_life_images=5_120.0,
     )
-    field = learn(net, x, objective=ObjectiveConfig(energy=energy), train=train).field
+    field = learn(net, x, train=train).field
     noise = torch.randn(2, 4000, 1, 4, 4, generator=generator)
     some, eps = s * noise[0], noise[1]
     at = corrupted(some, eps, torch.rand(4000, generator=generator), None, c=c)
     found, known = field.gradient(at.x), gaussian_optimum(at.x, s, c)
-    assert official.error(found, known) < 0.17
+    assert official.error(found, known) < 0.1
+    assert official.error(field.gradient(some), gaussian_optimum(some, s, c)) < 0.13
     loss, floor, first = ((f - at.goal).square().mean() for f in (found, known, 0 * known))
-    assert floor < loss < floor + 0.03 * (first - floor)
+    assert floor < loss < floor + 0.015 * (first - floor)
