@@ -484,7 +484,8 @@ def reconstructed(
         raise ConfigError(
             f"sigma_rel {sigma_rel} at image {plan.images_seen:,} would come with a relative error "
             f"of about {plan.expected_error:.1e}, above {maximum_error:g}: want a length near "
-            f"those tracked ({lengths}), a moment at or just after a snapshot, or allow more"
+            f"those tracked ({lengths}), a moment at or just after a snapshot (the last one before "
+            f"it is of image {max(seen for _, seen in used):,}), or allow more"
         )
     averages = weighted_sum(
         (factor, weights_from_bytes(store.get(kept[at]), f"snapshot {at} of {record.digest[:12]}"))

@@ -7,6 +7,7 @@ A run that is cancelled, fails or crashes cancels its ranges.
 """
 
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from prefect import flow, task
@@ -54,9 +55,16 @@ ENDING_SECONDS = 90.0
 def list_images(plan: Plan) -> Ref:
     """List the images of the source; its digest stands for all of them."""
     source = list_source(plan)
-    skipped = f", {len(source.skipped)} corrupt ones skipped" if source.skipped else ""
-    logged(f"source {source.digest[:12]}: {len(source.entries)} images{skipped}")
+    logged(f"source {source.digest[:12]}: {len(source.entries)} images{left_out(source.skipped)}")
     return source_ref(source)
+
+
+def left_out(skipped: Sequence[str]) -> str:
+    """What to say of images that cannot be decoded; the manifest names them all."""
+    if not skipped:
+        return ""
+    more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+    return f"; corrupt, and left out: {', '.join(skipped[:3])}{more}"
 
 
 @stage

@@ -11,7 +11,7 @@ from eqm.errors import ConfigError, StageError, TrackingError
 from eqm.recipes import recipes
 from eqm.records import Record
 from eqm.stage import run
-from flows.encode import encode_images
+from flows.encode import encode_images, left_out
 from flows.plan import (
     Plan,
     autoencoder_job,
@@ -215,3 +215,9 @@ def test_mlflow_that_is_away_ends_a_run_that_somebody_watches_alone(
     make_plan("demo")
     (line,) = said
     assert "127.0.0.1:9 cannot be reached" in line
+
+
+def test_images_that_are_left_out_are_named_where_they_are_listed() -> None:
+    assert left_out([]) == ""
+    assert left_out(["a/1.jpg"]) == "; corrupt, and left out: a/1.jpg"
+    assert left_out([f"a/{n}.jpg" for n in range(5)]).endswith("a/1.jpg, a/2.jpg and 2 more")
