@@ -5,7 +5,7 @@ from importlib import import_module
 
 ALL = (
     *("imports", "data", "encoding", "copying", "sampling", "evaluate"),
-    *("energies", "precision", "train", "checkpointing"),
+    *("energies", "precision", "train", "overlap", "checkpointing"),
 )
 STUDIES = ("study_adaptive", "recipes", "kernels")
 """Not of speed, or long, or for a GPU alone: run by name."""

@@ -75,20 +75,30 @@ class World:
                 return
             time.sleep(min(LOOK_SECONDS, 0.02 + 0.1 * (time.monotonic() - began)))
 
+    def begin_sum(self, flat: torch.Tensor) -> "Sum":
+        """Begin :meth:`sum_`: ``flat`` is nobody else's until its end is waited for.
+
+        All ranks begin the same sums in the same order.
+        """
+        if self.size == 1 and self.group is None:
+            return Sum(self, None)
+        began = time.monotonic()
+        try:
+            work = dist.all_reduce(flat, group=self.group, async_op=True)
+        except RuntimeError as error:
+            raise PeerError(self.told(time.monotonic() - began, error)) from error
+        return Sum(self, work)
+
     def sum_(self, flat: torch.Tensor) -> torch.Tensor:
         """Add a tensor up over all ranks, in place, in one call: the order of addition is fixed.
 
         Raises PeerError where another rank does not come, or is gone.
         """
-        if self.size > 1 or self.group is not None:
-            began = time.monotonic()
-            try:
-                dist.all_reduce(flat, group=self.group)
-            except RuntimeError as error:
-                raise PeerError(self._told(time.monotonic() - began, error)) from error
+        self.begin_sum(flat).wait()
         return flat
 
-    def _told(self, seconds: float, error: RuntimeError) -> str:
+    def told(self, seconds: float, error: RuntimeError) -> str:
+        """A message on a sum that came to nothing: who is silent, and what to do."""
         silent = roll_call(self.store, self.rank, self.size)
         if silent is None:
             who = (
@@ -119,6 +129,22 @@ class World:
         if self.is_first:
             told += torch.tensor(list(text.encode()), dtype=torch.int64, device=self.device)
         return bytes(self.sum_(told).tolist()).decode() if size else ""
+
+
+class Sum:
+    """A sum over ranks that was begun."""
+
+    def __init__(self, world: World, work: dist.Work | None) -> None:
+        self._world, self._work = world, work
+
+    def wait(self) -> None:
+        """Go on when it is there; on a GPU what is computed next does. Raises PeerError."""
+        began = time.monotonic()
+        try:
+            if self._work is not None:
+                self._work.wait()
+        except RuntimeError as error:
+            raise PeerError(self._world.told(time.monotonic() - began, error)) from error
 
 
 class OnItsWay:

@@ -149,13 +149,26 @@ class Learner:
         """gamma of images, (B,): a function of their numbers (B,)."""
         return uniform(self.config.seed, Stream.GAMMA, numbers, dtype=dtype).squeeze(1)
 
-    def backward(self, at: Corrupted) -> Tensor:
+    def backward(self, at: Corrupted, take: Callable[[Tensor], None] | None = None) -> Tensor:
         """Add this share's part of the gradient of the mean loss over the global batch.
 
         Returns the loss of each image, (B,), detached. Parts of the share go back one after the
         other, each with its part of the sum, so that they add up to what the whole would give.
+        ``take`` is handed all segments of the gradient but the last, each when it is complete
+        (:meth:`eqm.gradients.FlatGradient.handing`).
         """
-        return torch.cat([self._backward(part) for part in parts(at, self.micro_batch)])
+        *first, last = parts(at, self.micro_batch)
+        losses = [self._backward(part) for part in first]
+        if take is None:
+            return torch.cat([*losses, self._backward(last)])
+        # The directional way goes back several times.
+        at_once = self.field.kind != "implicit" and self.way == "directional"
+        if at_once:
+            losses.append(self._backward(last))
+        with self.gradients.handing(take):
+            if not at_once:
+                losses.append(self._backward(last))
+        return torch.cat(losses)
 
     def _backward(self, at: Corrupted) -> Tensor:
         scale = 1 / self.config.batch_size

@@ -30,7 +30,7 @@ from eqm.batches import Batch, batches, samples_of
 from eqm.checkpoint import Position, TrainState
 from eqm.compute import blocks_of, check_attention, check_micro_batch, prepare, slow_bfloat16
 from eqm.config import Runtime, TrainConfig, TrainStage
-from eqm.distributed import OnItsWay, World
+from eqm.distributed import OnItsWay, Sum, World
 from eqm.errors import AwayError, DataError, DivergedError, EqmError
 from eqm.events import EventLog, log_of, restore
 from eqm.first_weights import first_network
@@ -94,6 +94,8 @@ class Run:
     log: EventLog = field(default_factory=EventLog)
     """Of the first rank; that of another stays empty."""
     stopwatch: gauges.Stopwatch = field(default_factory=gauges.Stopwatch)
+    sums: list[Sum] = field(default_factory=list)
+    """Of this update's gradient, that are on their way."""
     stops: OnItsWay | None = None
     """How many ranks wanted to stop at the last update, on GPUs that are several."""
 
@@ -297,7 +299,9 @@ def step(run: Run, batch: Batch, stop: bool) -> bool:
     gradients.beside[1].fill_(float(stop))
     gradients.beside[FLAGS:].copy_(gauges.by_band(losses, run.learner.levels(numbers)))
     # Gradients of shared weights are summed already.
-    run.world.sum_(gradients.buffer if run.learner.shards is None else gradients.beside)
+    run.world.sum_(gradients.segments[-1] if run.learner.shards is None else gradients.beside)
+    while run.sums:
+        run.sums.pop(0).wait()
     beside = gradients.beside.clone()
     loss, stops, told = beside[0], beside[1], beside[FLAGS:]
     norm = run.learner.apply(gradient, images_seen=run.images_seen, loss=loss)
@@ -317,8 +321,13 @@ def somebody_stops(run: Run, stops: Tensor) -> bool:
 
 
 def accumulate(run: Run, batch: Batch) -> Tensor:
-    """Add the gradient of this rank's share; returns the loss of each of its images, (B,)."""
-    return run.learner.backward(corrupted(run, batch))
+    """Add the gradient of this rank's share; returns the loss of each of its images, (B,).
+
+    What of the gradient is complete begins to be summed over ranks while the rest is computed.
+    """
+    alone = run.world.group is None or run.learner.shards is not None
+    begin = None if alone else lambda part: run.sums.append(run.world.begin_sum(part))
+    return run.learner.backward(corrupted(run, batch), begin)
 
 
 def corrupted(run: Run, batch: Batch) -> Corrupted:

@@ -67,7 +67,7 @@ def test_gradients_are_views_of_one_buffer_through_every_update():
     for seen in (0, BATCH):
         found.backward(given(found))
         flat = found.gradient()
-        assert flat.data_ptr() == found.gradients.buffer.data_ptr()
+        assert flat.data_ptr() == found.gradients.flat.data_ptr()
         assert bool(flat.any())
         start = flat.data_ptr()
         for weight in found.names:

@@ -12,7 +12,7 @@ import chain
 import pytest
 import torch
 
-from eqm import checkpoint, distributed, glimpse, train
+from eqm import checkpoint, distributed, glimpse, gradients, train
 from eqm.config import (
     ComputeConfig,
     Job,
@@ -33,6 +33,8 @@ from eqm.storage import LocalStore
 
 ROOT = Path(__file__).parent.parent
 BATCH, UPDATES = 32, 12
+SEGMENT_BYTES = 4096
+"""Of a gradient, for a network as small as this to have several."""
 HALF = UPDATES // 2 * BATCH
 SHARED = ComputeConfig(parallel="fsdp2")
 EVERYTHING = {
@@ -45,6 +47,8 @@ EVERYTHING = {
 FEW = SamplerConfig(updates=2)
 PLAN: dict[str, list[tuple[ComputeConfig, int | None]]] = {
     "ddp": [(ComputeConfig(), None)],
+    "ddp, in segments": [(replace(ComputeConfig(), micro_batch=8), None)],
+    "ddp, in parts": [(replace(ComputeConfig(), micro_batch=8), None)],
     "fsdp2": [(SHARED, None)],
     "ddp, then fsdp2": [(ComputeConfig(), HALF), (SHARED, None)],
     "fsdp2, looked at": [(SHARED, HALF), (SHARED, None)],
@@ -80,7 +84,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
         looks = {"grid_every_images": 4 * BATCH, "grid_sampler": FEW} if "looked" in name else {}
         for compute, end in steps:
             runtime = replace(jobs[name].runtime, compute=compute, **looks)
-            attempts.append([to_json(replace(jobs[name], runtime=runtime)), end])
+            size = SEGMENT_BYTES if "segments" in name else gradients.SEGMENT_BYTES
+            attempts.append([to_json(replace(jobs[name], runtime=runtime)), end, size])
     plan = folder / "plan.json"
     plan.write_text(json.dumps(attempts))
     line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__, plan]
@@ -124,6 +129,19 @@ def check_alike(job: Job, other: Job, *, loss: float = 1e-6, weights: float = 1e
 
 def test_shared_weights_train_as_whole_ones(runs: dict[str, Job]) -> None:
     check_alike(runs["fsdp2"], runs["ddp"])
+
+
+def test_a_gradient_that_is_summed_while_it_is_computed_is_the_same(runs: dict[str, Job]) -> None:
+    """To the last bit: two processes add two numbers, in whatever segments."""
+    (curve, tensors), (usual, expected) = (
+        found(runs["ddp, in segments"]),
+        found(runs["ddp, in parts"]),
+    )
+    assert curve == usual
+    weights = sum(t.nbytes for key, t in expected.items() if key.startswith("ema.safetensors"))
+    assert weights > 4 * SEGMENT_BYTES
+    assert all(torch.equal(tensor, expected[key]) for key, tensor in tensors.items())
+    check_alike(runs["ddp, in segments"], runs["ddp"])
 
 
 @pytest.mark.parametrize("name", ["ddp, then fsdp2", "fsdp2, then ddp"])
@@ -200,7 +218,7 @@ def test_how_a_pipeline_computes_is_a_setting_of_its_own() -> None:
 def in_pair(plan: str) -> None:
     """Run the attempts of a plan, as one of the processes."""
     step = train.step
-    for data, end in json.loads(Path(plan).read_text()):
+    for data, end, gradients.SEGMENT_BYTES in json.loads(Path(plan).read_text()):
 
         def until(run: train.Run, batch: train.Batch, stop: bool, end: int | None = end) -> bool:
             stop = step(run, batch, stop or run.images_seen + BATCH == end)
