@@ -6,6 +6,7 @@ A step in which nobody waits for the network stands beside both.
 """
 
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -80,8 +81,9 @@ def main() -> None:
 def in_network(rate: str) -> None:
     """Start both processes where the loopback interface is as slow as that."""
     limit = ["root", "tbf", "rate", rate, "burst", "1mb", "latency", "1s"]
-    subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
-    subprocess.run(["tc", "qdisc", "add", "dev", "lo", *limit], check=True)
+    ip, tc = (shutil.which(name) or name for name in ("ip", "tc"))
+    subprocess.run([ip, "link", "set", "lo", "up"], check=True)
+    subprocess.run([tc, "qdisc", "add", "dev", "lo", *limit], check=True)
     start = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     subprocess.run([sys.executable, *start, "-m", "bench.overlap"], env=environment, check=True)

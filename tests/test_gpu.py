@@ -32,10 +32,11 @@ from eqm.config import (
     TrainConfig,
     replace,
 )
-from eqm.distributed import OnItsWay, World, connect
+from eqm.distributed import OnItsWay, Sum, World, connect
 from eqm.errors import ConfigError
 from eqm.events import events_of
 from eqm.field import Field
+from eqm.gradients import FlatGradient
 from eqm.latent_set import open_manifest
 from eqm.learner import Learner
 from eqm.network import Transformer
@@ -305,6 +306,24 @@ def test_one_rank_joins_nccl_and_its_collectives_work(monkeypatch: pytest.Monkey
         world.barrier()
         assert world.first_says(7) == 7
         assert world.sum_(torch.ones(5, device=GPU)).tolist() == [1] * 5
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_nccl_sums_a_gradient_while_it_is_computed(
+    monkeypatch: pytest.MonkeyPatch, compile: bool
+) -> None:
+    usual = learner()
+    usual.backward(usual.corrupted(*data()))
+    with one_rank(monkeypatch) as world:
+        of = learner(compute=ComputeConfig(compile=compile))
+        of.gradients = FlatGradient(tuple(of.trained.values()), room=2, segment_bytes=2**16)
+        sums: list[Sum] = []
+        of.backward(of.corrupted(*data()), lambda part: sums.append(world.begin_sum(part)))
+        assert len(sums) == len(of.gradients.segments) - 1 > 3
+        for begun in sums:
+            begun.wait()
+        found, wanted = of.gradient(), usual.gradient()
+    assert float((found - wanted).norm() / wanted.norm()) < 1e-5
 
 
 def test_shared_weights_train_as_whole_ones(monkeypatch: pytest.MonkeyPatch) -> None:
