@@ -25,6 +25,7 @@ from eqm.field import Field
 from eqm.gradients import FlatGradient
 from eqm.network import check_labels, uncompiled
 from eqm.objective import Corrupted, Decay
+from eqm.precision import deterministic, products_in
 from eqm.randomness import Stream, normal, order, uniform
 
 if TYPE_CHECKING:
@@ -341,6 +342,11 @@ def learn(
     that do not fit or are not finite, ConfigError.
     """
     asked, config = objective or ObjectiveConfig(), train or TrainConfig()
+    if config.init_from is not None:
+        raise ConfigError(
+            f"train.init_from is {config.init_from.uri}, which is for the pipeline: here, put the "
+            "weights into the network before, as eqm.load(...).network"
+        )
     if not any(p.requires_grad for p in network.parameters()):
         # As an earlier call leaves it: this one goes on from there.
         network.train().requires_grad_(True)
@@ -351,6 +357,22 @@ def learn(
     _check_data(network, x, given)
     device = next(network.parameters()).device
     learner = Learner(network, asked, config, device=device, c=c)
+    products = "tf32" if config.precision == "tf32" else "float32"
+    # As the stage trains, and as it was before once this is over.
+    with deterministic(), products_in(products, device, setting="train.precision"):
+        curve = _descend(learner, x, given, on_update)
+    _keep_averages(learner)
+    return Learnt(learner.field, curve, learner.averages())
+
+
+def _descend(
+    learner: Learner,
+    x: Tensor,
+    given: Tensor | None,
+    on_update: Callable[[int, float], None] | None,
+) -> Tensor:
+    """All updates; the loss of each, (U,). Raises DivergedError."""
+    config, device = learner.config, learner.device
     losses, norms = [], []
     for seen in range(0, config.updates * config.batch_size, config.batch_size):
         numbers = torch.arange(seen, seen + config.batch_size)
@@ -364,8 +386,7 @@ def learn(
     curve = torch.stack(losses)
     if config.on_nonfinite == "stop":
         _refuse_divergence(curve, torch.stack(norms), config.batch_size)
-    _keep_averages(learner)
-    return Learnt(learner.field, curve, learner.averages())
+    return curve
 
 
 def _refuse_divergence(losses: Tensor, norms: Tensor, batch_size: int) -> None:

@@ -8,7 +8,7 @@ from reference import formulas, official
 from sklearn.datasets import load_digits
 
 import eqm.objective
-from eqm.config import NetworkConfig, ObjectiveConfig, TrainConfig, replace
+from eqm.config import NetworkConfig, ObjectiveConfig, PretrainedFile, TrainConfig, replace
 from eqm.ema import LONGEST_SIGMA_REL
 from eqm.errors import ConfigError, DataError
 from eqm.field import Field
@@ -648,6 +648,26 @@ def test_the_average_of_a_run_that_stood_still_is_its_share_of_the_initial_weigh
     for _ in range(SHORT.updates):
         ema.update({"w": torch.zeros(1)}, images=64)
     assert float(ema.state_dict()["w"]) == pytest.approx(share, rel=1e-5)
+
+
+def test_learning_in_memory_takes_the_precision_asked_for_and_kernels_of_a_fixed_order(digits):
+    seen = []
+    learn(
+        network(),
+        *digits,
+        train=replace(SHORT, images=64, ema_half_life_images=1.0),
+        on_update=lambda images, loss: seen.append(torch.are_deterministic_algorithms_enabled()),
+    )
+    assert seen == [True]
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(ConfigError, match=r"train\.precision is 'tf32'.*use 'float32'"):
+        learn(network(), *digits, train=replace(SHORT, precision="tf32"))
+
+
+def test_weights_to_begin_from_are_not_passed_over_in_memory(digits):
+    file = PretrainedFile(uri="s3://store/ema.safetensors", sha256="0" * 64)
+    with pytest.raises(ConfigError, match=r"init_from is s3://store/ema.*put the weights into"):
+        learn(network(), *digits, train=replace(SHORT, init_from=file))
 
 
 # -- a distribution whose optimum is known ------------------------------------------------------
