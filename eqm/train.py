@@ -695,6 +695,7 @@ def loop(run: Run) -> None:
     runtime, total = run.context.job.runtime, total_images(run)
     bar = run.context.progress("training", total, done=run.images_seen)
     began = time.monotonic()
+    look_missed(run)
     with StopSignals() as asked, bar:
         coming = islice(feed(run), (total - run.images_seen) // run.config.batch_size)
         for batch in run.stopwatch.waiting_for(coming):
@@ -722,6 +723,21 @@ def looks(run: Run, before: int, last: bool) -> bool:
     """Whether samples are looked at here, by a process that takes part in it."""
     every = run.context.job.runtime.grid_every_images
     return every is not None and gathers(run) and (last or crossed(before, run.images_seen, every))
+
+
+def look_missed(run: Run) -> None:
+    """Look where samples were due when the run was stopped, for there was no time for it then."""
+    before = run.images_seen - run.config.batch_size
+    if run.images_seen == 0 or not looks(run, before, last=False):
+        missed = 0
+    else:
+        missed = not any(
+            event.kind == "samples" and event.images_seen == run.images_seen
+            for event in run.log.events
+        )
+    # The log is the first rank's.
+    if run.world.first_says(missed) and gathers(run):
+        look(run)
 
 
 def say_stall(run: Run, seconds: float) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eqm import glimpse
+from eqm import glimpse, train
 from eqm.config import SamplerConfig
 from eqm.errors import ConfigError, DataError, EqmError, IntegrityError, StoreError
 from eqm.events import events_of
@@ -78,6 +78,28 @@ def test_how_samples_are_taken_is_no_matter_where_nobody_looks(tiny: chain.Chain
     assert chain.run(job).content == tiny["train"].content
     with pytest.raises(ConfigError, match=r"generate\.sampler\.precision is 'tf32'"):
         chain.run(chain.untrained(tiny, tmp_path / "seen", grid_every_images=320, **asked))
+
+
+def test_a_look_that_was_due_where_the_run_was_stopped_is_taken_when_it_goes_on(
+    tiny: chain.Chain, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, parted = (
+        chain.untrained(tiny, tmp_path / name, grid_every_images=256, grid_sampler=FEW)
+        for name in ("whole", "parted")
+    )
+    step = train.step
+    monkeypatch.setattr(
+        train, "step", lambda run, *rest: step(run, *rest) or run.images_seen in (256, 448)
+    )
+    for _ in range(2):
+        with pytest.raises(train.InterruptedTraining):
+            chain.run(parted)
+    monkeypatch.undo()
+    usual, record = chain.run(whole), chain.run(parted)
+    assert record.content == usual.content
+    grids = {name: blob for name, blob in record.logs.items() if "grid" in name}
+    assert grids == {name: blob for name, blob in usual.logs.items() if "grid" in name}
+    assert len(grids) == 3
 
 
 @pytest.mark.parametrize("kind", [DataError, StoreError, IntegrityError])
