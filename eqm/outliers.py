@@ -40,6 +40,7 @@ from eqm.features import FeatureExtractor, extract
 from eqm.images import ImageSource
 from eqm.latents import mean_latents
 from eqm.model import Model
+from eqm.precision import full_precision
 from eqm.progress import Progress
 from eqm.records import OODRow, to_json
 
@@ -195,6 +196,7 @@ def latents_of(model: Model, pixels: Tensor) -> Tensor:
     return mean_latents(torch.cat(moments), model.spec.latent).to(model.dtype)
 
 
+@full_precision()
 def model_scores(score: MethodScore, config: OODConfig, subject: Subject, latents: Tensor) -> Array:
     """One score of latents (N, C, H, W), (N,); infinite where a descent blew up."""
     model = subject.model

@@ -1,6 +1,6 @@
 """Numerics that must not depend on what others have chosen.
 
-Called by autoencoder, features, fit, sampling and train.
+Called by autoencoder, encode, features, fit, outliers, sampling, train and flows.plan.
 """
 
 import contextlib

@@ -20,6 +20,7 @@ from eqm.features import CNNExtractor, SmallCNN, SmallCNNConfig
 from eqm.images import open_source
 from eqm.model import Model
 from eqm.outliers import Subject, rows_of
+from eqm.precision import products_in
 from eqm.progress import Progress
 from eqm.records import OODRow
 
@@ -110,6 +111,23 @@ def test_baselines_tell_photographs_from_digits(tiny: chain.Chain) -> None:
 
 
 # -- scores of a model --------------------------------------------------------------------------
+
+
+def test_scores_are_of_float32_whatever_the_process_computes_in(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    knob, seen = torch.backends.cuda.matmul, []
+    usual = Model.gradient
+
+    def gradient(*given: Any, **more: Any) -> torch.Tensor:
+        seen.append(knob.fp32_precision)
+        return usual(*given, **more)
+
+    monkeypatch.setattr(Model, "gradient", gradient)
+    with products_in("tf32", torch.device("cuda")):
+        outliers.model_scores("gradient_norm", OODConfig(), subject, torch.zeros(2, 1, 8, 8))
+        assert knob.fp32_precision == "tf32"
+    assert seen == ["ieee"]
 
 
 def test_scores_are_taken_at_mean_latents(subject: Subject) -> None:
