@@ -36,7 +36,7 @@ SHARED_BYTES = 227 * 2**10
 NETWORKS: list[tuple[bool, dict[str, object], dict[str, object]]] = [
     (False, {}, {"attends": True, "carries": True}),
     (True, {}, {"attends": True, "carries": True}),
-    (True, {}, {"attends": False, "carries": False}),
+    (False, {}, {"attends": False, "carries": False}),
     (False, {"swiglu": True, "rope": True}, {"attends": False, "carries": True}),
 ]
 """Whether it is compiled, what of the network differs, and how its blocks are asked for."""

@@ -2,7 +2,6 @@
 
 import cmath
 import math
-import shutil
 
 import pytest
 import torch
@@ -465,7 +464,7 @@ def test_time_features_are_those_of_sit():
 # -- compiled -----------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+@pytest.mark.slow
 def test_compiled_it_is_the_same_function():
     net = tiny(replace(TINY, depth=1), time="constant")
     x, labels = latents(2, 3, 8, 8), torch.tensor([0, 5])
