@@ -22,6 +22,7 @@ from eqm.registry import Registry
 from eqm.stage import divergence, divergence_key, job_digest, open_ref
 from eqm.studies import Base
 from eqm.study_table import table_of
+from flows.encode import open_plan
 from flows.plan import (
     Plan,
     autoencoder_job,
@@ -32,7 +33,6 @@ from flows.plan import (
     extractor_job,
     latents_job,
     list_source,
-    make_plan,
     reference_job,
     require_sealed,
     samples_job,
@@ -63,6 +63,19 @@ def run_stage(plan: Plan, job: Job, processes: int) -> Record:
 
 _as_task: Ensure = stage(run_stage)
 
+Ask = Callable[..., Any]
+"""How a function that asks the store is called, with its arguments."""
+
+
+def directly(function: Callable[..., Any], *given: Any) -> Any:
+    """Call it: whoever watches sees a store that is away."""
+    return function(*given)
+
+
+def _in_stage(function: Callable[..., Any], *given: Any) -> Any:
+    """Call it as a stage, which waits for a store that is away: a study lasts for nights."""
+    return stage(function)(*given)
+
 
 # -- the cells ----------------------------------------------------------------------------------
 
@@ -77,21 +90,23 @@ class Ground:
     reference: Record
 
 
-def run_study(plan: Plan, name: str, *, seeds: int, do: Ensure = run_stage) -> Record:
+def run_study(
+    plan: Plan, name: str, *, seeds: int, do: Ensure = run_stage, ask: Ask = directly
+) -> Record:
     """The sealed table of a study; whatever of it is missing is made.
 
     A training or samples that diverge cost their row its means, and nothing else. Raises
     ConfigError, and DataError where no row is left whole.
     """
     asked_for = studies.study(name)
-    source = source_ref(list_source(plan))
+    source = ask(_source, plan)
     autoencoder = do(plan, autoencoder_job(plan, source), 1)
-    asked = asked_for.stage(_base(plan, autoencoder), seeds)
+    asked = asked_for.stage(ask(_base, plan, autoencoder), seeds)
     # Every config is checked before the first hour is spent.
     plans = [[_cell_plan(plan, asked, i, k) for i in range(len(asked.rows))] for k in range(seeds)]
     for cell in plans[0]:
         check_training(cell.config)
-        check_trainable(cell, autoencoder, latents_job(plan, source, autoencoder))
+        ask(check_trainable, cell, autoencoder, latents_job(plan, source, autoencoder))
     ground = _ground(plan, source, autoencoder, do)
     cells: dict[str, Ref] = {}
     failed: dict[str, str] = {}
@@ -100,7 +115,7 @@ def run_study(plan: Plan, name: str, *, seeds: int, do: Ensure = run_stage) -> R
         for i, cell in enumerate(of_one):
             logged(f"study {name}: {asked.rows[i].label}, repetition {k + 1} of {seeds}")
             try:
-                model, evaluation = _measure(cell, ground, do)
+                model, evaluation = _measure(cell, ground, do, ask)
             except DivergedError as error:
                 # It is what this row came to; the others can be told all the same.
                 failed[study_input(i, k)] = str(error)
@@ -111,8 +126,12 @@ def run_study(plan: Plan, name: str, *, seeds: int, do: Ensure = run_stage) -> R
     asked = replace(asked, failed=failed)
     record = do(plan, study_job(plan, asked, cells), 1)
     for digest in sorted(trained):
-        _index(plan, digest, asked, record)
+        ask(_index, plan, digest, asked, record)
     return record
+
+
+def _source(plan: Plan) -> Ref:
+    return source_ref(list_source(plan))
 
 
 def _ground(plan: Plan, source: Ref, autoencoder: Record, do: Ensure) -> Ground:
@@ -131,20 +150,20 @@ def _cell_plan(plan: Plan, asked: StudyStage, row: int, repetition: int) -> Plan
     return replace(plan, config=with_settings(plan.config, changes))
 
 
-def _measure(cell: Plan, ground: Ground, do: Ensure) -> tuple[Record, Record]:
+def _measure(cell: Plan, ground: Ground, do: Ensure, ask: Ask) -> tuple[Record, Record]:
     """The model and the evaluation of a cell. Raises DivergedError."""
-    trained = _or_diverged(cell, train_job(cell, ground.latents), do)
-    samples = _or_diverged(cell, samples_job(cell, trained, ground.extractor), do)
+    trained = _or_diverged(cell, train_job(cell, ground.latents), do, ask)
+    samples = _or_diverged(cell, samples_job(cell, trained, ground.extractor), do, ask)
     job = evaluation_job(cell, ground.source, trained, ground.extractor, samples, ground.reference)
     return trained, do(cell, job, 1)
 
 
-def _or_diverged(cell: Plan, job: Job, do: Ensure) -> Record:
+def _or_diverged(cell: Plan, job: Job, do: Ensure, ask: Ask) -> Record:
     """What a training or sampling made. Raises DivergedError where it ran off, now or before.
 
     Every other failure (a killed program, a store that is away) says nothing of the row.
     """
-    before = divergence(cell.store, job)
+    before = ask(divergence, cell.store, job)
     if before is not None:
         key = cell.store.where(divergence_key(job.stage, job_digest(job)))
         logged(f"{job.stage} {job_digest(job)[:12]}: diverged before; delete {key} to try it again")
@@ -152,7 +171,7 @@ def _or_diverged(cell: Plan, job: Job, do: Ensure) -> Record:
     try:
         return do(cell, job, cell.processes)
     except EqmError as error:
-        found = divergence(cell.store, job)
+        found = ask(divergence, cell.store, job)
         if found is None:
             raise
         raise DivergedError(f"{job.stage}: {found}") from error
@@ -198,7 +217,7 @@ def sealed_studies(plan: Plan, trained: Record | Ref | None = None) -> dict[str,
 
 def _train_digest(plan: Plan) -> str:
     """Address of the model of a plan's config. Raises DataError where its latents are not there."""
-    source = source_ref(list_source(plan))
+    source = _source(plan)
     autoencoder = require_sealed(plan, autoencoder_job(plan, source))
     return job_digest(train_job(plan, require_sealed(plan, latents_job(plan, source, autoencoder))))
 
@@ -256,9 +275,10 @@ def study(
     seeds: int = 3,
 ) -> dict[str, str]:
     """Run a study of a config; sealed cells are verified and skipped."""
-    plan = make_plan(config, changes)
-    shown = show(plan, run_study(plan, name, seeds=seeds, do=_as_task))
-    tell(plan, shown)
+    plan = open_plan(config, changes)
+    record = run_study(plan, name, seeds=seeds, do=_as_task, ask=_in_stage)
+    shown = _in_stage(show, plan, record)
+    _in_stage(tell, plan, shown)
     page(f"study-{name}", shown.texts["md"].decode(), f"Study: {name}")
     return answer(shown, plan)
 

@@ -14,7 +14,7 @@ import yaml
 from prefect.states import Failed
 
 from eqm.errors import ConfigError, DataError, MissingError, StoreError, TrackingError
-from flows import clean, evaluate, prefect_tools, weekly
+from flows import clean, evaluate, prefect_tools, study, weekly
 from flows.encode import open_plan
 
 
@@ -67,7 +67,7 @@ def test_every_deployment_ends_some_time_has_a_limit_and_schedules_in_utc(
     assert all(one["timezone"] == "UTC" for one in deployed.get("schedules", []))
 
 
-SCHEDULED = (weekly.weekly, evaluate.reevaluate_champion, clean.clean_store)
+SCHEDULED = (weekly.weekly, evaluate.reevaluate_champion, clean.clean_store, study.study)
 
 
 @pytest.mark.parametrize("flow", SCHEDULED, ids=lambda flow: flow.name)
