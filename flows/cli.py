@@ -631,6 +631,7 @@ def _flow(
     config: str,
     settings: list[str] | None,
     dry_run: bool,
+    /,
     **more: Any,
 ) -> Any:
     """Run a flow here, in this process; None for a dry run."""
@@ -644,8 +645,11 @@ def _flow(
     return run_flow(module, name, config, changes, **more)
 
 
-def run_flow(module: str, name: str, config: str, changes: dict[str, Any], **more: Any) -> Any:
-    """Run a flow here, in this process, once its config is right and Prefect answers."""
+def run_flow(module: str, name: str, config: str, changes: dict[str, Any], /, **more: Any) -> Any:
+    """Run a flow here, in this process, once its config is right and Prefect answers.
+
+    ``more`` are its own arguments, of whatever name.
+    """
     from importlib import import_module
 
     import httpx

@@ -1,5 +1,8 @@
 """The ``eqm`` command: quick help, dry runs, and one message for every mistake."""
 
+import collections
+import importlib
+import inspect
 import io
 import json
 import os
@@ -102,6 +105,41 @@ def refused(told: Told, *parts: str) -> None:
 def port_of_nobody() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+# -- flows --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "flow", "given"),
+    [
+        (("pipeline", "demo"), "pipeline.pipeline", {}),
+        (("encode", "demo"), "encode.encode", {}),
+        (("train", "demo"), "train.train", {}),
+        (("evaluate", "demo"), "evaluate.evaluate", {}),
+        (("promote", "demo"), "promote.promote", {"despite_rollback": False}),
+        (("rollback", "demo"), "promote.rollback", {}),
+        (("study", "samplers", "--seeds", "2"), "study.study", {"name": "samplers", "seeds": 2}),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_every_flow_is_given_what_it_takes(
+    run, monkeypatch, words: tuple[str, ...], flow: str, given: dict[str, object]
+) -> None:
+    module, _, name = flow.partition(".")
+    found = importlib.import_module(f"flows.{module}")
+    takes = inspect.signature(getattr(found, name).fn)
+    calls = []
+
+    def stand_in(**arguments: object) -> dict[str, str]:
+        calls.append(takes.bind(**arguments).arguments)
+        return collections.defaultdict(str, report="r.html")
+
+    monkeypatch.setattr(found, name, stand_in)
+    monkeypatch.setattr(settings, "check_prefect", lambda: None)
+    told = run(*words, "--set", "train.images=1000")
+    assert told.status == 0, told
+    assert calls == [{"config": "demo", "changes": {"train.images": 1000}, **given}]
 
 
 # -- the champion -------------------------------------------------------------------------------
