@@ -8,7 +8,7 @@ import itertools
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from eqm.errors import IntegrityError, MissingError
@@ -80,13 +80,20 @@ def _file_damage(store: Store, blob: Blob, place: str) -> Iterator[Damage]:
         yield Damage(place, str(error))
 
 
+def _tar_damage(store: Store, tar: Blob, number: int) -> Iterator[Damage]:
+    for found in _file_damage(store, tar, store.where(tar.key)):
+        yield replace(found, shard=number)
+
+
 def _shard_damages(manifest: Manifest, store: Store, number: int) -> tuple[int, list[Damage]]:
     shard = manifest.shards[number]
     place, first = store.where(shard.tar.key), number * manifest.shard_images
     try:
         index = read_index(store.get(shard.index), shard, f"shard {number}")
     except GONE as error:
-        return shard.count, [Damage(store.where(shard.index.key), str(error), shard=number)]
+        told = Damage(store.where(shard.index.key), str(error), shard=number)
+        # Samples cannot be told apart without it, but the digest says whether the tar is sound.
+        return shard.count, [told, *_tar_damage(store, shard.tar, number)]
     try:
         tar = store.read(shard.tar.key)
     except MissingError as error:

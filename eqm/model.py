@@ -400,8 +400,8 @@ def open_record(uri: str, *, cache: Path | None = None) -> tuple[Store, Record]:
     parts = uri.rstrip("/").removesuffix("/record.json").rsplit("/", 2)
     if len(parts) != 3 or len(parts[2]) != 64:
         raise ConfigError(
-            f"{uri!r} is no model: give <store>/train/<digest>, a directory made by Model.save, "
-            "or models:/<name>@champion"
+            f"{uri!r} is no model: give <store>/train/<digest> (all 64 digits), "
+            "a directory made by Model.save, or models:/<name>@champion"
         )
     store = open_store(parts[0], cache=cache)
     record = store.record(parts[1], parts[2])

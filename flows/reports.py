@@ -89,7 +89,7 @@ def verify(
         store = _store()
         evaluation, stored, check = stored_as(store, Path(report))
         checks, reports = [check], [stored]
-    elif re.fullmatch("[0-9a-f]{8,64}", report):
+    elif re.fullmatch("[0-9a-f]{4,64}", report):
         store = _store()
         evaluation = _whole_digest(store, report)
         reports = stored_reports(store, evaluation)
@@ -134,9 +134,15 @@ def _whole_digest(store: Any, digits: str) -> str:
 
     keys = store.list(f"evaluation/{digits}")
     found = sorted({key.split("/")[1] for key in keys if key.endswith("/record.json")})
-    if len(found) != 1:
-        what = "no evaluation" if not found else f"{len(found)} evaluations"
-        raise DataError(f"{what} in {store.uri} begins with {digits}: give more of its digits")
+    if not found:
+        raise DataError(
+            f"no evaluation in {store.uri} begins with {digits}: "
+            "`eqm history` shows those of champions"
+        )
+    if len(found) > 1:
+        raise DataError(
+            f"{len(found)} evaluations in {store.uri} begin with {digits}: give more of its digits"
+        )
     return found[0]
 
 

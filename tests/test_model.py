@@ -229,6 +229,8 @@ def test_a_spec_of_another_schema_is_refused(trained: Model) -> None:
 def test_what_is_no_model_is_refused(tiny: chain.Chain) -> None:
     with pytest.raises(ConfigError, match="is no model: give"):
         eqm.load("nowhere")
+    with pytest.raises(ConfigError, match="all 64 digits"):  # logs shorten it
+        eqm.load(tiny.uri("train")[:-52])
     with pytest.raises(ConfigError, match=r"latents .* is no trained model"):
         eqm.load(tiny.uri("latents"))
     with pytest.raises(DataError, match="is not sealed"):

@@ -171,6 +171,20 @@ def test_verify_names_all_damage_and_exits_with_1(eqm_: Run) -> None:
     assert "restore these files" in told.out
 
 
+def test_a_tar_beside_a_damaged_index_is_named_as_well(eqm_: Run) -> None:
+    where = encoded(eqm_)
+    shard = eqm.open_manifest(where).manifest.shards[1]
+    for blob in (shard.index, shard.tar):
+        path = Path("store") / blob.key
+        path.chmod(0o644)
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    told = eqm_("verify", where)
+    assert told.status == 1
+    for blob in (shard.index, shard.tar):
+        assert f"{blob.key} is damaged" in told.out
+    assert "2 damages" in told.out
+
+
 def test_stats_tell_counts_and_warn(eqm_: Run) -> None:
     make_images(Path("pictures"))
     told = eqm_("stats", encoded(eqm_))

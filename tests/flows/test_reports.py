@@ -103,7 +103,7 @@ def test_a_report_is_verified_by_config_digest_and_file(tiny, store, tmp_path):
         assert eqm(*words).exit_code == 0
     (stored,) = verification.stored_reports(store, digest)
     assert (page.read_bytes(), numbers.read_bytes()) == (stored.page, stored.data)
-    for target in ("tiny", digest, digest[:8], str(page), str(numbers)):
+    for target in ("tiny", digest, digest[:8], digest[:4], str(page), str(numbers)):
         told = eqm("verify", target)
         assert told.exit_code == 0, told.output
         assert "nothing differs" in told.output
@@ -127,7 +127,7 @@ def test_a_report_is_verified_by_config_digest_and_file(tiny, store, tmp_path):
 
 def test_what_is_asked_for_must_be_there(store, tmp_path):
     for words, text in (
-        (["verify", "ffffffff"], "no evaluation in"),
+        (["verify", "ffffffff"], "`eqm history` shows those of champions"),
         (["verify", str(tmp_path / "none.json")], "does not exist"),
         (["verify", "nonsense"], "neither a preset"),
         (["demo"], "no champion yet"),
