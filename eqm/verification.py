@@ -14,9 +14,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from eqm import dossier, gate
-from eqm.config import Runtime, replace
+from eqm.config import ALGORITHMS, Runtime, SourceConfig, replace
 from eqm.discrepancies import Check, Difference, of_bytes, of_documents, of_values
+from eqm.distributed import pick_device
 from eqm.errors import DataError, EqmError, IntegrityError
+from eqm.layouts import layout_of
 from eqm.policy import PolicyConfig
 from eqm.recomputation import check_numbers, compute_again
 from eqm.records import Decision, Record, Ref, digest, from_json, to_json
@@ -106,9 +108,12 @@ def verify(
 
     ``runtime`` says where its images lie. ``seeds`` samples are made again, alone or, with
     ``exact``, in their whole batches, which gives the same bits on the same kind of machine. Raises
-    DataError for an evaluation that is not in the store.
+    DataError for an evaluation that is not in the store, ConfigError, DataError or StoreError where
+    ``runtime`` names a device or a place of images that is not there: nothing can be said then.
     """
     record, damage = as_stored(store, evaluation)
+    if record is not None and not damage:
+        _check_means(record, runtime)
     checks = [Check(name="record", text=f"evaluation {evaluation[:12]}", differences=damage)]
     if record is None:
         return checks
@@ -123,6 +128,14 @@ def verify(
     for report in stored_reports(store, evaluation) if reports is None else reports:
         checks += check_report(report, renderer)
     return checks
+
+
+def _check_means(record: Record, runtime: Runtime) -> None:
+    """What is asked of this machine must be there, or its lack would be told as a difference."""
+    pick_device(runtime.device)
+    if record.algorithm == ALGORITHMS["evaluation"]:
+        source = from_json(SourceConfig, record.config["source"], "config.source")
+        layout_of(source, runtime.source_uri)
 
 
 def _impossible(name: str, text: str, error: Exception) -> Check:

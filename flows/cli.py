@@ -228,7 +228,8 @@ def promote(
 @app.command()
 def rollback(config: ConfigArgument = "demo", set_: SetOption = None) -> None:
     """Make the champion before this one champion again."""
-    _said("champion: version", _flow("flows.promote", "rollback", config, set_, False))
+    version = _flow("flows.promote", "rollback", config, set_, False)
+    _said("champion", f"version {version}")
 
 
 @app.command()

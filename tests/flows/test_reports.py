@@ -11,7 +11,8 @@ import pytest
 from typer.testing import CliRunner
 
 from eqm import champion, dossier, gate, verification
-from eqm.config import with_settings
+from eqm.config import Runtime, with_settings
+from eqm.errors import ConfigError, EqmError
 from eqm.recomputation import compute_again
 from eqm.records import note_to_bytes, to_json
 from eqm.report import render_json, report_key
@@ -140,3 +141,20 @@ def test_what_is_asked_for_must_be_there(store, tmp_path):
         told = eqm(*words)
         assert told.exit_code != 0
         assert text in str(told.exception), words
+
+
+def test_what_this_machine_lacks_is_no_difference(tiny, store, tmp_path) -> None:
+    """Exit status 1 says that a report is wrong, and a script may act on it; an error gives 2."""
+    record = tiny["evaluation"]
+    told = eqm("verify", record.digest, "--device", "tpu")
+    assert isinstance(told.exception, ConfigError), told.output
+    assert "must be auto, cpu or cuda" in str(told.exception)
+    source = {**record.config["source"], "kind": "folder"}
+    elsewhere = store.seal(replace(record, config={**record.config, "source": source})).digest
+    for place, text in (
+        (None, "is missing: give the folder"),
+        ("nowhere", "nowhere does not exist"),
+    ):
+        runtime = Runtime(store=store.uri, source_uri=place and str(tmp_path / place))
+        with pytest.raises(EqmError, match=text):
+            verification.verify(store, elsewhere, runtime, reports=[], seeds=0)
