@@ -50,10 +50,16 @@ def products_in(
             yield
         return
     backends: Any = torch.backends
-    knobs = (backends.cuda.matmul, backends.cudnn.conv)
+    with _put_back(backends.cuda.matmul, backends.cudnn.conv):
+        choose_products(precision, device, setting=setting)
+        yield
+
+
+@contextlib.contextmanager
+def _put_back(*knobs: Any) -> Iterator[None]:
+    """What these were set to before is what they are set to afterwards."""
     before = [knob.fp32_precision for knob in knobs]
     try:
-        choose_products(precision, device, setting=setting)
         yield
     finally:
         for knob, value in zip(knobs, before, strict=True):
@@ -87,11 +93,7 @@ def full_precision() -> Iterator[None]:
     backends: Any = torch.backends
     cuda = (backends.cudnn.conv, backends.cuda.matmul)
     knobs = (*cuda, backends.mkldnn.conv, backends.mkldnn.matmul)
-    before = [knob.fp32_precision for knob in knobs]
-    try:
+    with _put_back(*knobs):
         for knob in knobs:
             knob.fp32_precision = "ieee"
         yield
-    finally:
-        for knob, value in zip(knobs, before, strict=True):
-            knob.fp32_precision = value

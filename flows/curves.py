@@ -104,7 +104,7 @@ def _level(name: str) -> str:
 def events_of(training: str) -> list[Any]:
     """Events of a training by what a person calls it. Raises DataError, IntegrityError."""
     from eqm import events
-    from eqm.errors import DataError, EqmError
+    from eqm.errors import DataError, EqmError, IntegrityError
     from eqm.model import sealed
     from eqm.train import EVENTS
     from flows.addresses import open_sealed
@@ -124,9 +124,10 @@ def events_of(training: str) -> list[Any]:
         here = sorted((settings.home / "cache" / "events").glob(f"{digits}*.jsonl"))
         try:
             store, record = open_sealed(training, "train")
-        except EqmError:
-            # The copy serves as well where the store is away.
-            if len(here) != 1:
+        except EqmError as error:
+            # The copy serves as well where nothing is sealed yet or the store is away; damage is
+            # for nobody to pass over.
+            if isinstance(error, IntegrityError) or len(here) != 1:
                 raise
             return events.events_of(here[0].read_bytes(), str(here[0]))
     if EVENTS not in record.logs:

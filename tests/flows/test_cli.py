@@ -547,6 +547,16 @@ def test_curves_are_drawn_of_a_log_and_of_a_training_that_goes_on(run, tmp_path:
     assert Path("c.png").read_bytes() == before
 
 
+def test_curves_pass_over_no_damaged_record(run, tmp_path: Path) -> None:
+    os.environ["EQM_STORE"] = str(tmp_path / "store")
+    a_log(tmp_path / "home" / "cache" / "events" / f"{'ab' * 32}.jsonl")
+    assert run("curves", "abab").status == 0
+    sealed = tmp_path / "store" / "train" / ("ab" * 32) / "record.json"
+    sealed.parent.mkdir(parents=True)
+    sealed.write_text("{")
+    refused(run("curves", "abab"), "record.json")
+
+
 def test_curves_of_what_is_no_training_are_refused(run, tmp_path: Path) -> None:
     os.environ["EQM_STORE"] = str(tmp_path / "store")
     refused(run("curves", "abab"), "abab is not sealed")
