@@ -30,7 +30,8 @@ end_in_time() {
 trap end_in_time TERM
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-port=$((20000 + SLURM_JOB_ID % 20000))
+# Below 32768, from where on Linux gives ports to whoever connects to something.
+port=$((20000 + SLURM_JOB_ID % 12000))
 srun --export=ALL --kill-on-bad-exit=1 \
     @PYTHON@ -m torch.distributed.run --nnodes=@NODES@ --nproc-per-node=@PROCESSES@ \
     --rdzv-backend=c10d --rdzv-endpoint="$first:$port" \

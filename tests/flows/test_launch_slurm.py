@@ -19,6 +19,7 @@ import fake_slurm
 import pytest
 from waiting import UPDATES, wait_for, when
 
+import infra
 from eqm.config import Job, replace
 from eqm.errors import AwayError, ConfigError, StageError
 from eqm.records import Record
@@ -197,6 +198,20 @@ def test_the_record_decides_where_nobody_knows_the_job(place: Place) -> None:
     (place.state / "no-accounts").touch()
     place.launcher.run(place.job)
     assert is_sealed(place.job)
+
+
+@pytest.mark.parametrize("number", [0, 11_999, 18_938, 458_938, 2**31 - 1])
+def test_ranks_meet_at_a_port_that_linux_gives_to_nobody(number: int) -> None:
+    script = (Path(infra.__file__).parent / "slurm" / "job.sh").read_text()
+    (line,) = [line for line in script.splitlines() if line.startswith("port=")]
+    told = subprocess.run(
+        ["bash", "-c", f"{line}; echo $port"],
+        env={**os.environ, "SLURM_JOB_ID": str(number)},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert 20_000 <= int(told.stdout) < 32_768
 
 
 def test_a_controller_that_is_away_for_a_while_is_waited_for(place: Place) -> None:
