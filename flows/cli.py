@@ -5,15 +5,14 @@ Everything heavy is imported by the command that needs it, so that ``eqm --help`
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 
-from flows import curves, data, imports, recovery, reports, samples, study_command
-from flows.options import ConfigArgument, SetOption, check_folder
+from flows import curves, data, imports, models, recovery, reports, samples, study_command
+from flows.options import ConfigArgument, SetOption, changes_of
 from flows.terminal import any_encoding, show
 from flows.terminal import table as table_of
 
@@ -23,14 +22,14 @@ app = typer.Typer(
     help="Train generative models with Equilibrium Matching: latents, training, registry, "
     "evaluation, promotion.\n\nFirst steps: `eqm up`, then `eqm pipeline demo`.",
 )
-app.add_typer(data.app, name="data")
-app.add_typer(samples.app, name="samples")
-app.add_typer(reports.app, name="report")
-app.command("study")(study_command.run_study)
-app.command("curves")(curves.curves)
-app.command("import-reference")(imports.import_reference)
 out = Console()
 err = Console(stderr=True)
+
+STORY = "From images to a decision"
+CHAMPION = "The champion"
+MODELS = "A model in hand"
+MADE = "What was made, and what could be"
+SERVICES = "Services and this machine"
 
 PolicyOption = Annotated[
     Path | None,
@@ -78,7 +77,7 @@ def _plain(text: str) -> str:
 # -- services -----------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(rich_help_panel=SERVICES)
 def up() -> None:
     """Start the embedded S3, MLflow and Prefect on this machine; keeps what runs already."""
     from flows.settings import start_services
@@ -87,7 +86,7 @@ def up() -> None:
     _links(stack)
 
 
-@app.command()
+@app.command(rich_help_panel=SERVICES)
 def down() -> None:
     """Stop the embedded services; data is kept."""
     from flows.settings import current_home
@@ -96,7 +95,7 @@ def down() -> None:
     local.down(current_home(), report=_say)
 
 
-@app.command()
+@app.command(rich_help_panel=SERVICES)
 def status() -> None:
     """Show services, and the champion of every model."""
     from flows.settings import current_home
@@ -129,7 +128,7 @@ def _champions() -> None:
         out.print("no champion yet")
 
 
-@app.command()
+@app.command(rich_help_panel=SERVICES)
 def env() -> None:
     """Print the environment of the services, for `eval "$(eqm env)"`. Shows the S3 secret."""
     import shlex
@@ -140,12 +139,7 @@ def env() -> None:
         sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
 
 
-app.command()(recovery.backup)
-app.command()(recovery.restore)
-app.command()(recovery.secrets)
-
-
-@app.command()
+@app.command(rich_help_panel=SERVICES)
 def doctor() -> None:
     """Check this machine: what is there, what is missing and how to get it."""
     from flows.doctor import examine
@@ -167,7 +161,7 @@ def _remedy(finding: Any) -> str:
 # -- the story ----------------------------------------------------------------------------------
 
 
-@app.command()
+@app.command(rich_help_panel=STORY)
 def pipeline(
     config: ConfigArgument = "demo",
     set_: SetOption = None,
@@ -180,7 +174,7 @@ def pipeline(
         _summary(result)
 
 
-@app.command()
+@app.command(rich_help_panel=STORY)
 def encode(
     config: ConfigArgument = "demo", set_: SetOption = None, dry_run: DryRunOption = False
 ) -> None:
@@ -188,7 +182,7 @@ def encode(
     _said("latents", _flow("flows.encode", "encode", config, set_, dry_run))
 
 
-@app.command()
+@app.command(rich_help_panel=STORY)
 def train(
     config: ConfigArgument = "demo", set_: SetOption = None, dry_run: DryRunOption = False
 ) -> None:
@@ -196,7 +190,7 @@ def train(
     _said("model", _flow("flows.train", "train", config, set_, dry_run))
 
 
-@app.command()
+@app.command(rich_help_panel=STORY)
 def evaluate(
     config: ConfigArgument = "demo",
     set_: SetOption = None,
@@ -207,7 +201,7 @@ def evaluate(
     _said("report", _flow("flows.evaluate", "evaluate", config, _with(set_, policy), dry_run))
 
 
-@app.command()
+@app.command(rich_help_panel=STORY)
 def promote(
     config: ConfigArgument = "demo",
     set_: SetOption = None,
@@ -225,14 +219,14 @@ def promote(
         raise typer.Exit(0 if promoted else 1)
 
 
-@app.command()
+@app.command(rich_help_panel=CHAMPION)
 def rollback(config: ConfigArgument = "demo", set_: SetOption = None) -> None:
     """Make the champion before this one champion again."""
     version = _flow("flows.promote", "rollback", config, set_, False)
     _said("champion", f"version {version}")
 
 
-@app.command()
+@app.command(rich_help_panel=CHAMPION)
 def history(
     config: ConfigArgument = "demo",
     set_: SetOption = None,
@@ -287,175 +281,7 @@ def _show_history(model: str, entries: list[Any], faults: list[str], told: list[
         out.print(f"{model}: {len(entries)} moves; {whole}", soft_wrap=True)
 
 
-@app.command()
-def sample(
-    model: Annotated[
-        str, typer.Argument(help="models:/NAME@ALIAS, a sealed train record, or a directory.")
-    ] = "models:/eqm-digits@champion",
-    labels: Annotated[
-        str | None, typer.Option(help="Class numbers, as 0,1,2 or 0-9; all unless given.")
-    ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds for each label, as 0-7.")] = "0-7",
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 1.0,
-    updates: Annotated[int, typer.Option(min=1, help="Descent updates.")] = 249,
-    step_size: Annotated[float, typer.Option(min=1e-9, help="Descent step size.")] = 0.003,
-    momentum: Annotated[float, typer.Option(min=0, max=0.999, help="NAG momentum.")] = 0.3,
-    to: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
-) -> None:
-    """Draw a grid of samples: one row a label, one column a seed."""
-    _prepare()
-    import eqm
-    from eqm.figures import sample_grid
-    from flows.settings import current_settings
-
-    columns = _numbers("seeds", seeds)
-    asked = None if labels is None else _numbers("labels", labels)
-    check_folder("--to", to)
-    loaded = eqm.load(model, mlflow_uri=current_settings().mlflow_uri)
-    rows, names = _rows(loaded.spec.classes, asked)
-    _ = loaded.autoencoder  # a model that came without one is told before its descent, not after
-    found = eqm.sample(
-        loaded,
-        labels=[k for k in rows for _ in columns] if loaded.spec.classes else None,
-        # Seeds differ between rows too, or rows would share their noise.
-        seeds=[s * max(1, len(loaded.spec.classes)) + k for k in rows for s in columns],
-        rule=eqm.NAG(step_size=step_size, momentum=momentum),
-        updates=updates,
-        guidance=guidance,
-    )
-    images = found.images().cpu().numpy()
-    grid = images.reshape(len(rows), len(columns), *images.shape[1:])
-    to.write_bytes(sample_grid(grid, names, scale=max(1, 64 // images.shape[-1])))
-    cost = float(found.evaluations.double().mean())
-    out.print(f"{to}: {len(images)} samples, {cost:.0f} field evaluations each")
-
-
-@app.command()
-def serve(
-    model: Annotated[
-        str, typer.Argument(help="models:/NAME@ALIAS or a sealed train record.")
-    ] = "models:/eqm-digits@champion",
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=1, max=65535)] = 5001,
-    token_file: Annotated[
-        Path | None,
-        typer.Option(help="File with a token that every call must bring; needed off loopback."),
-    ] = None,
-    updates: Annotated[int, typer.Option(min=1, help="Descent updates.")] = 249,
-    step_size: Annotated[float, typer.Option(min=1e-9, help="Descent step size.")] = 0.003,
-) -> None:
-    """Answer calls with images for labels and seeds, as MLflow's scoring server does."""
-    _prepare()
-    import uvicorn
-
-    from eqm.config import SamplerConfig
-    from eqm.serving import application
-    from flows.settings import current_settings
-
-    token = _token(host, token_file)
-    _refuse_taken(host, port)
-    settings = current_settings()
-    served = application(
-        model,
-        SamplerConfig(updates=updates, step_size=step_size),
-        token=token,
-        mlflow_uri=settings.mlflow_uri,
-        cache=settings.home / "cache",
-    )
-    _say(f"{model}: POST http://{host}:{port}/invocations")
-    uvicorn.run(served, host=host, port=port, log_level="warning")
-
-
-def _refuse_taken(host: str, port: int) -> None:
-    """Tell that nothing can listen there before a model is loaded for it. Raises ConfigError."""
-    import socket
-
-    from eqm.errors import ConfigError
-
-    try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        raise ConfigError(
-            f"--port is {port} and --host {host}, where this program cannot listen "
-            f"({error.strerror}): give another --port, or end what listens there"
-        ) from error
-
-
-def _token(host: str, file: Path | None) -> str | None:
-    """The token that calls must bring; None on loopback without a file. Raises ConfigError."""
-    from eqm.errors import ConfigError
-
-    if file is None:
-        if host in ("127.0.0.1", "::1", "localhost"):
-            return None
-        raise ConfigError(
-            f"--host is {host!r}, where others can call: give --token-file, or serve on 127.0.0.1 "
-            "behind something that asks who calls"
-        )
-    try:
-        token = file.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"--token-file {file} cannot be read: {error}") from error
-    if len(token) < 16:
-        raise ConfigError(f"--token-file {file} holds fewer than 16 characters: make it longer")
-    return token
-
-
-def _rows(classes: tuple[str, ...], asked: list[int] | None) -> tuple[list[int], list[str]]:
-    """Rows of the grid and their names; a model without labels has one. Raises ConfigError."""
-    from eqm.errors import ConfigError
-
-    if not classes:
-        if asked is not None:
-            raise ConfigError("--labels is given, and this model has no labels: leave it out")
-        return [0], [""]
-    rows = list(range(len(classes))) if asked is None else asked
-    if max(rows) >= len(classes):
-        raise ConfigError(f"--labels asks for {max(rows)}; this model has 0 to {len(classes) - 1}")
-    return rows, [classes[k] for k in rows]
-
-
-@app.command()
-def ema(
-    model: Annotated[
-        str, typer.Argument(help="models:/NAME@ALIAS or a sealed train record (train.ema_power).")
-    ],
-    sigma_rel: Annotated[
-        float, typer.Option(help="Length of the average, in shares of the images seen, as 0.08.")
-    ],
-    to: Annotated[Path, typer.Option(help="Directory to make; eqm.load reads it.")],
-    images: Annotated[
-        int | None, typer.Option(help="The average as it stood after so many; all unless given.")
-    ] = None,
-    max_error: Annotated[
-        float, typer.Option(help="Refuse a greater relative error than this one.")
-    ] = 0.05,
-) -> None:
-    """Average weights over another length, after training: from the snapshots it left."""
-    _prepare()
-    from eqm.errors import ConfigError
-    from eqm.model import reconstructed
-    from flows.settings import current_settings
-
-    if to.exists():
-        raise ConfigError(f"--to is {to}, which exists: name a directory that does not")
-    made, plan = reconstructed(
-        model,
-        sigma_rel=sigma_rel,
-        images_seen=images,
-        maximum_error=max_error,
-        mlflow_uri=current_settings().mlflow_uri,
-    )
-    made.save(to)
-    out.print(
-        f"{to}: weights averaged over sigma_rel {sigma_rel:g} at image {plan.images_seen:,}, "
-        f"expected relative error {plan.expected_error:.1e}",
-        soft_wrap=True,
-    )
-
-
-@app.command("clean")
+@app.command("clean", rich_help_panel=SERVICES)
 def clean_command(
     older_than: Annotated[
         str, typer.Option("--older-than", help="Only what is older: 36h, 30d, 4w; a day at least.")
@@ -487,7 +313,7 @@ def clean_command(
 # -- recipes ------------------------------------------------------------------------------------
 
 
-@app.command("recipes")
+@app.command("recipes", rich_help_panel=MADE)
 def show_recipes(
     name: Annotated[
         str | None, typer.Argument(help="Print this one as a config file: NAME > config.toml.")
@@ -507,110 +333,23 @@ def show_recipes(
     out.print("What each costs: docs/recipes.md")
 
 
-# -- checkpoints of the official code -----------------------------------------------------------
+# -- commands of modules of their own -----------------------------------------------------------
 
-
-@app.command("import-official")
-def import_official(
-    checkpoint: Annotated[Path, typer.Argument(help="A .pt file of the official code, or a SiT.")],
-    to: Annotated[Path, typer.Option(help="Directory to make; eqm.load reads it.")],
-    weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",
-    energy: Annotated[str, typer.Option(help="implicit, dot or l2: no file says it.")] = "implicit",
-    num_heads: Annotated[
-        int | None, typer.Option(help="For widths other than 384, 768, 1024, 1152.")
-    ] = None,
-    flow_matching: Annotated[
-        bool, typer.Option("--flow-matching", help="The weights are of a SiT.")
-    ] = False,
-    autoencoder: Annotated[
-        str | None,
-        typer.Option(help="Folder of SD-VAE as diffusers wrote it, to be kept with the model."),
-    ] = None,
-) -> None:
-    """Turn a checkpoint of the official code into a model directory. Runs no code in it."""
-    import eqm
-    from eqm.errors import ConfigError
-
-    if checkpoint.suffix.lower() != ".pt":
-        raise ConfigError(f"{checkpoint} is no .pt file of the official code")
-    if to.exists():
-        raise ConfigError(f"--to is {to}, which exists: name a directory that does not")
-    if energy not in ("implicit", "dot", "l2"):
-        raise ConfigError(f"--energy is {energy!r}; it must be implicit, dot or l2")
-    model = eqm.load(
-        checkpoint,
-        weights=weights,
-        energy=energy,  # type: ignore[arg-type]
-        num_heads=num_heads,
-        flow_matching=flow_matching,
-        autoencoder=autoencoder,
-        device="cpu",
-    )
-    model.save(to)
-    shape, classes = model.spec.latent.shape, len(model.spec.classes)
-    out.print(f"{to}: {_size(model)}, latents {shape}, {classes} classes", soft_wrap=True)
-
-
-@app.command("export-official")
-def export_official(
-    model: Annotated[
-        str, typer.Argument(help="models:/NAME@ALIAS, a sealed train record, or a directory.")
-    ],
-    to: Annotated[Path, typer.Option(help=".pt file to write.")],
-) -> None:
-    """Write averaged weights as a .pt file that the official code loads, with its sign."""
-    _prepare()
-    import eqm
-    from eqm.errors import ConfigError
-    from eqm.official import to_official, write_official
-    from flows.settings import current_settings
-
-    if to.suffix.lower() != ".pt":
-        raise ConfigError(f"--to is {to}; the official code loads .pt files: name it so")
-    loaded = eqm.load(model, mlflow_uri=current_settings().mlflow_uri, device="cpu")
-    write_official(to, to_official(loaded.network))
-    out.print(f"{to}: {_size(loaded)}. Heads are in no file: remember them", soft_wrap=True)
-
-
-def _size(model: Any) -> str:
-    network = model.spec.network
-    return (
-        f"width {network.width}, depth {network.depth}, {network.heads} heads, patch "
-        f"{network.patch}, energy {model.spec.objective.energy}"
-    )
+app.add_typer(reports.app, name="report", rich_help_panel=CHAMPION)
+for command in (models.sample, models.serve, models.ema):
+    app.command(rich_help_panel=MODELS)(command)
+app.command("import-official", rich_help_panel=MODELS)(models.import_official)
+app.command("export-official", rich_help_panel=MODELS)(models.export_official)
+app.add_typer(data.app, name="data", rich_help_panel=MADE)
+app.add_typer(samples.app, name="samples", rich_help_panel=MADE)
+app.command("curves", rich_help_panel=MADE)(curves.curves)
+app.command("study", rich_help_panel=MADE)(study_command.run_study)
+app.command("import-reference", rich_help_panel=MADE)(imports.import_reference)
+for command in (recovery.backup, recovery.restore, recovery.secrets):
+    app.command(rich_help_panel=SERVICES)(command)
 
 
 # -- helpers ------------------------------------------------------------------------------------
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    from eqm.errors import ConfigError
-
-    try:
-        spans = [part.partition("-") for part in text.split(",")]
-        numbers = [n for a, dash, b in spans for n in range(int(a), int(b if dash else a) + 1)]
-    except ValueError as error:
-        raise ConfigError(f"--{name} is {text!r}; it must look like 0-9 or 0,3,5") from error
-    if not numbers:
-        raise ConfigError(f"--{name} is {text!r}, which names none; it must look like 0-9")
-    return numbers
-
-
-def changes_of(settings: list[str] | None) -> dict[str, Any]:
-    """``name=value`` of --set, values as JSON or bare words. Raises ConfigError."""
-    from eqm.errors import ConfigError
-
-    changes: dict[str, Any] = {}
-    for item in settings or []:
-        name, equals, value = item.partition("=")
-        if not equals:
-            raise ConfigError(f"--set {item!r} must look like name=value")
-        try:
-            changes[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            # A bare word is a string, as in --set source.kind=folder.
-            changes[name.strip()] = value
-    return changes
 
 
 def _with(settings: list[str] | None, policy: Path | None) -> list[str]:
@@ -643,38 +382,9 @@ def _flow(
     if dry_run:
         out.print_json(data=to_json(read_config(config, changes)))
         return None
+    from flows.calling import run_flow
+
     return run_flow(module, name, config, changes, **more)
-
-
-def run_flow(module: str, name: str, config: str, changes: dict[str, Any], /, **more: Any) -> Any:
-    """Run a flow here, in this process, once its config is right and Prefect answers.
-
-    ``more`` are its own arguments, of whatever name.
-    """
-    from importlib import import_module
-
-    import httpx
-
-    from flows.plan import read_config
-    from flows.settings import check_prefect, current_settings
-    from infra.stack import ServiceError
-
-    read_config(config, changes)
-    _prepare()
-    check_prefect()
-    flow: Callable[..., Any] = getattr(import_module(module), name)
-    try:
-        return flow(config=config, changes=changes, **more)
-    except KeyboardInterrupt:
-        _say("interrupted: the same command goes on where this one was")
-        raise typer.Exit(130) from None
-    except httpx.TransportError as error:
-        # Of all that flows talk to, Prefect alone is asked by httpx; its client has waited by now.
-        where = current_settings().prefect_api_url or "its address before"
-        raise ServiceError(
-            f"Prefect at {where} went away while `{name}` ran ({error}): start it with `eqm up`; "
-            "what is sealed is kept, and the same command goes on"
-        ) from error
 
 
 def _said(what: str, result: Any) -> None:

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from flows.addresses import sealed_by_digits, sealed_digests
-from flows.options import check_folder
+from flows.options import changes_of, check_folder
 from flows.terminal import show
 from flows.terminal import table as table_of
 
@@ -111,7 +111,7 @@ def encode(
         },
         "processes": processes,
     }
-    config = read_config(table, _changes(set_))
+    config = read_config(table, changes_of(set_))
     plan = _plan(config, to)
     known = None if earlier is None else _earlier(plan.store, earlier, autoencoder)
     _say(f"listing {source}")
@@ -324,12 +324,6 @@ def _autoencoder(given: str, sha256: str | None, image_size: int) -> dict[str, A
         "kind": "pretrained",
         "pretrained": {**pretrained, **({"revision": revision} if at else {})},
     }
-
-
-def _changes(settings: list[str] | None) -> dict[str, Any]:
-    from flows.cli import changes_of
-
-    return changes_of(settings)
 
 
 def _plan(config: Any, store: str) -> Any:

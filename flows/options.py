@@ -1,7 +1,8 @@
 """Arguments and options that several commands of ``eqm`` have."""
 
+import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,3 +22,20 @@ def check_folder(option: str, file: Path) -> None:
     folder = file.absolute().parent
     if not folder.is_dir():
         raise ConfigError(f"{option} is {file}, but there is no folder {folder}")
+
+
+def changes_of(settings: list[str] | None) -> dict[str, Any]:
+    """``name=value`` of --set, values as JSON or bare words. Raises ConfigError."""
+    from eqm.errors import ConfigError
+
+    changes: dict[str, Any] = {}
+    for item in settings or []:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise ConfigError(f"--set {item!r} must look like name=value")
+        try:
+            changes[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            # A bare word is a string, as in --set source.kind=folder.
+            changes[name.strip()] = value
+    return changes

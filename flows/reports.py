@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from flows.options import ConfigArgument, SetOption, check_folder
+from flows.options import ConfigArgument, SetOption, changes_of, check_folder
 
 FETCH = "fetch"
 MOST_DIFFERENCES = 12
@@ -109,7 +109,6 @@ def _champion(config: str, settings: list[str] | None) -> Any:
     """Plan of a config, and its standing champion. Raises DataError before the first."""
     from eqm import champion
     from eqm.errors import DataError
-    from flows.cli import changes_of
     from flows.plan import make_plan
     from flows.settings import activate
 

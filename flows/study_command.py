@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from flows.options import changes_of
 from flows.terminal import show
 from flows.terminal import table as table_of
 
@@ -47,7 +48,6 @@ def run_study(
         return
     from eqm import studies
     from eqm.errors import ConfigError
-    from flows.cli import changes_of
     from flows.plan import read_config
 
     asked, changes = studies.study(name), changes_of(set_)
@@ -95,7 +95,7 @@ def _list() -> None:
 
 
 def _run(name: str, config: str, changes: dict[str, Any], seeds: int, here: bool) -> dict[str, str]:
-    from flows.cli import run_flow
+    from flows.calling import run_flow
     from flows.settings import activate
 
     if not here:

@@ -31,7 +31,7 @@ from eqm.records import note_from_bytes, sha256, to_json
 from eqm.registry import check
 from eqm.storage import LocalStore
 from flows import plan
-from flows.cli import changes_of
+from flows.options import changes_of
 from flows.settings import LETS_IN, read_settings
 from infra import audit
 from infra.deployments import declared_names

@@ -21,7 +21,7 @@ from eqm import serving
 from eqm.config import SamplerConfig
 from eqm.errors import ConfigError, IntegrityError
 from eqm.storage import LocalStore
-from flows.cli import _token
+from flows.models import _token
 
 PROJECT = Path(__file__).resolve().parent.parent
 TOKEN = "0123456789abcdef"

@@ -1,0 +1,262 @@
+"""Commands that have a model in hand: draw from it, serve it, average it anew, convert it."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from flows.options import check_folder
+
+out = Console()
+err = Console(stderr=True)
+
+
+def sample(
+    model: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS, a sealed train record, or a directory.")
+    ] = "models:/eqm-digits@champion",
+    labels: Annotated[
+        str | None, typer.Option(help="Class numbers, as 0,1,2 or 0-9; all unless given.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Seeds for each label, as 0-7.")] = "0-7",
+    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 1.0,
+    updates: Annotated[int, typer.Option(min=1, help="Descent updates.")] = 249,
+    step_size: Annotated[float, typer.Option(min=1e-9, help="Descent step size.")] = 0.003,
+    momentum: Annotated[float, typer.Option(min=0, max=0.999, help="NAG momentum.")] = 0.3,
+    to: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
+) -> None:
+    """Draw a grid of samples: one row a label, one column a seed."""
+    from flows.settings import activate, current_settings
+
+    activate()
+    import eqm
+    from eqm.figures import sample_grid
+
+    columns = _numbers("seeds", seeds)
+    asked = None if labels is None else _numbers("labels", labels)
+    check_folder("--to", to)
+    loaded = eqm.load(model, mlflow_uri=current_settings().mlflow_uri)
+    rows, names = _rows(loaded.spec.classes, asked)
+    _ = loaded.autoencoder  # a model that came without one is told before its descent, not after
+    found = eqm.sample(
+        loaded,
+        labels=[k for k in rows for _ in columns] if loaded.spec.classes else None,
+        # Seeds differ between rows too, or rows would share their noise.
+        seeds=[s * max(1, len(loaded.spec.classes)) + k for k in rows for s in columns],
+        rule=eqm.NAG(step_size=step_size, momentum=momentum),
+        updates=updates,
+        guidance=guidance,
+    )
+    images = found.images().cpu().numpy()
+    grid = images.reshape(len(rows), len(columns), *images.shape[1:])
+    to.write_bytes(sample_grid(grid, names, scale=max(1, 64 // images.shape[-1])))
+    cost = float(found.evaluations.double().mean())
+    out.print(f"{to}: {len(images)} samples, {cost:.0f} field evaluations each")
+
+
+def serve(
+    model: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS or a sealed train record.")
+    ] = "models:/eqm-digits@champion",
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=1, max=65535)] = 5001,
+    token_file: Annotated[
+        Path | None,
+        typer.Option(help="File with a token that every call must bring; needed off loopback."),
+    ] = None,
+    updates: Annotated[int, typer.Option(min=1, help="Descent updates.")] = 249,
+    step_size: Annotated[float, typer.Option(min=1e-9, help="Descent step size.")] = 0.003,
+) -> None:
+    """Answer calls with images for labels and seeds, as MLflow's scoring server does."""
+    from flows.settings import activate, current_settings
+
+    activate()
+    import uvicorn
+
+    from eqm.config import SamplerConfig
+    from eqm.serving import application
+
+    token = _token(host, token_file)
+    _refuse_taken(host, port)
+    settings = current_settings()
+    served = application(
+        model,
+        SamplerConfig(updates=updates, step_size=step_size),
+        token=token,
+        mlflow_uri=settings.mlflow_uri,
+        cache=settings.home / "cache",
+    )
+    err.print(f"{model}: POST http://{host}:{port}/invocations", highlight=False, soft_wrap=True)
+    uvicorn.run(served, host=host, port=port, log_level="warning")
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    """Tell that nothing can listen there before a model is loaded for it. Raises ConfigError."""
+    import socket
+
+    from eqm.errors import ConfigError
+
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--port is {port} and --host {host}, where this program cannot listen "
+            f"({error.strerror}): give another --port, or end what listens there"
+        ) from error
+
+
+def _token(host: str, file: Path | None) -> str | None:
+    """The token that calls must bring; None on loopback without a file. Raises ConfigError."""
+    from eqm.errors import ConfigError
+
+    if file is None:
+        if host in ("127.0.0.1", "::1", "localhost"):
+            return None
+        raise ConfigError(
+            f"--host is {host!r}, where others can call: give --token-file, or serve on 127.0.0.1 "
+            "behind something that asks who calls"
+        )
+    try:
+        token = file.read_text().strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--token-file {file} cannot be read: {error}") from error
+    if len(token) < 16:
+        raise ConfigError(f"--token-file {file} holds fewer than 16 characters: make it longer")
+    return token
+
+
+def _rows(classes: tuple[str, ...], asked: list[int] | None) -> tuple[list[int], list[str]]:
+    """Rows of the grid and their names; a model without labels has one. Raises ConfigError."""
+    from eqm.errors import ConfigError
+
+    if not classes:
+        if asked is not None:
+            raise ConfigError("--labels is given, and this model has no labels: leave it out")
+        return [0], [""]
+    rows = list(range(len(classes))) if asked is None else asked
+    if max(rows) >= len(classes):
+        raise ConfigError(f"--labels asks for {max(rows)}; this model has 0 to {len(classes) - 1}")
+    return rows, [classes[k] for k in rows]
+
+
+def ema(
+    model: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS or a sealed train record (train.ema_power).")
+    ],
+    sigma_rel: Annotated[
+        float, typer.Option(help="Length of the average, in shares of the images seen, as 0.08.")
+    ],
+    to: Annotated[Path, typer.Option(help="Directory to make; eqm.load reads it.")],
+    images: Annotated[
+        int | None, typer.Option(help="The average as it stood after so many; all unless given.")
+    ] = None,
+    max_error: Annotated[
+        float, typer.Option(help="Refuse a greater relative error than this one.")
+    ] = 0.05,
+) -> None:
+    """Average weights over another length, after training: from the snapshots it left."""
+    from flows.settings import activate, current_settings
+
+    activate()
+    from eqm.errors import ConfigError
+    from eqm.model import reconstructed
+
+    if to.exists():
+        raise ConfigError(f"--to is {to}, which exists: name a directory that does not")
+    made, plan = reconstructed(
+        model,
+        sigma_rel=sigma_rel,
+        images_seen=images,
+        maximum_error=max_error,
+        mlflow_uri=current_settings().mlflow_uri,
+    )
+    made.save(to)
+    out.print(
+        f"{to}: weights averaged over sigma_rel {sigma_rel:g} at image {plan.images_seen:,}, "
+        f"expected relative error {plan.expected_error:.1e}",
+        soft_wrap=True,
+    )
+
+
+def import_official(
+    checkpoint: Annotated[Path, typer.Argument(help="A .pt file of the official code, or a SiT.")],
+    to: Annotated[Path, typer.Option(help="Directory to make; eqm.load reads it.")],
+    weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",
+    energy: Annotated[str, typer.Option(help="implicit, dot or l2: no file says it.")] = "implicit",
+    num_heads: Annotated[
+        int | None, typer.Option(help="For widths other than 384, 768, 1024, 1152.")
+    ] = None,
+    flow_matching: Annotated[
+        bool, typer.Option("--flow-matching", help="The weights are of a SiT.")
+    ] = False,
+    autoencoder: Annotated[
+        str | None,
+        typer.Option(help="Folder of SD-VAE as diffusers wrote it, to be kept with the model."),
+    ] = None,
+) -> None:
+    """Turn a checkpoint of the official code into a model directory. Runs no code in it."""
+    import eqm
+    from eqm.errors import ConfigError
+
+    if checkpoint.suffix.lower() != ".pt":
+        raise ConfigError(f"{checkpoint} is no .pt file of the official code")
+    if to.exists():
+        raise ConfigError(f"--to is {to}, which exists: name a directory that does not")
+    if energy not in ("implicit", "dot", "l2"):
+        raise ConfigError(f"--energy is {energy!r}; it must be implicit, dot or l2")
+    model = eqm.load(
+        checkpoint,
+        weights=weights,
+        energy=energy,  # type: ignore[arg-type]
+        num_heads=num_heads,
+        flow_matching=flow_matching,
+        autoencoder=autoencoder,
+        device="cpu",
+    )
+    model.save(to)
+    shape, classes = model.spec.latent.shape, len(model.spec.classes)
+    out.print(f"{to}: {_size(model)}, latents {shape}, {classes} classes", soft_wrap=True)
+
+
+def export_official(
+    model: Annotated[
+        str, typer.Argument(help="models:/NAME@ALIAS, a sealed train record, or a directory.")
+    ],
+    to: Annotated[Path, typer.Option(help=".pt file to write.")],
+) -> None:
+    """Write averaged weights as a .pt file that the official code loads, with its sign."""
+    from flows.settings import activate, current_settings
+
+    activate()
+    import eqm
+    from eqm.errors import ConfigError
+    from eqm.official import to_official, write_official
+
+    if to.suffix.lower() != ".pt":
+        raise ConfigError(f"--to is {to}; the official code loads .pt files: name it so")
+    loaded = eqm.load(model, mlflow_uri=current_settings().mlflow_uri, device="cpu")
+    write_official(to, to_official(loaded.network))
+    out.print(f"{to}: {_size(loaded)}. Heads are in no file: remember them", soft_wrap=True)
+
+
+def _size(model: Any) -> str:
+    network = model.spec.network
+    return (
+        f"width {network.width}, depth {network.depth}, {network.heads} heads, patch "
+        f"{network.patch}, energy {model.spec.objective.energy}"
+    )
+
+
+def _numbers(name: str, text: str) -> list[int]:
+    from eqm.errors import ConfigError
+
+    try:
+        spans = [part.partition("-") for part in text.split(",")]
+        numbers = [n for a, dash, b in spans for n in range(int(a), int(b if dash else a) + 1)]
+    except ValueError as error:
+        raise ConfigError(f"--{name} is {text!r}; it must look like 0-9 or 0,3,5") from error
+    if not numbers:
+        raise ConfigError(f"--{name} is {text!r}, which names none; it must look like 0-9")
+    return numbers
