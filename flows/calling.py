@@ -7,7 +7,7 @@ from typing import Any
 import typer
 from rich.console import Console
 
-from flows.settings import activate, check_prefect, current_settings
+from flows import settings
 
 err = Console(stderr=True)
 
@@ -23,8 +23,8 @@ def run_flow(module: str, name: str, config: str, changes: dict[str, Any], /, **
     from infra.stack import ServiceError
 
     read_config(config, changes)
-    activate()
-    check_prefect()
+    settings.activate()
+    settings.check_prefect()
     flow: Callable[..., Any] = getattr(import_module(module), name)
     try:
         return flow(config=config, changes=changes, **more)
@@ -33,7 +33,7 @@ def run_flow(module: str, name: str, config: str, changes: dict[str, Any], /, **
         raise typer.Exit(130) from None
     except httpx.TransportError as error:
         # Of all that flows talk to, Prefect alone is asked by httpx; its client has waited by now.
-        where = current_settings().prefect_api_url or "its address before"
+        where = settings.current_settings().prefect_api_url or "its address before"
         raise ServiceError(
             f"Prefect at {where} went away while `{name}` ran ({error}): start it with `eqm up`; "
             "what is sealed is kept, and the same command goes on"
