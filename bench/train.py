@@ -40,8 +40,12 @@ ON_GPU = DEVICE.type == "cuda"
 CASES = {"B": 256, "XL": 256} if ON_GPU else {"S": 16, "B": 8}
 """Size -> batch of ours. On a GPU the plain side takes the largest that fits."""
 MICRO_BATCH = {"XL": 128}
-"""Size -> images of one backward on a GPU, where not all of the batch fit."""
-LARGEST = {"B": (512, 448, 384, 320, 256, 192, 128), "XL": (112, 104, 96, 88, 80, 64, 48, 32)}
+"""Size -> images of one backward, where not all of the batch fit: on GPUs of less than ROOMY."""
+ROOMY = 100 * 2**30
+LARGEST = {
+    "B": (768, 704, 640, 576, 512, 448, 384, 320, 256, 192, 128),
+    "XL": (208, 192, 176, 160, 144, 128, 112, 104, 96, 88, 80, 64, 48, 32),
+}
 """Size -> batches that the plain side is tried with."""
 ROUNDS, STEPS = 3, 6
 TOKENS, CLASSES, DECAY = 256, 1000, 0.9999
@@ -124,7 +128,8 @@ def ours(
     )
     choose_products(config.precision, DEVICE)
     net, objective = network(size), ObjectiveConfig()
-    micro = MICRO_BATCH.get(size) if ON_GPU else None
+    small = ON_GPU and torch.cuda.get_device_properties(DEVICE).total_memory < ROOMY
+    micro = MICRO_BATCH.get(size) if small else None
     compute = ComputeConfig(compile=compiled, fused=fused, attention="eqm" if attends else "torch")
     prepare(net, compute, objective, DEVICE)
     learner = Learner(net, objective, config, device=DEVICE, micro_batch=micro)
