@@ -1,7 +1,8 @@
 """Do samples look like their class, to somebody who had no part in making them?
 
 A scikit-learn classifier is fitted on training images alone (no held-out image, no feature of ours)
-and reads samples and held-out images. Called by evaluate.
+and reads samples and held-out images. Called by
+evaluate, measures and reference.
 """
 
 import numpy as np

@@ -5,7 +5,8 @@ bounded size, the curve, and a commit (``.json``) that names them by digest and 
 when its commit exists, which is written last, create-once, under the lease of the run (eqm.lease).
 Nothing is pickled, nothing is guessed: of the commits that the lease lets count, the one with the
 most images is what training goes on from, and a damaged one is refused by name. Files are the
-run's own and not shared blobs, so that old checkpoints can be deleted. Called by train.
+run's own and not shared blobs, so that old checkpoints can be deleted. Training calls it; other
+stages take the form of sealed tensors alone from here (:func:`tensors_to_bytes`).
 """
 
 import contextlib

@@ -1,6 +1,6 @@
 """Where two results differ: values leaf by leaf, bytes at their first difference. Pure.
 
-Called by verification.
+Called by recomputation, verification and flows.
 """
 
 import json

@@ -1,6 +1,7 @@
 """Sealed records -> all that a report shows, verified on the way.
 
-Reads the chain of records behind an evaluation and the bytes that the page needs. Called by flows.
+Reads the chain of records behind an evaluation and the bytes that the page needs. Called by study,
+verification and flows.
 """
 
 import datetime

@@ -2,7 +2,7 @@
 
 SVG is made to be put into a page: no size, no fonts, no ids but those it uses itself, and colours
 that are variables of the page (``--ink``, ``--faint``, ``--sample``, ``--real``), so that one
-drawing serves light and dark. Names that others chose are in its label alone. Called by report.
+drawing serves light and dark. Names that others chose are in its label alone.
 
 Legend: N images, K classes, R samples of each, C H W one image.
 """

@@ -2,8 +2,8 @@
 
 Every check is made and told, also after one has failed, so that all of a refusal can be acted upon
 at once. What is absent, not finite or not comparable fails: for want of evidence, nothing is
-promoted. Rows that only inform (``gated`` is False) are never read. Pure; called by flows before a
-promotion.
+promoted. Rows that only inform (``gated`` is False) are never read. Pure. Called by report,
+report_page, study_table, verification, and by flows before a promotion.
 """
 
 import datetime

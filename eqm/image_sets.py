@@ -11,7 +11,7 @@ shuffled, interpolated), or read from files as they are distributed:
 Files are trusted no further than their digest, which is checked before any of them is parsed; what
 is malformed is refused by name and place, and nothing in a file is ever executed. Of a set that
 has more images than are asked for, some are taken that are spread over all of it, always the same
-ones. Called by outliers and by `eqm data digest`.
+ones. Called by outliers and flows.
 """
 
 from abc import ABC, abstractmethod

@@ -2,7 +2,7 @@
 
 Moments are stored raw: mean and standard deviation of the autoencoder's posterior, fp16, neither
 sampled nor whitened, channels [mean..., std...]. Whitening is the LatentSpec's: shift, then scale.
-Pure; used by training, generation and scoring.
+Pure.
 """
 
 import torch

@@ -1,8 +1,8 @@
 """Keys of metrics, and names of inputs, that say which further extractor they belong to.
 
 Samples are measured under a main extractor and, where a config has them, under further ones
-(``[further.NAME]``). A metric of the main one is called by its kind alone ("distance"), one of
-another by a short kind and its name ("fd_dinov2"). Pure.
+(``[further.NAME]``). A metric of the main one has its kind for a name ("distance"), one of
+another a short kind and that extractor's name ("fd_dinov2"). Pure.
 """
 
 from collections.abc import Mapping

@@ -7,7 +7,8 @@ same names; its weights are of ``time="conditioned"``.
 
 A ``.pt`` file is a pickle. It is parsed by torch's restricted unpickler, which knows tensors, plain
 values and argparse.Namespace, and calls nothing else. Whether weights are an energy ("dot", "l2")
-is not in a file, nor are heads: whoever loads it says so. Called by model and the CLI.
+is not in a file, nor are heads: whoever loads it says so. Called by
+first_weights, model and flows.
 """
 
 import io

@@ -1,7 +1,7 @@
 """The parts that the report's page is built of: escaped markup, tables, and the style sheet.
 
 Every string is escaped unless it is :class:`Html`. Knows nothing of what is
-reported. Called by report.
+reported. Called by report_ood and report_page.
 """
 
 import base64

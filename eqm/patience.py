@@ -1,7 +1,8 @@
 """Waiting for a store that is away: what was asked of it is asked again, less and less often.
 
 What boto3 itself tries again is over within seconds; a server that is restarted, or a network that
-is mended, takes minutes, and no training need end for that. Called by checkpoint and batches.
+is mended, takes minutes, and no training need end for that. Called by batches,
+checkpoint, stage and train.
 """
 
 import sys

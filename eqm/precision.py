@@ -1,6 +1,6 @@
 """Numerics that must not depend on what others have chosen.
 
-Called by autoencoder, encode, features, fit, outliers, sampling, train and flows.plan.
+Called by autoencoder, encode, features, fit, learner, outliers, sampling, train and flows.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """What papers say of systems on class-conditional ImageNet 256 x 256, and when it may be compared.
 
 Numbers as the paper prints them ("Equilibrium Matching", arXiv 2510.02300); none was measured here.
-Called by report.
+Called by report and report_page.
 """
 
 from collections.abc import Mapping

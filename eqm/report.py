@@ -1,7 +1,8 @@
 """All that a report shows, and its JSON; same input, same bytes.
 
 It holds configs, digests and values alone: no times and no machines, which differ from run to run.
-The page for people is that of eqm.report_page. Called by flows.
+The page for people is that of eqm.report_page. Called by dossier, report_ood,
+report_page, verification and flows.
 """
 
 import hashlib

@@ -1,7 +1,8 @@
-"""The part of a report's page on what lies out of distribution. Called by report_page.
+"""The part of a report's page on what lies out of distribution.
 
 Every cell of the map is a drawing of its own: histograms of one score for held-out images and for
 one set over common bins, on a ground that is the darker the better the two are told apart.
+Called by report_page and study_page.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,8 @@
 """A report -> one HTML page; same input, same bytes.
 
 The page refers to nothing outside itself and needs no script. Every string is escaped unless it is
-:class:`eqm.page.Html`: names of classes and models are other people's input. Called by flows.
+:class:`eqm.page.Html`: names of classes and models are other people's input. Called by
+verification and flows.
 """
 
 from collections.abc import Iterable, Mapping, Sequence

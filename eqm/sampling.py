@@ -7,8 +7,8 @@
     out = eqm.sample(model, seeds=range(10_000), stop=eqm.GradientNormBelow(10.0), slots=64)
     eqm.score(model, images_as_latents)                           # high where out of distribution
 
-Every part of it is a descent on the landscape (section 3.3, appendix B). Called by eqm.generate,
-eqm.train, eqm.evaluate and people.
+Every part of it is a descent on the landscape (section 3.3, appendix B). Called by people,
+and by generate, glimpse, outliers and serving.
 """
 
 import operator

@@ -4,7 +4,8 @@ Over repetitions (another training, other noise) a number has the mean and Stude
 a single repetition has the metric's own interval, which tells what other samples of the same model
 would give, and says nothing of other trainings. Rows are held against the first one in pairs, for
 the rows of one repetition start from the same noise. A row of which a repetition diverged has no
-means: those of the others alone would flatter it. Pure. Called by study.
+means: those of the others alone would flatter it. Pure. Called by study, study_page and
+flows.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 Encoders need not know of each other: each walks the open shards from a place of its own and skips
 what is committed, so any number of them, in one program or in many, share the work. Two that meet
-may encode one shard twice; the first commit stands. Called by eqm.encode.
+may encode one shard twice; the first commit stands. Called by encode and flows.
 """
 
 import random
