@@ -1,6 +1,6 @@
 """Equilibrium Matching (arXiv 2510.02300): train, sample, score and judge generative models.
 
-Modules in the order in which a datum meets them:
+The main modules, in the order in which a datum meets them:
 
     records config recipes                 what crosses boundaries
     disk s3 cache storage distributed      the edges

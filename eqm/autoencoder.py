@@ -2,8 +2,8 @@
 
 An autoencoder is frozen and comes with the LatentSpec that says what its latents mean. It is kept
 as three files (config.json, weights.safetensors, spec.json), whatever it came from, so everybody
-loads it from a sealed record. How one is fitted is eqm.fit's business. The only door to diffusers
-and to the hub.
+loads it from a sealed record. How one is fitted is eqm.fit's business. The only door to the hub
+and, beside eqm.unet, to diffusers.
 """
 
 import copy

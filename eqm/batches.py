@@ -3,7 +3,7 @@
 Image number n of a run is a function of (seed, n): epoch n // N visits the N samples of the split
 in an order of its own, each once, and a coin of image n says whether its mirror is taken. Nothing
 is kept between batches, so going on at image k is the same as never having stopped, and any number
-of processes share the same global batch. What else is drawn for an image is eqm.train's business.
+of processes share the same global batch. What else is drawn for an image is eqm.learner's business.
 """
 
 import itertools

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eqm.champion import Entry
 from eqm.model import spec_from_bytes
 from eqm.records import Blob, Decision, Evaluation, Record, from_json
 from eqm.report import ReportInput
@@ -26,11 +25,6 @@ STORY = ("autoencoder", "extractor", "latents", "train", "samples", "reference",
 def evaluation_of(record: Record) -> Evaluation:
     """The typed evaluation in its record."""
     return from_json(Evaluation, record.values["evaluation"], f"evaluation {record.digest[:12]}")
-
-
-def champion_evaluation(store: Store, standing: Entry | None) -> Evaluation | None:
-    """What was measured of the champion when it was promoted."""
-    return None if standing is None else evaluation_of(open_ref(store, standing.evaluation))
 
 
 def ended(record: Record) -> datetime.datetime | None:

@@ -1,8 +1,8 @@
 """Numbers about sets of features: Frechet and kernel distances, precision, recall, neighbours.
 
 Everything is float64 and knows only features, arrays (N, D): not what made them (eqm.features) and
-not what a distance is to be called or compared with (eqm.evaluate, which calls this), nor how sure
-it is (eqm.intervals). Matrices of N x M are made by blocks of rows, whatever N and M are.
+not what a distance is to be called or compared with (eqm.measures), nor how sure it is
+(eqm.intervals). Matrices of N x M are made by blocks of rows, whatever N and M are.
 
 Legend: N, M images; D dimension of a feature. A *factor* of a covariance S is any F (D, R) with
 F F^T = S; all factors of S give the same distance.

@@ -5,8 +5,8 @@ decoded is told all together before anything is made of the rest. What a scan fo
 remembered where a folder is given for it, so that a second look at what did not change costs a
 listing of the files. A job that is handed the sealed listing scans nothing: every image is checked
 against it when it is read. How images lie in files is eqm.layouts, how they become pixels
-eqm.pictures. Nothing here knows of autoencoders or shards; fit, encode, evaluate and the flows
-call it.
+eqm.pictures. Nothing here knows of autoencoders or shards. Called by encode, evaluate, fit,
+outliers, readahead, reference and flows.
 """
 
 import contextlib

@@ -1,7 +1,7 @@
 """What lies in a set of latents: counts, moments, what looks wrong, and a picture of some.
 
 Reads a random share of the samples; what every sample says (counts, means) comes from the manifest.
-Whether bytes are undamaged is the business of eqm.shards.
+Whether bytes are undamaged is the business of eqm.damage.
 """
 
 from dataclasses import dataclass

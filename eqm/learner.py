@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 FLAGS = 2
 """Numbers of an update that processes add up beside its gradient: the loss, and whether to stop."""
-
-
 MUCH = 0.05
 """Of the initial weights in the averages of a whole run: samples show it."""
 
@@ -338,8 +336,9 @@ def learn(
     Transformer or UNet, which is changed. ``c`` is any function of gamma that is 0 at 1 and
     positive before. ``on_update(images_seen, loss)`` is called after each update, and waits for the
     device. The same arguments give the same bits on one kind of device. Warns of averages that will
-    hold much of the initial weights. Raises DataError for data
-    that do not fit or are not finite, ConfigError.
+    hold much of the initial weights. Raises DataError for data that do not fit or are not finite,
+    DivergedError for a loss or gradient that is not finite (unless train.on_nonfinite is "skip"),
+    and ConfigError for settings that cannot be trained with.
     """
     asked, config = objective or ObjectiveConfig(), train or TrainConfig()
     if config.init_from is not None:

@@ -12,7 +12,7 @@ What becomes of the kinds of picture there are, in this order:
 * *Size*: ADM's centre crop, halved by box filter while at least twice as large, then bicubic, then
   the centre.
 
-eqm.images calls it. The only door to scikit-learn's images.
+Called by image_sets, images and layouts. The only door to scikit-learn's images.
 """
 
 import io

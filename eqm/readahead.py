@@ -7,7 +7,7 @@ that does not survive a fork: no CUDA, no OpenMP (one thread), no connection of 
 Pixels come back in anonymous shared memory. Tasks and answers are records of a fixed size in two
 pipes that all workers share; Linux writes and reads such small records whole, so whoever is free
 takes the next one, and nothing is pickled. A worker ends when the pipe of tasks does, which is also
-when its parent was killed. eqm.encode calls it.
+when its parent was killed. Called by encode.
 """
 
 import json

@@ -473,7 +473,7 @@ class Decision:
 
     promote: bool
     policy: dict[str, Any]
-    """The policy as it stood (config.PolicyConfig)."""
+    """The policy as it stood (policy.PolicyConfig)."""
     candidate: Ref
     """Evaluation record of the candidate."""
     champion: Ref | None
@@ -510,7 +510,7 @@ class StudyTableRow:
 
     label: str
     metrics: dict[str, Estimate]
-    """None where a repetition failed: a mean of those that went well would flatter the row."""
+    """Empty where a repetition failed: a mean of those that went well would flatter the row."""
     evaluations: Estimate | None
     """Field evaluations a sample."""
     against_first: Estimate | None

@@ -1,7 +1,7 @@
 """One S3 bucket: conditional writes, ranged reads, listings, and errors in words.
 
 What is written is create-once; what is read is not yet trusted: digests are the caller's business.
-The only module that imports boto3.
+Of eqm the only module that imports boto3.
 """
 
 import contextlib

@@ -54,7 +54,8 @@ if TYPE_CHECKING:
     from eqm.sharding import Shards
 
 HISTORY_POINTS = 200
-"""The training curve has about so many points, whatever the length of the run."""
+"""The training curve has so many points at least, and fewer than twice as many; one an update in a
+run that has fewer updates."""
 EVENTS = "events.jsonl"
 """The log of the run, among the logs of the sealed record."""
 CATCH_UP_SECONDS = 600.0
@@ -382,7 +383,7 @@ def parameter_norm(run: Run) -> float:
 
 
 def figures_of(run: Run, loss: float, norm: float) -> dict[str, float]:
-    """What is logged at a point of the curve."""
+    """What is logged of the updates since the last report."""
     figures = {
         "loss": loss,
         "gradient_norm": norm,

@@ -7,7 +7,10 @@ from typing import Annotated, Any
 import typer
 
 ConfigArgument = Annotated[
-    str, typer.Argument(help="A preset (demo, tiny) or a TOML file with what differs from it.")
+    str,
+    typer.Argument(
+        help="A preset (demo, tiny), one of `eqm recipes`, or a TOML file of what differs."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,

@@ -1,16 +1,33 @@
-"""What modules say of who calls them is true."""
+"""What modules and pages say of the project is there: callers, commands, links, variables."""
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
+
+import typer
+
+from flows.cli import app
+from flows.doctor import PINNED
+from flows.settings import KNOWN
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("eqm", "flows", "infra", "bench")
+FOLDERS = ("docs", "flows", "infra")
 IMPORT = re.compile(r"^ *from ([\w.]+) import (\([^)]*\)|.*)|^ *import ([\w.]+)", re.MULTILINE)
 DOCSTRING = re.compile(r'\s*"""(.*?)"""', re.DOTALL)
 LIST = re.compile(r"\b[Cc]alled by (?!`)(.*?)(?:[.:;](?: |$)|$)")
 WORDS = {"and", "by", "people"}
 ENDS = {"before", "every", "for"}
 """What follows is no list any more: "called by flows before a promotion"."""
+PAGES = sorted(
+    {
+        path: path.read_text()
+        for path in (ROOT / "README.md", *(f for d in FOLDERS for f in (ROOT / d).rglob("*.md")))
+        if path.name != "LOG.md"
+    }.items()
+)
+"""Every page of the project but its log, which tells of what was."""
 
 
 def sources() -> dict[str, str]:
@@ -70,3 +87,82 @@ def test_who_is_said_to_call_a_module_does() -> None:
     }
     assert told == {}
     assert sum(bool(listed) for listed in lists.values()) > 30
+
+
+# -- pages --------------------------------------------------------------------------------------
+
+COMMAND = re.compile(r"(?:^ *|`|&& |\$\()eqm ([a-z][\w-]*)([^`\n#|)]*)", re.MULTILINE)
+LINK = re.compile(r"\]\(([^)#\s]*)(?:#([\w-]+))?\)")
+
+
+def commands(
+    command: Any, path: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], set[str]]]:
+    """Every command of ``eqm`` by its words, with the options that it takes."""
+    yield path, {option for one in command.params for option in (*one.opts, *one.secondary_opts)}
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from commands(inner, (*path, name))
+
+
+def anchors(page: str) -> set[str]:
+    """What a link may name of a page: its headings, as they are written in addresses."""
+    heads = re.findall(r"^#+ (.*)$", page, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
+
+
+def test_commands_on_pages_exist_with_their_options() -> None:
+    known = dict(commands(typer.main.get_command(app)))
+    # `eqm report demo` is `eqm report fetch demo`.
+    known["report",] |= known["report", "fetch"]
+    told, count = [], 0
+    for path, page in PAGES:
+        for name, rest in COMMAND.findall(page):
+            second = re.match(r" ([a-z-]+)", rest)
+            both = (name, second[1]) if second else (name,)
+            options = known.get(both, known.get((name,)))
+            if options is None:
+                told.append(f"{path.name}: eqm {name}")
+                continue
+            count += 1
+            given = {option.partition("=")[0] for option in re.findall(r"(?<=\s)--[\w-]+", rest)}
+            told += [f"{path.name}: eqm {name} {option}" for option in given - options]
+    assert told == []
+    assert count > 100
+
+
+def test_links_of_pages_lead_somewhere() -> None:
+    told = []
+    for path, page in PAGES:
+        for target, anchor in LINK.findall(page):
+            to = path.parent / target if target else path
+            if target.startswith("http"):
+                continue
+            if not to.exists() or (anchor and anchor not in anchors(to.read_text())):
+                told.append(f"{path.name}: {target}#{anchor}")
+    assert told == []
+
+
+def test_variables_on_pages_exist_and_all_are_on_one() -> None:
+    told = {name for _, page in PAGES for name in re.findall(r"\bEQM_[A-Z0-9_]*[A-Z0-9]\b", page)}
+    assert {name for name in told if name not in KNOWN} == set()
+    readme = (ROOT / "README.md").read_text()
+    # The README's table has "`EQM_SLURM_FOLDER`, `_TIME`".
+    short = {
+        f"EQM_{group}{end}"
+        for group in ("SLURM", "KUBERNETES")
+        for end in re.findall(r"`(_[A-Z_]+)`", readme)
+    }
+    assert set(KNOWN) - told - short == set()
+
+
+def test_every_module_of_flows_is_in_its_readme() -> None:
+    page = (ROOT / "flows" / "README.md").read_text()
+    modules = {path.stem for path in (ROOT / "flows").glob("*.py")} - {"__init__"}
+    assert {name for name in modules if f"`{name}." not in page} == set()
+
+
+def test_versions_that_the_doctor_wants_are_locked() -> None:
+    lock = (ROOT / "requirements.lock").read_text()
+    assert {f"{name}=={version}" for name, version in PINNED.items()} <= set(
+        re.findall(r"^[\w-]+==[\w.]+", lock, re.MULTILINE)
+    )

@@ -28,7 +28,7 @@ from torch.autograd.function import once_differentiable
 
 @dataclass(frozen=True)
 class Tiles:
-    """What a program computes at once. ``bench.attention`` tries others."""
+    """What a program computes at once. ``bench.kernels`` tries others."""
 
     queries: int
     keys: int
