@@ -857,7 +857,8 @@ class PipelineConfig:
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     policy: PolicyConfig = field(default_factory=PolicyConfig)
     processes: int = 1
-    """Training and sampling processes on this machine (torchrun when more than 1)."""
+    """Processes that encode, train, generate and look at real images; several run under torchrun.
+    Where this machine has GPUs, one starts on each at most."""
     threads: int | None = None
     """CPU threads of each process; null: all cores, shared among the processes."""
     compute: ComputeConfig = field(default_factory=ComputeConfig)
