@@ -75,10 +75,11 @@ class Autoencoder:
     def in_precision(self, name: str) -> "Autoencoder":
         """This autoencoder, or a copy whose network computes in "bfloat16".
 
-        In bfloat16 the means are off by 0.4 % (RMS; the worst 3 %) of their standard deviation with
-        an autoencoder fitted to digits, by 1.3 % (6 %) with SD-VAE's architecture and random
-        weights, at 32 px: 4 % and 0.3 % of the posterior's own deviation; that one is off by 0.3 %
-        and 0.2 %. Storing as float16 costs 0.02 %. CPUs without bfloat16 are many times slower.
+        In bfloat16 the means are off by 0.4 % of their standard deviation (RMS; the worst 3 %) with
+        an autoencoder fitted to digits, and by 1.3 % (6 %) with SD-VAE's architecture and random
+        weights, at 32 px. In standard deviations of the posterior that is 4 % and 0.3 %; these
+        themselves are off by 0.3 % and 0.2 %. Storing as float16 costs 0.02 %. CPUs without
+        bfloat16 are many times slower. Raises ConfigError for another precision.
         """
         if name == "float32":
             return self

@@ -28,7 +28,8 @@ ROUNDING_VARIANCE = 1 / 12
 class Gaussian:
     """A normal density with the covariance of Ledoit and Wolf (2004), defined where N < D too.
 
-    Its negative log-likelihood ranks as the Mahalanobis distance does.
+    Its negative log-likelihood ranks as the Mahalanobis distance does. Raises DataError for rows
+    that do not vary in every direction.
     """
 
     def __init__(self, rows: ArrayLike) -> None:
@@ -69,7 +70,8 @@ class PrincipalComponents:
     """The density under PCA (probabilistic PCA: Tipping and Bishop 1999, equations 3 to 8).
 
     Of the components as many are kept as hold ``share`` of the variance; across the others it is
-    the same in all directions, and no less than ``least_variance``.
+    the same in all directions, and no less than ``least_variance``. Raises DataError for rows that
+    leave none.
     """
 
     def __init__(self, rows: ArrayLike, *, share: float, least_variance: float = 0.0) -> None:

@@ -78,7 +78,7 @@ class World:
     def begin_sum(self, flat: torch.Tensor) -> "Sum":
         """Begin :meth:`sum_`: ``flat`` is nobody else's until its end is waited for.
 
-        All ranks begin the same sums in the same order.
+        All ranks begin the same sums in the same order. Raises PeerError where another is gone.
         """
         if self.size == 1 and self.group is None:
             return Sum(self, None)

@@ -316,7 +316,10 @@ def pretrained_outcome(kind: str, file: PretrainedFile) -> Outcome:
 
 
 def fit_extractor(context: Context, source: ImageSource, fit: ExtractorFit) -> SmallCNN:
-    """A small classifier of the training images, shifted a little and mirrored where allowed."""
+    """A small classifier of the training images, shifted a little and mirrored where allowed.
+
+    Raises DataError for a source of one class.
+    """
     if len(source.classes) < 2:
         raise DataError(
             "a feature extractor is fitted by telling classes apart, and the source has only "

@@ -65,7 +65,10 @@ class ModelSpec:
     """Whether it was trained with label dropout, so that guidance and unlabelled scores work."""
 
     def build(self) -> "Transformer | UNet":
-        """The network with its initial weights (overwrite or initialise them)."""
+        """The network with its initial weights (overwrite or initialise them).
+
+        Raises ConfigError for latents that it does not fit.
+        """
         channels, height, width = self.latent.shape
         shape = {"size": (height, width), "channels": channels}
         try:
@@ -208,7 +211,10 @@ class Model:
     def gradient_of(
         self, labels: Tensor | None, *, guidance: float = 1.0, channels: int | None = None
     ) -> field.Gradient:
-        """The gradient of samples with these labels, as a function of x: what is descended."""
+        """The gradient of samples with these labels, as a function of x: what is descended.
+
+        Raises DataError for guidance of a model without a null label.
+        """
         if guidance != 1.0 and not self.spec.null_label:
             raise DataError(
                 "guidance needs a null label, and this model was trained without label dropout"
@@ -396,7 +402,10 @@ def from_official(
 
 
 def open_record(uri: str, *, cache: Path | None = None) -> tuple[Store, Record]:
-    """Store and record of ``<store>/<stage>/<digest>``. Raises ConfigError, StoreError."""
+    """Store and record of ``<store>/<stage>/<digest>``.
+
+    Raises ConfigError for another address, DataError where nothing is sealed, StoreError.
+    """
     parts = uri.rstrip("/").removesuffix("/record.json").rsplit("/", 2)
     if len(parts) != 3 or len(parts[2]) != 64:
         raise ConfigError(
@@ -411,7 +420,10 @@ def open_record(uri: str, *, cache: Path | None = None) -> tuple[Store, Record]:
 
 
 def from_record(store: Store, record: Record, *, weights: str = "ema") -> Model:
-    """Model of a sealed training record."""
+    """Model of a sealed training record.
+
+    Raises ConfigError for a record of another stage, and for weights that it does not have.
+    """
     if record.stage != "train":
         raise ConfigError(f"{record.stage} {record.digest[:12]} is no trained model")
     spec = spec_from_bytes(store.get(record.outputs["model.json"]), record.digest[:12])
@@ -580,7 +592,10 @@ def _version(uri: str, mlflow_uri: str) -> Version:
 
 
 def filled(net: torch.nn.Module, tensors: dict[str, Tensor], where: str) -> torch.nn.Module:
-    """Put weights into a network; missing, extra and misshapen ones are refused by name."""
+    """Put weights into a network.
+
+    Raises IntegrityError, by name, for one that is missing, one too many or misshapen.
+    """
     expected = {name: tuple(value.shape) for name, value in net.state_dict().items()}
     found = {name: tuple(value.shape) for name, value in tensors.items()}
     for name in sorted(expected.keys() | found.keys()):

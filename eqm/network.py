@@ -44,7 +44,8 @@ Module = TypeVar("Module", bound=nn.Module)
 class Labelled(nn.Module):
     """What networks share: latents of one shape (C, H, W), and labels of which K is the null one.
 
-    ``classes`` is K; None is a network without labels, which learns one conditioning vector.
+    ``classes`` is K; None is a network without labels, which learns one conditioning vector. Raises
+    ValueError for sizes or classes below 1.
     """
 
     def __init__(self, shape: tuple[int, int, int], classes: int | None, *, timed: bool) -> None:

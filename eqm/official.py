@@ -252,7 +252,8 @@ def read_official(
     under "model", is what was released, and taken for "ema". No code in a file is run. ``sha256``
     is checked before anything is parsed; without it, the checksums in the file are (there are none
     in the format of before torch 1.6). Raises DataError for a file that is missing or holds other
-    things than finite weights, IntegrityError for one that is damaged or asks for code.
+    things than finite weights, IntegrityError for one that is damaged or asks for code, ConfigError
+    for other ``weights``.
     """
     path = Path(path)
     if weights not in ("ema", "raw"):

@@ -37,7 +37,7 @@ Items = list[Any] | tuple[Any, ...]
 
 
 def to_json(value: Any) -> Json:
-    """Turn a dataclass tree into plain JSON values; refuses NaN and infinities."""
+    """Turn a dataclass tree into plain JSON values. Raises ConfigError for NaN and infinities."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f: getattr(value, f.name) for f in dataclasses.fields(value)}
         return {f.name: to_json(v) for f, v in fields.items() if not _is_unsaid(f, v)}

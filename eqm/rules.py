@@ -247,6 +247,8 @@ class Optimiser:
     the gradient where they are; those that would look elsewhere within a step (LBFGS with
     ``max_iter`` above 1 or a line search) are not for this. Torch's own Nesterov is
     ``Optimiser(torch.optim.SGD, lr=..., momentum=..., nesterov=True)``.
+
+    Raises ValueError for what is no optimiser of torch, and for such an LBFGS.
     """
 
     evaluations: ClassVar[int] = 1

@@ -119,7 +119,7 @@ class Composition:
     def gradient_of(
         self, labels: Tensor | None, *, guidance: float = 1.0, channels: int | None = None
     ) -> Gradient:
-        """The sum of the parts' gradients, as a function of x."""
+        """The sum of the parts' gradients, as a function of x. Raises DataError for guidance."""
         if guidance != 1.0:
             raise DataError("guide a composition by its weights: add a part of the null label")
 

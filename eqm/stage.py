@@ -71,7 +71,10 @@ class Context:
         return job_digest(self.job)
 
     def input(self, name: str) -> Record:
-        """Record of an input, verified against what the job expects of it."""
+        """Record of an input, verified against what the job expects of it.
+
+        Raises ConfigError for an input that the job does not have, and as :func:`open_ref`.
+        """
         if name not in self.job.inputs:
             raise ConfigError(f"stage {self.job.stage} was given no input {name!r}")
         return open_ref(self.store, self.job.inputs[name])
@@ -153,7 +156,10 @@ def divergence_key(stage: str, digest: str) -> str:
 
 
 def open_ref(store: Store, ref: Ref) -> Record:
-    """Record of a reference; its content must be the one that was referred to."""
+    """Record of a reference.
+
+    Raises DataError where it is not sealed, IntegrityError where its content is another one.
+    """
     record = store.record(ref.stage, ref.digest)
     if record is None:
         raise DataError(

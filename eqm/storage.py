@@ -174,7 +174,10 @@ class Store(ABC):
         raise IntegrityError(damaged(blob, self.where(blob.key), len(found), sha256(found)))
 
     def record(self, stage: str, digest: str) -> Record | None:
-        """The sealed record of a stage, verified; None if it is not sealed yet."""
+        """The sealed record of a stage, verified; None if it is not sealed yet.
+
+        Raises IntegrityError, StoreError.
+        """
         key = record_key(stage, digest)
         try:
             record = record_from_bytes(self.read(key), self.where(key))
@@ -374,7 +377,7 @@ class LocalStore(Store):
             raise MissingError(f"{self.where(blob.key)} does not exist") from error
 
     def fetch(self, blob: Blob, *, remembered: bool = False) -> Path:
-        """The file itself, verified."""
+        """The file itself, verified. Raises MissingError, IntegrityError."""
         path = self._path(blob.key)
         if not path.exists():
             raise MissingError(f"{self.where(blob.key)} does not exist")

@@ -68,7 +68,7 @@ def _markdown(
 ) -> Iterator[str]:
     name = table.names[MAIN]
     yield from (f"# {asked.title}", "", asked.asks, "", f"![{name} of each row]({picture})", "")
-    yield from _verdict(asked, table)
+    yield from _verdict(table)
     yield from ("## Numbers", "", *_numbers(asked, table, seconds), "")
     beside = _beside(table)
     floor = "" if beside is None else f" Real held-out images have {_figure(beside)}."
@@ -124,7 +124,7 @@ def _failures(table: StudyTable) -> Iterator[str]:
         yield ""
 
 
-def _verdict(asked: StudyStage, table: StudyTable) -> Iterator[str]:
+def _verdict(table: StudyTable) -> Iterator[str]:
     """Which rows can be told from the first, by the intervals of their differences."""
     if table.rows[0].failed:
         yield f"The first row, {table.rows[0].label}, diverged: no row is held against it."
@@ -305,7 +305,7 @@ def draw(asked: StudyStage, table: StudyTable) -> str:
     return figure_svg(put, f"{asked.title}: {table.names[MAIN]}", size=(7.2, height))
 
 
-def _floor(axis: Any, table: StudyTable, line: Any) -> None:
+def _floor(table: StudyTable, line: Any) -> None:
     beside = _beside(table)
     if beside is not None:
         line(beside, color=FAINT, linewidth=0.8, linestyle=(0, (4, 3)))
@@ -323,7 +323,7 @@ def _rows(axis: Any, asked: StudyStage, table: StudyTable) -> None:
             axis.plot([found.low, found.high], [place, place], color=SAMPLE, linewidth=1.2)
         axis.plot(found.values, [place] * len(found.values), "|", color=FAINT, markersize=7)
         axis.plot([found.value], [place], "o", color=SAMPLE, markersize=4)
-    _floor(axis, table, axis.axvline)
+    _floor(table, axis.axvline)
     axis.set_yticks(list(places), [row.label for row in asked.rows])
     axis.set_ylim(len(table.rows) - 0.5, -0.5)
     axis.set_xlabel("dashed: real held-out images")
@@ -361,7 +361,7 @@ def _lines(axis: Any, asked: StudyStage, table: StudyTable) -> None:
             # At the top: where they ran off to.
             top = {"transform": axis.get_xaxis_transform(), "clip_on": False}
             axis.plot([at], [1.0], "x", color=colour, markersize=5, **top)
-    _floor(axis, table, axis.axhline)
+    _floor(table, axis.axhline)
     crosses = "; x: diverged" if any(row.failed for row in table.rows) else ""
     axis.set_xlabel(f"{asked.x_label} (dashed: real held-out images{crosses})")
     _legend(axis, asked)

@@ -36,7 +36,10 @@ MAIN = "distance"
 
 
 def mean_interval(values: Sequence[float]) -> tuple[float, float | None, float | None]:
-    """Mean with Student's 95 % interval: value, low, high; of one value there is no interval."""
+    """Mean with Student's 95 % interval: value, low, high; of one value there is no interval.
+
+    Raises DataError for no values.
+    """
     from scipy.stats import t
 
     count = len(values)

@@ -15,7 +15,8 @@ err = Console(stderr=True)
 def run_flow(module: str, name: str, config: str, changes: dict[str, Any], /, **more: Any) -> Any:
     """Run a flow here, in this process, once its config is right and Prefect answers.
 
-    ``more`` are its own arguments, of whatever name.
+    ``more`` are its own arguments, of whatever name. Raises ConfigError, and ServiceError where
+    Prefect does not answer or goes away.
     """
     import httpx
 

@@ -411,7 +411,10 @@ def sealed(plan: Plan, job: Job) -> Record | None:
 
 
 def ensure(plan: Plan, job: Job, *, say: Any, processes: int = 1) -> Record:
-    """The record of a job: the sealed one, or that of a program launched now."""
+    """The record of a job: the sealed one, or that of a program launched now.
+
+    Raises StageError or AwayError where the program fails, DataError where it seals nothing.
+    """
     name = f"{job.stage} {job_digest(job)[:12]}"
     record = sealed(plan, job)
     if record is not None:

@@ -283,7 +283,8 @@ def verify(address: str) -> int:
 def prepare(home: Home, address: str, manifest: Manifest) -> None:
     """Refuse a home that was used, and mark a fresh one as being restored.
 
-    A restore that was interrupted goes on when it is started again with the same address.
+    A restore that was interrupted goes on when it is started again with the same address. Raises
+    ServiceError, ConfigError.
     """
     marker = home.root / RESTORING
     if marker.is_file():

@@ -303,7 +303,10 @@ def _wait(
 
 
 def make_bucket(stack: Stack) -> None:
-    """Make the bucket, if it is missing; the signed request also proves that this S3 is ours."""
+    """Make the bucket, if it is missing; the signed request also proves that this S3 is ours.
+
+    Raises ServiceError.
+    """
     import boto3
     from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError

@@ -38,7 +38,10 @@ class Claims:
     held: dict[int, socket.socket] = field(default_factory=dict)
 
     def choose(self, preferred: int, *, avoid: Collection[int] = ()) -> int:
-        """The preferred port or the next free one; nobody else who asks gets it meanwhile."""
+        """The preferred port or the next free one; nobody else who asks gets it meanwhile.
+
+        Raises ServiceError where none is free.
+        """
         for port in range(preferred, min(preferred + TRIES, 65536)):
             if port not in avoid and self._claim(port):
                 return port
