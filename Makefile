@@ -52,6 +52,7 @@ pages: .venv/installed ## take pictures of report, MLflow and Prefect (after mak
 	$(BIN)/python -m bench.pages
 
 lock: ## resolve requirements.lock again from pyproject.toml
+	@[ -x $(BIN)/uv ] || $(MAKE) --no-print-directory setup
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 		--no-emit-index-url --no-annotate --no-header --extra dev --extra server pyproject.toml -o requirements.lock
 
