@@ -12,8 +12,10 @@ import re
 import sys
 import threading
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -60,9 +62,9 @@ class Event:
     blobs: dict[str, Blob] = field(default_factory=dict)
     """What was made, among the blobs of the store, by a name without folders."""
 
-    @property
+    @cached_property
     def line(self) -> bytes:
-        """Canonical JSON, with the end of the line."""
+        """Canonical JSON, with the end of the line: kept, for a log is written again and again."""
         return canonical_bytes(self) + b"\n"
 
     @property
@@ -104,6 +106,17 @@ class EventLog:
         with self._lock:
             newer = takewhile(lambda event: event.number > after, reversed(self._events))
             return [event for event in newer if event.number < self._committed][::-1]
+
+    def find(self, number: int) -> Event | None:
+        """The event of a number, where a durable checkpoint holds it."""
+        with self._lock:
+            at = self._place(number)
+            found = self._events[at : at + 1] if number < self._committed else []
+        return found[0] if found and found[0].number == number else None
+
+    def _place(self, number: int) -> int:
+        """Where the first event of this number or a later one stands: what is lost leaves gaps."""
+        return bisect_left(self._events, number, key=lambda event: event.number)
 
     def append(
         self,
@@ -161,15 +174,14 @@ class EventLog:
                 file.write_bytes(b"")
             except OSError as error:
                 self._give_up(error)
-            for event in self._events:
-                self._write(event.line)
+            self._write(*(event.line for event in self._events))
 
-    def _write(self, line: bytes) -> None:
+    def _write(self, *lines: bytes) -> None:
         if self._file is None:
             return
         try:
             with self._file.open("ab") as file:
-                file.write(line)
+                file.writelines(lines)
         except OSError as error:
             self._give_up(error)
 
@@ -198,7 +210,7 @@ class EventLog:
             return {part.name: part.blob or self._lines(part) for part in self._parts}
 
     def _lines(self, part: "_Part") -> bytes:
-        inside = (e for e in self._events if part.first <= e.number < part.end)
+        inside = self._events[self._place(part.first) : self._place(part.end)]
         return b"".join(event.line for event in inside)
 
     def commit(self, segments: Segments) -> None:
@@ -268,12 +280,20 @@ def _read(store: Store, name: str, kept: bytes | Blob) -> tuple[Blob, list[Event
 def events_of(data: bytes, where: str) -> list[Event]:
     """Events of lines. Raises IntegrityError where a line is none, or numbers do not rise."""
     try:
-        events = [from_json(Event, json.loads(line), where) for line in data.splitlines()]
+        events = [_of_line(line, where) for line in data.splitlines(keepends=True)]
     except (ValueError, ConfigError) as error:
         raise IntegrityError(f"{where} is no log of events ({error}): restore it") from error
     if not _rising([event.number for event in events]):
         raise IntegrityError(f"{where}: numbers of events do not rise; restore it")
     return events
+
+
+def _of_line(line: bytes, where: str) -> Event:
+    event = from_json(Event, json.loads(line), where)
+    if line.endswith(b"\n"):
+        # As it was written, and not to be put together once more.
+        vars(event)["line"] = line
+    return event
 
 
 def log_of(data: bytes, where: str) -> EventLog:

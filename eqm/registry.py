@@ -32,9 +32,8 @@ UNREACHABLE = (
 )
 RETRY_SECONDS = 3.0
 POLL_SECONDS = 1.0
-POINTS_AT_ONCE = 40
-"""Events a call: MLflow takes a thousand figures in one."""
 MOST_METRICS = 1000
+"""Figures that MLflow takes in one call."""
 PAGE = 1000
 """Experiments that are asked for at a time."""
 MIRRORED = "eqm.mirrored"
@@ -231,8 +230,8 @@ class RunMirror:
         in another store) leaves points in MLflow that cannot be taken away: they stand, and this
         log is shown behind them.
         """
-        known = {event.number: event.digest for event in self._log.committed()}
-        if mark.images_seen < 0 or known.get(mark.number) == mark.event:
+        known = self._log.find(mark.number)
+        if mark.images_seen < 0 or (known is not None and known.digest == mark.event):
             self._sent = mark.number
             return -1
         self._sent = -1
@@ -242,9 +241,10 @@ class RunMirror:
         return [event for event in self._log.committed(self._sent) if event.kind in CURVES]
 
     def _send_points(self, client: Any, run_id: str, *, beyond: int) -> None:
-        points = self._points()
-        for start in range(0, len(points), POINTS_AT_ONCE):
-            some = points[start : start + POINTS_AT_ONCE]
+        for some in calls(self._points()):
+            if self._abandoned:
+                # There may be hours of them left.
+                return
             new = [event for event in some if event.images_seen > beyond]
             if new:
                 # Sent again after an answer that got lost, equal points with equal times are one.
@@ -281,6 +281,20 @@ class _Mark:
     @property
     def text(self) -> str:
         return canonical_bytes(self).decode()
+
+
+def calls(points: Sequence[Event]) -> Iterator[list[Event]]:
+    """Events with figures, in order, in parts that MLflow takes in one call."""
+    some: list[Event] = []
+    figures = 0
+    for event in points:
+        if some and figures + len(event.figures) > MOST_METRICS:
+            yield some
+            some, figures = [], 0
+        some.append(event)
+        figures += len(event.figures)
+    if some:
+        yield some
 
 
 def _metrics(events: Sequence[Event]) -> list[Any]:

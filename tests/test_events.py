@@ -1,5 +1,6 @@
 """The log of a run: no gap and no double, however often the run was stopped."""
 
+import dataclasses
 import itertools
 import json
 import math
@@ -20,12 +21,12 @@ from chain import store_of, untrained
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eqm import checkpoint, gauges, train
+from eqm import checkpoint, events, gauges, registry, train
 from eqm.checkpoint import Position
 from eqm.config import replace
 from eqm.errors import IntegrityError
 from eqm.events import PREFIX, Event, EventLog, events_of, log_of, restore
-from eqm.records import Record, to_json
+from eqm.records import Blob, Record, canonical_bytes, to_json
 from eqm.stage import job_digest
 from eqm.storage import LocalStore
 from eqm.train import InterruptedTraining
@@ -94,6 +95,91 @@ def test_segments_are_not_written_again_with_every_checkpoint(tmp_path: Path) ->
     # Nine times at most for each event, instead of a hundred times.
     assert written < 200 * (1 + math.log2(200))
     assert restore(store, log.segments()).events == log.events
+
+
+def test_a_line_is_put_together_once_however_often_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[object] = []
+
+    def counted(value: object) -> bytes:
+        encoded.append(value)
+        return canonical_bytes(value)
+
+    monkeypatch.setattr(events, "canonical_bytes", counted)
+    store, log = LocalStore(tmp_path / "store"), EventLog(lambda: 0)
+    for images in range(1, 65):
+        log.append("metrics", images, {"loss": 1 / images})
+        segments = log.segments()
+        kept = {n: s if isinstance(s, Blob) else store.put(s) for n, s in segments.items()}
+        log.commit(segments)
+    log.follow(tmp_path / "copy.jsonl")
+    whole = log.to_bytes()
+    assert (tmp_path / "copy.jsonl").read_bytes() == whole
+    assert len(encoded) == 64
+    # Nor what was read: it is as it was written.
+    again = restore(store, kept)
+    again.follow(tmp_path / "copy.jsonl")
+    assert again.to_bytes() == whole == (tmp_path / "copy.jsonl").read_bytes()
+    assert [event.digest for event in again.events] == [event.digest for event in log.events]
+    assert len(encoded) == 64
+
+
+def test_an_event_is_found_by_its_number_where_it_is_committed() -> None:
+    log = EventLog()
+    for images in range(1, 7):
+        log.append("metrics", images)
+        if images in (3, 5):
+            segments = log.segments()
+            log.commit(segments)
+    assert [log.find(number) for number in range(-1, 8)] == [None, *log.events[:5], *[None] * 3]
+    # What is lost leaves a gap.
+    lacking = log_of(b"".join(log.events[number].line for number in (1, 3, 4)), "a log")
+    found = [lacking.find(number) for number in range(6)]
+    assert [event and event.number for event in found] == [None, 1, None, 3, 4, None]
+
+
+def test_mlflow_that_is_back_is_gone_on_with_by_a_look_at_one_event(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    log, looked = EventLog(), []
+    for images in range(1, 101):
+        log.append("metrics", images)
+    log.commit(log.segments())
+    mark = registry._Mark.of(log.events[70])
+    mirror = registry.RunMirror(
+        "http://127.0.0.1:9",
+        experiment="e",
+        run_name="r",
+        digest="d",
+        params={},
+        log=log,
+        fetch=lambda _: b"",
+    )
+    monkeypatch.setattr(Event, "digest", property(lambda e: looked.append(e.number) or e.line))
+    try:
+        assert mirror._begin(dataclasses.replace(mark, event=log.events[70].line)) == -1
+    finally:
+        mirror.abandon()
+    assert looked == [70]
+    assert [event.number for event in mirror._points()] == list(range(71, 100))
+
+
+def test_a_call_of_mlflow_has_no_more_figures_than_it_takes() -> None:
+    log = EventLog()
+    for images, count in enumerate((400, 600, 1, 1200, 30, 30), start=1):
+        log.append("metrics", images, {f"figure {k}": 0.0 for k in range(count)})
+    for images in range(7, 60):
+        log.append("metrics", images, {f"figure {k}": 0.0 for k in range(30)})
+    parts = list(registry.calls(log.events))
+    assert [event for part in parts for event in part] == log.events
+    assert [sum(len(event.figures) for event in part) for part in parts] == [
+        1000,
+        1,
+        1200,
+        990,
+        660,
+    ]
 
 
 def test_what_no_checkpoint_holds_is_not_committed() -> None:
