@@ -110,6 +110,7 @@ class History:
 def examine(store: Store, model: str) -> History:
     """Read the history, and say where it is broken. Raises StoreError."""
     found, before = History([], [], []), None
+    standing: list[Entry] = []
     for number, key in enumerate(store.list(f"history/{model}/"), start=1):
         where = store.where(key)
         if key != _key(model, number):
@@ -124,11 +125,13 @@ def examine(store: Store, model: str) -> History:
         except IntegrityError as error:
             found.faults.append(str(error))
         else:
-            found.faults.extend(f"{where}: {w}" for w in _out_of_place(found, entry, before))
+            wrong = _out_of_place(found, standing, entry, before)
+            found.faults.extend(f"{where}: {w}" for w in wrong)
             if entry.number != number:
                 found.faults.append(f"{where}: it says that it is move {entry.number}")
             found.entries.append(entry)
             found.digests.append(sha256(data))
+            _move(standing, entry)
         before = sha256(data)
     return found
 
@@ -153,8 +156,13 @@ def _entry(data: bytes, where: str) -> Entry:
     raise IntegrityError(f"{where} is of schema {schema!r}: a newer eqm wrote it, and can read it")
 
 
-def _out_of_place(found: History, entry: Entry, before: str | None) -> list[str]:
-    """What does not fit with the entries before; ``before`` is the digest of the last one."""
+def _out_of_place(
+    found: History, standing: list[Entry], entry: Entry, before: str | None
+) -> list[str]:
+    """What does not fit with the entries before, of which ``standing`` is the lineage.
+
+    ``before`` is the digest of the last one.
+    """
     faults: list[str] = []
     if entry.schema == SCHEMA and entry.previous != before:
         faults.append(
@@ -165,7 +173,6 @@ def _out_of_place(found: History, entry: Entry, before: str | None) -> list[str]
         faults.append("it is of an older schema than the one before: it was put in later")
     if entry.decision.get("candidate") != to_json(entry.evaluation):
         faults.append("its decision is on another evaluation than the one it names: it was changed")
-    standing = lineage(found.entries)
     if entry.action == "promote" or _stays(standing, entry):
         return faults
     if len(standing) < 2 or standing[-2].train != entry.train:
@@ -196,13 +203,18 @@ def lineage(entries: list[Entry]) -> list[Entry]:
     """
     standing: list[Entry] = []
     for entry in entries:
-        if entry.action == "promote":
-            if _stays(standing, entry):
-                standing.pop()
-            standing.append(entry)
-        elif not _stays(standing, entry):
-            del standing[-1:]
+        _move(standing, entry)
     return standing
+
+
+def _move(standing: list[Entry], entry: Entry) -> None:
+    """Go on with a lineage by one move."""
+    if entry.action == "promote":
+        if _stays(standing, entry):
+            standing.pop()
+        standing.append(entry)
+    elif not _stays(standing, entry):
+        del standing[-1:]
 
 
 def _stays(standing: list[Entry], entry: Entry) -> bool:
@@ -461,9 +473,9 @@ def _tell(registry: Registry, version: Version, wanted: Mapping[str, str]) -> li
 def _tags(found: History) -> dict[Ref, dict[str, str]]:
     """Training -> tags of its version, by the last entry that names it."""
     standing = [entry.train for entry in lineage(found.entries)]
-    tags: dict[Ref, dict[str, str]] = {}
+    earlier, tags = set(standing), dict[Ref, dict[str, str]]()
     for entry, key in zip(found.entries, found.digests, strict=True):
-        status = "earlier champion" if entry.train in standing else "rolled back"
+        status = "earlier champion" if entry.train in earlier else "rolled back"
         tags[entry.train] = {
             "eqm.status": "champion" if entry.train == standing[-1] else status,
             "eqm.history": str(entry.number),

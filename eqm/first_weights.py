@@ -61,8 +61,8 @@ def known_spec(file: PretrainedFile, store: Store) -> ModelSpec | None:
         files = model.read_folder(folder)
         if sha256(files["ema.safetensors"]) == file.sha256:
             return model.spec_from_bytes(files["model.json"], str(folder / "model.json"))
-    seals = [key for key in store.list("train/") if key.endswith("/record.json")]
-    for record in (store.record("train", key.split("/")[1]) for key in seals):
+    places = store.folders("train/")
+    for record in (store.record("train", place.removeprefix("train/")) for place in places):
         if record is not None and file.sha256 in {b.sha256 for b in record.outputs.values()}:
             data = store.get(record.outputs["model.json"])
             return model.spec_from_bytes(data, f"model.json of {record.digest[:12]}")

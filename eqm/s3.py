@@ -117,12 +117,23 @@ class Bucket:
 
     def list(self, prefix: str) -> Iterator[Object]:
         """All objects whose keys begin with a prefix, in the order of S3 (by bytes of the key)."""
-        asked = {"Bucket": self.name, "Prefix": prefix}
-        while True:
-            page = self._asked(prefix, lambda: self.client.list_objects_v2(**asked))
+        for page in self._pages(prefix):
             for item in page.get("Contents", ()):
                 etag, modified = item["ETag"].strip('"'), item["LastModified"].timestamp()
                 yield Object(item["Key"], item["Size"], etag, modified)
+
+    def folders(self, prefix: str) -> Iterator[str]:
+        """What stands before the next "/" in keys that begin with a prefix, each once."""
+        for page in self._pages(prefix, Delimiter="/"):
+            for item in page.get("CommonPrefixes", ()):
+                yield item["Prefix"].removesuffix("/")
+
+    def _pages(self, prefix: str, **more: str) -> Iterator[dict[str, Any]]:
+        """Answers of a listing, a thousand items each."""
+        asked = {"Bucket": self.name, "Prefix": prefix, **more}
+        while True:
+            page = self._asked(prefix, lambda: self.client.list_objects_v2(**asked))
+            yield page
             if not page.get("IsTruncated"):
                 return
             asked["ContinuationToken"] = page["NextContinuationToken"]

@@ -3,17 +3,20 @@
 from typing import Any
 
 
-def sealed_digests(store: Any, stage: str) -> list[str]:
-    """Digests of all records of a stage in a store."""
-    keys = (key.split("/") for key in store.list(f"{stage}/"))
-    return [parts[1] for parts in keys if len(parts) == 3 and parts[2] == "record.json"]
+def sealed_digests(store: Any, stage: str, digits: str = "") -> list[str]:
+    """Digests of all records of a stage in a store, or of those that begin so."""
+    return [
+        place.removeprefix(f"{stage}/")
+        for place in store.folders(f"{stage}/{digits}")
+        if store.exists(f"{place}/record.json")
+    ]
 
 
 def sealed_by_digits(store: Any, stage: str, digits: str) -> Any:
     """The record whose digest begins so; None where none does. Raises ConfigError for several."""
     from eqm.errors import ConfigError
 
-    found = [digest for digest in sealed_digests(store, stage) if digest.startswith(digits)]
+    found = sealed_digests(store, stage, digits)
     if len(found) > 1:
         raise ConfigError(f"{digits} begins {len(found)} digests of {store.uri}: give more digits")
     return store.record(stage, found[0]) if found else None

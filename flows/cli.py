@@ -116,7 +116,7 @@ def _champions() -> None:
 
     try:
         store = store_of(activate())
-        models = sorted({key.split("/")[1] for key in store.list("history/")})
+        models = [place.removeprefix("history/") for place in store.folders("history/")]
     except EqmError as error:
         out.print(f"champions: unknown ({_plain(str(error))})", soft_wrap=True)
         return

@@ -14,6 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
+from flows.addresses import sealed_digests
 from flows.options import ConfigArgument, SetOption, changes_of, check_folder
 
 FETCH = "fetch"
@@ -131,8 +132,7 @@ def _whole_digest(store: Any, digits: str) -> str:
     """The one evaluation whose digest begins so. Raises DataError."""
     from eqm.errors import DataError
 
-    keys = store.list(f"evaluation/{digits}")
-    found = sorted({key.split("/")[1] for key in keys if key.endswith("/record.json")})
+    found = sealed_digests(store, "evaluation", digits)
     if not found:
         raise DataError(
             f"no evaluation in {store.uri} begins with {digits}: "

@@ -155,6 +155,21 @@ def fault(bench: Bench) -> str:
     return found.faults[0]
 
 
+def test_a_long_history_is_gone_through_once(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    for _ in range(16):
+        bench.promotes(bench.trains())
+    bench.rolls_back()
+    stays, asked = champion._stays, []
+
+    def counted(standing: Any, entry: champion.Entry) -> bool:
+        asked.append(entry.number)
+        return stays(standing, entry)
+
+    monkeypatch.setattr(champion, "_stays", counted)
+    assert len(champion.history(bench.store, bench.model)) == 17
+    assert len(asked) <= 2 * 17
+
+
 def test_every_entry_holds_the_digest_of_the_one_before(bench: Bench) -> None:
     paths = moved(bench)
     entries = champion.history(bench.store, bench.model)

@@ -9,10 +9,13 @@ from typing import Any
 import pytest
 
 from eqm import s3, storage
+from eqm.config import PretrainedFile
 from eqm.disk import ASIDE, disk_errors
 from eqm.errors import ConfigError, IntegrityError, MissingError, StoreError
+from eqm.first_weights import known_spec
 from eqm.records import Blob, Record
 from eqm.storage import LocalStore, Store, open_store
+from flows.addresses import sealed_by_digits, sealed_digests
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.services)])
@@ -96,6 +99,46 @@ def test_listing_is_sorted_and_by_prefix(store: Store) -> None:
     assert store.list("x/") == ["x/1", "x/10", "x/2"]
     assert store.list("x/1") == ["x/1", "x/10"]
     assert store.list("z/") == []
+
+
+def test_folders_are_told_without_what_lies_in_them(store: Store) -> None:
+    for key in ("train/ab/record.json", "train/ab/checkpoints/1.json", "train/b/x", "train/c", "x"):
+        store.write_once(key, b"1")
+    blob = store.put(b"bytes")
+    # What a store in a folder keeps for itself is none of it.
+    store.fetch(blob, remembered=True)
+    found = store.read_version("x")
+    assert store.replace("x", b"2", found[1]) is not None
+    assert store.folders("train/") == ["train/ab", "train/b"]
+    assert store.folders("train/a") == ["train/ab"]
+    assert store.folders("train/c") == store.folders("gone/") == []
+    assert store.folders("") == ["blobs", "train"]
+
+
+class Shallow(LocalStore):
+    """A store whose trainings are too large to be looked through."""
+
+    def list(self, prefix: str) -> list[str]:
+        raise AssertionError(f"all of {prefix} is listed")
+
+
+def test_a_training_is_found_by_first_digits_without_looking_into_others(tmp_path: Path) -> None:
+    store = Shallow(tmp_path)
+    seals = [
+        store.seal(
+            Record(stage="train", algorithm=1, config={"n": n}, inputs={}, outputs={}, values={})
+        )
+        for n in range(3)
+    ]
+    store.write_once(f"train/{'0' * 64}/checkpoints/1.json", b"{}")
+    assert sealed_digests(store, "train") == sorted(seal.digest for seal in seals)
+    for seal in seals:
+        assert sealed_by_digits(store, "train", seal.digest[:12]) == seal
+    assert sealed_by_digits(store, "train", "0" * 12) is None
+    with pytest.raises(ConfigError, match="begins 3 digests"):
+        sealed_by_digits(store, "train", "")
+    # Nor for what weights were trained as that another training goes on from.
+    assert known_spec(PretrainedFile(uri=str(tmp_path / "w"), sha256="0" * 64), store) is None
 
 
 def test_missing_keys_are_told(store: Store) -> None:
