@@ -385,7 +385,7 @@ def _counting(listed: list[tuple[Position, str]], holder: lease.Lease | None) ->
 def _listed(store: Store, digest: str, folder: str = "checkpoints") -> list[tuple[Position, str]]:
     """Position and end of the name of every file of checkpoints, or of snapshots."""
     keys = store.list(f"train/{digest}/{folder}/")
-    found = (re.fullmatch(r"(\d{12})(?:-(\d{6,}))?\.(.+)", key.rpartition("/")[2]) for key in keys)
+    found = (re.fullmatch(r"(\d{12,})(?:-(\d{6,}))?\.(.+)", key.rpartition("/")[2]) for key in keys)
     return [(Position(int(m[1]), int(m[2] or 0)), m[3]) for m in found if m is not None]
 
 

@@ -17,6 +17,7 @@ by flows.
 """
 
 import datetime
+import itertools
 import json
 import re
 from collections.abc import Iterator, Mapping
@@ -32,6 +33,8 @@ SCHEMA = "eqm-cleaning/1"
 LEAST_SECONDS = 24 * 3600.0
 """Younger than this nothing is touched: a stage may be about to name it."""
 BLOBS = "blobs/sha256/"
+CLEANINGS = "cleanings/"
+"""What was deleted, and when: these lists keep nothing."""
 SCAFFOLDING = {"train": ("checkpoints", "snapshots"), "samples": ("parts",)}
 """Stage -> folders that serve until its seal."""
 UNITS = {"h": 3600.0, "d": 24 * 3600.0, "w": 7 * 24 * 3600.0}
@@ -149,10 +152,17 @@ def sweep(store: Store, *, older_than_seconds: float, now: datetime.datetime) ->
     at = now.astimezone(datetime.UTC).isoformat(timespec="microseconds")
     sizes = {one.key: one.size_bytes for found in condemned.values() for one in found}
     note = Cleaning(schema=SCHEMA, at=at, older_than_seconds=older_than_seconds, deleted=sizes)
-    store.write_once(f"cleanings/{at}.json", note_to_bytes(note))
-    for key in agreed.keys:
-        store.delete(key)
+    store.write_once(f"{CLEANINGS}{at}.json", note_to_bytes(note))
+    with ThreadPoolExecutor(READERS) as threads:
+        for ready in _in_turn(agreed.keys):
+            list(threads.map(store.delete, ready))
     return agreed
+
+
+def _in_turn(keys: list[str]) -> list[list[str]]:
+    """Keys in parts, of which each is to be gone before the next: what names is apart from data."""
+    parts = itertools.groupby(keys, key=lambda key: key.endswith(".json"))
+    return [list(part) for _, part in parts]
 
 
 # -- stages -------------------------------------------------------------------------------------
@@ -193,7 +203,10 @@ def _commits_first(keys: list[Stored]) -> tuple[Stored, ...]:
 
 def _named(store: Store, keys: list[Stored]) -> set[str]:
     """Every digest that stands in a JSON that is kept, or in one that a record names."""
-    wanted = [one.key for one in keys if one.key.endswith(".json")]
+    # What was deleted once, and was stored again, is not needed for that.
+    wanted = [
+        one.key for one in keys if one.key.endswith(".json") and not one.key.startswith(CLEANINGS)
+    ]
     found: set[str] = set()
     with ThreadPoolExecutor(READERS) as threads:
         for names in threads.map(lambda key: _names_in(store, key), wanted):

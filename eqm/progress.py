@@ -62,10 +62,20 @@ class Progress:
         rate = self.per_second
         left = (self.total - self.done) / rate if rate > 0 else 0.0
         more = f"  {_figures(figures)}" if figures else ""
-        ending = f", {left:.0f} s left" if self.done < self.total else ""
+        ending = f", {_time(left)} left" if self.done < self.total else ""
         line = f"{self.label}: {self.done:,} of {self.total:,} {self.unit}"
         sys.stderr.write(f"{line}, {rate:,.0f}/s{ending}{more}\n")
         sys.stderr.flush()
+
+
+def _time(seconds: float) -> str:
+    """For people: the two largest units of a time."""
+    hours, minutes = divmod(round(seconds / 60), 60)
+    if hours >= 48:
+        return f"{hours // 24} d {hours % 24} h"
+    if minutes + 60 * hours >= 60:
+        return f"{hours} h {minutes} min"
+    return f"{seconds:.0f} s"
 
 
 def _figures(figures: dict[str, float]) -> str:

@@ -111,11 +111,12 @@ def test_files_are_bounded_and_cut_the_same_every_time(
 
 def test_the_one_with_most_images_is_found(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
-    for images in (1000, 128, 99_999):
+    # The last has one digit more than names are filled up to.
+    for images in (1000, 128, 99_999, 10**12 - 1, 10**12 + 8):
         save(store, RUN, a_state(images))
-    found = load_newest(store, RUN)
-    assert found is not None
-    assert found.images_seen == 99_999
+        found = load_newest(store, RUN)
+        assert found is not None
+        assert found.images_seen == max(images, 1000)
 
 
 class Stops(LocalStore):

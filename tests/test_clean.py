@@ -3,6 +3,7 @@
 import dataclasses
 import datetime
 import os
+import threading
 import time
 from pathlib import Path
 
@@ -93,6 +94,43 @@ def test_what_nothing_names_goes_when_it_is_old(store: LocalStore) -> None:
     notes = store.list("cleanings/")
     assert len(notes) == 2
     assert old.key in store.read(notes[-1]).decode()
+
+
+def test_what_was_deleted_once_goes_again(store: LocalStore) -> None:
+    sweep(store, older_than_seconds=MONTH, now=NOW)
+    for hour in range(2):
+        again = store.put(b"of an attempt that is killed every time")
+        age(store)
+        now = NOW + datetime.timedelta(hours=hour)
+        assert sweep(store, older_than_seconds=MONTH, now=now).keys == [again.key]
+        assert not store.holds(again)
+
+
+def test_many_go_at_once_but_data_after_what_names_them(
+    store: LocalStore, tiny: chain.Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsealed(store, tiny)
+    gone: list[str] = []
+    beside, most, lock = 0, 0, threading.Lock()
+
+    def slowly(self: LocalStore, key: str) -> None:
+        nonlocal beside, most
+        with lock:
+            beside += 1
+            most = max(most, beside)
+        time.sleep(0.005)
+        with lock:
+            beside -= 1
+            gone.append(key)
+
+    monkeypatch.setattr(LocalStore, "delete", slowly)
+    found = sweep(store, older_than_seconds=MONTH, now=NOW)
+    assert sorted(gone) == sorted(found.keys)
+    assert most > 1
+    abandoned = [one.key for one in found.condemned["abandoned"]]
+    kinds = [key.endswith(".json") for key in gone if key in abandoned]
+    assert kinds == sorted(kinds, reverse=True)
+    assert {True, False} == set(kinds)
 
 
 def test_what_is_stored_again_is_new(store: LocalStore) -> None:
