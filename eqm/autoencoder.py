@@ -367,34 +367,38 @@ def pretrained(file: PretrainedFile, source: SourceConfig) -> Autoencoder:
     return sealed_autoencoder(network, source, name="pretrained", shift=shift, scale=scale)
 
 
-def for_latents(place: str | Path, shape: tuple[int, int, int]) -> Autoencoder:
-    """The autoencoder of latents of a shape (C, H, W), of whoever has it on this machine.
+def for_latents(given: "Autoencoder | str | Path", shape: tuple[int, int, int]) -> Autoencoder:
+    """The autoencoder of latents of a shape (C, H, W): an open one, or one of this machine.
 
     "identity" for pixels, x / 127.5 - 1; else the folder or .safetensors file that diffusers wrote,
     which is taken as it lies there. Raises ConfigError for what does not make such latents,
     DataError for what is not there.
     """
-    if str(place) == IDENTITY["kind"]:
-        made = identity(SourceConfig(image_size_px=shape[1], channels=shape[0]))
-    else:
-        weights = weights_file(Path(place))
-        if not weights.is_file():
-            raise DataError(
-                f"autoencoder {str(place)!r}: there is no {weights}; give 'identity' for pixels, "
-                "or the folder that diffusers wrote"
-            )
-        file = PretrainedFile(uri=str(weights), sha256=hash_file(weights))
-        found = open_store(str(weights.parent)).read(CONFIG)
-        written = _json(found, str(weights.with_name(CONFIG)))
-        halvings = len(written.get("block_out_channels", [0])) - 1
-        size, channels = shape[1] * 2**halvings, written.get("in_channels", 3)
-        made = pretrained(file, SourceConfig(image_size_px=size, channels=channels))
+    made = given if isinstance(given, Autoencoder) else _of_this_machine(given, shape)
     if made.spec.shape != shape:
+        name = made.spec.autoencoder if made is given else str(given)
         raise ConfigError(
-            f"the autoencoder {str(place)!r} makes latents of shape {made.spec.shape}, and those "
-            f"of the model have {shape}: give the one that it was trained on"
+            f"the autoencoder {name!r} makes latents of shape {made.spec.shape}, and those of the "
+            f"model have {shape}: give the one that it was trained on"
         )
     return made
+
+
+def _of_this_machine(place: str | Path, shape: tuple[int, int, int]) -> Autoencoder:
+    if str(place) == IDENTITY["kind"]:
+        return identity(SourceConfig(image_size_px=shape[1], channels=shape[0]))
+    weights = weights_file(Path(place))
+    if not weights.is_file():
+        raise DataError(
+            f"autoencoder {str(place)!r}: there is no {weights}; give 'identity' for pixels, or "
+            "the folder that diffusers wrote"
+        )
+    file = PretrainedFile(uri=str(weights), sha256=hash_file(weights))
+    found = open_store(str(weights.parent)).read(CONFIG)
+    written = _json(found, str(weights.with_name(CONFIG)))
+    halvings = len(written.get("block_out_channels", [0])) - 1
+    size, channels = shape[1] * 2**halvings, written.get("in_channels", 3)
+    return pretrained(file, SourceConfig(image_size_px=size, channels=channels))
 
 
 def read_pretrained(file: PretrainedFile) -> bytes:

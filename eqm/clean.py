@@ -28,6 +28,7 @@ from eqm.config import ALGORITHMS
 from eqm.errors import ConfigError, IntegrityError, MissingError
 from eqm.records import Blob, from_json, note_to_bytes, record_from_bytes
 from eqm.storage import Store, Stored
+from eqm.words import counted
 
 SCHEMA = "eqm-cleaning/1"
 LEAST_SECONDS = 24 * 3600.0
@@ -74,10 +75,10 @@ class Survey:
     def lines(self) -> list[str]:
         """What and how much, for people."""
         told = [
-            f"{why}: {len(found)} objects, {_size(sum(one.size_bytes for one in found))}"
+            f"{why}: {counted(len(found), 'object')}, {_size(sum(one.size_bytes for one in found))}"
             for why, found in self.condemned.items()
         ]
-        return [*told, f"kept: {self.kept} objects, {_size(self.kept_bytes)}"]
+        return [*told, f"kept: {counted(self.kept, 'object')}, {_size(self.kept_bytes)}"]
 
 
 @dataclass(frozen=True, kw_only=True)

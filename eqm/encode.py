@@ -42,6 +42,7 @@ from eqm.shards import ORIGINALS, Index, Sample, read_index, seal_set, write_sha
 from eqm.stage import Context, Outcome, Unfinished
 from eqm.stage import main as stage_main
 from eqm.walk import Batch, Commits, NoCommits, ShardPlan, Walk, commit_key, shard_plans
+from eqm.words import counted
 
 ORIGINAL_IMAGES = 24
 PIECE_PIXELS = 2**16
@@ -68,7 +69,7 @@ def program(context: Context) -> Outcome | Unfinished | None:
         return None
     missing = len(plans) - len(Commits(context).numbers())
     if missing and runtime.shards is not None:
-        return Unfinished(f"range done, {missing} shards of the set still missing")
+        return Unfinished(f"range done, {counted(missing, 'shard')} of the set still missing")
     lost = _lost(context, plans)
     if lost:
         encode_shards(context, source, Walk(NoCommits(), lost, 0), earlier)
@@ -82,8 +83,8 @@ def _asked(plans: list[ShardPlan], runtime: Runtime) -> list[ShardPlan]:
     first, end = runtime.shards
     if end > len(plans):
         raise ConfigError(
-            f"runtime.shards is {runtime.shards}, but the images fill {len(plans)} shards: the "
-            f"second number must be at most {len(plans)}"
+            f"runtime.shards is {runtime.shards}, but the images fill "
+            f"{counted(len(plans), 'shard')}: the second number must be at most {len(plans)}"
         )
     return plans[first:end]
 

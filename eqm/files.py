@@ -66,26 +66,27 @@ class Tree(NamedTuple):
     files: list[File]
 
 
-def open_files(uri: str, *, single: str | None = None) -> Files:
+def open_files(uri: str, *, setting: str = "source_uri", single: str | None = None) -> Files:
     """The files of a folder of this machine or under ``s3://bucket/prefix``.
 
-    ``single``: a suffix with which an address may also be that of one file; it is then listed
-    alone. Raises ConfigError for other kinds of address, DataError for what does not exist.
+    ``setting``: what whoever gave the address calls it. ``single``: a suffix with which an address
+    may also be that of one file; it is then listed alone. Raises ConfigError for other kinds of
+    address, DataError for what does not exist.
     """
     if uri.startswith(SCHEME):
         bucket, _, prefix = uri.removeprefix(SCHEME).partition("/")
         if not bucket:
-            raise ConfigError(f"source_uri {uri!r} names no bucket: s3://bucket/prefix")
+            raise ConfigError(f"{setting} {uri!r} names no bucket: s3://bucket/prefix")
         alone = single is not None and prefix.lower().endswith(single)
         folder, name = os.path.split(prefix) if alone else (prefix.strip("/"), None)
         return S3Files(bucket, folder, name)
     # Of "pipe:", "http:" and their like nothing is ever opened, not as a file name either.
     if ":" in uri.partition("/")[0]:
         raise ConfigError(
-            f"source_uri is {uri!r}; it must be a folder on this machine or s3://bucket/prefix (a "
+            f"{setting} is {uri!r}; it must be a folder on this machine or s3://bucket/prefix (a "
             "folder with a colon in its name: write ./ before it)"
         )
-    return _local(Path(uri), single)
+    return _local(Path(uri), setting, single)
 
 
 def checked_path(path: str, where: str) -> str:
@@ -118,14 +119,14 @@ def _suffix(name: str) -> str:
 # -- this machine -------------------------------------------------------------------------------
 
 
-def _local(path: Path, single: str | None) -> "LocalFiles":
+def _local(path: Path, setting: str, single: str | None) -> "LocalFiles":
     if path.is_dir():
         return LocalFiles(path)
     if single is not None and path.is_file() and _suffix(path.name) == single:
         return LocalFiles(path.parent, path.name)
     wanted = "the folder" if single is None else f"the folder, or one {single} file"
     what = "is not a folder" if path.exists() else "does not exist"
-    raise DataError(f"source_uri {path} {what}: give {wanted} that holds the images")
+    raise DataError(f"{setting} {path} {what}: give {wanted} that holds the images")
 
 
 class LocalFiles(Files):

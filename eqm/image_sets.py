@@ -43,6 +43,7 @@ from eqm.pictures import (
 )
 from eqm.randomness import permutation
 from eqm.records import digest, sha256
+from eqm.words import counted
 
 SHUFFLE_SEED = 0
 CHOICE_SEED = 0
@@ -83,18 +84,20 @@ def read_set(asked: OODSet, inside: Tensor, count: int) -> Tensor:
         )
     if len(found) < LEAST_IMAGES:
         raise DataError(
-            f"set {asked.name!r} has {len(found)} images: give at least {LEAST_IMAGES}, or leave "
-            f"it out of evaluate.ood.sets (it is told from {len(inside)} {IN_DISTRIBUTION} images)"
+            f"set {asked.name!r} has {counted(len(found), 'image')}: give at least "
+            f"{LEAST_IMAGES}, or leave it out of evaluate.ood.sets (it is told from "
+            f"{len(inside)} {IN_DISTRIBUTION} images)"
         )
     return found
 
 
-def digest_of(kind: str, uri: str, split: str | None = None) -> str:
+def digest_of(kind: str, uri: str, split: str | None = None, *, setting: str = "uri") -> str:
     """SHA-256 over names and bytes of the files of a set, wherever they lie; `OODSet.sha256`.
 
+    ``setting``: what whoever gave the address calls it.
     Raises ConfigError for a kind that lies in no files, DataError, StoreError.
     """
-    return _opened(kind, uri, split)[1].digest
+    return _opened(kind, uri, split, setting)[1].digest
 
 
 def check_set(asked: OODSet) -> None:
@@ -109,7 +112,9 @@ def check_set(asked: OODSet) -> None:
 
 def _checked(asked: OODSet) -> tuple["Reader", "Digested"]:
     # What OODSet has checked: a kind that lies in files has an address.
-    reader, digested = _opened(asked.kind, asked.uri or "", asked.split)
+    reader, digested = _opened(
+        asked.kind, asked.uri or "", asked.split, f"evaluate.ood.sets[{asked.name!r}].uri"
+    )
     if digested.digest != asked.sha256:
         raise IntegrityError(
             f"set {asked.name!r} at {asked.uri} has digest {digested.digest}, and {asked.sha256} "
@@ -118,7 +123,7 @@ def _checked(asked: OODSet) -> tuple["Reader", "Digested"]:
     return reader, digested
 
 
-def _opened(kind: str, uri: str, split: str | None) -> tuple["Reader", "Digested"]:
+def _opened(kind: str, uri: str, split: str | None, setting: str) -> tuple["Reader", "Digested"]:
     readers: dict[str, type[Reader]] = {
         "folder": Folder,
         "cifar10": Cifar10,
@@ -129,7 +134,7 @@ def _opened(kind: str, uri: str, split: str | None) -> tuple["Reader", "Digested
     splits = SET_SPLITS[kind]
     rule = f"one of {', '.join(splits)}" if splits else f"left out: {kind!r} has none"
     require(split is None or split in splits, "split", split, rule)
-    files = open_files(uri)
+    files = open_files(uri, setting=setting)
     reader = readers[kind](files, split or (splits[0] if splits else ""))
     return reader, Digested(files, reader.paths())
 

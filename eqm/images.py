@@ -54,6 +54,7 @@ from eqm.pictures import (
 )
 from eqm.progress import Progress
 from eqm.records import Ref, digest, sha256
+from eqm.words import counted
 
 __all__ = [
     "FORMATS",
@@ -349,7 +350,7 @@ def _check_split(config: SourceConfig, named: Named) -> None:
     training = np.bincount(listing.label[~listing.held_out], minlength=len(classes))
     for name, count in zip(classes, total, strict=True):
         if not count:
-            why = f" that can be decoded ({skipped} images are skipped)" if skipped else ""
+            why = f" that can be decoded ({counted(skipped, 'image')} skipped)" if skipped else ""
             raise DataError(f"class {name!r} has no image{why}: add some, or remove the class")
     if training.sum() < 2:
         raise DataError(

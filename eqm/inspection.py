@@ -21,6 +21,7 @@ from eqm.records import Manifest, Record
 from eqm.shards import ORIGINALS
 from eqm.stage import open_ref
 from eqm.storage import Store
+from eqm.words import counted
 
 LOOKED_AT = 4096
 """Samples that are read for the statistics, at most."""
@@ -133,14 +134,17 @@ def _set_warnings(manifest: Manifest, saturated: float) -> list[str]:
     empty = [manifest.classes[i] for i, count in enumerate(per_class) if not count]
     if empty:
         named = ", ".join(empty[:5])
-        warnings.append(f"{len(empty)} classes have no training image: {named}")
+        more = f" and {len(empty) - 5:,} more" if len(empty) > 5 else ""
+        warnings.append(f"classes without a training image: {named}{more}")
     elif max(per_class) > IMBALANCE * min(per_class):
         warnings.append(
             f"the largest class has {max(per_class) / min(per_class):.0f} times the images of the "
             "smallest: guidance and per-class figures of small classes will be poor"
         )
     if manifest.skipped:
-        warnings.append(f"{len(manifest.skipped)} images could not be decoded and were left out")
+        warnings.append(
+            f"{counted(len(manifest.skipped), 'image')} left out that could not be decoded"
+        )
     return warnings
 
 

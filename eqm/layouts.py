@@ -237,7 +237,8 @@ def _check_classes(tree: Tree, root: str) -> None:
     loose = [file.path for file in tree.files if "/" not in file.path]
     if loose:
         raise DataError(
-            f"{len(loose)} images lie in {root} itself ({loose[0]}, …), in no class: put the "
+            f"{loose[0]} lies in {root} itself, in no class"
+            f"{f' (and {len(loose) - 1:,} more)' if len(loose) > 1 else ''}: put the "
             "images of each class into a folder of their own"
         )
     if not tree.folders:

@@ -156,16 +156,7 @@ class Model:
         for one whose latents mean something else, and DataError.
         """
         latent = self.spec.latent
-        given = (
-            autoencoder
-            if isinstance(autoencoder, Autoencoder)
-            else for_latents(autoencoder, latent.shape)
-        )
-        if given.spec.shape != latent.shape:
-            raise ConfigError(
-                f"the autoencoder makes latents of shape {given.spec.shape}, and those of the "
-                f"model have {latent.shape}: give the one that it was trained on"
-            )
+        given = for_latents(autoencoder, latent.shape)
         wrong = list(_other_latents(latent, given.spec))
         if wrong:
             raise ConfigError(

@@ -25,6 +25,7 @@ from typing import Any
 from eqm.errors import EqmError, IntegrityError, MissingError, TrackingError
 from eqm.events import CURVES, Event, EventLog
 from eqm.records import Blob, canonical_bytes, from_json, sha256
+from eqm.words import counted
 
 UNREACHABLE = (
     "MLflow at {uri} cannot be reached ({error}): start the embedded services with `eqm up`, "
@@ -171,7 +172,7 @@ class RunMirror:
         if not self._done:
             sys.stderr.write(
                 f"warning: MLflow at {_public(self._uri)} did not take all of this run "
-                f"({len(self._points())} points are left: "
+                f"({counted(len(self._points()), 'point')} left: "
                 f"{self._failure or 'it did not answer in time'}); results are unaffected, and the "
                 "points are sent when the same training is started again\n"
             )

@@ -25,6 +25,7 @@ from eqm.report import (
     story_order,
 )
 from eqm.report_ood import ood_section
+from eqm.words import counted
 
 CELL_PX = 96
 TIMES = "\N{MULTIPLICATION SIGN}"
@@ -159,7 +160,8 @@ def _samples(report: ReportInput) -> page.Html:
             name,
             (
                 page.picture(
-                    strip_png(made, cell_px=CELL_PX), f"{len(made)} samples of class {name}"
+                    strip_png(made, cell_px=CELL_PX),
+                    f"{counted(len(made), 'sample')} of class {name}",
                 ),
                 _seeds(report, number),
             ),

@@ -49,6 +49,7 @@ from eqm.registry import RunMirror
 from eqm.stage import AWAY, Context, Outcome
 from eqm.stage import main as stage_main
 from eqm.storage import Store
+from eqm.words import counted
 
 if TYPE_CHECKING:
     from eqm.sharding import Shards
@@ -746,7 +747,8 @@ def say_stall(run: Run, seconds: float) -> None:
     if run.writer.written:
         stalled = run.writer.stalled_seconds
         sys.stderr.write(
-            f"{run.writer.written} checkpoints; training stood still for them {stalled:.2f} s "
+            f"{counted(run.writer.written, 'checkpoint')}; training stood still for "
+            f"{stalled:.2f} s "
             f"({stalled / seconds:.1%})\n"
         )
 

@@ -26,6 +26,7 @@ from eqm.report import SCHEMA, ReportInput, render_json, report_key
 from eqm.report_page import render_html
 from eqm.stage import open_ref
 from eqm.storage import Store, record_key
+from eqm.words import counted
 
 NO_SUCH = (EqmError, LookupError, TypeError, ValueError, AttributeError, RecursionError)
 """What comes of reading things that somebody edited: anything may be missing, or another thing."""
@@ -193,7 +194,7 @@ def check_chain(store: Store, record: Record) -> Check:
     }
     for place, blob in blobs.values():
         wrong += _trouble(place, functools.partial(store.get, blob))
-    text = f"digests of {len(found)} records and {len(blobs)} blobs"
+    text = f"digests of {counted(len(found), 'record')} and {counted(len(blobs), 'blob')}"
     return Check(name="chain", text=text, differences=tuple(wrong))
 
 

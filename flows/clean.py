@@ -9,6 +9,7 @@ from typing import Any
 from prefect import flow
 
 from eqm import clean
+from eqm.words import counted
 from flows.plan import store_of
 from flows.prefect_tools import logged, page, stage
 from flows.settings import current_settings
@@ -30,7 +31,7 @@ def look(older_than_seconds: float, delete: bool) -> dict[str, Any]:
     work = clean.sweep if delete else clean.survey
     found = work(store, older_than_seconds=older_than_seconds, now=now)
     verb = "deleted" if delete else "could be deleted"
-    lines = [f"{len(found.keys)} objects {verb} in {store.uri}", *found.lines()]
+    lines = [f"{counted(len(found.keys), 'object')} {verb} in {store.uri}", *found.lines()]
     for line in lines:
         logged(line)
     shown = "\n".join(f"* `{key}`" for key in found.keys[:MOST_SHOWN])

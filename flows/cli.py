@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from eqm.words import counted
 from flows import curves, data, imports, models, recovery, reports, samples, study_command
 from flows.options import ConfigArgument, SetOption, changes_of
 from flows.terminal import any_encoding, show
@@ -278,7 +279,7 @@ def _show_history(model: str, entries: list[Any], faults: list[str], told: list[
         err.print(f"[bold red]broken:[/] {_plain(fault)}", highlight=False, soft_wrap=True)
     if not faults:
         whole = "the chain is whole and its evidence is there" if entries else "no champion yet"
-        out.print(f"{model}: {len(entries)} moves; {whole}", soft_wrap=True)
+        out.print(f"{model}: {counted(len(entries), 'move')}; {whole}", soft_wrap=True)
 
 
 @app.command("clean", rich_help_panel=SERVICES)
@@ -307,7 +308,7 @@ def clean_command(
     for line in found.lines():
         out.print(line, highlight=False)
     verb = "deleted" if delete else "could be deleted: `eqm clean --delete` does it"
-    out.print(f"{len(found.keys)} objects {verb}")
+    out.print(f"{counted(len(found.keys), 'object')} {verb}")
 
 
 # -- recipes ------------------------------------------------------------------------------------

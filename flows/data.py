@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from eqm.words import counted
 from flows.addresses import sealed_by_digits, sealed_digests
 from flows.options import changes_of, check_folder
 from flows.terminal import show
@@ -124,7 +125,8 @@ def encode(
     record = ensure(plan, job, say=_say, processes=plan.processes)
     values = to_json(record.values)
     out.print(
-        f"{values['images']} images of {values['classes']} classes in {values['shards']} shards "
+        f"{counted(values['images'], 'image')} of {counted(values['classes'], 'class', 'classes')} "
+        f"in {counted(values['shards'], 'shard')} "
         f"({values['train_images']} to train on, {values['held_out_images']} held out)"
         f"{_copied(record)}",
         soft_wrap=True,
@@ -148,12 +150,13 @@ def verify(latents: LatentsArgument) -> None:
             out.print(f"[bold red]damaged:[/] {escape(damage.text)}", soft_wrap=True)
     if found:
         out.print(
-            f"{found} damages: restore these files from a copy, or delete them and the record "
-            f"{store.where(f'latents/{record.digest}/record.json')} and encode again",
+            f"{counted(found, 'damage')}: restore these files from a copy, or delete them and "
+            f"the record {store.where(f'latents/{record.digest}/record.json')} and encode again",
             soft_wrap=True,
         )
         raise typer.Exit(1)
-    out.print(f"{manifest.count} samples in {len(manifest.shards)} shards: every byte is sound")
+    samples, shards = counted(manifest.count, "sample"), counted(len(manifest.shards), "shard")
+    out.print(f"{samples} in {shards}: every byte is sound")
 
 
 @app.command()
@@ -183,7 +186,7 @@ def stats(latents: LatentsArgument) -> None:
     columns = ("mean", "std", "low", "high", "posterior_std", "whitened_std")
     for channel in range(spec.shape[0]):
         moments.add_row(str(channel), *(f"{getattr(found, c)[channel]:.4g}" for c in columns))
-    out.print(f"moments of {found.looked_at:,} samples", highlight=False)
+    out.print(f"moments of {counted(found.looked_at, 'sample')}", highlight=False)
     show(moments, out)
     for warning in found.warnings:
         out.print(f"[yellow]warning:[/] {escape(warning)}", soft_wrap=True)
@@ -209,7 +212,9 @@ def preview(
 @app.command()
 def digest(
     kind: Annotated[str, typer.Argument(help="folder, cifar10, svhn or dtd.")],
-    uri: Annotated[str, typer.Argument(help="Folder of its files; local or s3://bucket/prefix.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder of its files; local or s3://bucket/prefix.")
+    ],
     split: Annotated[
         str | None, typer.Option(help="Of the files: test unless given (dtd: test1).")
     ] = None,
@@ -217,7 +222,7 @@ def digest(
     """Digest of a set of images for tests of what lies out of distribution (evaluate.ood.sets)."""
     from eqm.image_sets import digest_of
 
-    out.print(digest_of(kind, uri, split), soft_wrap=True)
+    out.print(digest_of(kind, source, split, setting="SOURCE"), soft_wrap=True)
 
 
 @app.command("list")
@@ -268,8 +273,13 @@ def _kind(source: str) -> str:
         return "digits"
     if Path(source).suffix in endings:
         return endings[Path(source).suffix]
-    if "://" in source:
+    if source.startswith("s3://"):
         raise ConfigError(f"{source}: say --kind folder, imagenet, webdataset or parquet")
+    if "://" in source:
+        raise ConfigError(
+            f"SOURCE is {source!r}; it must be a folder, .tar or .parquet file on this machine, or "
+            "s3://bucket/prefix"
+        )
     path = Path(source)
     if not path.is_dir():
         raise ConfigError(f"{source} is no folder, .tar or .parquet file on this machine")

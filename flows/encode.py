@@ -21,6 +21,7 @@ from eqm.images import checked_source
 from eqm.records import Record, Ref
 from eqm.stage import job_digest, listing_key
 from eqm.walk import shard_plans
+from eqm.words import counted
 from flows.plan import (
     Changes,
     Plan,
@@ -55,7 +56,8 @@ ENDING_SECONDS = 90.0
 def list_images(plan: Plan) -> Ref:
     """List the images of the source; its digest stands for all of them."""
     source = list_source(plan)
-    logged(f"source {source.digest[:12]}: {len(source.entries)} images{left_out(source.skipped)}")
+    found = counted(len(source.entries), "image")
+    logged(f"source {source.digest[:12]}: {found}{left_out(source.skipped)}")
     return source_ref(source)
 
 
@@ -157,7 +159,8 @@ def fan_out(
     given: dict[str, Any] = {"config": config, "changes": changes, "source": source.digest}
     parts = ranges(_shards(plan, source), workers)
     _end_earlier()
-    logged(f"{workers} workers asked for: {len(parts)} ranges of shards on the work pool")
+    asked, of = counted(workers, "worker"), counted(len(parts), "range")
+    logged(f"{asked} asked for: {of} of shards on the work pool")
     try:
         running = [encode_on_pool.submit(given, part) for part in parts]
         for (first, end), one in zip(parts, running, strict=True):
@@ -177,7 +180,7 @@ def _end_earlier() -> None:
     cancel_children(run_id())
     deadline = time.monotonic() + ENDING_SECONDS
     while (left := unfinished_children(run_id())) and time.monotonic() < deadline:
-        logged(f"{len(left)} ranges of an earlier start of this run are ending")
+        logged(f"ranges of an earlier start of this run that are ending: {len(left)}")
         time.sleep(POLL_SECONDS)
 
 

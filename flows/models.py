@@ -6,7 +6,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from flows.options import check_folder
+from eqm.words import counted
+from flows.options import check_folder, check_new_folder
 
 out = Console()
 err = Console(stderr=True)
@@ -52,7 +53,9 @@ def sample(
     grid = images.reshape(len(rows), len(columns), *images.shape[1:])
     to.write_bytes(sample_grid(grid, names, scale=max(1, 64 // images.shape[-1])))
     cost = float(found.evaluations.double().mean())
-    out.print(f"{to}: {len(images)} samples, {cost:.0f} field evaluations each")
+    out.print(
+        f"{to}: {counted(len(images), 'sample')}, {counted(round(cost), 'field evaluation')} each"
+    )
 
 
 def serve(
@@ -160,11 +163,9 @@ def ema(
     from flows.settings import activate, current_settings
 
     activate()
-    from eqm.errors import ConfigError
     from eqm.model import reconstructed
 
-    if to.exists():
-        raise ConfigError(f"--to is {to}, which exists: name a directory that does not")
+    check_new_folder("--to", to)
     made, plan = reconstructed(
         model,
         sigma_rel=sigma_rel,
@@ -202,8 +203,7 @@ def import_official(
 
     if checkpoint.suffix.lower() != ".pt":
         raise ConfigError(f"{checkpoint} is no .pt file of the official code")
-    if to.exists():
-        raise ConfigError(f"--to is {to}, which exists: name a directory that does not")
+    check_new_folder("--to", to)
     if energy not in ("implicit", "dot", "l2"):
         raise ConfigError(f"--energy is {energy!r}; it must be implicit, dot or l2")
     model = eqm.load(
@@ -216,8 +216,8 @@ def import_official(
         device="cpu",
     )
     model.save(to)
-    shape, classes = model.spec.latent.shape, len(model.spec.classes)
-    out.print(f"{to}: {_size(model)}, latents {shape}, {classes} classes", soft_wrap=True)
+    shape, classes = model.spec.latent.shape, counted(len(model.spec.classes), "class", "classes")
+    out.print(f"{to}: {_size(model)}, latents {shape}, {classes}", soft_wrap=True)
 
 
 def export_official(
@@ -236,6 +236,7 @@ def export_official(
 
     if to.suffix.lower() != ".pt":
         raise ConfigError(f"--to is {to}; the official code loads .pt files: name it so")
+    check_folder("--to", to)
     loaded = eqm.load(model, mlflow_uri=current_settings().mlflow_uri, device="cpu")
     write_official(to, to_official(loaded.network))
     out.print(f"{to}: {_size(loaded)}. Heads are in no file: remember them", soft_wrap=True)
@@ -244,7 +245,7 @@ def export_official(
 def _size(model: Any) -> str:
     network = model.spec.network
     return (
-        f"width {network.width}, depth {network.depth}, {network.heads} heads, patch "
+        f"width {network.width}, depth {network.depth}, {counted(network.heads, 'head')}, patch "
         f"{network.patch}, energy {model.spec.objective.energy}"
     )
 

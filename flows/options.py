@@ -18,13 +18,22 @@ SetOption = Annotated[
 ]
 
 
-def check_folder(option: str, file: Path) -> None:
-    """Refuse a file to write whose folder is not there, before it is made. Raises ConfigError."""
+def check_folder(option: str, made: Path) -> None:
+    """Refuse a file or folder to make whose own folder is not there. Raises ConfigError."""
     from eqm.errors import ConfigError
 
-    folder = file.absolute().parent
+    folder = made.absolute().parent
     if not folder.is_dir():
-        raise ConfigError(f"{option} is {file}, but there is no folder {folder}")
+        raise ConfigError(f"{option} is {made}, but there is no folder {folder}: make it first")
+
+
+def check_new_folder(option: str, made: Path) -> None:
+    """Refuse a folder to make that exists, or whose own folder does not. Raises ConfigError."""
+    from eqm.errors import ConfigError
+
+    if made.exists():
+        raise ConfigError(f"{option} is {made}, which exists: name a directory that does not")
+    check_folder(option, made)
 
 
 def changes_of(settings: list[str] | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
+from eqm.words import counted
 from flows.options import check_folder
 
 if TYPE_CHECKING:
@@ -48,7 +49,9 @@ def restore(
 
     if verify:
         count = backups.verify(address)
-        out.print(f"{address}: {count} files are as they were", highlight=False, soft_wrap=True)
+        out.print(
+            f"{address}: {counted(count, 'file')} as they were", highlight=False, soft_wrap=True
+        )
         return
     place, manifest = backups.open_backup(address)
     make_private_folder(current_home())

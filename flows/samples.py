@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from eqm.words import counted
 from flows.addresses import open_sealed
 from flows.options import check_folder
 
@@ -57,7 +58,9 @@ def remake(
     images = made["images"].numpy()
     to.write_bytes(strip_png(images, cell_px=scale * max(images.shape[-2:])))
     label, cost = int(made["labels"]), int(made["evaluations"])
-    out.print(f"{to}: seed {seed}, class {label}, {cost} field evaluations", soft_wrap=True)
+    out.print(
+        f"{to}: seed {seed}, class {label}, {counted(cost, 'field evaluation')}", soft_wrap=True
+    )
     if not _is_same(store, record, seed, made, exact=exact):
         raise typer.Exit(1)
 
@@ -107,6 +110,7 @@ def export(
     """Write kept images as the .npz that ADM's evaluator reads: arr_0 uint8 (N, H, W, 3)."""
     from eqm.samples import export_npz
 
+    check_folder("--to", to)
     store, record = open_sealed(samples, "samples")
     written = export_npz(store, record, to, count=count)
-    out.print(f"{to}: {written:,} images", soft_wrap=True)
+    out.print(f"{to}: {counted(written, 'image')}", soft_wrap=True)

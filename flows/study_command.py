@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from eqm.words import counted
 from flows.options import changes_of
 from flows.terminal import show
 from flows.terminal import table as table_of
@@ -80,8 +81,9 @@ def _rehearsed(asked: "Study", base: "PipelineConfig", seeds: int) -> Iterator[s
     yield from (f"{row.label}: {json.dumps(row.changes)}" for row in stage.rows)
     trained = {digest((cell.network, cell.objective, cell.train)) for cell in cells}
     yield (
-        f"with {seeds} repetitions: {seeds * len(trained)} trainings of {base.train.images:,} "
-        f"images, {seeds * len(cells)} times {base.generate.samples:,} samples"
+        f"with {counted(seeds, 'repetition')}: {counted(seeds * len(trained), 'training')} of "
+        f"{base.train.images:,} images, {counted(seeds * len(cells), 'time')} "
+        f"{base.generate.samples:,} samples"
     )
 
 

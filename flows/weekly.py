@@ -18,6 +18,7 @@ from eqm.earlier import INPUT, differences
 from eqm.images import checked_source
 from eqm.records import Record, Ref
 from eqm.stage import listing_key, open_ref, verify
+from eqm.words import counted
 from flows.encode import list_images, open_plan
 from flows.evaluate import Standing, find_champion
 from flows.pipeline import Base, images_to_decision
@@ -105,7 +106,8 @@ def compare_listings(plan: Plan, then: Ref, now: Ref) -> dict[str, int]:
     """How many images are new, or gone, since the champion was trained; a changed one is both."""
     before, after = (_images(plan, ref) for ref in (then, now))
     counts = {"new_images": len(after - before), "gone_images": len(before - after)}
-    logged(f"{counts['new_images']} images are new, {counts['gone_images']} are gone")
+    new, gone = counts["new_images"], counts["gone_images"]
+    logged(f"images that are new: {new:,}, that are gone: {gone:,}")
     return counts
 
 
@@ -126,8 +128,8 @@ def verify_all(plan: Plan, standing: champion.Entry, source: Ref, day: datetime.
         verify(plan.store, record)
     blobs = {blob for record in chain for blob in record.outputs.values()}
     logged(
-        f"nothing new since version {standing.version} was judged: {len(chain)} records and "
-        f"{len(blobs)} files verified"
+        f"nothing new since version {standing.version} was judged: "
+        f"{counted(len(chain), 'record')} and {counted(len(blobs), 'file')} verified"
     )
     text = f"Nothing new on {day}: version {standing.version} stands, and all of it is undamaged."
     page(f"{plan.model_name}-watch", text, "The last look at the images")

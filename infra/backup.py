@@ -20,6 +20,7 @@ from eqm.disk import disk_errors, hash_file
 from eqm.errors import ConfigError, IntegrityError, MissingError, StoreError
 from eqm.records import Blob, note_from_bytes, note_to_bytes
 from eqm.storage import S3Store, Store, open_store
+from eqm.words import counted
 from infra.files import make_private_folder, write_private
 from infra.stack import BUCKET, MLFLOW, PREFECT, S3, External, ServiceError
 from infra.state import RESTORING
@@ -125,7 +126,7 @@ def backup(home: Home, target: Store, *, report: Report) -> str:
                 report(f"{name}: not ours; back up its database by its own tools (infra/README.md)")
         for name, place in places.items():
             listed = _settled(place, before[name])
-            report(f"{place.uri}: {len(listed)} objects")
+            report(f"{place.uri}: {counted(len(listed), 'object')}")
             for key, size in sorted(listed.items(), key=_data_first):
                 if (blob := _copied(place, key, size, target, scratch)) is not None:
                     files.append(File(place=name, key=key, blob=blob))
@@ -330,7 +331,7 @@ def restore(home: Home, place: Store, manifest: Manifest, *, report: Report) -> 
             _pull(place, file, scratch)
             if not places[file.place].write_once(file.key, scratch):
                 _same(places[file.place], file, scratch)
-        report(f"{len(objects)} objects restored")
+        report(f"{counted(len(objects), 'object')} restored")
         for file in manifest.files:
             if file.place == "database":
                 _put_database(place, file, home.databases()[file.key])
@@ -352,9 +353,10 @@ def _refuse_strangers(places: Mapping[str, Store], objects: list[File]) -> None:
     for name, there in places.items():
         known = {file.key for file in objects if file.place == name}
         if strangers := sorted(set(there.sizes("")) - known):
+            more = f" and {len(strangers) - 1:,} more" if len(strangers) > 1 else ""
             raise ServiceError(
-                f"{there.uri} holds {len(strangers)} objects that are not of the back-up "
-                f"({strangers[0]}, ...), and nothing is restored over it: name an empty one"
+                f"{there.uri} holds what is not of the back-up "
+                f"({strangers[0]}{more}), and nothing is restored over it: name an empty one"
             )
 
 

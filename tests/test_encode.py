@@ -427,7 +427,7 @@ def test_ranges_make_a_set_in_parts(tmp_path: Path) -> None:
         assert len(commits) == {(3, 5): 2, (0, 2): 4, (2, 3): 5}[shards]
         assert (store.record("latents", stage.job_digest(job)) is None) == (len(commits) < 5)
     assert "range done, 3 shards of the set still missing" in said[0]
-    assert "range done, 1 shards of the set still missing" in said[1]
+    assert "range done, 1 shard of the set still missing" in said[1]
     record = store.record("latents", stage.job_digest(job))
     whole = stage.run(a_job(tmp_path, store="whole"), encode.program)
     assert record is not None

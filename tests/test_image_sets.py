@@ -63,7 +63,7 @@ def test_interpolated_images_lie_halfway_between_pairs():
 
 
 def test_a_set_of_one_image_is_refused():
-    with pytest.raises(DataError, match="set 'x' has 1 images: give at least 2"):
+    with pytest.raises(DataError, match="set 'x' has 1 image: give at least 2"):
         read_set(OODSet(name="x", kind="flipped"), INSIDE[:1], 5)
 
 

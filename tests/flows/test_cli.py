@@ -151,8 +151,9 @@ def test_history_is_shown_and_verified(run, tmp_path: Path, monkeypatch) -> None
     monkeypatch.setenv("EQM_STORE", store.uri)
     told = run("history", "demo")
     assert (told.status, told.out) == (0, "eqm-digits: 0 moves; no champion yet\n")
-    for _ in range(2):
-        bench.promotes(bench.trains())
+    bench.promotes(bench.trains())
+    assert "eqm-digits: 1 move; the chain is whole" in run("history", "demo").out
+    bench.promotes(bench.trains())
     bench.rolls_back()
     told = run("history", "demo")
     assert told.status == 0
@@ -609,11 +610,14 @@ def test_what_exists_is_not_written_over(run, checkpoint: Path) -> None:
 
 def test_where_official_weights_are_written(run, checkpoint: Path) -> None:
     words = ("import-official", str(checkpoint), "--num-heads", "4", "--to")
-    assert run(*words, "folder/of/model").status == 0
-    assert Path("folder/of/model/model.json").is_file()
+    assert run(*words, "model").status == 0
     Path("file").touch()
-    refused(run(*words, "file/model"), "file/model", "Not a directory")
-    refused(run("export-official", "folder/of/model", "--to", "a.bin"), "--to is a.bin", ".pt")
+    for lacking in ("no/model", "file/model"):
+        refused(run(*words, lacking), f"--to is {lacking}", "there is no folder", "make it first")
+    refused(run("export-official", "model", "--to", "no/a.pt"), "--to is no/a.pt", "no folder")
+    refused(run("ema", "model", "--sigma-rel", "0.1", "--to", "no/a"), "--to is no/a", "no folder")
+    assert not Path("no").exists()
+    refused(run("export-official", "model", "--to", "a.bin"), "--to is a.bin", ".pt")
     assert not Path("a.bin").exists()
 
 

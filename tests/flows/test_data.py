@@ -14,7 +14,7 @@ from PIL import Image
 
 import eqm
 from eqm.config import OODSet
-from eqm.errors import IntegrityError
+from eqm.errors import DataError, IntegrityError
 from eqm.image_sets import check_set, digest_of
 from eqm.records import from_json
 from flows import cli
@@ -244,6 +244,8 @@ def test_a_set_has_a_digest_for_configs(eqm_: Run) -> None:
     Path("pictures/cat/001.png").unlink()
     with pytest.raises(IntegrityError, match="set 'pictures' at pictures has digest"):
         check_set(from_json(OODSet, given))
+    with pytest.raises(DataError, match=r"ood.sets\['pictures'\].uri elsewhere does not exist"):
+        check_set(from_json(OODSet, {**given, "uri": "elsewhere"}))
 
 
 @pytest.mark.parametrize(
@@ -251,6 +253,12 @@ def test_a_set_has_a_digest_for_configs(eqm_: Run) -> None:
     [
         (("encode", "nowhere", "--image-size", "8", "--to", "s"), "is no folder, .tar or .parquet"),
         (("encode", "s3://b/x", "--image-size", "8", "--to", "s"), "say --kind"),
+        (
+            ("encode", "http://a/b", "--image-size", "8", "--to", "s"),
+            "SOURCE is 'http://a/b'; it must be a folder, .tar or .parquet file on this machine",
+        ),
+        (("digest", "folder", "http://a/b"), "SOURCE is 'http://a/b'; it must be a folder on this"),
+        (("digest", "folder", "nowhere"), "SOURCE nowhere does not exist: give the folder"),
         (("encode", "pictures", "--image-size", "8", "--to", "ftp://x/y"), "only s3://"),
         (
             ("encode", "pictures", "--image-size", "8", "--to", "s", "--autoencoder", "a/b@c"),

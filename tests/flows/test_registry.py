@@ -373,7 +373,7 @@ def test_what_is_left_at_the_end_is_told_and_sent_by_the_next_start(
     mirror.close("FINISHED")
     warned = capfd.readouterr().err
     assert warned.count("Training goes on") == 1
-    assert "did not take all of this run (3 points are left" in warned
+    assert "did not take all of this run (3 points left" in warned
     assert "results are unaffected" in warned
     assert "Traceback" not in warned
     monkeypatch.undo()

@@ -92,6 +92,7 @@ def test_the_kept_images_become_an_npz(eqm_: Run, tiny: chain.Chain) -> None:
         (("export", "samples/abc"), "is no address of samples"),
         (("remake", "SAMPLES", "--seed", "50", "--exact"), "seed 50 is not among the samples"),
         (("remake", "SAMPLES", "--seed", "1", "--to", "no/where.png"), "--to is"),
+        (("export", "SAMPLES", "--to", "no/where.npz"), "--to is no/where.npz"),
     ],
 )
 def test_mistakes_are_one_message(
