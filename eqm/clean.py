@@ -205,22 +205,35 @@ def _commits_first(keys: list[Stored]) -> tuple[Stored, ...]:
 def _named(store: Store, keys: list[Stored]) -> set[str]:
     """Every digest that stands in a JSON that is kept, or in one that a record names."""
     # What was deleted once, and was stored again, is not needed for that.
-    wanted = [
-        one.key for one in keys if one.key.endswith(".json") and not one.key.startswith(CLEANINGS)
-    ]
+    wanted = [one.key for one in keys if _is_json(one.key) and not one.key.startswith(CLEANINGS)]
     found: set[str] = set()
     with ThreadPoolExecutor(READERS) as threads:
-        for names in threads.map(lambda key: _names_in(store, key), wanted):
-            found |= names
+        while wanted:
+            replaced: set[str] = set()
+            read = threads.map(lambda key: _names_in(store, key), wanted)
+            for key, names in zip(wanted, read, strict=True):
+                if names is None:
+                    replaced.add(key.rpartition("/")[0] + "/")
+                else:
+                    found |= names
+            # A checkpoint that was pruned while we looked. The one that took its place is new, but
+            # not all that it names: it stands nowhere else by now.
+            wanted = [
+                key for folder in sorted(replaced) for key in store.list(folder) if _is_json(key)
+            ]
     return found
 
 
-def _names_in(store: Store, key: str) -> set[str]:
+def _is_json(key: str) -> bool:
+    return key.endswith(".json")
+
+
+def _names_in(store: Store, key: str) -> set[str] | None:
+    """Digests in a JSON; None where it is gone."""
     try:
         data = store.read(key)
     except MissingError:
-        # Pruned while we looked; what took its place is new.
-        return set()
+        return None
     found = {name.decode() for name in NAME.findall(data)}
     for blob in _lists_of(key, data, store.where(key)):
         found |= {name.decode() for name in NAME.findall(_listed(store, blob, key))}

@@ -33,9 +33,10 @@ from eqm.s3 import Bucket
 WRITTEN_AT_ONCE_BYTES = 2**24
 VERIFIED = ".verified"
 """Folder of a local store that remembers which files were hashed."""
-FRESH_SECONDS = 24 * 3600.0
+FRESH_SECONDS = 3600.0
 """A blob that is stored again although it is there counts as written now, to this accuracy: whoever
-deletes what is old and unnamed (eqm.clean) thereby leaves alone what is about to be named."""
+deletes what is old and unnamed (eqm.clean) thereby leaves alone what is about to be named. Far less
+than the least age at which that deletes."""
 CHANGES = ".changes"
 """Folder of a local store with what came after the first bytes under keys that are changed."""
 

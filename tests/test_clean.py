@@ -174,6 +174,43 @@ def test_any_record_keeps_what_it_names_anywhere(store: LocalStore) -> None:
     assert blob.key not in look(store).keys
 
 
+def test_what_is_stored_again_is_not_nearly_old(store: LocalStore) -> None:
+    """At the least age there is: whoever stored it has yet to name it."""
+    blob = store.put(b"about to be named")
+    then = time.time() - clean.LEAST_SECONDS + 60
+    os.utime(store.root / blob.key, (then, then))
+    assert store.put(b"about to be named") == blob
+    later = datetime.datetime.now(datetime.UTC) + datetime.timedelta(minutes=10)
+    found = survey(store, older_than_seconds=clean.LEAST_SECONDS, now=later)
+    assert blob.key not in found.keys
+
+
+def test_what_checkpoints_name_stays_though_they_are_replaced_while_it_looks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training that lives: by the time that its commits are read, others are in their place."""
+    store, digest = LocalStore(tmp_path), "0" * 64
+    picture = store.put(b"a picture of last month")
+    named = f'{{"sha256": "{picture.sha256}"}}'.encode()
+    segment = {"events-000000000000..000000000000": store.put(named)}
+    age(store)
+    with lease.held(store, checkpoint.lease_key(digest), seconds=30) as mine:
+        moved = iter(range(1, 100))
+
+        def move_on() -> None:
+            weights = [{"w": torch.zeros(1)} for _ in range(3)]
+            state = checkpoint.TrainState(next(moved), *weights, {}, [])
+            state = dataclasses.replace(state, events=segment)
+            checkpoint.save(store, digest, state, token=mine.token)
+            checkpoint.prune(store, digest, keep=1, mine=mine)
+
+        by_stage = clean._by_stage
+        monkeypatch.setattr(clean, "_by_stage", lambda keys: move_on() or by_stage(keys))
+        move_on()
+        assert sweep(store, older_than_seconds=MONTH, now=NOW).keys == []
+    assert store.holds(picture)
+
+
 # -- stages that are not sealed -----------------------------------------------------------------
 
 
