@@ -42,9 +42,25 @@ NEITHER = (
     "again to go on; if this stays, the server does not do conditional writes (If-None-Match, "
     "If-Match)"
 )
+SKEWED = (
+    "S3 at {endpoint} refuses {where}, for its clock and that of this machine are too far apart "
+    "({error}): set the clock (timedatectl)"
+)
+EXPIRED = (
+    "the credentials for S3 at {endpoint} have expired ({error}): renew them, AWS_SESSION_TOKEN "
+    "among them, and start the same command again: it goes on"
+)
+NOT_HAD = (
+    "credentials for S3 at {endpoint} cannot be had ({error}): look at what gives them out, as the "
+    "metadata service of this machine"
+)
+UNUSABLE = "S3 cannot be used: {error}; check the AWS_* variables"
 
 TAKEN = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409", "NoSuchUpload")
 """What a conditional write is refused with. The last: an upload whose end was told before."""
+
+BUSY = (429, "RequestTimeout", "TooManyRequests", "Throttling", "SlowDown", "InternalError")
+"""Statuses and codes below 500 of a server that may answer in a while."""
 
 T = TypeVar("T")
 
@@ -312,7 +328,7 @@ def _client() -> Any:
     try:
         return boto3.session.Session().client("s3", config=settings)
     except (BotoCoreError, ValueError) as error:
-        raise StoreError(f"S3 cannot be used: {error}; check the AWS_* variables") from error
+        raise StoreError(UNUSABLE.format(error=error)) from error
 
 
 @contextlib.contextmanager
@@ -327,6 +343,11 @@ def _in_words(endpoint: str, bucket: str, where: str) -> Iterator[None]:
         exceptions.FlexibleChecksumError,
         ResponseParserError,
     )
+    not_had = (
+        exceptions.CredentialRetrievalError,
+        exceptions.MetadataRetrievalError,
+        exceptions.TokenRetrievalError,
+    )
     try:
         yield
     except exceptions.ClientError as error:
@@ -338,6 +359,11 @@ def _in_words(endpoint: str, bucket: str, where: str) -> Iterator[None]:
     except (exceptions.ConnectionError, exceptions.HTTPClientError) as error:
         reason = type(error).__name__
         raise AwayError(UNREACHABLE.format(endpoint=endpoint, error=reason)) from error
+    except not_had as error:
+        # They are given out for hours, and asked for again before those are over.
+        raise AwayError(NOT_HAD.format(endpoint=endpoint, error=error)) from error
+    except exceptions.BotoCoreError as error:
+        raise StoreError(UNUSABLE.format(error=error)) from error
 
 
 def _from_client_error(error: Any, endpoint: str, bucket: str, where: str) -> StoreError:
@@ -351,6 +377,12 @@ def _from_client_error(error: Any, endpoint: str, bucket: str, where: str) -> St
         return KeyTakenError(f"{where} exists already", retried=told.get("RetryAttempts", 0) > 0)
     if code in ("InvalidAccessKeyId", "SignatureDoesNotMatch", "AccessDenied", "403", "Forbidden"):
         return StoreError(REFUSED.format(endpoint=endpoint, error=code))
-    if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0) >= 500:
+    if code == "RequestTimeTooSkewed":
+        # Not for long, where something sets the clock that has jumped.
+        return AwayError(SKEWED.format(endpoint=endpoint, where=where, error=code))
+    if code.startswith("ExpiredToken"):
+        return StoreError(EXPIRED.format(endpoint=endpoint, error=code))
+    status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+    if status >= 500 or status in BUSY or code in BUSY:
         return AwayError(FAILED.format(endpoint=endpoint, where=where, error=error))
     return StoreError(f"S3 at {endpoint} failed on {where}: {error}")
