@@ -7,6 +7,7 @@ Credentials are named, never sent. A program's last words are its container's te
 
 import contextlib
 import json
+import secrets
 import ssl
 import time
 import urllib.error
@@ -195,7 +196,7 @@ class KubernetesLauncher:
             "spec": {
                 "runtimeRef": {"kind": "TrainingRuntime", "name": cluster.runtime},
                 "trainer": trainer,
-                "runtimePatches": [_mounted(name)],
+                "runtimePatches": [_mounted(f"{name}-{secrets.token_hex(4)}")],
             },
         }
 
@@ -212,13 +213,17 @@ class KubernetesLauncher:
         return told
 
     def job_file(self, job: Job, owner: Mapping[str, Any]) -> dict[str, Any]:
-        """The ConfigMap with the job file; it goes when the TrainJob goes."""
+        """The ConfigMap with the job file; it goes after the TrainJob has gone.
+
+        That may be so much later that the next TrainJob of the name is there by then: each has one
+        of its own.
+        """
         runtime = replace(job.runtime, error_file=LAST_WORDS, cache=CACHE_FOLDER)
         return {
             "apiVersion": "v1",
             "kind": "ConfigMap",
             "metadata": {
-                "name": cluster_name(job),
+                "name": _file_of(owner),
                 "namespace": self.cluster.namespace,
                 "ownerReferences": [
                     {
@@ -341,7 +346,7 @@ def _refuse_secrets(job: Job, environment: Mapping[str, str]) -> None:
 
 
 def _mounted(name: str) -> dict[str, Any]:
-    """The patch by which the trainer's pods see the job file."""
+    """The patch by which the trainer's pods see the job file, of a ConfigMap."""
     pod = {
         "volumes": [{"name": "eqm-job", "configMap": {"name": name}}],
         "containers": [
@@ -356,6 +361,14 @@ def _mounted(name: str) -> dict[str, Any]:
         "manager": "eqm.flows/launcher",
         "trainingRuntimeSpec": {"template": {"spec": {"replicatedJobs": jobs}}},
     }
+
+
+def _file_of(there: Mapping[str, Any]) -> str:
+    """Name of the ConfigMap that the pods of a TrainJob wait for."""
+    [patch] = there["spec"]["runtimePatches"]
+    [jobs] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    [volume] = jobs["template"]["spec"]["template"]["spec"]["volumes"]
+    return volume["configMap"]["name"]
 
 
 def _conditions(there: Mapping[str, Any]) -> list[dict[str, Any]]:

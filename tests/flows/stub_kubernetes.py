@@ -28,6 +28,8 @@ RUNTIME = Path(__file__).parents[2] / "infra" / "k8s" / "base" / "runtime.yaml"
 TRAIN_JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/research/trainjobs"
 CORE = "/api/v1/namespaces/research"
 TOKEN = "token-of-the-test"
+COLLECTED_SECONDS = 0.7
+"""From the end of a TrainJob to that of its ConfigMap."""
 
 
 class Refused(Exception):
@@ -117,11 +119,11 @@ class Cluster:
     def control(self, name: str) -> None:
         """A TrainJob from its creation to its end."""
         job = self.objects[name]
-        config = f"{CORE}/configmaps/{job['metadata']['name']}"
+        config = f"{CORE}/configmaps/{mounted(job)}"
         while self.suspended.is_set() and not self.deleted(name):
             self.condition(name, "Suspended", "Suspended", "TrainJob is suspended")
             time.sleep(0.02)
-        while config not in self.objects and not self.deleted(name):
+        while not self.has_file(job, config) and not self.deleted(name):
             self.condition(name)
             time.sleep(0.02)
         for attempt in range(self.restarts + 1):
@@ -139,9 +141,16 @@ class Cluster:
         while not self.deleted(name) and not self.away:
             time.sleep(0.02)
         with self.lock:
-            # Foreground: after its pods; what it owns goes along.
+            # Foreground: after its pods. What it owns goes when the collector comes by.
             self.objects.pop(name, None)
+        time.sleep(COLLECTED_SECONDS)
+        with self.lock:
             self.objects.pop(config, None)
+
+    def has_file(self, job: dict[str, Any], config: str) -> bool:
+        """Whether the ConfigMap is there, and stays: one whose owner has gone is about to go."""
+        owners = self.objects.get(config, {}).get("metadata", {}).get("ownerReferences", [])
+        return any(owner["uid"] == job["metadata"]["uid"] for owner in owners)
 
     def deleted(self, name: str) -> bool:
         return "deletionTimestamp" in self.objects[name]["metadata"]
@@ -249,6 +258,14 @@ def mapped(text: str, mounts: dict[str, str]) -> str:
         if text.startswith(inside):
             text = outside + text.removeprefix(inside)
     return text
+
+
+def mounted(job: dict[str, Any]) -> str:
+    """Name of the ConfigMap that a TrainJob's pods see."""
+    [patch] = job["spec"]["runtimePatches"]
+    [node] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
+    [volume] = node["template"]["spec"]["template"]["spec"]["volumes"]
+    return volume["configMap"]["name"]
 
 
 def terminated(status: int, words: str) -> dict[str, Any]:

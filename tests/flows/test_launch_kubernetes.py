@@ -122,7 +122,7 @@ def test_a_train_job_waits_is_evicted_and_ends_in_the_same_bits(
     assert again["AWS_DEFAULT_REGION"] == "here"
     assert "LOCAL_ONLY" not in first
     # It is gone, and what it owned; the same flow again starts nothing.
-    assert place.cluster.objects == {}
+    wait_for(lambda: place.cluster.objects == {})
     assert ensure(plan, place.job, say=lambda _: None) == record
     assert place.created() == 1
 
@@ -209,7 +209,8 @@ def test_an_interrupt_deletes_the_train_job_and_sees_its_pods_go(place: Place) -
     place.when(place.has_checkpoint, lambda: os.kill(os.getpid(), signal.SIGINT))
     with pytest.raises(KeyboardInterrupt):
         place.launcher.run(place.job)
-    assert place.cluster.objects == {}
+    assert f"{TRAIN_JOBS}/{place.name}" not in place.cluster.objects
+    wait_for(lambda: place.cluster.objects == {})
     assert all(pod.poll() is not None for pods in place.cluster.pods.values() for pod in pods)
     assert not is_sealed(place.job)
 
