@@ -97,8 +97,21 @@ class World:
         self.begin_sum(flat).wait()
         return flat
 
-    def told(self, seconds: float, error: RuntimeError) -> str:
-        """A message on a sum that came to nothing: who is silent, and what to do."""
+    @contextlib.contextmanager
+    def together(self) -> Iterator[None]:
+        """Do what makes collectives of its own, as a network that is shared. Raises PeerError."""
+        try:
+            yield
+        except RuntimeError as error:
+            if not _is_of_peers(error):
+                raise
+            raise PeerError(self.told(None, error)) from error
+
+    def told(self, seconds: float | None, error: RuntimeError) -> str:
+        """A message on a collective that came to nothing: who is silent, and what to do.
+
+        ``seconds``: how long this rank has waited; None where that is not known.
+        """
         silent = roll_call(self.store, self.rank, self.size)
         if silent is None:
             who = (
@@ -109,8 +122,9 @@ class World:
             who = f"and rank {', '.join(map(str, silent))} does not answer"
         else:
             who = "and all ranks answer: one was too slow, or the network broke off for a moment"
+        waited = "waited" if seconds is None else f"waited {seconds:.0f} s"
         return (
-            f"rank {self.rank} of {self.size} waited {seconds:.0f} s for the others {who} "
+            f"rank {self.rank} of {self.size} {waited} for the others {who} "
             f"({_reason(error)}). Look at that machine and the network, then start the same "
             "command again: it goes on from the newest checkpoint"
         )
@@ -169,10 +183,17 @@ class OnItsWay:
         return float(self._number)
 
 
+def _is_of_peers(error: RuntimeError) -> bool:
+    """Whether a collective failed, and not what was computed: gloo has no errors of its own."""
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
 def _reason(error: RuntimeError) -> str:
     """What torch says, without the place in its sources."""
     first, _, rest = str(error).strip().partition("] ")
-    return (rest if first.startswith("[") and rest else str(error)).splitlines()[0][:200]
+    said = (rest if first.startswith("[") and rest else str(error)).splitlines()[0]
+    # Behind that gloo guesses, and wishes good luck.
+    return said.partition(". This is typically")[0][:200]
 
 
 def roll_call(store: Store | None, rank: int, size: int) -> list[int] | None:

@@ -11,7 +11,8 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -33,7 +34,8 @@ class Shards:
         # The gradient's slice of the output is a view, which nothing here changes in place.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
         self.world = world
-        self.mesh = init_device_mesh(world.device.type, (world.size,))
+        # Over the group of all ranks that has the time-out which was asked for.
+        self.mesh = DeviceMesh.from_group(cast("ProcessGroup", world.group), world.device.type)
         policy = MixedPrecisionPolicy(
             param_dtype=torch.bfloat16 if half else None,
             reduce_dtype=torch.float32,
@@ -75,7 +77,8 @@ class Shards:
         found = {}
         for key, piece in pieces.items():
             name = key.rpartition("/")[2]
-            full = self._share(name, piece).full_tensor() if piece.dim() else piece
+            with self.world.together():
+                full = self._share(name, piece).full_tensor() if piece.dim() else piece
             if self.world.is_first:
                 found[key] = full.cpu()
         return found

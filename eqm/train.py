@@ -31,7 +31,7 @@ from eqm.checkpoint import Position, TrainState
 from eqm.compute import blocks_of, check_attention, check_micro_batch, prepare, slow_bfloat16
 from eqm.config import Runtime, TrainConfig, TrainStage
 from eqm.distributed import OnItsWay, Sum, World
-from eqm.errors import AwayError, DataError, DivergedError, EqmError
+from eqm.errors import AwayError, DataError, DivergedError, EqmError, PeerError
 from eqm.events import EventLog, log_of, restore
 from eqm.first_weights import first_network
 from eqm.frechet import Gaussian
@@ -329,7 +329,9 @@ def accumulate(run: Run, batch: Batch) -> Tensor:
     """
     alone = run.world.group is None or run.learner.shards is not None
     begin = None if alone else lambda part: run.sums.append(run.world.begin_sum(part))
-    return run.learner.backward(corrupted(run, batch), begin)
+    at = corrupted(run, batch)
+    with run.world.together():
+        return run.learner.backward(at, begin)
 
 
 def corrupted(run: Run, batch: Batch) -> Corrupted:
@@ -475,18 +477,42 @@ def speed(run: Run, images_per_second: float) -> dict[str, float]:
 
 
 def look(run: Run) -> None:
-    """Note how samples of the EMA weights look, and how far they are: eqm.glimpse."""
-    tensors = {**run.learner.weights(), **run.learner.whole(run.learner.ema.state_dict())}
+    """Note how samples of the EMA weights look, and how far they are: eqm.glimpse.
+
+    The first process looks. It tells the others on the way that it is at it, for that may take
+    longer than they would wait for somebody who says nothing.
+    """
+    tensors = {}
+    if gathers(run):
+        tensors = {**run.learner.weights(), **run.learner.whole(run.learner.ema.state_dict())}
     if not run.world.is_first:
+        while run.world.first_says(False):
+            pass
         return
-    settings = run.context.job.runtime.grid_sampler
+    told, pause = time.monotonic(), run.world.timeout_seconds / 10
+
+    def at_it(*_: object) -> None:
+        nonlocal told
+        if time.monotonic() - told > pause:
+            run.world.first_says(True)
+            told = time.monotonic()
+
     try:
-        seen = glimpse.take(model_of(run, tensors), settings, run.around)
-        grid = run.context.store.put(seen.grid)
-    except EqmError as error:
+        note_look(run, tensors, at_it)
+    except PeerError:
+        raise
+    except (EqmError, torch.OutOfMemoryError) as error:
         # A look costs no training, and where one rank alone ended, the others would wait for it.
-        sys.stderr.write(f"warning: no samples at image {run.images_seen:,}: {error}\n")
-        return
+        reason = str(error).partition(". ")[0] if isinstance(error, RuntimeError) else error
+        sys.stderr.write(f"warning: no samples at image {run.images_seen:,}: {reason}\n")
+    run.world.first_says(False)
+
+
+def note_look(run: Run, tensors: dict[str, Tensor], at_it: Callable[..., None]) -> None:
+    """What :func:`look` does by itself; ``at_it`` is called on the way."""
+    settings = run.context.job.runtime.grid_sampler
+    seen = glimpse.take(model_of(run, tensors), settings, run.around, on_update=at_it)
+    grid = run.context.store.put(seen.grid)
     figures = {"latent_distance": seen.distance}
     run.log.append("samples", run.images_seen, figures, blobs={"grid.png": grid})
 
@@ -722,9 +748,9 @@ def loop(run: Run) -> None:
 
 
 def looks(run: Run, before: int, last: bool) -> bool:
-    """Whether samples are looked at here, by a process that takes part in it."""
+    """Whether samples are looked at here."""
     every = run.context.job.runtime.grid_every_images
-    return every is not None and gathers(run) and (last or crossed(before, run.images_seen, every))
+    return every is not None and (last or crossed(before, run.images_seen, every))
 
 
 def look_missed(run: Run) -> None:
@@ -738,7 +764,7 @@ def look_missed(run: Run) -> None:
             for event in run.log.events
         )
     # The log is the first rank's.
-    if run.world.first_says(missed) and gathers(run):
+    if run.world.first_says(missed):
         look(run)
 
 

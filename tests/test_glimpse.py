@@ -1,6 +1,7 @@
 """Looks at a training on its way: what they show, and that they change nothing of it."""
 
 import io
+from types import SimpleNamespace
 
 import chain
 import numpy as np
@@ -9,12 +10,14 @@ import torch
 from PIL import Image
 
 from eqm import glimpse, train
-from eqm.config import SamplerConfig
-from eqm.errors import ConfigError, DataError, EqmError, IntegrityError, StoreError
+from eqm.config import SamplerConfig, replace, stage_config
+from eqm.distributed import World
+from eqm.errors import ConfigError, DataError, IntegrityError, PeerError, StoreError
 from eqm.events import events_of
 from eqm.frechet import Gaussian
 from eqm.latent_set import open_manifest
 from eqm.model import from_record
+from eqm.stage import Context
 
 FEW = SamplerConfig(updates=3)
 
@@ -102,14 +105,55 @@ def test_a_look_that_was_due_where_the_run_was_stopped_is_taken_when_it_goes_on(
     assert len(grids) == 3
 
 
-@pytest.mark.parametrize("kind", [DataError, StoreError, IntegrityError])
+@pytest.mark.parametrize("kind", [DataError, StoreError, IntegrityError, torch.OutOfMemoryError])
 def test_a_look_that_fails_costs_no_training(
-    tiny: chain.Chain, tmp_path, monkeypatch: pytest.MonkeyPatch, capfd, kind: type[EqmError]
+    tiny: chain.Chain, tmp_path, monkeypatch: pytest.MonkeyPatch, capfd, kind: type[Exception]
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise kind("samples diverged")
 
     monkeypatch.setattr(glimpse, "take", fail)
     job = chain.untrained(tiny, tmp_path, grid_every_images=500, grid_sampler=FEW)
     assert chain.run(job).content == tiny["train"].content
     assert "no samples at image 512: samples diverged" in capfd.readouterr().err
+
+
+def test_while_the_first_process_looks_the_others_wait_and_know_that_it_is_at_it(
+    tiny: chain.Chain, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = alone(tiny, tmp_path)
+    said: list[int] = []
+    world = SimpleNamespace(
+        is_first=True, timeout_seconds=0.0, first_says=said.append, device=run.world.device
+    )
+    run.context = replace(run.context, world=world)
+    train.look(run)
+    # At every update of either batch of samples, and then that it is over.
+    assert said[-1] is False
+    assert said[:-1].count(True) == len(said) - 1 >= 2 * FEW.updates
+    assert run.log.events[-1].kind == "samples"
+    run.context = replace(
+        run.context, world=SimpleNamespace(is_first=False, first_says=lambda _: said.pop(0))
+    )
+    train.look(run)
+    assert said == []
+    assert [event.kind for event in run.log.events].count("samples") == 1
+
+
+def test_a_look_among_ranks_that_are_gone_ends_training(
+    tiny: chain.Chain, tmp_path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gone(*_: object, **__: object) -> None:
+        raise PeerError("rank 1 does not answer")
+
+    run = alone(tiny, tmp_path)
+    monkeypatch.setattr(glimpse, "take", gone)
+    with pytest.raises(PeerError):
+        train.look(run)
+
+
+def alone(tiny: chain.Chain, tmp_path) -> train.Run:
+    job = chain.untrained(tiny, tmp_path, grid_every_images=320, grid_sampler=FEW)
+    world = World(0, 1, torch.device("cpu"))
+    config = stage_config("train", job.config)
+    return train.setup(Context(job=job, config=config, store=chain.store_of(job), world=world))
