@@ -135,15 +135,18 @@ def check_compiler(device: torch.device) -> None:
 
 
 def check_micro_batch(compute: ComputeConfig, objective: ObjectiveConfig, share: int) -> None:
-    """Refuse parts that do not make up a process's ``share`` of the batch. Raises ConfigError."""
-    size = compute.micro_batch
-    if size is None:
-        return
+    """Refuse parts that do not make up a process's ``share`` of the batch. Raises ConfigError.
+
+    And groups of a dispersive loss that do not fill such a part.
+    """
+    size, group = compute.micro_batch, objective.dispersive_group
+    whole = not objective.dispersive_weight or (size or share) % group == 0
     rule = f"a divisor of the {share} images of a process (train.batch_size over processes)"
+    if size is None:
+        require(whole, "objective.dispersive_group", group, rule)
+        return
     require(share % size == 0, "compute.micro_batch", size, rule)
-    group = objective.dispersive_group
     rule = f"a multiple of objective.dispersive_group ({group})"
-    whole = not objective.dispersive_weight or size % group == 0
     require(whole, "compute.micro_batch", size, rule)
 
 

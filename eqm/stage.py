@@ -214,6 +214,12 @@ def main(
                 raise
         except EqmError as told:
             return _refuse(told, job)
+    except Exception as error:
+        # A defect of ours keeps its traceback. Whoever started it learns what it was, and not only
+        # what other ranks make of it.
+        kind = type(error).__name__
+        _leave(f"{kind}: {error} (the traceback is in the program's output)", job)
+        raise
     return 0
 
 
@@ -224,12 +230,17 @@ def _module() -> str:
 
 def _refuse(error: EqmError, job: Job | None) -> int:
     sys.stderr.write(f"error: {error}\n")
+    _leave(f"{error}{AWAY if isinstance(error, PASSING) else ''}", job)
+    return EXIT_REFUSED
+
+
+def _leave(words: str, job: Job | None) -> None:
+    """Leave a message for whoever started the program."""
     if job is not None and job.runtime.error_file:
         file = Path(job.runtime.error_file)
         # Of several ranks the first one has the cause, the others what followed from it.
         if not file.exists() or not file.read_text():
-            file.write_text(f"{error}{AWAY if isinstance(error, PASSING) else ''}")
-    return EXIT_REFUSED
+            file.write_text(words)
 
 
 def failure(message: str) -> EqmError:

@@ -123,6 +123,10 @@ def test_parts_that_do_not_make_up_the_share_are_refused():
     check_micro_batch(ComputeConfig(micro_batch=4), grouped, 8)
     with pytest.raises(ConfigError, match=r"multiple of objective\.dispersive_group \(4\)"):
         check_micro_batch(ComputeConfig(micro_batch=2), grouped, 8)
+    with pytest.raises(ConfigError, match=r"dispersive_group is 4; .*divisor of the 6 images"):
+        check_micro_batch(ComputeConfig(), grouped, 6)
+    check_micro_batch(ComputeConfig(), grouped, 8)
+    check_micro_batch(ComputeConfig(), IMPLICIT, 6)
 
 
 # -- blocks -------------------------------------------------------------------------------------

@@ -204,6 +204,10 @@ def test_it_is_renewed_while_it_is_held(tmp_path: Path) -> None:
         while renewals(store) < 3 and time.monotonic() < deadline:
             time.sleep(0.01)
         assert renewals(store) >= 3
+    # Often enough for a renewal to fail, and be tried again, before it is anybody else's.
+    with lease.held(store, KEY, seconds=3.0):
+        time.sleep(2.0)
+        assert renewals(store) >= 1
     assert not any(thread.name == "lease" for thread in threading.enumerate())
 
 
@@ -219,6 +223,19 @@ def test_a_deleted_lease_is_lost_and_no_token_comes_twice(tmp_path: Path) -> Non
     store.delete(KEY)
     with pytest.raises(LostLeaseError, match=re.escape(KEY) + ".*somebody deleted it"):
         holder.check()
+
+
+def test_a_lease_that_is_damaged_while_it_is_held_is_lost(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    with lease.held(store, KEY, seconds=0.3) as mine:
+        while store.replace(KEY, b"no lease", store.read_version(KEY)[1]) is None:
+            pass
+        deadline = time.monotonic() + 60
+        while not mine.is_lost and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert mine.is_lost
+        with pytest.raises(IntegrityError, match=KEY):
+            mine.check()
 
 
 def test_what_happens_while_terms_are_fixed_is_no_takeover(tmp_path: Path) -> None:

@@ -115,6 +115,22 @@ def test_whoever_started_a_program_learns_whether_the_store_was_away(
     assert str(raised).startswith(str(error))
 
 
+def test_whoever_started_a_program_learns_of_a_defect_and_it_keeps_its_traceback(
+    tmp_path: Path,
+) -> None:
+    """Of several ranks, the others would say that this one does not answer."""
+    left, job = tmp_path / "error", a_job(tmp_path)
+    told = replace(job, runtime=replace(job.runtime, error_file=str(left)))
+    (tmp_path / "job.json").write_text(json.dumps(to_json(told)))
+
+    def fails(_: Context) -> Outcome:
+        raise ZeroDivisionError("by a defect")
+
+    with pytest.raises(ZeroDivisionError):
+        stage.main(("latents",), fails, [str(tmp_path / "job.json")])
+    assert left.read_text().startswith("ZeroDivisionError: by a defect (the traceback is in")
+
+
 def test_inputs_are_checked_before_use(tmp_path: Path) -> None:
     made = stage.run(a_job(tmp_path), makes(b"x"))
     store = LocalStore(tmp_path / "store")
