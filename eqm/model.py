@@ -320,7 +320,10 @@ def load(
     StoreError, IntegrityError.
     """
     if weights not in ("ema", "raw") and not weights.startswith(FURTHER):
-        raise ConfigError(f"weights is {weights!r}; it must be 'ema' or 'raw'")
+        raise ConfigError(
+            f"weights is {weights!r}; it must be 'ema' or 'raw', or the name of a further average, "
+            "as 'ema-20000' or 'power-0.05'"
+        )
     uri = str(uri)
     if uri.lower().endswith(".pt"):
         model = from_official(
