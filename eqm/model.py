@@ -33,6 +33,7 @@ from eqm.records import Blob, LatentSpec, Record, from_json, sha256, to_json
 from eqm.registry import Registry, Version, default_uri
 from eqm.stage import open_ref
 from eqm.storage import Store, open_store
+from eqm.words import counted
 
 if TYPE_CHECKING:
     from eqm.unet import UNet
@@ -262,9 +263,14 @@ class Model:
                 f"labels are {labels.dtype} of shape {tuple(labels.shape)}; give (B,) int64"
             )
         wrong = labels[(labels < 0) | (labels > classes - (not self.spec.null_label))]
-        if len(labels) != count or len(wrong):
-            odd = f"label {int(wrong[0])}" if len(wrong) else f"{len(labels)} labels"
-            raise DataError(f"{odd} for {count} latents; labels go from 0 to {classes - 1}")
+        if len(wrong):
+            raise DataError(
+                f"label {int(wrong[0])} is given, and labels of this model go from 0 to "
+                f"{classes - 1}"
+            )
+        if len(labels) != count:
+            given, latents = counted(len(labels), "label"), counted(count, "latent")
+            raise DataError(f"{given} for {latents}: give one each")
         return labels.to(self.device)
 
     def save(self, folder: str | Path) -> None:

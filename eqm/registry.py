@@ -599,17 +599,31 @@ def _version(entity: Any) -> Version:
 # -- scoring ------------------------------------------------------------------------------------
 
 
-def scoring_application(folder: Path, *, token: str | None) -> Any:
+def scoring_application(folder: Path, *, token: str | None, check: Callable[[object], None]) -> Any:
     """MLflow's scoring server of the model in a folder, as an ASGI application.
 
+    ``check`` is given the JSON of each call, and raises EqmError for one that is to be refused.
     With ``token``, calls must bring it as ``Authorization: Bearer TOKEN``.
     """
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     from mlflow.pyfunc import load_model, scoring_server
+    from starlette.responses import JSONResponse, PlainTextResponse
 
     application = scoring_server.init(load_model(str(folder)))
+
+    @application.middleware("http")
+    async def only_what_is_meant(request: Any, call_next: Any) -> Any:
+        # What is no JSON is MLflow's to refuse.
+        with contextlib.suppress(ValueError):
+            body = json.loads(await request.body())
+            try:
+                check(body)
+            except EqmError as error:
+                told = {"error_code": "INVALID_PARAMETER_VALUE", "message": str(error)}
+                return JSONResponse(told, status_code=400)
+        return await call_next(request)
+
     if token is not None:
-        from starlette.responses import PlainTextResponse
 
         @application.middleware("http")
         async def only_with_token(request: Any, call_next: Any) -> Any:

@@ -27,6 +27,7 @@ from eqm.registry import refusal, scoring_application
 from eqm.sampling import rule_of, sample, stop_of
 from eqm.stage import open_ref
 from eqm.storage import Store, open_store
+from eqm.words import counted
 
 FILE = "eqm-model.json"
 MOST_SAMPLES = 256
@@ -99,7 +100,29 @@ def application(
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files_of(store, record, sampler).items():
             (Path(folder) / name).write_bytes(data)
-        return scoring_application(Path(folder), token=token)
+        return scoring_application(Path(folder), token=token, check=check_call)
+
+
+def check_call(body: object) -> None:
+    """Refuse what MLflow takes without a word: it drops unknown parameters, and makes 0 of 0.5.
+
+    ``body`` is the JSON of a call; what has another form is left to MLflow. Raises ConfigError,
+    DataError.
+    """
+    given = body if isinstance(body, dict) else {}
+    inputs, params = given.get("inputs"), given.get("params")
+    _check_parameters(params if isinstance(params, dict) else {})
+    for name, values in inputs.items() if isinstance(inputs, dict) else ():
+        for value in values if isinstance(values, list) else [values]:
+            # True is an int to Python; of nested lists MLflow tells the shape.
+            if type(value) not in (int, list):
+                raise DataError(f"{name} holds {value!r}; give whole numbers")
+
+
+def _check_parameters(given: Mapping[str, Any]) -> None:
+    unknown = set(given) - set(PARAMETERS)
+    if unknown:
+        raise ConfigError(f"parameter {min(unknown)!r} is none of {', '.join(PARAMETERS)}")
 
 
 def _load_pyfunc(path: str) -> "Endpoint":  # pyright: ignore[reportUnusedFunction]
@@ -132,9 +155,8 @@ class Endpoint:
     def _images(self, given: Mapping[str, Any], changes: dict[str, Any]) -> NDArray[np.uint8]:
         seeds = np.asarray(given["seeds"]).ravel().tolist()
         labels = np.asarray(given["labels"]).ravel().tolist() if "labels" in given else None
-        unknown = set(changes) - set(PARAMETERS)
-        if unknown:
-            raise ConfigError(f"parameter {min(unknown)!r} is none of {', '.join(PARAMETERS)}")
+        _check_parameters(changes)
+        self._check_labels(labels, len(seeds))
         sampler: SamplerConfig = replace(self.sampler, **changes)
         for name, value, most in (
             ("seeds", len(seeds), MOST_SAMPLES),
@@ -153,3 +175,17 @@ class Endpoint:
             stop=stop_of(sampler),
         )
         return found.images().cpu().numpy()
+
+    def _check_labels(self, labels: list[int] | None, seeds: int) -> None:
+        """A class for each seed; a model's own "no label", the number behind the last, is none."""
+        if labels is None:
+            return
+        classes = len(self.model.spec.classes)
+        for label in labels:
+            if not 0 <= label < classes:
+                raise DataError(
+                    f"label {label} is given, and labels of this model go from 0 to {classes - 1}"
+                )
+        if len(labels) != seeds:
+            given = counted(len(labels), "label")
+            raise DataError(f"{given} for {counted(seeds, 'seed')}: give one each")

@@ -122,9 +122,11 @@ def _champions() -> None:
         out.print(f"champions: unknown ({_plain(str(error))})", soft_wrap=True)
         return
     for model in models:
-        standing = champion.current(store, model)
-        if standing is not None:
-            out.print(f"{model}: version {standing.version} is champion since {standing.at}")
+        moves = champion.history(store, model)
+        if standing := champion.lineage(moves):
+            # A rollback made champion again what was promoted long before.
+            since = moves[-1].at
+            out.print(f"{model}: version {standing[-1].version} is champion since {since}")
     if not models:
         out.print("no champion yet")
 
@@ -132,12 +134,19 @@ def _champions() -> None:
 @app.command(rich_help_panel=SERVICES)
 def env() -> None:
     """Print the environment of the services, for `eval "$(eqm env)"`. Shows the S3 secret."""
+    import os
     import shlex
 
     from flows.settings import current_settings
 
-    for name, value in current_settings().service_environment().items():
+    settings = current_settings()
+    for name, value in settings.service_environment().items():
         sys.stdout.write(f"export {name}={shlex.quote(value)}\n")
+    programs = str(Path(sys.executable).parent)
+    if programs not in settings.environ.get("PATH", "").split(os.pathsep):
+        # `mlflow` and `prefect` of this installation, and the `uvicorn` that `mlflow models serve`
+        # looks for there.
+        sys.stdout.write(f'export PATH={shlex.quote(programs)}:"$PATH"\n')
 
 
 @app.command(rich_help_panel=SERVICES)

@@ -407,9 +407,10 @@ def test_an_energy_and_its_gradient_belong_together(trained: Model, energy: str)
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        ([0, 1, 11], "label 11 for 3 latents; labels go from 0 to 9"),
-        ([0, -1, 2], "label -1 for 3 latents"),
-        ([0, 1], "2 labels for 3 latents"),
+        ([0, 1, 11], "label 11 is given, and labels of this model go from 0 to 9"),
+        ([0, -1, 2], "label -1 is given"),
+        ([0, 1], "2 labels for 3 latents: give one each"),
+        ([0], "1 label for 3 latents"),
         ([[0, 1, 2]], r"labels .* of shape \(1, 3\)"),
         ([0.0, 1.0, 2.0], r"labels are torch\.float32"),
         (5, r"labels .* of shape \(\)"),
@@ -444,7 +445,7 @@ def test_without_a_null_label_labels_are_needed(trained: Model) -> None:
     )
     with pytest.raises(DataError, match="no null label: give labels"):
         plain.gradient(some_latents())
-    with pytest.raises(DataError, match="label 10 for 3 latents; labels go from 0 to 9"):
+    with pytest.raises(DataError, match=r"label 10 is given, .* from 0 to 9"):
         plain.gradient(some_latents(), torch.tensor([0, 4, 10]))
     with pytest.raises(DataError, match="guidance needs a null label"):
         eqm.sample(plain, labels=[1], seeds=[0], updates=1, guidance=2.0)
@@ -528,7 +529,7 @@ def test_a_start_or_seeds_or_both(trained: Model) -> None:
         eqm.sample(trained, seeds=[0, 1], start=some_latents(1), updates=1)
     with pytest.raises(DataError, match="this model takes"):
         eqm.sample(trained, start=torch.zeros(2, 3, 8, 8), updates=1)
-    with pytest.raises(DataError, match="2 labels for 1 latents"):
+    with pytest.raises(DataError, match="2 labels for 1 latent: give one each"):
         eqm.sample(trained, seeds=[0], labels=[1, 2], updates=1)
 
 

@@ -116,10 +116,17 @@ def test_images_are_those_of_the_library(trained: chain.Chain, served: str) -> N
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        ({"inputs": {"labels": [99], "seeds": [0]}}, "label 99 for 1 latents"),
+        ({"inputs": {"labels": [99], "seeds": [0]}}, "label 99 is given"),
         ({"inputs": {"labels": [1], "seeds": [-1]}}, "seed -1 is out of range"),
-        ({"inputs": {"labels": [1, 2], "seeds": [0]}}, "2 labels for 1 latents"),
-        ({"inputs": {"labels": [1], "seeds": ["a"]}}, "invalid literal for int"),
+        ({"inputs": {"labels": [1, 2], "seeds": [0]}}, "2 labels for 1 seed: give one each"),
+        ({"inputs": {"labels": [10], "seeds": [0]}}, "label 10 is given"),
+        ({"inputs": {"labels": [1], "seeds": ["a"]}}, "seeds holds 'a'; give whole numbers"),
+        ({"inputs": {"labels": [0.5], "seeds": [0]}}, "labels holds 0.5; give whole numbers"),
+        ({"inputs": {"labels": [True], "seeds": [0]}}, "labels holds True; give whole numbers"),
+        (
+            {"inputs": {"labels": [1], "seeds": [0]}, "params": {"steps": 5}},
+            "parameter 'steps' is none of updates, step_size, guidance",
+        ),
         ({"inputs": {"labels": [1]}}, "seeds"),
         ({"inputs": {"labels": [1] * 257, "seeds": [0] * 257}}, "257 is more than the 256"),
         (

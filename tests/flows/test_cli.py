@@ -4,6 +4,7 @@ import collections
 import importlib
 import inspect
 import io
+import itertools
 import json
 import os
 import socket
@@ -26,6 +27,7 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 import eqm
+from eqm import champion
 from eqm.autoencoder import identity
 from eqm.config import NetworkConfig, SourceConfig
 from eqm.events import EventLog
@@ -149,6 +151,8 @@ def test_history_is_shown_and_verified(run, tmp_path: Path, monkeypatch) -> None
     store = LocalStore(tmp_path / "store")
     bench = Bench(store, MemoryRegistry(), "eqm-digits")
     monkeypatch.setenv("EQM_STORE", store.uri)
+    days = itertools.count(1)
+    monkeypatch.setattr(champion, "_now", lambda: f"2026-01-0{next(days)}T00:00:00+00:00")
     told = run("history", "demo")
     assert (told.status, told.out) == (0, "eqm-digits: 0 moves; no champion yet\n")
     bench.promotes(bench.trains())
@@ -158,6 +162,7 @@ def test_history_is_shown_and_verified(run, tmp_path: Path, monkeypatch) -> None
     told = run("history", "demo")
     assert told.status == 0
     assert "3 moves; the chain is whole and its evidence is there" in told.out
+    assert "eqm-digits: version 1 is champion since 2026-01-03" in run("status").out
     assert [line.split()[2] for line in told.out.splitlines()[1:4]] == [
         "promote",
         "promote",
@@ -308,6 +313,14 @@ def test_what_the_command_line_itself_refuses(run) -> None:
     told = run("pipelin")
     assert told.status == 2
     assert "No such command" in told.err
+
+
+def test_the_programs_of_this_installation_are_found(run, monkeypatch) -> None:
+    programs = str(Path(sys.executable).parent)
+    monkeypatch.setenv("PATH", "/usr/bin")
+    assert f'export PATH={programs}:"$PATH"\n' in run("env").out
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin")
+    assert "PATH=" not in run("env").out.replace("_PATH", "")
 
 
 # -- mistakes in the environment ----------------------------------------------------------------
