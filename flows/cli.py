@@ -220,9 +220,17 @@ def promote(
     despite_rollback: Annotated[
         bool, typer.Option("--despite-rollback", help="Also a model that was rolled back.")
     ] = False,
+    evaluation: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIGITS",
+            help="Judge this one, by the first digits of its digest, and not that of the config: "
+            "of a model that weekly trained.",
+        ),
+    ] = None,
 ) -> None:
     """Judge the evaluated model; make it champion if the policy is met."""
-    more = {"despite_rollback": despite_rollback}
+    more = {"despite_rollback": despite_rollback, "evaluation": evaluation}
     promoted = _flow("flows.promote", "promote", config, _with(set_, policy), dry_run, **more)
     if promoted is not None:
         out.print("champion" if promoted else "not promoted: the reasons are above")

@@ -12,9 +12,11 @@ from prefect import flow
 from prefect.runtime import flow_run
 
 from eqm import champion
+from eqm.errors import DataError
 from eqm.records import Decision, Record
 from eqm.registry import Registry, Version
 from eqm.stage import git_revision, open_ref
+from flows.addresses import sealed_by_digits
 from flows.evaluate import Report, evaluation_of, judge, publish
 from flows.plan import Plan, make_plan, require_sealed
 from flows.prefect_tools import logged, stage
@@ -67,22 +69,47 @@ def promote_model(
     return entry
 
 
+@stage
+def named(plan: Plan, digits: str) -> Record:
+    """The evaluation whose digest begins so, of a version of this model.
+
+    Raises ConfigError for digits of several, DataError for none and for that of another model.
+    """
+    found = sealed_by_digits(plan.store, "evaluation", digits)
+    if found is None:
+        raise DataError(
+            f"--evaluation is {digits}, and {plan.store.uri} has no such evaluation: `eqm history` "
+            "and the log of the run that made it name its digest"
+        )
+    train = found.inputs["train"]
+    source = plan.store.where(f"train/{train.digest}")
+    registry = Registry(plan.mlflow_uri)
+    if registry.find(plan.model_name, source=source, content=train.content) is None:
+        raise DataError(
+            f"evaluation {found.digest[:12]} is of a model that is no version of "
+            f"{plan.model_name}: give the config whose name the model has"
+        )
+    return found
+
+
 @flow(name="promote", timeout_seconds=PROMOTE_SECONDS)
 def promote(
     config: str | dict[str, Any] = "demo",
     changes: dict[str, Any] | None = None,
     despite_rollback: bool = False,
+    evaluation: str | None = None,
 ) -> bool:
     """Judge the evaluated model of a config, and promote it if the policy is met.
 
-    A model that was rolled back is promoted again only with ``despite_rollback``.
+    A model that was rolled back is promoted again only with ``despite_rollback``. ``evaluation``:
+    first digits of the digest of another one to judge, as of a model that `weekly` trained.
     """
     plan = make_plan(config, changes)
-    evaluation = require_sealed(plan, evaluation_of(plan))
-    trained = open_ref(plan.store, evaluation.inputs["train"])
+    judged = named(plan, evaluation) if evaluation else require_sealed(plan, evaluation_of(plan))
+    trained = open_ref(plan.store, judged.inputs["train"])
     version = register_model(plan, trained)
-    decision = judge(plan, evaluation, despite_rollback)
-    report = publish(plan, evaluation, decision)
+    decision = judge(plan, judged, despite_rollback)
+    report = publish(plan, judged, decision)
     return promote_model(plan, trained, version, decision, report) is not None
 
 

@@ -30,6 +30,7 @@ import eqm
 from eqm import champion
 from eqm.autoencoder import identity
 from eqm.config import NetworkConfig, SourceConfig
+from eqm.errors import DataError
 from eqm.events import EventLog
 from eqm.images import open_source
 from eqm.model import reconstructed
@@ -119,7 +120,16 @@ def port_of_nobody() -> int:
         (("encode", "demo"), "encode.encode", {}),
         (("train", "demo"), "train.train", {}),
         (("evaluate", "demo"), "evaluate.evaluate", {}),
-        (("promote", "demo"), "promote.promote", {"despite_rollback": False}),
+        (
+            ("promote", "demo"),
+            "promote.promote",
+            {"despite_rollback": False, "evaluation": None},
+        ),
+        (
+            ("promote", "demo", "--despite-rollback", "--evaluation", "42e7"),
+            "promote.promote",
+            {"despite_rollback": True, "evaluation": "42e7"},
+        ),
         (("rollback", "demo"), "promote.rollback", {}),
         (("study", "samplers", "--seeds", "2"), "study.study", {"name": "samplers", "seeds": 2}),
     ],
@@ -313,6 +323,23 @@ def test_what_the_command_line_itself_refuses(run) -> None:
     told = run("pipelin")
     assert told.status == 2
     assert "No such command" in told.err
+
+
+def test_an_evaluation_is_named_by_its_digits(tmp_path: Path, monkeypatch) -> None:
+    """What weekly trained has a config that no file has: it is promoted by its evaluation."""
+    from flows import promote
+
+    store = LocalStore(tmp_path / "store")
+    bench = Bench(store, MemoryRegistry(), "eqm-digits")
+    judged = bench.evidence(bench.trains().number)
+    plan = SimpleNamespace(store=store, model_name="eqm-digits", mlflow_uri="")
+    monkeypatch.setattr(promote, "Registry", lambda _: bench.registry)
+    assert promote.named.fn(plan, judged.digest[:6]).ref == judged
+    with pytest.raises(DataError, match=r"--evaluation is none, and .* has no such evaluation"):
+        promote.named.fn(plan, "none")
+    plan.model_name = "eqm-other"
+    with pytest.raises(DataError, match="no version of eqm-other: give the config whose name"):
+        promote.named.fn(plan, judged.digest)
 
 
 def test_the_programs_of_this_installation_are_found(run, monkeypatch) -> None:
