@@ -98,7 +98,7 @@ def test_what_nothing_names_goes_when_it_is_old(store: LocalStore) -> None:
 
 def test_what_was_deleted_once_goes_again(store: LocalStore) -> None:
     sweep(store, older_than_seconds=MONTH, now=NOW)
-    for hour in range(2):
+    for hour in (1, 2):
         again = store.put(b"of an attempt that is killed every time")
         age(store)
         now = NOW + datetime.timedelta(hours=hour)
