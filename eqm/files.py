@@ -34,9 +34,17 @@ class File(NamedTuple):
 class Files(ABC):
     """A tree of files. All methods raise DataError; those of S3 StoreError too."""
 
+    only: str | None
+    """The one file below the root that is meant; None: all of them."""
+
     @abstractmethod
     def where(self, path: str = "") -> str:
         """Full address of a file, or of the root, for people."""
+
+    @property
+    def address(self) -> str:
+        """What was given: the root, or the one file of it."""
+        return self.where(self.only or "")
 
     @abstractmethod
     def tree(self, suffixes: Collection[str]) -> "Tree":

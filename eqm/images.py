@@ -329,6 +329,9 @@ def _named(layout: Layout, found: Found, tables: Sequence[Table]) -> Named:
         hashes[ordered],
         places=None if found.places is None else found.places.taken(ordered),
     )
+    if not wrong:
+        place = "" if layout.files is None else f"{layout.files.address} "
+        raise DataError(f"{place}holds no image: give another source_uri, or add images")
     named = Named(found.classes, tuple(key for key, _ in bad), listing)
     _check_split(layout.config, named)
     return named

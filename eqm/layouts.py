@@ -33,7 +33,7 @@ from eqm.errors import ConfigError, DataError
 from eqm.files import File, Files, Tree, checked_path, open_files
 from eqm.listing import Place, Places, Table, held_out
 from eqm.matlab import struct_fields
-from eqm.pictures import FORMATS, decode_picture, digits, in_mode
+from eqm.pictures import FOREIGN, FORMATS, decode_picture, digits, in_mode
 from eqm.rows import Rows
 
 LARGEST_MEMBER_BYTES = 2**29
@@ -196,7 +196,8 @@ class Folder(FileLayout):
 
     def parts(self, remember: Remember) -> list[Part]:
         """Some files of one class each; which ones does not change when others come and go."""
-        tree = self.files.tree(FORMATS)
+        # A picture that cannot be decoded is told, and not passed over for its name.
+        tree = self.files.tree((*FORMATS, *FOREIGN))
         _check_classes(tree, self.files.where())
         parts: list[Part] = []
         block: list[File] = []
@@ -560,7 +561,7 @@ class WebDataset(FileLayout):
 
     def found(self, parts: Sequence[Part], tables: Sequence[Table]) -> Found:
         """All samples of all tars."""
-        classes, labels = labelled(_chained(tables, "labels"), self.files.where())
+        classes, labels = labelled(_chained(tables, "labels"), self.files.address)
         named = zip(parts, tables, strict=True)
         keys = [
             checked_path(f"{part.name}/{name}", self.files.where())
@@ -643,7 +644,7 @@ class Parquet(FileLayout):
 
     def found(self, parts: Sequence[Part], tables: Sequence[Table]) -> Found:
         """All rows of all files."""
-        classes, labels = labelled(_chained(tables, "labels"), self.files.where())
+        classes, labels = labelled(_chained(tables, "labels"), self.files.address)
         named = zip(parts, tables, strict=True)
         keys = [f"{part.name}/{name}" for part, table in named for name in table.names]
         return Found(classes, keys, labels, _places(parts, tables))

@@ -28,6 +28,8 @@ from torch import Tensor
 
 from eqm.randomness import permutation
 
+FOREIGN = (".tif", ".tiff", ".gif", ".avif", ".heic", ".heif", ".jp2", ".jfif")
+"""Suffixes of pictures that are seldom of a kind in FORMATS: told, where they lie among images."""
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".bmp": "BMP"}
 """Suffixes that count as images. The bytes decide which of these formats it is, and no other
 decoder is ever asked: Pillow would run Ghostscript on an EPS that is named .png."""

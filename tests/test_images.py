@@ -257,6 +257,15 @@ def test_folders_that_are_no_source_are_refused(tmp_path: Path) -> None:
         open_source(FOLDER, str(root))
 
 
+def test_pictures_of_kinds_that_are_not_read_are_told(tmp_path: Path) -> None:
+    root = make_folder(tmp_path / "data")
+    picture(1).save(root / "cat" / "scan.tiff")
+    with pytest.raises(DataError, match=r"1 of 25 images .*cat/scan.tiff \(it is none of BMP"):
+        open_source(FOLDER, str(root))
+    source = open_source(replace(FOLDER, on_corrupt="skip"), str(root))
+    assert (len(source.entries), source.skipped) == (24, ("cat/scan.tiff",))
+
+
 def test_splits_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     one = make_folder(tmp_path / "one", ("cat",), each=1)
     with pytest.raises(DataError, match="1 of 1 images are left for training"):

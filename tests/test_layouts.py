@@ -455,11 +455,11 @@ def test_images_and_labels_of_one_sample_twice_are_refused(tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("labels", "message"),
     [
-        (("0", "2", "2"), "labels up to 2, but no image of class 1"),
+        (("0", "2", "2"), "up to 2, but no image of class 1"),
         (("1", "1", "2"), "no image of class 0"),
         (("0", "0", "99999999999999999999"), "no image of class 1"),
-        (("0", "1", "cat"), "the labels '0' and 'cat'"),
-        (("0", "1", "01"), "the labels '0' and '01'"),
+        (("0", "1", "cat"), "labels '0' and 'cat'"),
+        (("0", "1", "01"), "labels '0' and '01'"),
         (("-1", "-1", "-1"), "a negative number stands for none"),
         (("a", "b", "c" * 201), "200 characters are the most"),
     ],
@@ -469,6 +469,15 @@ def test_labels_that_are_no_classes_are_refused(
 ) -> None:
     with pytest.raises(DataError, match=message):
         tar_source(tmp_path, samples(*labels))
+    # One tar that was named is named, not the folder that it lies in.
+    with pytest.raises(DataError, match=rf"{tmp_path}/x.tar has .*{message}"):
+        open_source(WEBDATASET, str(tmp_path / "x.tar"))
+
+
+def test_a_tar_without_images_is_refused(tmp_path: Path) -> None:
+    tarfile.open(tmp_path / "x.tar", "w").close()
+    with pytest.raises(DataError, match=r"x.tar holds no image: give another source_uri"):
+        open_source(WEBDATASET, str(tmp_path / "x.tar"))
 
 
 def test_ten_classes_are_in_the_order_of_their_numbers(tmp_path: Path) -> None:
