@@ -85,11 +85,20 @@ def find_champion(plan: Plan) -> Standing | None:
 
 @stage
 def check_sets(plan: Plan) -> None:
-    """See that the sets which scores are tested on are what they should be, before a training."""
+    """See that the sets which scores are tested on are what they should be, before a training.
+
+    Tells as well of a policy that asks for more samples than are made.
+    """
     for one in plan.config.evaluate.ood.sets:
         image_sets.check_set(one)
         if one.sha256 is not None:
             logged(f"set {one.name}: {one.kind} {one.sha256[:12]}")
+    asked, made = plan.config.policy.minimum_samples, plan.config.generate.samples
+    if asked > made:
+        logged(
+            f"warning: policy.minimum_samples is {asked:,} and generate.samples {made:,}: no model "
+            "will pass; generate more, or ask for fewer"
+        )
 
 
 @stage

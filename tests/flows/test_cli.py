@@ -10,6 +10,8 @@ import os
 import socket
 import subprocess
 import sys
+import textwrap
+import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +38,7 @@ from eqm.images import open_source
 from eqm.model import reconstructed
 from eqm.storage import LocalStore
 from flows import cli, clusters, curves, settings
+from flows.plan import read_config
 from flows.terminal import any_encoding, show, table
 from infra import alarms
 
@@ -323,6 +326,21 @@ def test_what_the_command_line_itself_refuses(run) -> None:
     told = run("pipelin")
     assert told.status == 2
     assert "No such command" in told.err
+
+
+def test_a_policy_that_nothing_can_meet_is_told_before_a_training(monkeypatch) -> None:
+    from flows import evaluate
+
+    page = (Path(__file__).parents[2] / "README.md").read_text()
+    text = page.split("    # flowers.toml\n")[1].split("    eqm pipeline")[0]
+    table = tomllib.loads(textwrap.dedent(text))
+    told: list[str] = []
+    monkeypatch.setattr(evaluate, "logged", told.append)
+    evaluate.check_sets.fn(SimpleNamespace(config=read_config(table, {})))
+    assert told == [], "the page's own example can pass"
+    few = read_config(table, {"generate.samples": 1797})
+    evaluate.check_sets.fn(SimpleNamespace(config=few))
+    assert "minimum_samples is 5,000 and generate.samples 1,797: no model will pass" in told[0]
 
 
 def test_an_evaluation_is_named_by_its_digits(tmp_path: Path, monkeypatch) -> None:
