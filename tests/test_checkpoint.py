@@ -584,6 +584,52 @@ def test_snapshots_that_a_replaced_holder_commits_late_go_once_there_are_others(
         assert store.get(track.tensors) == checkpoint.tensors_to_bytes(a_state(images).ema)
 
 
+def test_what_later_holders_wrote_is_left_alone_and_commits_go_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever is stopped between two deletes leaves no commit that names a file that is gone."""
+    store, gone = LocalStore(tmp_path), []
+    held = takes_over(store)
+    for images in (64, 128, 192):
+        save(store, RUN, a_state(images))
+    later = f"train/{RUN}/checkpoints/{64:012d}-000009.curve.json"
+    store.write_once(later, b"of one who took over just now")
+    monkeypatch.setattr(store, "delete", gone.append)
+    checkpoint.prune(store, RUN, keep=1, mine=held)
+    assert later not in gone
+    commits = [re.search(r"-000001\.json$", key) is not None for key in gone]
+    assert commits == [True, True, *[False] * (len(gone) - 2)]
+    assert len(gone) > 4
+
+
+def test_a_snapshot_is_as_it_was_though_the_next_one_comes_before_it_is_written(
+    tmp_path: Path,
+) -> None:
+    store = Slow(tmp_path)
+    writer = Writer(store, RUN, keep=3)
+    writer.snapshot(128, KEPT)
+    threading.Timer(0.2, store.go.set).start()
+    writer.snapshot(256, {s: {n: t + 1 for n, t in some.items()} for s, some in KEPT.items()})
+    writer.wait()
+    for track in checkpoint.read_snapshot(store, RUN, 128).tracks:
+        kept = checkpoint.tensors_from_bytes(store.get(track.tensors))
+        assert all(torch.equal(kept[n], t) for n, t in KEPT[track.sigma_rel].items())
+
+
+def test_a_lost_lease_ends_a_training_before_the_next_write(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path)
+    held = takes_over(store)
+    writer = Writer(store, RUN, keep=3, mine=held)
+    assert not writer.failed
+    store.delete(lease_key(RUN))
+    with pytest.raises(lease.LostLeaseError):
+        held.check()
+    assert writer.failed
+    with pytest.raises(lease.LostLeaseError):
+        writer.write(a_state(128))
+    assert store.list(f"train/{RUN}/checkpoints/") == []
+
+
 def test_a_replaced_holder_deletes_no_snapshot(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     old = takes_over(store)

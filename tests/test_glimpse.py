@@ -94,9 +94,13 @@ def test_a_look_that_was_due_where_the_run_was_stopped_is_taken_when_it_goes_on(
     monkeypatch.setattr(
         train, "step", lambda run, *rest: step(run, *rest) or run.images_seen in (256, 448)
     )
-    for _ in range(2):
+    taken, take = [], glimpse.take
+    monkeypatch.setattr(glimpse, "take", lambda *a, **k: taken.append("") or take(*a, **k))
+    for looks in (0, 1):
         with pytest.raises(train.InterruptedTraining):
             chain.run(parted)
+        # There was no time for it before the checkpoint.
+        assert len(taken) == looks
     monkeypatch.undo()
     usual, record = chain.run(whole), chain.run(parted)
     assert record.content == usual.content

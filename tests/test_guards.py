@@ -105,6 +105,12 @@ def test_training_goes_on_past_it_counts_it_and_tells_its_images(
     assert "images 128 to 159 of the run" in said
     (skip,) = events(job, record, "skip")
     assert skip.facts == {"what": "not finite", **where(tiny, BAD)}
+    # Four updates a point, and what was skipped is in no mean.
+    counts = [
+        sum(n for name, n in event.figures.items() if name.startswith("images/"))
+        for event in events(job, record, "metrics")
+    ]
+    assert counts == [4 * BATCH, 3 * BATCH, 4 * BATCH, 4 * BATCH, 4 * BATCH]
     curve = json.loads(store_of(job).get(record.outputs["history.json"]))
     assert curve["skipped"] == [0, 1, 0, 0, 0]
     assert all(math.isfinite(v) for name in ("loss", "gradient_norm") for v in curve[name])

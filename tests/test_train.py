@@ -312,6 +312,50 @@ def test_a_trainer_that_was_replaced_leaves_alone_what_mlflow_shows(
     assert store_of(job).record("train", job_digest(job)) is None
 
 
+def test_whoever_is_replaced_after_its_last_update_seals_nothing(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job, outcome = untrained(tiny, tmp_path), train.outcome_of
+
+    def replaced(run: train.Run) -> Any:
+        run.context.store.delete(checkpoint.lease_key(job_digest(job)))
+        return outcome(run)
+
+    monkeypatch.setattr(train, "outcome_of", replaced)
+    with pytest.raises(lease.LostLeaseError):
+        chain.run(job)
+    assert store_of(job).record("train", job_digest(job)) is None
+
+
+def test_a_checkpoint_that_failed_ends_training_before_the_next_is_due(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, seen = train.step, []
+
+    def full(*_: object, **__: object) -> None:
+        raise StoreError("the disk is full")
+
+    def counted(run: train.Run, *rest: Any) -> bool:
+        seen.append(run.images_seen)
+        while run.images_seen == HALF + BATCH and not run.writer.failed:
+            time.sleep(0.001)
+        return step(run, *rest)
+
+    monkeypatch.setattr(checkpoint, "save", full)
+    monkeypatch.setattr(train, "step", counted)
+    with pytest.raises(StoreError, match="disk is full"):
+        chain.run(untrained(tiny, tmp_path, checkpoint_every_images=HALF))
+    # It was seen to have failed at the latest by the update after that one.
+    assert seen[-1] <= HALF + 2 * BATCH
+
+
+def test_a_store_is_waited_for_no_longer_than_ranks_wait_for_each_other(
+    tiny: chain.Chain, tmp_path: Path
+) -> None:
+    run = set_up(untrained(tiny, tmp_path, collective_timeout_seconds=100.0))
+    assert run.patience.seconds == 50.0
+
+
 def readable(job: Job) -> dict[str, bytes]:
     """All that anybody reads of a run."""
     store, digest = store_of(job), job_digest(job)
