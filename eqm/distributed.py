@@ -134,6 +134,12 @@ class World:
         told = torch.tensor(int(number) if self.is_first else 0, device=self.device)
         return int(self.sum_(told))
 
+    def each_says(self, number: int) -> list[int]:
+        """The numbers that the ranks have, in their order, for all ranks."""
+        told = torch.zeros(self.size, dtype=torch.int64, device=self.device)
+        told[self.rank] = number
+        return self.sum_(told).tolist()
+
     def first_tells(self, text: str) -> str:
         """The text that the first rank has, for all ranks; "" for none."""
         if self.size == 1:

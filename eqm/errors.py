@@ -48,6 +48,10 @@ class PeerError(EqmError):
     """Another rank does not come, or is gone."""
 
 
+class ReplicaError(EqmError):
+    """Ranks that must hold the same bits do not."""
+
+
 class StageError(EqmError):
     """A stage program failed; the message is the stage's own."""
 

@@ -1,7 +1,8 @@
 """What is measured of a training beside its curve: losses by level, norms, memory, rates.
 
 Nothing here waits for the device but :func:`band_figures` and :func:`parameter_norm`, which are for
-reports. Pure but for the clock and the counters of this process. Called by train.
+reports, and :func:`fingerprint`, which is for checkpoints. Pure but for the clock and the counters
+of this process. Called by train.
 """
 
 import math
@@ -43,6 +44,24 @@ def parameter_norm(parameters: Iterable[Tensor]) -> float:
     """Length of all weights as one vector."""
     norms = [parameter.detach().norm().double() for parameter in parameters]
     return float(torch.stack(norms).norm())
+
+
+def fingerprint(tensors: Iterable[Tensor]) -> int:
+    """A number of 62 bits that any one changed bit changes, and equal bits never do.
+
+    Bit patterns are added up where they lie, and one number of each tensor comes to the host.
+    """
+    sums = [_bits(tensor.detach()).sum(dtype=torch.int64) for tensor in tensors]
+    found = 0
+    for one in torch.stack([s.cpu() for s in sums]).tolist():
+        found = (found * 1_000_003 + one) % 2**62
+    return found
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    return tensor.view(
+        {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.itemsize]
+    )
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

@@ -7,6 +7,7 @@ written beside the loop, which only copies the state. Gradients are summed over 
 (eqm.gradients) while the backward goes on.
 """
 
+import collections
 import contextlib
 import json
 import signal
@@ -31,7 +32,7 @@ from eqm.checkpoint import Position, TrainState
 from eqm.compute import blocks_of, check_attention, check_micro_batch, prepare, slow_bfloat16
 from eqm.config import Runtime, TrainConfig, TrainStage
 from eqm.distributed import OnItsWay, Sum, World
-from eqm.errors import AwayError, DataError, DivergedError, EqmError, PeerError
+from eqm.errors import AwayError, DataError, DivergedError, EqmError, PeerError, ReplicaError
 from eqm.events import EventLog, log_of, restore
 from eqm.first_weights import first_network
 from eqm.frechet import Gaussian
@@ -540,9 +541,10 @@ def persist(run: Run, *, durable: bool = True) -> None:
     """Begin to make the state durable, once a position, and wait for that where it is asked.
 
     Where it fails, or something before it did, all ranks raise what the first one met. Raises
-    DivergedError for a run that has diverged.
+    DivergedError for a run that has diverged, ReplicaError for ranks that are apart.
     """
     refuse_divergence(run)
+    refuse_apart(run)
     state = None
     if gathers(run) and run.persisted != run.images_seen:
         if run.world.is_first:
@@ -557,6 +559,40 @@ def persist(run: Run, *, durable: bool = True) -> None:
 
     first_acts(run.world, write)
     run.persisted = run.images_seen
+
+
+def refuse_apart(run: Run) -> None:
+    """What a checkpoint must not come after: raises ReplicaError for ranks whose states differ.
+
+    Every rank computes all updates for itself, of one sum. A flipped bit in the memory of one, or
+    another kind of processor, would have it give gradients at other weights than the rest, and only
+    the first one's state is ever kept. Of shared weights there are no two to compare.
+    """
+    world = run.world
+    if world.size == 1 or run.learner.shards is not None or run.persisted == run.images_seen:
+        return
+    told = world.each_says(gauges.fingerprint(replicated(run)))
+    usual, count = collections.Counter(told).most_common(1)[0]
+    if count == world.size:
+        return
+    odd = [str(rank) for rank, number in enumerate(told) if number != usual]
+    who = f"rank {', '.join(odd)} of {world.size} is apart from the others"
+    if 2 * count <= world.size:
+        who = f"the {world.size} ranks are apart"
+    raise ReplicaError(
+        f"{who} at image {run.images_seen:,}: their weights, moments or averages differ, and must "
+        "be the same bits. That comes of faulty memory, or of processors or GPUs of several kinds. "
+        "Nothing of it is kept: look at that machine, or train on machines of one kind; the same "
+        "command goes on from the newest checkpoint"
+    )
+
+
+def replicated(run: Run) -> Iterator[Tensor]:
+    """All that every rank has for itself, and that must be the same."""
+    yield from run.names
+    for table in (run.learner.ema.state_dict(), *run.learner.averages().values()):
+        yield from table.values()
+    yield from checkpoint.optimiser_to_tensors(run.learner.optimiser, run.names).values()
 
 
 def first_acts(world: World, act: Callable[[], None]) -> None:
