@@ -587,12 +587,16 @@ def refuse_apart(run: Run) -> None:
     )
 
 
-def replicated(run: Run) -> Iterator[Tensor]:
-    """All that every rank has for itself, and that must be the same."""
-    yield from run.names
-    for table in (run.learner.ema.state_dict(), *run.learner.averages().values()):
-        yield from table.values()
-    yield from checkpoint.optimiser_to_tensors(run.learner.optimiser, run.names).values()
+def replicated(run: Run) -> list[Tensor]:
+    """All that every rank has for itself, and that must be the same; in one order on all."""
+    tables = {
+        "weights": {name: weights for weights, name in run.names.items()},
+        "ema": run.learner.ema.state_dict(),
+        "moments": checkpoint.optimiser_to_tensors(run.learner.optimiser, run.names),
+        **run.learner.averages(),
+    }
+    # A state that was read has the order in which its file was parsed, which is no two ranks' same.
+    return [table[name] for _, table in sorted(tables.items()) for name in sorted(table)]
 
 
 def first_acts(world: World, act: Callable[[], None]) -> None:
