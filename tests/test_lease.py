@@ -21,7 +21,7 @@ from eqm.storage import LocalStore, Store, open_store
 
 KEY = "train/x/lease.json"
 SECONDS = 0.5
-RACERS = 20
+RACERS = 12
 
 
 @pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.services)])

@@ -127,6 +127,7 @@ def test_a_train_job_waits_is_evicted_and_ends_in_the_same_bits(
     assert place.created() == 1
 
 
+@pytest.mark.slow
 def test_two_nodes_train_together(place: Place) -> None:
     place.launcher.run(place.job, processes=2)
     assert place.record().provenance["world_size"] == 2

@@ -165,6 +165,7 @@ def test_a_preempted_job_comes_back_and_ends_in_the_same_bits(
     assert place.submissions() == 1
 
 
+@pytest.mark.slow
 def test_a_job_out_of_time_makes_a_checkpoint_and_requeues_itself(
     place: Place, expected: Record
 ) -> None:

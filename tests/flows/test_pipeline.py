@@ -437,6 +437,7 @@ def test_an_empty_store_gets_the_same_contents(ran: Ran, tmp_path: Path) -> None
 # -- deployed -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_deployed_run_encodes_a_folder_of_pictures(
     all_environment: dict[str, str], tmp_path: Path
 ) -> None:
