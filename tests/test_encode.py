@@ -283,6 +283,7 @@ def test_a_killed_program_goes_on_where_it_was(tmp_path: Path) -> None:
 # -- several at once ----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_two_encoders_that_race_make_one_set(tmp_path: Path) -> None:
     job = a_job(tmp_path, source=DIGITS, shard_images=128)
     line = program_line(job, tmp_path / "job.json")

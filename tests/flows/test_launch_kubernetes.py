@@ -134,6 +134,7 @@ def test_two_nodes_train_together(place: Place) -> None:
     assert [e["PET_NODE_RANK"] for e in place.cluster.environs] == ["0", "1"]
 
 
+@pytest.mark.slow
 def test_a_train_job_that_is_there_is_waited_for(place: Place) -> None:
     place.cluster.suspended.set()
     with ThreadPoolExecutor() as beside:

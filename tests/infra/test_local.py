@@ -378,6 +378,7 @@ def test_a_killed_service_is_started_again(stack: Stack, home: Home, service: st
     assert {name: home.leader(name) for name in others} == others, home.lines
 
 
+@pytest.mark.slow
 def test_down_leaves_no_process_and_all_data(stack: Stack, home: Home) -> None:
     s3(stack).put_object(Bucket=stack.s3_bucket, Key="kept/over", Body=b"restart")
     # A launcher that is shot leaves services, and these leave children: all have to go.
