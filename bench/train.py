@@ -4,7 +4,8 @@ The plain side is the recipe of the released script, written here: fp32 without 
 default optimiser, one EMA call a weight, ``loss.item()`` at every step. Both sides train the same
 network on the same latents; ours draws its noise by image number, which the plain one does not.
 That both have one loss is seen in float64 first. On a CPU, S/2 and B/2 at 256 tokens, batches
-alike. With a GPU, B/2 and XL/2: the plain side in TF32 with the largest batch that fits, ours with
+alike, each side in a process of its own, which are asked for a step in turn: how a process keeps
+freed memory is part of ours. With a GPU, B/2 and XL/2: the plain side in TF32 with the largest batch that fits, ours with
 256 images an update, with kernels that add in a fixed order and with the quickest. FLOPs are those
 of matrix products and attention, 2 a multiply-add, three forwards a step, nothing recomputed; a
 CPU's peak is what its own matrix products reach here, a GPU's what its data sheet says of bfloat16.
@@ -21,17 +22,17 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Literal
 
 import torch
 from torch.nn import functional as F
 
 from bench.energies import DEVICE, _held, _peak
-from bench.timing import alternate
 from eqm import flops
 from eqm.compute import bfloat16_products, prepare
 from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig
 from eqm.learner import Learner
+from eqm.memory import keep_freed
 from eqm.network import Transformer
 from eqm.precision import choose_deterministic, choose_products
 from eqm.randomness import Stream, normal
@@ -47,9 +48,12 @@ LARGEST = {
     "XL": (208, 192, 176, 160, 144, 128, 112, 104, 96, 88, 80, 64, 48, 32),
 }
 """Size -> batches that the plain side is tried with."""
-ROUNDS, STEPS = 3, 6
+ROUNDS, STEPS = (3, 6) if ON_GPU else (7, 1)
+
 TOKENS, CLASSES, DECAY = 256, 1000, 0.9999
-HAS_BF16 = ON_GPU or "avx512_bf16" in Path("/proc/cpuinfo").read_text()
+HAS_BF16 = ON_GPU or bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
+HAS_COMPILER = any(map(shutil.which, ("c++", "g++")))
+Precision = Literal["float32", "bfloat16", "float16"]
 
 
 @functools.cache
@@ -110,7 +114,7 @@ def ours(
     size: str,
     batch: int,
     *,
-    half: bool = False,
+    precision: Precision = "float32",
     compiled: bool = False,
     fused: bool = False,
     attends: bool = False,
@@ -123,9 +127,9 @@ def ours(
     torch.use_deterministic_algorithms(False)
     if in_order:
         choose_deterministic()
-    config = TrainConfig(
-        batch_size=batch, learning_rate=1e-4, precision="bfloat16" if half else "float32"
-    )
+    if not ON_GPU:
+        keep_freed()
+    config = TrainConfig(batch_size=batch, learning_rate=1e-4, precision=precision)
     choose_products(config.precision, DEVICE)
     net, objective = network(size), ObjectiveConfig()
     small = ON_GPU and torch.cuda.get_device_properties(DEVICE).total_memory < ROOMY
@@ -161,19 +165,24 @@ def same_loss(size: str) -> float:
 
 
 Make = Callable[[str, int], Callable[[], None]]
-SIDES: dict[str, Make] = {"plain": plain, "ours": ours}
+SIDES: dict[str, Make] = {"plain": plain}
+PRECISIONS: dict[str, Precision] = {"": "float32"}
 if HAS_BF16:
-    SIDES["ours, bf16"] = functools.partial(ours, half=True)
-if shutil.which("c++") or shutil.which("g++"):
-    SIDES["ours, compiled"] = functools.partial(ours, compiled=True)
-    if HAS_BF16:
-        SIDES["ours, bf16, compiled"] = functools.partial(ours, half=True, compiled=True)
+    PRECISIONS[", bf16"] = "bfloat16"
+if HAS_COMPILER and torch.cpu.get_capabilities().get("avx512_fp16", False):
+    PRECISIONS[", fp16"] = "float16"
+for _name, _precision in PRECISIONS.items():
+    SIDES[f"ours{_name}"] = functools.partial(ours, precision=_precision)
+    if HAS_COMPILER:
+        SIDES[f"ours{_name}, compiled"] = functools.partial(
+            ours, precision=_precision, compiled=True
+        )
 if ON_GPU:
-    whole = functools.partial(ours, half=True, compiled=True, fused=True)
+    whole = functools.partial(ours, precision="bfloat16", compiled=True, fused=True)
     SIDES = {
         "plain, TF32": plain,
-        "ours, bf16": functools.partial(ours, half=True),
-        "ours, bf16, compiled": functools.partial(ours, half=True, compiled=True),
+        "ours, bf16": functools.partial(ours, precision="bfloat16"),
+        "ours, bf16, compiled": functools.partial(ours, precision="bfloat16", compiled=True),
         "ours, bf16, compiled, fused": whole,
         "and attention": functools.partial(whole, attends=True),
         "the same, in any order": functools.partial(whole, attends=True, in_order=False),
@@ -201,22 +210,67 @@ def machine_flops() -> float:
     return 2 * 2048**3 / best
 
 
-def grown(side: str, size: str, batch: int) -> int:
-    """Bytes that weights, moments, averages and three steps add to a process."""
+# -- on a CPU -----------------------------------------------------------------------------------
+
+
+class Apart:
+    """One side in a process of its own, which takes a step when it is told to."""
+
+    def __init__(self, side: str, size: str, batch: int) -> None:
+        code = f"from bench.train import obey; obey{side, size, batch}"
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+
+    def step(self) -> dict[str, float]:
+        """Its seconds, and how many bytes weights, moments, averages and steps added so far."""
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self.process.stdin.write("step\n")
+        self.process.stdin.flush()
+        return json.loads(self.process.stdout.readline())
+
+    def __enter__(self) -> "Apart":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.communicate()
+
+
+def obey(side: str, size: str, batch: int) -> None:
+    """Take a step for each line that comes in."""
     before = _held()
     step = SIDES[side](size, batch)
-    for _ in range(3):
+    for _ in sys.stdin:
+        began = time.perf_counter()
         step()
-    return _peak() - before
+        seconds = time.perf_counter() - began
+        print(json.dumps({"seconds": seconds, "bytes": _peak() - before}), flush=True)
 
 
-def memory(side: str, size: str, batch: int) -> float:
-    """MiB, in a process of its own."""
-    code = (
-        f"from bench.train import grown; import json; print(json.dumps(grown{side, size, batch}))"
-    )
-    done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1]) / 2**20
+def compare_on_cpu(size: str, batch: int, peak: float) -> None:
+    """Measure each side in steps that alternate with the plain side's, and print.
+
+    Two at a time, for all of B/2 would need 15 GiB.
+    """
+    for name in SIDES:
+        if name == "plain":
+            continue
+        with Apart("plain", size, batch) as other, Apart(name, size, batch) as ours_:
+            pairs = [(other.step(), ours_.step()) for _ in range(ROUNDS + 2)][2:]
+        reference, mine = (
+            statistics.median(found["seconds"] for found in side)
+            for side in zip(*pairs, strict=True)
+        )
+        ratios = sorted(a["seconds"] / b["seconds"] for a, b in pairs)
+        held = [found["bytes"] / 2**20 for found in pairs[-1]]
+        print(
+            f"{name:24} {batch / mine:8.3g} images/s  x {reference / mine:.2f} ({ratios[0]:.2f} "
+            f"to {ratios[-1]:.2f})  MFU {batch / mine * work(size) / peak:.1%}  {held[1]:,.0f} MiB; "
+            f"plain {batch / reference:.3g} images/s, {held[0]:,.0f} MiB",
+            flush=True,
+        )
 
 
 # -- on a GPU -----------------------------------------------------------------------------------
@@ -277,25 +331,6 @@ def compare_on_gpu(size: str, batch: int, peak: float) -> None:
             f"{name:28} batch {side.batch:3}  {rate:7.1f} images/s ({rates[0]:.1f} to "
             f"{rates[-1]:.1f})  x {rate / reference:.2f}  MFU {rate * work(size) / peak:.1%}  "
             f"{side.peak_bytes / 2**30:.1f} GiB",
-            flush=True,
-        )
-
-
-def compare_on_cpu(size: str, batch: int, peak: float) -> None:
-    """Measure each side in steps that alternate with the plain side's, and print.
-
-    Two at a time, for all of B/2 would need 15 GiB.
-    """
-    for name, make in SIDES.items():
-        if make is plain:
-            continue
-        seconds = alternate({"plain": plain(size, batch), name: make(size, batch)}, rounds=ROUNDS)
-        used = {side: memory(side, size, batch) for side in seconds}
-        reference, mine = (statistics.median(values) for values in seconds.values())
-        print(
-            f"{name:24} {batch / mine:8.3g} images/s  x {reference / mine:.2f}  "
-            f"MFU {batch / mine * work(size) / peak:.1%}  {used[name]:,.0f} MiB; plain "
-            f"{batch / reference:.3g} images/s, {used['plain']:,.0f} MiB",
             flush=True,
         )
 

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig, require
 from eqm.errors import ConfigError
+from eqm.kernels.halves import check_machine
 
 Forward = Callable[..., Any]
 
@@ -159,6 +160,31 @@ def check_attention(compute: ComputeConfig, network: NetworkConfig, config: Trai
     require(plain, "compute.attention", compute.attention, rule)
     rule = f"'torch' with train.precision {config.precision!r}: ours is quick in 'bfloat16' alone"
     require(config.precision == "bfloat16", "compute.attention", compute.attention, rule)
+
+
+def check_halves(
+    config: TrainConfig,
+    objective: ObjectiveConfig,
+    network: NetworkConfig | None = None,
+    device: torch.device | None = None,
+) -> None:
+    """Refuse train.precision "float16" for what it is not for. Raises ConfigError.
+
+    Objectives that go through a network's derivative, U-Nets, GPUs, and machines without the
+    instructions or a compiler (:func:`eqm.kernels.halves.check_machine`).
+    """
+    if config.precision != "float16":
+        return
+    energy = objective.energy
+    rule = "'implicit' with train.precision 'float16', whose products are differentiated once"
+    require(energy == "implicit", "objective.energy", energy, rule)
+    if network is not None:
+        rule = "'transformer' with train.precision 'float16', which is for the layers of its blocks"
+        require(network.kind == "transformer", "network.kind", network.kind, rule)
+    if device is not None:
+        rule = f"'bfloat16' on {device.type}: 'float16' is for the instructions of a CPU"
+        require(device.type == "cpu", "train.precision", config.precision, rule)
+        check_machine()
 
 
 def slow_bfloat16(config: TrainConfig, device: torch.device) -> str | None:

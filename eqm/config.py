@@ -480,9 +480,10 @@ class TrainConfig:
     """Images between two snapshots of them; null: 32 snapshots a run. The last is at its end."""
     label_dropout: float = 0.1
     """Probability of the null label; 0 gives a model without guidance."""
-    precision: Literal["float32", "tf32", "bfloat16"] = "float32"
+    precision: Literal["float32", "tf32", "bfloat16", "float16"] = "float32"
     """What the network computes in; weights, averages and losses are float32. "tf32" is float32
-    whose products a GPU takes in TF32, as the released code does; "float32" never does."""
+    whose products a GPU takes in TF32, as the released code does; "float32" never does. "float16"
+    is float32 whose products a CPU with AVX512-FP16 takes in float16 (eqm.kernels.halves)."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """What to do about an update whose loss or gradient is not finite. It never reaches the
     weights; "skip" goes on without it, and counts it, unless all of a point of the curve are so, or

@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
 from torch.distributed.rendezvous import rendezvous
 
 from eqm.errors import ConfigError, PeerError
+from eqm.memory import keep_freed
 from eqm.threads import one_core_products
 
 JOIN = datetime.timedelta(minutes=10)
@@ -237,15 +238,17 @@ def connect(
 
     ``device`` is "auto", "cpu" or "cuda". ``threads`` bounds the CPU threads of this process; None
     shares the cores among the processes of this machine. Products of numpy take one core each
-    (eqm.threads). ``timeout_seconds`` is how long a collective waits for the other ranks. Raises
-    ConfigError.
+    (eqm.threads), and on a CPU freed memory is kept (eqm.memory). ``timeout_seconds`` is how long a
+    collective waits for the other ranks. Raises ConfigError.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     chosen = pick_device(device, local)
     torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // here))
-    if chosen.type == "cuda":
+    if chosen.type == "cpu":
+        keep_freed()
+    else:
         # cuBLAS adds in a fixed order only in workspaces that it is told of before its first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.set_device(chosen)

@@ -7,6 +7,7 @@ dropped) is a function of (seed, n). Pure: knows no files and no ranks.
     x  latents (B, C, H, W)      numbers  (B,) int64, image numbers of the run
 """
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from eqm import objective
+from eqm.compute import check_halves
 from eqm.config import ObjectiveConfig, TrainConfig
 from eqm.ema import EMA, PowerEMA
 from eqm.errors import ConfigError, DataError, DivergedError
 from eqm.field import Field
 from eqm.gradients import FlatGradient
+from eqm.kernels.halves import in_halves, layers_of
 from eqm.network import check_labels, uncompiled
 from eqm.objective import Corrupted, Decay
 from eqm.precision import deterministic, products_in
@@ -44,8 +47,8 @@ class Learner:
     once; None: all that are given. ``shards`` are of a network that processes share: weights,
     moments and averages are then this process's rows. ``room`` is how many numbers are summed over
     processes beside the gradient. Raises ConfigError for a c that cannot be
-    (:func:`eqm.objective.check_decay`), and for weights in half precision whose energy would be
-    trained by differences.
+    (:func:`eqm.objective.check_decay`), for weights in half precision whose energy would be trained
+    by differences, and where "float16" cannot be (:func:`eqm.compute.check_halves`).
     """
 
     def __init__(
@@ -64,6 +67,11 @@ class Learner:
             objective.check_decay(c)
         self.network, self.objective, self.config = network, objective_config, config
         self.device, self.micro_batch, self.shards = device, micro_batch, shards
+        self.halves: Sequence[nn.Module] = ()
+        """Layers whose products are taken in float16."""
+        if config.precision == "float16":
+            check_halves(config, objective_config, device=device)
+            self.halves = layers_of(network)
         self.c = c or objective.decay(objective_config)
         self.field = Field(network, energy=objective_config.energy)  # type: ignore[arg-type]
         self.way = objective_config.backward
@@ -172,12 +180,20 @@ class Learner:
     def _backward(self, at: Corrupted) -> Tensor:
         scale = 1 / self.config.batch_size
         half = self.config.precision == "bfloat16"
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
-            if self.objective.loss == "gradient" and not self.objective.dispersive_weight:
-                return self._gradient_matched(at, scale)
-            losses = self._ablation(at)
-        (scale * losses.sum()).backward()
+        # Blocks that are computed again are so on the way back.
+        with self._products():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
+                if self.objective.loss == "gradient" and not self.objective.dispersive_weight:
+                    return self._gradient_matched(at, scale)
+                losses = self._ablation(at)
+            (scale * losses.sum()).backward()
         return losses.detach()
+
+    def _products(self) -> contextlib.AbstractContextManager[None]:
+        """What "float16" needs meanwhile: torch and its autocast know how to take others."""
+        if self.config.precision != "float16":
+            return contextlib.nullcontext()
+        return in_halves(self.halves)
 
     def _gradient_matched(self, at: Corrupted, scale: float) -> Tensor:
         if self.field.kind == "implicit" or self.way == "double":

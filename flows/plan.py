@@ -190,12 +190,19 @@ def check_training(config: PipelineConfig) -> None:
     """
     from torch.nn import Module
 
-    from eqm.compute import blocks_of, check_attention, check_double, check_micro_batch
+    from eqm.compute import (
+        blocks_of,
+        check_attention,
+        check_double,
+        check_halves,
+        check_micro_batch,
+    )
 
     compute, objective = config.compute, config.objective
     check_micro_batch(compute, objective, config.train.batch_size // config.processes)
     check_double(compute, objective)
     check_attention(compute, config.network, config.train)
+    check_halves(config.train, objective, config.network)
     if config.network.kind == "unet":
         # As any network without blocks.
         blocks_of(Module(), compute)
@@ -236,13 +243,14 @@ def check_trainable(plan: Plan, autoencoder: Record, latents: Job) -> None:
 
 def _check_machine(plan: Plan, network: Any) -> None:
     """Refuse what the devices of this machine, or so many of them, cannot do."""
-    from eqm.compute import check_kernels
+    from eqm.compute import check_halves, check_kernels
     from eqm.distributed import pick_device
     from eqm.precision import check_products
 
     config, started, device = plan.config, plan.processes, pick_device("auto")
     check_kernels(network, config.compute, device)
     check_products(config.train.precision, device)
+    check_halves(config.train, config.objective, device=device)
     sampled = config.generate.sampler.precision
     check_products(sampled, device, setting="generate.sampler.precision")
     if started == config.processes:

@@ -1,0 +1,348 @@
+"""Products in float16: exact where they can be, else less wrong than bfloat16's; the same bits always."""
+
+import contextlib
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eqm.compute import check_halves, prepare
+from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig
+from eqm.errors import ConfigError
+from eqm.kernels import halves
+from eqm.learner import Learner, learn
+from eqm.network import Transformer
+from eqm.unet import UNet
+
+CPU = torch.device("cpu")
+NEEDED = pytest.mark.skipif(
+    not torch.cpu.get_capabilities().get("avx512_fp16", False),
+    reason="this processor has no AVX512-FP16",
+)
+HALVES = TrainConfig(batch_size=8, learning_rate=1e-3, precision="float16")
+
+
+def drawn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def whole_numbers(*shape, seed):
+    """From -5 to 5: sums of 64 products are whole numbers that float16 has exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-5, 6, shape, generator=generator).float()
+
+
+def product(a, b, bias=None, most_a=None, most_b=None):
+    return halves._product(a, b, bias, most_a, most_b)[0]
+
+
+def wrong(found, expected):
+    """Relative error of a matrix."""
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+@contextlib.contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# -- one product --------------------------------------------------------------------------------
+
+SIZES = st.integers(1, 40) | st.sampled_from([63, 64, 65, 95, 96, 97, 128, 193, 2047, 2049])
+
+
+@NEEDED
+@settings(max_examples=150, deadline=None)
+@given(
+    m=SIZES, n=SIZES, k=SIZES, seed=st.integers(0, 99), count=st.integers(1, 5),
+    lies=st.tuples(st.booleans(), st.booleans()), biased=st.booleans(), power=st.integers(-30, 30),
+)  # fmt: skip
+def test_products_of_whole_numbers_are_exact_whatever_the_sizes(
+    m, n, k, seed, count, lies, biased, power
+):
+    a = whole_numbers(k, m, seed=seed).t() if lies[0] else whole_numbers(m, k, seed=seed)
+    b = whole_numbers(n, k, seed=seed + 1).t() if lies[1] else whole_numbers(k, n, seed=seed + 1)
+    bias = whole_numbers(n, seed=seed + 2) * 2.0**power if biased else None
+    expected = a @ b * 2.0**power + (0 if bias is None else bias)
+    with threads(count):
+        found, most = halves._product(a * 2.0**power, b, bias, None, None)
+    assert torch.equal(found, expected)
+    assert float(most) == float(a.abs().max()) * 2.0**power
+
+
+@NEEDED
+@pytest.mark.parametrize("mean", [0.0, 0.3, 1.0, 30.0])
+@pytest.mark.parametrize("shape", [(300, 384, 200), (100, 4608, 64)])
+def test_what_is_rounded_is_half_as_wrong_as_in_bfloat16(shape, mean):
+    m, k, n = shape
+    a, b = drawn(m, k) + mean, drawn(k, n, seed=1) + mean
+    expected = a.double() @ b.double()
+    ours, bfloat = wrong(product(a, b), expected), a.bfloat16() @ b.bfloat16()
+    assert ours < 1.5e-3
+    assert ours < 0.5 * wrong(bfloat, expected)
+
+
+@NEEDED
+@pytest.mark.parametrize("least", [1e-12, 1e-6])
+def test_small_rows_are_as_exact_as_large_ones(least):
+    # As gradients are, of images near the data and of noise.
+    rows = torch.logspace(torch.tensor(least).log10(), 6, 64)
+    a, b = drawn(64, 500) * rows[:, None], drawn(500, 100, seed=1)
+    expected = a.double() @ b.double()
+    found = product(a, b).double()
+    assert float(((found - expected).norm(dim=1) / expected.norm(dim=1)).max()) < 2e-3
+
+
+@NEEDED
+def test_the_largest_numbers_everywhere_do_not_leave_float16():
+    nearly = torch.full((70, 700), 1 - 2.0**-11)
+    for scale in (1.0, 1e-30, 1e30):
+        found = product(nearly * scale, nearly.t())
+        # The worst there is: all roundings of a chunk go the same way.
+        assert torch.allclose(found, torch.full((70, 70), 700.0 * scale), rtol=32 * 2.0**-12)
+
+
+@NEEDED
+@pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_is_not_hidden(odd):
+    a, b = drawn(70, 300), drawn(300, 100, seed=1)
+    a[33, 7] = odd
+    found = product(a, b)
+    assert not bool(found[33].isfinite().any())
+    others = torch.arange(70) != 33
+    assert torch.equal(found[others], product(a[others], b))
+    assert not bool(product(a.t(), b[:70])[7].isfinite().any())
+    b[5, 9] = odd
+    assert not bool(product(drawn(70, 300), b)[:, 9].isfinite().any())
+
+
+@NEEDED
+def test_bits_do_not_depend_on_threads_and_rows_not_on_each_other():
+    a, b = drawn(500, 700), drawn(700, 300, seed=1)
+    tall, wide = product(a, b), product(a[:, :500].t(), a)
+    for count in (1, 3, 4):
+        with threads(count):
+            assert torch.equal(product(a, b), tall)
+            assert torch.equal(product(a[:, :500].t(), a), wide)
+    assert torch.equal(product(a[123:150], b), tall[123:150])
+
+
+@NEEDED
+def test_a_largest_number_that_is_known_changes_no_bit():
+    a, b = drawn(400, 300), drawn(400, 200, seed=1)
+    known = [x.abs().max() for x in (a, b)]
+    assert torch.equal(product(a.t(), b), product(a.t(), b, None, *known))
+
+
+@NEEDED
+def test_nothing_times_nothing_is_nothing():
+    for m, k, n in ((0, 3, 4), (3, 4, 0)):
+        assert product(torch.ones(m, k), torch.ones(k, n)).shape == (m, n)
+    assert torch.equal(product(torch.ones(3, 0), torch.ones(0, 4), torch.ones(4)), torch.ones(3, 4))
+    assert not bool(product(torch.zeros(9, 70), drawn(70, 8)).any())
+
+
+# -- a layer ------------------------------------------------------------------------------------
+
+
+@NEEDED
+@pytest.mark.parametrize("needs", [True, False])
+def test_a_layer_and_its_gradients_are_those_of_torch(needs):
+    x, weight, bias = drawn(4, 50, 96), drawn(72, 96, seed=1) / 10, drawn(72, seed=2)
+    dy = drawn(4, 50, 72, seed=3) * 1e-5
+    found = [t.clone().requires_grad_() for t in (x, weight, bias)]
+    found[0].requires_grad_(needs)
+    exact = [t.double().requires_grad_() for t in (x, weight, bias)]
+    y, expected = halves.linear(*found), torch.nn.functional.linear(*exact)
+    assert y.shape == expected.shape
+    assert wrong(y.detach(), expected.detach()) < 2e-3
+    y.backward(dy)
+    expected.backward(dy.double())
+    for mine, other in zip(found, exact, strict=True):
+        if mine.requires_grad:
+            assert wrong(mine.grad, other.grad) < 2e-3
+    # Of sums there is nothing in float16.
+    assert wrong(found[2].grad, exact[2].grad) < 1e-6
+
+
+@NEEDED
+def test_custom_op_is_as_torch_wants_it():
+    a, b = drawn(70, 30), drawn(30, 40)
+    most = a.abs().max()
+    for args in ((a, b, drawn(40), None, None), (b.t(), a.t(), None, most, most)):
+        torch.library.opcheck(halves._product, args)
+
+
+@NEEDED
+def test_a_compiled_layer_gives_the_same_bits():
+    x, weight, bias = drawn(200, 96), drawn(72, 96, seed=1), drawn(72, seed=2)
+    compiled = torch.compile(lambda *given: halves.linear(*given).cos(), dynamic=False)
+    grads = []
+    for function in (compiled, lambda *given: halves.linear(*given).cos()):
+        weights = [t.clone().requires_grad_() for t in (weight, bias)]
+        y = function(x, *weights)
+        y.sum().backward()
+        grads.append((y.detach(), *(w.grad for w in weights)))
+    assert torch.allclose(grads[0][0], grads[1][0], atol=1e-6)
+    assert wrong(grads[0][1], grads[1][1].double()) < 1e-5
+
+
+# -- training -----------------------------------------------------------------------------------
+
+
+def network(**settings):
+    net = Transformer(
+        NetworkConfig(width=32, depth=2, heads=2, **settings), size=8, channels=1, classes=10
+    )
+    net.initialise(1, zero_head=False)
+    return net
+
+
+def gradient(net, train, objective=None, **more):
+    found = Learner(net, objective or ObjectiveConfig(), train, device=CPU, **more)
+    at = found.corrupted(drawn(8, 1, 8, 8), torch.arange(8), torch.arange(8))
+    return found.backward(at), found.gradient().clone()
+
+
+OBJECTIVES = {
+    "eqm": ObjectiveConfig(),
+    "norms": ObjectiveConfig(loss="norms"),
+    "dispersive": ObjectiveConfig(dispersive_weight=0.5, dispersive_group=4),
+}
+
+
+@NEEDED
+@pytest.mark.parametrize("objective", OBJECTIVES.values(), ids=OBJECTIVES)
+@pytest.mark.parametrize("swiglu", [False, True])
+def test_a_step_in_float16_is_nearly_that_in_float32(objective, swiglu):
+    exact = gradient(network(swiglu=swiglu), replace(HALVES, precision="float32"), objective)
+    found = gradient(network(swiglu=swiglu), HALVES, objective)
+    assert not torch.equal(found[1], exact[1])
+    assert torch.allclose(found[0], exact[0], rtol=5e-3)
+    cosine = torch.nn.functional.cosine_similarity(found[1], exact[1], dim=0)
+    assert float(cosine) > 1 - 1e-5
+
+
+@NEEDED
+def test_computed_again_or_in_parts_it_is_the_same_step():
+    losses, whole = gradient(network(), HALVES)
+    for settings_, more in (
+        (ComputeConfig(checkpointing=True), {}),
+        (ComputeConfig(), {"micro_batch": 4}),
+    ):
+        net = network()
+        prepare(net, settings_, ObjectiveConfig(), CPU)
+        again, found = gradient(net, HALVES, **more)
+        # Rows do not depend on each other: the way forward is the same to the bit.
+        assert torch.allclose(again, losses, rtol=1e-6)
+        assert wrong(found, whole.double()) < (1e-6 if not more else 2e-3)
+
+
+@NEEDED
+def test_layers_are_plain_outside_of_the_step():
+    net = network()
+    names = list(net.state_dict())
+    found = Learner(net, ObjectiveConfig(), HALVES, device=CPU)
+    assert len(found.halves) == 2 * 4
+    kinds = []
+    handle = net.blocks[0].mlp.register_forward_hook(
+        lambda module, *_: kinds.append(type(module.up))
+    )
+    gradient_of = found.backward(
+        found.corrupted(drawn(8, 1, 8, 8), torch.arange(8), torch.arange(8))
+    )
+    handle.remove()
+    assert bool(gradient_of.isfinite().all())
+    assert kinds == [halves.HalvesLinear]
+    assert {type(m) for m in net.modules() if isinstance(m, torch.nn.Linear)} == {torch.nn.Linear}
+    assert list(net.state_dict()) == names
+    with pytest.raises(RuntimeError, match="on purpose"), halves.in_halves(found.halves):
+        raise RuntimeError("on purpose")
+    assert type(net.blocks[0].mlp.up) is torch.nn.Linear
+
+
+@NEEDED
+def test_learning_in_float16_gives_the_same_bits_again_and_nearly_the_loss_of_float32():
+    x = drawn(64, 1, 8, 8)
+    train = replace(HALVES, images=8 * 40)
+    curves = [learn(network(), x, train=train).losses for _ in range(2)]
+    assert torch.equal(*curves)
+    exact = learn(network(), x, train=replace(train, precision="float32")).losses
+    assert torch.allclose(curves[0], exact, rtol=1e-2)
+
+
+# -- refusals -----------------------------------------------------------------------------------
+
+
+@NEEDED
+def test_what_it_is_not_for_is_refused_in_words():
+    for energy in ("dot", "l2"):
+        with pytest.raises(ConfigError, match=rf"energy is '{energy}'; it must be 'implicit' with"):
+            Learner(network(), ObjectiveConfig(energy=energy), HALVES, device=CPU)
+    with pytest.raises(ConfigError, match="float32 weights on a CPU, and these are torch.float64"):
+        Learner(network().double(), ObjectiveConfig(), HALVES, device=CPU)
+    plain = torch.nn.Sequential(torch.nn.Linear(3, 3))
+    with pytest.raises(ConfigError, match="this network has no blocks of one: use 'float32'"):
+        Learner(plain, ObjectiveConfig(), HALVES, device=CPU)
+    with pytest.raises(
+        ConfigError, match=r"network\.kind is 'unet'; it must be 'transformer' with"
+    ):
+        check_halves(HALVES, ObjectiveConfig(), NetworkConfig(kind="unet"))
+    with pytest.raises(ConfigError, match=r"train\.precision is 'float16'; .*'bfloat16' on cuda"):
+        check_halves(HALVES, ObjectiveConfig(), device=torch.device("cuda"))
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """As a process that has not compiled yet."""
+    halves._library.cache_clear()
+    yield monkeypatch
+    halves._library.cache_clear()
+
+
+def test_a_processor_without_the_instructions_is_named(fresh):
+    has = {"avx512_f": True, "cpu_name": "Old One"}
+    fresh.setattr(torch.cpu, "get_capabilities", lambda: has)
+    with pytest.raises(
+        ConfigError, match=r"'float16', which needs .* and Old One lacks avx512_fp16"
+    ):
+        halves.check_machine()
+
+
+@NEEDED
+def test_a_machine_without_a_fit_compiler_is_told(fresh, tmp_path):
+    old = tmp_path / "g++"
+    old.write_text("#!/bin/sh\necho \"error: unrecognized option '-mavx512fp16'\" >&2\nexit 1\n")
+    old.chmod(0o755)
+    fresh.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: str(old))
+    with pytest.raises(ConfigError, match=r"cannot compile its products \(error: unrecognized"):
+        halves.check_machine("generate.sampler.precision")
+    old.write_text(
+        '#!/bin/sh\nfor last; do :; done\nwhile [ "$1" != -o ]; do shift; done\n: > "$2"\n'
+    )
+    with pytest.raises(ConfigError, match=r"cannot be loaded .*TMPDIR names a folder"):
+        halves.check_machine()
+
+
+@NEEDED
+def test_without_any_compiler_one_is_asked_for():
+    code = (
+        "from eqm.kernels import halves\nfrom eqm.errors import ConfigError\n"
+        "try: halves.check_machine()\nexcept ConfigError as e: print(e)"
+    )
+    said = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True,
+        env={"PATH": "/nowhere", "PYTHONPATH": str(Path(__file__).parents[1])},
+    )  # fmt: skip
+    assert "there is none here (install g++ 12 or newer): use 'float32'" in said.stdout
