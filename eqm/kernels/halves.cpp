@@ -243,7 +243,7 @@ extern "C" void product(const float* a, long a_row, long a_column, const float* 
     most = all_a;
     uint32_t* const left = static_cast<uint32_t*>(room_a) + omp_get_thread_num() * block * stride;
     alignas(64) float sums[ROWS * COLUMNS];
-    int power[BLOCK_ACROSS];
+    float by[BLOCK_ACROSS], back[BLOCK_ACROSS];
     // Where there are few blocks, threads share one, and each converts it.
     const long shares = std::clamp(4 * threads / blocks, 1L, panels);
 #pragma omp for schedule(dynamic)
@@ -251,16 +251,18 @@ extern "C" void product(const float* a, long a_row, long a_column, const float* 
       const long top = item / shares * block, share = item % shares, rows = std::min(block, m - top);
       for (long r = 0; r < rows; r++) {
         const float most_row = a_lies ? all_a : most_of(a + (top + r) * a_row, k);
-        power[r] = exponent(most_row);
+        const int power = exponent(most_row);
+        by[r] = std::ldexp(1.0f, power);
+        back[r] = std::ldexp(1.0f, -power - b_power);
         most = std::max(most, most_row);
       }
       for (long k0 = 0; k0 < k; k0 += SLAB) {
         const long depth = std::min(SLAB, k - k0);
         if (a_lies) {
-          left_across(a + k0 * a_column + top, a_column, rows, depth, std::ldexp(1.0f, power[0]), left);
+          left_across(a + k0 * a_column + top, a_column, rows, depth, by[0], left);
         } else {
           for (long r = 0; r < rows; r++)
-            left_row(a + (top + r) * a_row + k0, depth, std::ldexp(1.0f, power[r]), left + r * stride);
+            left_row(a + (top + r) * a_row + k0, depth, by[r], left + r * stride);
           std::memset(left + rows * stride, 0, (ceiling(rows, ROWS) - rows) * stride * sizeof *left);
         }
         for (long panel = panels * share / shares; panel < panels * (share + 1) / shares; panel++)
@@ -273,12 +275,12 @@ extern "C" void product(const float* a, long a_row, long a_column, const float* 
             else
               tile<false>(left + r * stride, stride, b_at, depth, sums);
             for (long i = 0; i < std::min(ROWS, rows - r); i++) {
-              const __m512 back = _mm512_set1_ps(std::ldexp(1.0f, -power[r + i] - b_power));
+              const __m512 scale = _mm512_set1_ps(back[r + i]);
               for (long j = 0; j < std::min(COLUMNS, n - from); j += 16) {
                 const __mmask16 there = first(n - from - j);
                 float* const at = c + (top + r + i) * n + from + j;
                 const float* const before = k0 ? at : bias ? bias + from + j : nullptr;
-                __m512 x = _mm512_mul_ps(_mm512_load_ps(sums + i * COLUMNS + j), back);
+                __m512 x = _mm512_mul_ps(_mm512_load_ps(sums + i * COLUMNS + j), scale);
                 if (before) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(there, before));
                 put(at, there, x, k0 + depth == k);
               }
