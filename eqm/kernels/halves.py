@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from eqm.errors import ConfigError
 
-SOURCE = Path(__file__).with_suffix(".cpp")
+SOURCES = tuple(Path(__file__).parent / name for name in ("products.cpp",))
 EXTENSIONS = ("f", "bw", "vl", "dq", "fp16")
 """Parts of AVX-512 that it is compiled for."""
 
@@ -83,7 +83,7 @@ def _compile(made: Path) -> None:
         ) from error
     flags = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w", "-mfma")
     command = [compiler, *flags, *(f"-mavx512{name}" for name in EXTENSIONS), "-o", str(made)]
-    done = subprocess.run([*command, str(SOURCE)], check=False, capture_output=True, text=True)
+    done = subprocess.run([*command, *map(str, SOURCES)], check=False, capture_output=True, text=True)
     if done.returncode:
         first = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[0]
         raise _Unfit(f"but {compiler} cannot compile its products ({first}; g++ 12 or newer can)")
