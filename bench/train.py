@@ -5,10 +5,11 @@ default optimiser, one EMA call a weight, ``loss.item()`` at every step. Both si
 network on the same latents; ours draws its noise by image number, which the plain one does not.
 That both have one loss is seen in float64 first. On a CPU, S/2 and B/2 at 256 tokens, batches
 alike, each side in a process of its own, which are asked for a step in turn: how a process keeps
-freed memory is part of ours. With a GPU, B/2 and XL/2: the plain side in TF32 with the largest batch that fits, ours with
-256 images an update, with kernels that add in a fixed order and with the quickest. FLOPs are those
-of matrix products and attention, 2 a multiply-add, three forwards a step, nothing recomputed; a
-CPU's peak is what its own matrix products reach here, a GPU's what its data sheet says of bfloat16.
+freed memory is part of ours. With a GPU, B/2 and XL/2: the plain side in TF32 with the largest
+batch that fits, ours with 256 images an update, with kernels that add in a fixed order and with the
+quickest. FLOPs are those of matrix products and attention, 2 a multiply-add, three forwards a step,
+nothing recomputed; a CPU's peak is what its own matrix products reach here in float32, a GPU's what
+its data sheet says of bfloat16.
 """
 
 import copy
@@ -264,11 +265,11 @@ def compare_on_cpu(size: str, batch: int, peak: float) -> None:
             for side in zip(*pairs, strict=True)
         )
         ratios = sorted(a["seconds"] / b["seconds"] for a, b in pairs)
-        held = [found["bytes"] / 2**20 for found in pairs[-1]]
+        plain_held, held = (found["bytes"] / 2**20 for found in pairs[-1])
         print(
             f"{name:24} {batch / mine:8.3g} images/s  x {reference / mine:.2f} ({ratios[0]:.2f} "
-            f"to {ratios[-1]:.2f})  MFU {batch / mine * work(size) / peak:.1%}  {held[1]:,.0f} MiB; "
-            f"plain {batch / reference:.3g} images/s, {held[0]:,.0f} MiB",
+            f"to {ratios[-1]:.2f})  MFU {batch / mine * work(size) / peak:.1%}  {held:,.0f} MiB; "
+            f"plain {batch / reference:.3g} images/s, {plain_held:,.0f} MiB",
             flush=True,
         )
 

@@ -25,7 +25,7 @@ from eqm.ema import EMA, PowerEMA
 from eqm.errors import ConfigError, DataError, DivergedError
 from eqm.field import Field
 from eqm.gradients import FlatGradient
-from eqm.kernels.halves import in_halves, layers_of
+from eqm.kernels.halves import in_halves, parts_of
 from eqm.network import check_labels, uncompiled
 from eqm.objective import Corrupted, Decay
 from eqm.precision import deterministic, products_in
@@ -68,10 +68,10 @@ class Learner:
         self.network, self.objective, self.config = network, objective_config, config
         self.device, self.micro_batch, self.shards = device, micro_batch, shards
         self.halves: Sequence[nn.Module] = ()
-        """Layers whose products are taken in float16."""
+        """Parts of the network that compute in float16."""
         if config.precision == "float16":
             check_halves(config, objective_config, device=device)
-            self.halves = layers_of(network)
+            self.halves = parts_of(network)
         self.c = c or objective.decay(objective_config)
         self.field = Field(network, energy=objective_config.energy)  # type: ignore[arg-type]
         self.way = objective_config.backward

@@ -1,6 +1,10 @@
-"""What a transformer's block does between its products, as kernels of ours for GPUs of NVIDIA.
+"""A transformer's blocks by kernels of ours: for GPUs of NVIDIA, and for CPUs with AVX512-FP16.
 
-Products are bound by arithmetic and left to torch; all between them is bound by memory, and here
+For those CPUs, what torch has no quick instructions for, in C++ (train.precision "float16"):
+
+    halves     layers and attention whose products are taken in float16
+
+For GPUs, what a block does between its products (compute.fused). Products are bound by arithmetic and left to torch; all between them is bound by memory, and here
 read and written as few times as can be:
 
     adaln      norm, modulation, gate and residual
@@ -12,7 +16,7 @@ A product's bias costs nothing going forward, and going back the sum of a gradie
 another reading of it. So who reads a product's output takes its bias too, which it does not use,
 and sums the gradient while it writes it.
 
-Float32 inside whatever goes in; differentiable once; sums in a fixed order, without atomics: the
-same bits every time. Written in Triton, which also runs it, slowly, on a CPU where
+All are differentiable once, and sum in a fixed order, without atomics: the same bits every time.
+Those for GPUs are float32 inside whatever goes in, and written in Triton, which also runs it, slowly, on a CPU where
 TRITON_INTERPRET=1 is set: tests do. Opaque to torch.compile, which calls them where they stand.
 """

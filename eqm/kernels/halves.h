@@ -42,22 +42,32 @@ long ceiling(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
 __mmask16 first(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 
-// Of so many things, those of a thread of the team.
+// Some of so many things: all of them, or those of a thread of the team.
 struct Share {
   long from, to;
-  explicit Share(long count)
-      : from(count * omp_get_thread_num() / omp_get_num_threads()),
-        to(count * (omp_get_thread_num() + 1) / omp_get_num_threads()) {}
+  static Share whole(long count) { return {0, count}; }
+  static Share mine(long count) {
+    const long thread = omp_get_thread_num(), threads = omp_get_num_threads();
+    return {count * thread / threads, count * (thread + 1) / threads};
+  }
 };
 
 // -- scales ----------------------------------------------------------------------------------
 
+// 2**n; beyond what float32 has as normal numbers, 0 or infinity.
+float two_to(int n) {
+  const uint32_t bits = n < -126 ? 0 : n > 127 ? 0x7f800000 : (n + 127) << 23;
+  float found;
+  std::memcpy(&found, &bits, sizeof found);
+  return found;
+}
+
 // The power of two by which numbers of at most this size are brought below 2**TOP.
 int exponent(float most) {
-  if (!(most > 0) || !std::isfinite(most)) return 0;
-  int power;
-  std::frexp(most, &power);
-  return std::min(TOP - power, 120);
+  uint32_t bits;
+  std::memcpy(&bits, &most, sizeof bits);
+  const int power = (bits >> 23 & 255) - 126;  // most < 2**power
+  return !(most > 0) || power == 129 ? 0 : std::min(TOP - power, 120);
 }
 
 float most_of(const float* row, long n) {

@@ -1,12 +1,12 @@
-"""Linear layers whose products a CPU takes in float16, for processors with AVX512-FP16.
+"""Linear layers and attention whose products a CPU takes in float16, by AVX512-FP16.
 
 Twice as many multiplications an instruction as in float32, where instructions for bfloat16 do half
-as many: halves.cpp says how, and why its sums are less wrong than those of bfloat16. What goes in
-and out is float32. A linear layer takes three products,
+as many: halves.h says how, and how wrong that is. What goes in and out is float32. A linear layer
+takes three products,
 
     y (T, O) = x W^T + b        dx (T, I) = dy W        dW (O, I) = dy^T x
 
-and the sums of dy, which are the bias's, stay torch's. Called by learner.
+and the sums of dy, which are the bias's, stay torch's; attending.cpp says what attention takes. Called by compute and learner.
 """
 
 import contextlib
@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from eqm.errors import ConfigError
+from eqm.network import Attention
 
-SOURCES = tuple(Path(__file__).parent / name for name in ("products.cpp",))
+SOURCES = tuple(Path(__file__).parent / name for name in ("products.cpp", "attending.cpp"))
 EXTENSIONS = ("f", "bw", "vl", "dq", "fp16")
 """Parts of AVX-512 that it is compiled for."""
 
@@ -67,7 +68,9 @@ def _library() -> ctypes.CDLL:
     matrix, sizes = [pointer, number, number], [number] * 3
     found.product.argtypes = [*matrix, *matrix, *[pointer] * 2, *sizes, *[pointer] * 4, number]
     found.room.argtypes = [number, number, ctypes.c_bool, number, pointer]
-    found.product.restype = found.room.restype = None
+    found.attending_room.argtypes = [number, number, pointer]
+    found.attend.argtypes = [*[pointer] * 3, *[number] * 4, pointer, number]
+    found.attend_back.argtypes = [*[pointer] * 5, *[number] * 4, pointer, number]
     return found
 
 
@@ -83,10 +86,15 @@ def _compile(made: Path) -> None:
         ) from error
     flags = ("-O3", "-std=c++17", "-fopenmp", "-fPIC", "-shared", "-w", "-mfma")
     command = [compiler, *flags, *(f"-mavx512{name}" for name in EXTENSIONS), "-o", str(made)]
-    done = subprocess.run([*command, *map(str, SOURCES)], check=False, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, *map(str, SOURCES)], check=False, capture_output=True, text=True
+    )
     if done.returncode:
         first = (done.stderr.strip().splitlines() or [f"it ended with {done.returncode}"])[0]
         raise _Unfit(f"but {compiler} cannot compile its products ({first}; g++ 12 or newer can)")
+
+
+# -- products -----------------------------------------------------------------------------------
 
 
 @torch.library.custom_op("eqm::product_in_halves", mutates_args=(), device_types="cpu")
@@ -147,33 +155,119 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return cast(Tensor, y).view(*x.shape[:-1], -1)
 
 
+# -- attention ----------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("eqm::attention_in_halves", mutates_args=(), device_types="cpu")
+def _attend(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    """qkv (B, N, 3, H, d) -> (B, N, H, d), and logarithms of the weights' sums, (B, H, N)."""
+    out, logs = _attend_fake(qkv)
+    images, tokens, _, heads, width = qkv.shape
+    threads, room = torch.get_num_threads(), _attending_room(tokens, width, 0)
+    _library().attend(
+        qkv.data_ptr(), out.data_ptr(), logs.data_ptr(),
+        images, tokens, heads, width, room.data_ptr(), threads,
+    )  # fmt: skip
+    return out, logs
+
+
+@_attend.register_fake
+def _attend_fake(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    images, tokens, _, heads, width = qkv.shape
+    return qkv.new_empty(images, tokens, heads, width), qkv.new_empty(images, heads, tokens)
+
+
+@torch.library.custom_op("eqm::attention_in_halves_backward", mutates_args=(), device_types="cpu")
+def _attend_back(qkv: Tensor, out: Tensor, logs: Tensor, grad: Tensor) -> Tensor:
+    """Gradient of qkv, of what :func:`_attend` took and gave and ``grad`` (B, N, H, d)."""
+    dqkv = torch.empty_like(qkv)
+    images, tokens, _, heads, width = qkv.shape
+    threads, room = torch.get_num_threads(), _attending_room(tokens, width, 1)
+    _library().attend_back(
+        qkv.data_ptr(), out.data_ptr(), logs.data_ptr(), grad.data_ptr(), dqkv.data_ptr(),
+        images, tokens, heads, width, room.data_ptr(), threads,
+    )  # fmt: skip
+    return dqkv
+
+
+@_attend_back.register_fake
+def _attend_back_fake(qkv: Tensor, out: Tensor, logs: Tensor, grad: Tensor) -> Tensor:
+    return torch.empty_like(qkv)
+
+
+def _attending_room(tokens: int, width: int, way: int) -> Tensor:
+    """Memory for all threads, on the way forward (0) or back (1)."""
+    each = (ctypes.c_long * 2)()
+    _library().attending_room(tokens, width, each)
+    return torch.empty(each[way] * torch.get_num_threads(), dtype=torch.uint8)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor) -> Tensor:
+        out, logs = _attend(qkv)
+        ctx.save_for_backward(qkv, out, logs)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _attend_back(*ctx.saved_tensors, grad.contiguous())
+
+
+@torch.compiler.allow_in_graph
+def attention(qkv: Tensor, heads: int) -> Tensor:
+    """Of qkv (B, N, 3 * D), as a layer gives them, what a layer is given, (B, N, D)."""
+    split = qkv.contiguous().view(*qkv.shape[:2], 3, heads, -1)
+    return cast(Tensor, _Attention.apply(split)).flatten(2)
+
+
+# -- a network in halves ------------------------------------------------------------------------
+
+
 class HalvesLinear(nn.Linear):
-    """A layer that computes :func:`linear`. Layers become such, and plain ones again."""
+    """A layer that computes :func:`linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
         return linear(x, self.weight, self.bias)
 
 
-def layers_of(network: nn.Module, setting: str = "train.precision") -> Sequence[nn.Linear]:
-    """The layers of a transformer's blocks that tokens go through.
+class HalvesAttention(Attention):
+    """Attention that computes :func:`attention`, but torch's where queries are normed or turned."""
+
+    def mixed(self, tokens: Tensor) -> Tensor:
+        """(B, N, D) -> (B, N, D)."""
+        if self.q_scale is not None or self.turns is not None:
+            return super().mixed(tokens)
+        return attention(self.qkv(tokens), self.heads)
+
+
+KINDS: dict[type[nn.Module], type[nn.Module]] = {
+    nn.Linear: HalvesLinear,
+    Attention: HalvesAttention,
+}
+
+
+def parts_of(network: nn.Module, setting: str = "train.precision") -> Sequence[nn.Module]:
+    """Layers and attention of a transformer's blocks: what tokens go through.
 
     Modulations stay in float32: they are of one row an image, and cost nothing. Raises ConfigError,
     which names the setting, for networks without blocks, and weights that are not float32 on a CPU.
     """
     found = [
-        layer
+        part
         for block in cast(nn.ModuleList, getattr(network, "blocks", ()))
-        for part in (block.attention, block.mlp)
-        for layer in cast(nn.Module, part).modules()
-        if type(layer) is nn.Linear
+        for half in (block.attention, block.mlp)
+        for part in cast(nn.Module, half).modules()
+        if type(part) in KINDS
     ]
     if not found:
         raise ConfigError(
             f"{setting} is 'float16', which is for transformers, and this network has no blocks of "
             "one: use 'float32'"
         )
-    weight = found[0].weight
+    weight = next(found[0].parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         raise ConfigError(
             f"{setting} is 'float16', which is for float32 weights on a CPU, and these are "
@@ -183,12 +277,13 @@ def layers_of(network: nn.Module, setting: str = "train.precision") -> Sequence[
 
 
 @contextlib.contextmanager
-def in_halves(layers: Sequence[nn.Module]) -> Iterator[None]:
-    """These linear layers take their products in float16 meanwhile."""
-    for layer in layers:
-        layer.__class__ = HalvesLinear
+def in_halves(parts: Sequence[nn.Module]) -> Iterator[None]:
+    """These parts compute in float16 meanwhile. Their weights are not touched."""
+    before = [type(part) for part in parts]
+    for part, kind in zip(parts, before, strict=True):
+        part.__class__ = KINDS[kind]
     try:
         yield
     finally:
-        for layer in layers:
-            layer.__class__ = nn.Linear
+        for part, kind in zip(parts, before, strict=True):
+            part.__class__ = kind

@@ -18,7 +18,7 @@ long row_of(long k) { return ceiling(std::min(k, SLAB), 16) + 16; }
 
 // Of n numbers in each of some rows: found by all threads of a team together.
 float most_of(const float* rows, long count, long n, long stride, std::vector<float>& found) {
-  const Share share(count);
+  const Share share = Share::mine(count);
   float most = 0;
   for (long r = share.from; r < share.to; r++) most = std::max(most, most_of(rows + r * stride, n));
   found[omp_get_thread_num()] = most;
@@ -59,11 +59,11 @@ extern "C" void product(const float* a, long a_row, long a_column, const float* 
     if (all_b < 0)
       all_b = b_lies ? most_of(b, n, k, b_column, found_b) : most_of(b, k, n, b_row, found_b);
     const int b_power = exponent(all_b);
-    const float b_scale = std::ldexp(1.0f, b_power);
+    const float b_scale = two_to(b_power);
     if (b_lies)
-      right_across<WIDE>(b, b_column, n, k, Share(panels * COLUMNS / 16), b_scale, packed);
+      right_across<WIDE>(b, b_column, n, k, Share::mine(panels * COLUMNS / 16), b_scale, packed);
     else
-      right<WIDE>(b, b_row, n, k, Share(k), b_scale, packed);
+      right<WIDE>(b, b_row, n, k, Share::mine(k), b_scale, packed);
 #pragma omp barrier
 
     most = all_a;
@@ -78,8 +78,8 @@ extern "C" void product(const float* a, long a_row, long a_column, const float* 
       for (long r = 0; r < rows; r++) {
         const float most_row = a_lies ? all_a : most_of(a + (top + r) * a_row, k);
         const int power = exponent(most_row);
-        by[r] = std::ldexp(1.0f, power);
-        back[r] = std::ldexp(1.0f, -power - b_power);
+        by[r] = two_to(power);
+        back[r] = two_to(-power - b_power);
         most = std::max(most, most_row);
       }
       for (long k0 = 0; k0 < k; k0 += SLAB) {

@@ -1,0 +1,321 @@
+// Attention of a few hundred tokens, forward and back: one head of one image a thread.
+//
+// qkv holds (images, tokens, 3, heads, width), out and its gradient (images, tokens, heads, width),
+// as layers give and take them. Of a head, queries q, keys k and values v (tokens, width):
+//
+//     S = q k^T / sqrt(width)    P = exp(S - log sum exp S)    out = P v
+//
+// and back, of a gradient do, with P computed again from the logarithms, which are kept:
+//
+//     dv = P^T do    dP = do v^T    dS = P (dP - sum of do out) / sqrt(width)    dq = dS k
+//     dk = dS^T q
+
+#include "halves.h"
+
+namespace {
+
+constexpr int WIDE = 2;
+constexpr long COLUMNS = columns_of(WIDE);
+
+// exp of numbers of at most about 0: 2^n times a polynomial of the rest.
+__m512 exponential(__m512 x) {
+  // Below, it is 0. In this order what is not a number stays.
+  x = _mm512_max_ps(_mm512_set1_ps(-104), x);
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 8);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 sum = _mm512_set1_ps(1.0f / 5040);
+  for (const float term : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f})
+    sum = _mm512_fmadd_ps(sum, r, _mm512_set1_ps(term));
+  return _mm512_scalef_ps(sum, n);
+}
+
+// Memory of one thread, handed out piece by piece; from nowhere, it counts what would be.
+class Arena {
+ public:
+  explicit Arena(char* at) : begin(at), at(at) {}
+  template <class T>
+  T* take(long count) {
+    T* piece = reinterpret_cast<T*>(at);
+    at += ceiling(count * sizeof(T), 64);
+    return piece;
+  }
+  long taken() const { return at - begin; }
+
+ private:
+  char* const begin;
+  char* at;
+};
+
+// Tokens of one head: rows of `width` numbers, a stride apart.
+struct Rows {
+  const float* at;
+  long stride;
+  const float* row(long i) const { return at + i * stride; }
+};
+
+struct Head {
+  long tokens, width;
+  long padded() const { return ceiling(tokens, COLUMNS); }
+  // Of one row in float16, twice.
+  long row_of(long n) const { return ceiling(n, 16) + 16; }
+  Share all(long n) const { return Share::whole(n); }
+
+  int power(const Rows& x) const {
+    float most = 0;
+    for (long i = 0; i < tokens; i++) most = std::max(most, most_of(x.row(i), width));
+    return exponent(most);
+  }
+  // x as b (tokens, width), or x^T as b (width, tokens), of a product; the power of their scale.
+  int plain(const Rows& x, int power, _Float16* out) const {
+    right<WIDE>(x.at, x.stride, width, tokens, all(tokens), two_to(power), out);
+    return power;
+  }
+  int across(const Rows& x, int power, _Float16* out) const {
+    const Share groups = all(padded() / 16);
+    right_across<WIDE>(x.at, x.stride, tokens, width, groups, two_to(power), out);
+    return power;
+  }
+  // ROWS rows of x (tokens, width) as a of a product, and what scales them back.
+  void left(const Rows& x, long from, uint32_t* out, float* back) const {
+    for (long r = 0; r < ROWS; r++) {
+      if (from + r < tokens) {
+        const int power = exponent(most_of(x.row(from + r), width));
+        left_row(x.row(from + r), width, two_to(power), out + r * row_of(width));
+        back[r] = two_to(-power);
+      } else {
+        std::memset(out + r * row_of(width), 0, row_of(width) * sizeof *out);
+        back[r] = 0;
+      }
+    }
+  }
+  // ROWS rows of x y^T, (ROWS, padded).
+  void scores(const uint32_t* x, const float* back, const _Float16* y, int power, float scale,
+              float* out) const {
+    alignas(64) float sums[ROWS * COLUMNS];
+    scale *= two_to(-power);
+    for (long from = 0; from < padded(); from += COLUMNS) {
+      std::memset(sums, 0, sizeof sums);
+      tile<false, WIDE>(x, row_of(width), y + from * width, width, sums);
+      for (long r = 0; r < ROWS; r++) {
+        const __m512 by = _mm512_set1_ps(back[r] * scale);
+        for (long j = 0; j < COLUMNS; j += 16)
+          _mm512_store_ps(out + r * padded() + from + j,
+                          _mm512_mul_ps(_mm512_load_ps(sums + r * COLUMNS + j), by));
+      }
+    }
+  }
+  // ROWS rows of x y, for rows or panels x of `tokens` pairs, scaled back and put in their place.
+  template <bool PANEL>
+  void mixed(const uint32_t* x, const float* back, const _Float16* y, long from, float* out,
+             long stride) const {
+    alignas(64) float sums[ROWS * COLUMNS];
+    for (long column = 0; column < width; column += COLUMNS) {
+      std::memset(sums, 0, sizeof sums);
+      tile<PANEL, WIDE>(x, row_of(tokens), y + column * tokens, tokens, sums);
+      for (long r = 0; r < std::min(ROWS, tokens - from); r++)
+        for (long j = 0; j < std::min(COLUMNS, width - column); j += 16) {
+          const __m512 by = _mm512_set1_ps(back[r]);
+          _mm512_mask_storeu_ps(out + (from + r) * stride + column + j, first(width - column - j),
+                                _mm512_mul_ps(_mm512_load_ps(sums + r * COLUMNS + j), by));
+        }
+    }
+  }
+};
+
+struct Forward {
+  const Head head;
+  _Float16 *keys, *values;
+  uint32_t *left, *weights;
+  float* scores;
+
+  Forward(const Head& head, Arena& arena) : head(head) {
+    keys = arena.take<_Float16>(head.padded() * head.width);
+    values = arena.take<_Float16>(ceiling(head.width, COLUMNS) * head.tokens);
+    left = arena.take<uint32_t>(ROWS * head.row_of(head.width));
+    weights = arena.take<uint32_t>(ROWS * head.row_of(head.tokens));
+    scores = arena.take<float>(ROWS * head.padded());
+  }
+
+  void operator()(const Rows& q, const Rows& k, const Rows& v, float* out, long stride,
+                  float* logs) const {
+    const long tokens = head.tokens;
+    const int k_power = head.across(k, head.power(k), keys);
+    const int v_power = head.plain(v, head.power(v), values);
+    float back[ROWS];
+    for (long from = 0; from < tokens; from += ROWS) {
+      head.left(q, from, left, back);
+      head.scores(left, back, keys, k_power, 1 / std::sqrt(float(head.width)), scores);
+      for (long r = 0; r < ROWS; r++) {
+        const float* row = scores + r * head.padded();
+        __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
+        for (long j = 0; j < tokens; j += 16)
+          most = _mm512_mask_max_ps(most, first(tokens - j), most, _mm512_load_ps(row + j));
+        const float top = _mm512_reduce_max_ps(most);
+        for (long j = 0; j < tokens; j += 16) {
+          const __m512 x = _mm512_sub_ps(_mm512_load_ps(row + j), _mm512_set1_ps(top));
+          const __m512 p = _mm512_maskz_mov_ps(first(tokens - j), exponential(x));
+          total = _mm512_add_ps(total, p);
+          const __m512 scaled = _mm512_mul_ps(p, _mm512_set1_ps(1 << TOP));
+          _mm512_storeu_si512(weights + r * head.row_of(tokens) + j, twice(scaled));
+        }
+        const float sum = _mm512_reduce_add_ps(total);
+        back[r] = two_to(-TOP - v_power) / sum;
+        if (from + r < tokens) logs[from + r] = top + std::log(sum);
+      }
+      head.mixed<false>(weights, back, values, from, out, stride);
+    }
+  }
+};
+
+struct Backward {
+  const Head head;
+  _Float16 *keys_across, *values_across, *keys, *queries, *grads;
+  uint32_t *left, *slopes_left, *weights, *slopes_across;
+  float *scores, *products, *slopes;
+
+  Backward(const Head& head, Arena& arena) : head(head) {
+    const long plain = ceiling(head.width, COLUMNS) * head.tokens;
+    keys_across = arena.take<_Float16>(head.padded() * head.width);
+    values_across = arena.take<_Float16>(head.padded() * head.width);
+    keys = arena.take<_Float16>(plain);
+    queries = arena.take<_Float16>(plain);
+    grads = arena.take<_Float16>(plain);
+    left = arena.take<uint32_t>(ROWS * head.row_of(head.width));
+    slopes_left = arena.take<uint32_t>(ROWS * head.row_of(head.tokens));
+    weights = arena.take<uint32_t>(ceiling(head.tokens, 16) * head.tokens);
+    slopes_across = arena.take<uint32_t>(ceiling(head.tokens, 16) * head.tokens);
+    scores = arena.take<float>(ROWS * head.padded());
+    products = arena.take<float>(ROWS * head.padded());
+    slopes = arena.take<float>(ceiling(head.tokens, 16) * head.tokens);
+  }
+
+  // Numbers j to j + 16 of row i, into panels of (tokens, ROWS).
+  void turn(__m512 x, long i, long j, uint32_t* out) const {
+    const __m512i both = twice(x);
+    uint32_t* at = out + j * head.tokens + i * ROWS;
+    _mm256_store_si256((__m256i*)at, _mm512_castsi512_si256(both));
+    _mm256_store_si256((__m256i*)(at + ROWS * head.tokens), _mm512_extracti64x4_epi64(both, 1));
+  }
+
+  // P of one row, into its panels, and dS; the largest absolute value in dS.
+  float row(long i, const float* score, const float* product, float log, float dot) const {
+    const float scale = 1 / std::sqrt(float(head.width));
+    __m512 most = _mm512_setzero_ps();
+    for (long j = 0; j < head.tokens; j += 16) {
+      const __mmask16 there = first(head.tokens - j);
+      const __m512 x = _mm512_sub_ps(_mm512_load_ps(score + j), _mm512_set1_ps(log));
+      const __m512 p = _mm512_maskz_mov_ps(there, exponential(x));
+      turn(_mm512_mul_ps(p, _mm512_set1_ps(1 << TOP)), i, j, weights);
+      const __m512 slope = _mm512_sub_ps(_mm512_load_ps(product + j), _mm512_set1_ps(dot));
+      const __m512 ds = _mm512_mul_ps(_mm512_mul_ps(p, slope), _mm512_set1_ps(scale));
+      _mm512_store_ps(slopes + i * ceiling(head.tokens, 16) + j, ds);
+      most = _mm512_max_ps(_mm512_abs_ps(ds), most);
+    }
+    return _mm512_reduce_max_ps(most);
+  }
+
+  void operator()(const Rows& q, const Rows& k, const Rows& v, const Rows& out, const Rows& grad,
+                  const float* logs, float* dq, float* dk, float* dv, long stride) const {
+    const long tokens = head.tokens, padded = head.padded();
+    const int k_power = head.power(k), q_power = head.power(q), g_power = head.power(grad);
+    const int v_power = head.across(v, head.power(v), values_across);
+    head.across(k, k_power, keys_across);
+    head.plain(k, k_power, keys);
+    head.plain(q, q_power, queries);
+    head.plain(grad, g_power, grads);
+    float back[ROWS], most = 0;
+    for (long from = 0; from < tokens; from += ROWS) {
+      head.left(q, from, left, back);
+      head.scores(left, back, keys_across, k_power, 1 / std::sqrt(float(head.width)), scores);
+      head.left(grad, from, left, back);
+      head.scores(left, back, values_across, v_power, 1, products);
+      for (long i = from; i < std::min(from + ROWS, tokens); i++) {
+        __m512 dot = _mm512_setzero_ps();
+        for (long j = 0; j < head.width; j += 16) {
+          const __mmask16 there = first(head.width - j);
+          dot = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, out.row(i) + j),
+                                _mm512_maskz_loadu_ps(there, grad.row(i) + j), dot);
+        }
+        const long r = (i - from) * padded;
+        most = std::max(most, row(i, scores + r, products + r, logs[i], _mm512_reduce_add_ps(dot)));
+      }
+    }
+    const int power = exponent(most);
+    const __m512 by = _mm512_set1_ps(two_to(power));
+    std::fill_n(back, ROWS, two_to(-power - k_power));
+    for (long from = 0; from < tokens; from += ROWS) {
+      for (long i = from; i < std::min(from + ROWS, tokens); i++)
+        for (long j = 0; j < tokens; j += 16) {
+          const __m512 ds =
+              _mm512_mul_ps(_mm512_load_ps(slopes + i * ceiling(tokens, 16) + j), by);
+          turn(ds, i, j, slopes_across);
+          _mm512_storeu_si512(slopes_left + (i - from) * head.row_of(tokens) + j, twice(ds));
+        }
+      head.mixed<false>(slopes_left, back, keys, from, dq, stride);
+    }
+    for (long from = 0; from < tokens; from += ROWS) {
+      std::fill_n(back, ROWS, two_to(-power - q_power));
+      head.mixed<true>(slopes_across + from * tokens, back, queries, from, dk, stride);
+      std::fill_n(back, ROWS, two_to(-TOP - g_power));
+      head.mixed<true>(weights + from * tokens, back, grads, from, dv, stride);
+    }
+  }
+};
+
+template <class Way>
+long room_of(const Head& head) {
+  Arena arena(nullptr);
+  Way(head, arena);
+  return arena.taken();
+}
+
+}  // namespace
+
+// Bytes of each thread that attend() works in, and attend_back().
+extern "C" void attending_room(long tokens, long width, long* bytes) {
+  const Head head{tokens, width};
+  bytes[0] = room_of<Forward>(head);
+  bytes[1] = room_of<Backward>(head);
+}
+
+// logs: (images, heads, tokens). room: as attending_room() says for all threads, at a multiple of 64.
+extern "C" void attend(const float* qkv, float* out, float* logs, long images, long tokens,
+                       long heads, long width, void* room, long threads) {
+  const Head head{tokens, width};
+  const long whole = heads * width, each = room_of<Forward>(head);
+#pragma omp parallel num_threads(threads)
+  {
+    Arena arena(static_cast<char*>(room) + omp_get_thread_num() * each);
+    const Forward forward(head, arena);
+#pragma omp for schedule(dynamic)
+    for (long item = 0; item < images * heads; item++) {
+      const long image = item / heads * tokens, column = item % heads * width;
+      const float* at = qkv + image * 3 * whole + column;
+      forward({at, 3 * whole}, {at + whole, 3 * whole}, {at + 2 * whole, 3 * whole},
+              out + image * whole + column, whole, logs + item * tokens);
+    }
+  }
+}
+
+extern "C" void attend_back(const float* qkv, const float* out, const float* logs,
+                            const float* grad, float* dqkv, long images, long tokens, long heads,
+                            long width, void* room, long threads) {
+  const Head head{tokens, width};
+  const long whole = heads * width, each = room_of<Backward>(head);
+#pragma omp parallel num_threads(threads)
+  {
+    Arena arena(static_cast<char*>(room) + omp_get_thread_num() * each);
+    const Backward backward(head, arena);
+#pragma omp for schedule(dynamic)
+    for (long item = 0; item < images * heads; item++) {
+      const long image = item / heads * tokens, column = item % heads * width;
+      const float* at = qkv + image * 3 * whole + column;
+      float* to = dqkv + image * 3 * whole + column;
+      const long here = image * whole + column;
+      backward({at, 3 * whole}, {at + whole, 3 * whole}, {at + 2 * whole, 3 * whole},
+               {out + here, whole}, {grad + here, whole}, logs + item * tokens, to, to + whole,
+               to + 2 * whole, 3 * whole);
+    }
+  }
+}
