@@ -32,6 +32,7 @@ from bench.energies import DEVICE, _held, _peak
 from eqm import flops
 from eqm.compute import bfloat16_products, prepare
 from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig
+from eqm.kernels.halves import lacking
 from eqm.learner import Learner
 from eqm.memory import keep_freed
 from eqm.network import Transformer
@@ -170,7 +171,7 @@ SIDES: dict[str, Make] = {"plain": plain}
 PRECISIONS: dict[str, Precision] = {"": "float32"}
 if HAS_BF16:
     PRECISIONS[", bf16"] = "bfloat16"
-if HAS_COMPILER and torch.cpu.get_capabilities().get("avx512_fp16", False):
+if HAS_COMPILER and lacking() is None:
     PRECISIONS[", fp16"] = "float16"
 for _name, _precision in PRECISIONS.items():
     SIDES[f"ours{_name}"] = functools.partial(ours, precision=_precision)

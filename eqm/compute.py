@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig, require
 from eqm.errors import ConfigError
-from eqm.kernels.halves import check_machine
+from eqm.kernels.halves import check_machine, lacking
 
 Forward = Callable[..., Any]
 
@@ -198,9 +198,10 @@ def slow_bfloat16(config: TrainConfig, device: torch.device) -> str | None:
     ratio = bfloat16_products()
     if ratio <= SLOW_PRODUCTS:
         return None
+    faster = ", and 'float16' faster still" if lacking() is None else ""
     return (
         f"train.precision is 'bfloat16', but products in it take {ratio:.1f} times as long as in "
-        "float32 on this processor: 'float32' is faster here, and more exact"
+        f"float32 on this processor: 'float32' is faster here, and more exact{faster}"
     )
 
 

@@ -44,8 +44,10 @@ DryRunOption = Annotated[
 def run() -> None:
     """Entry point: errors that a person can mend are one message and exit status 2."""
     from eqm.errors import EqmError
+    from eqm.memory import keep_freed
 
     any_encoding()
+    keep_freed()
     try:
         app()
     except EqmError as error:

@@ -226,9 +226,15 @@ def test_products_of_float32_are_chosen_and_tf32_is_of_gpus():
 def test_bfloat16_that_is_slower_is_told(monkeypatch):
     half = TrainConfig(precision="bfloat16")
     monkeypatch.setattr(compute, "bfloat16_products", lambda: 2.9)
+    monkeypatch.setattr(compute, "lacking", lambda: "avx512_fp16")
     told = slow_bfloat16(half, CPU)
     assert told is not None
     assert "take 2.9 times as long as in float32 on this processor: 'float32' is faster" in told
+    assert told.endswith("more exact")
+    monkeypatch.setattr(compute, "lacking", lambda: None)
+    told = slow_bfloat16(half, CPU)
+    assert told is not None
+    assert told.endswith("more exact, and 'float16' faster still")
     assert slow_bfloat16(TrainConfig(), CPU) is None
     assert slow_bfloat16(half, torch.device("cuda")) is None
     monkeypatch.setattr(compute, "bfloat16_products", lambda: 0.6)

@@ -18,6 +18,7 @@ import torch
 from eqm import checkpoint
 from eqm.batches import batches
 from eqm.config import Job, ObjectiveConfig
+from eqm.kernels.halves import lacking
 from eqm.latent_set import open_manifest
 from eqm.latents import sample_latents
 from eqm.objective import Corrupted, decay, mixed, target
@@ -32,9 +33,10 @@ ROOT = Path(__file__).parent.parent
 PARTS = {
     "float32": ((1, 50), (2, 100), (4, 150), (1, 200)),
     "bfloat16": ((1, 10), (2, 30), (1, 40)),
+    "float16": ((1, 10), (2, 30), (1, 40)),
 }
 """Precision -> (processes, update at which they stop)."""
-TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2}
+TOLERANCE = {"float32": 1e-6, "bfloat16": 1e-2, "float16": 1e-2}
 """Relative, of the loss of every update."""
 
 SHOWN = 40
@@ -94,8 +96,16 @@ class Runs:
         assert f"stopped at image {stop:,} of" in ended.stderr, ended.stderr
 
 
+HAS_FLOAT16 = pytest.mark.skipif(lacking() is not None, reason="this processor has no AVX512-FP16")
+
+
 @pytest.fixture(
-    scope="module", params=["float32", pytest.param("bfloat16", marks=pytest.mark.slow)]
+    scope="module",
+    params=[
+        "float32",
+        pytest.param("bfloat16", marks=pytest.mark.slow),
+        pytest.param("float16", marks=[pytest.mark.slow, HAS_FLOAT16]),
+    ],
 )
 def runs(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp(request.param), request.param)

@@ -20,7 +20,7 @@ from eqm.network import Attention, Transformer
 
 CPU = torch.device("cpu")
 NEEDED = pytest.mark.skipif(
-    not torch.cpu.get_capabilities().get("avx512_fp16", False),
+    halves.lacking() is not None,
     reason="this processor has no AVX512-FP16",
 )
 HALVES = TrainConfig(batch_size=8, learning_rate=1e-3, precision="float16")

@@ -4,8 +4,9 @@ For those CPUs, what torch has no quick instructions for, in C++ (train.precisio
 
     halves     layers and attention whose products are taken in float16
 
-For GPUs, what a block does between its products (compute.fused). Products are bound by arithmetic and left to torch; all between them is bound by memory, and here
-read and written as few times as can be:
+For GPUs, what a block does between its products (compute.fused). Products are bound by arithmetic
+and left to torch; all between them is bound by memory, and here read and written as few times as
+can be:
 
     adaln      norm, modulation, gate and residual
     attention  attention of few tokens, from the product's output to the next product's input
@@ -17,6 +18,7 @@ another reading of it. So who reads a product's output takes its bias too, which
 and sums the gradient while it writes it.
 
 All are differentiable once, and sum in a fixed order, without atomics: the same bits every time.
-Those for GPUs are float32 inside whatever goes in, and written in Triton, which also runs it, slowly, on a CPU where
-TRITON_INTERPRET=1 is set: tests do. Opaque to torch.compile, which calls them where they stand.
+Those for GPUs are float32 inside whatever goes in, and written in Triton, which also runs it,
+slowly, on a CPU where TRITON_INTERPRET=1 is set: tests do. Opaque to torch.compile, which calls
+them where they stand.
 """

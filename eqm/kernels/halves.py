@@ -6,7 +6,8 @@ takes three products,
 
     y (T, O) = x W^T + b        dx (T, I) = dy W        dW (O, I) = dy^T x
 
-and the sums of dy, which are the bias's, stay torch's; attending.cpp says what attention takes. Called by compute and learner.
+and the sums of dy, which are the bias's, stay torch's; attending.cpp says what attention takes.
+Called by compute and learner.
 """
 
 import contextlib
@@ -34,6 +35,13 @@ class _Unfit(Exception):
     """Why this machine cannot, as the end of a sentence."""
 
 
+def lacking() -> str | None:
+    """An instruction set that this processor lacks, as "avx512_fp16"; None for one that fits."""
+    has = torch.cpu.get_capabilities()
+    names = [f"avx512_{name}" for name in EXTENSIONS]
+    return next((name for name in reversed(names) if not has.get(name, False)), None)
+
+
 def check_machine(setting: str = "train.precision") -> None:
     """Refuse a machine that cannot; else compile. Raises ConfigError, which names the setting."""
     try:
@@ -48,13 +56,9 @@ def _library() -> ctypes.CDLL:
 
     Nothing is kept on the disk, so nothing there can be stale or somebody else's.
     """
-    has = torch.cpu.get_capabilities()
-    missing = [name for name in EXTENSIONS if not has.get(f"avx512_{name}", False)]
-    if missing:
-        name = has.get("cpu_name") or "this one"
-        raise _Unfit(
-            f"which needs a processor with AVX512-FP16, and {name} lacks avx512_{missing[-1]}"
-        )
+    if (missing := lacking()) is not None:
+        name = torch.cpu.get_capabilities().get("cpu_name") or "this one"
+        raise _Unfit(f"which needs a processor with AVX512-FP16, and {name} lacks {missing}")
     with tempfile.TemporaryDirectory(prefix="eqm-halves-") as folder:
         made = Path(folder) / "halves.so"
         _compile(made)
