@@ -7,8 +7,8 @@ ALL = (
     *("imports", "data", "encoding", "copying", "sampling", "evaluate"),
     *("energies", "precision", "train", "overlap", "checkpointing"),
 )
-STUDIES = ("study_adaptive", "recipes", "kernels")
-"""Not of speed, or long, or for a GPU alone: run by name."""
+STUDIES = ("study_adaptive", "recipes", "kernels", "halves")
+"""Not of speed, or long, or for certain processors alone: run by name."""
 
 for name in sys.argv[1:] or ALL:
     if name not in (*ALL, *STUDIES):

@@ -61,7 +61,7 @@ SIZES = st.integers(1, 40) | st.sampled_from([63, 64, 65, 95, 96, 97, 128, 193, 
 
 
 @NEEDED
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     m=SIZES, n=SIZES, k=SIZES, seed=st.integers(0, 99), count=st.integers(1, 5),
     lies=st.tuples(st.booleans(), st.booleans()), biased=st.booleans(), power=st.integers(-30, 30),
@@ -183,6 +183,7 @@ def test_custom_op_is_as_torch_wants_it():
 
 
 @NEEDED
+@pytest.mark.slow
 def test_a_compiled_layer_gives_the_same_bits():
     x, weight, bias = drawn(200, 96), drawn(72, 96, seed=1), drawn(72, seed=2)
     compiled = torch.compile(lambda *given: halves.linear(*given).cos(), dynamic=False)
@@ -215,7 +216,7 @@ def with_gradient(function, qkv, heads, grad):
 
 
 @NEEDED
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     images=st.integers(1, 3), tokens=st.integers(1, 40) | st.sampled_from([64, 65, 127, 256]),
     heads=st.integers(1, 3), width=st.integers(1, 40) | st.sampled_from([64, 72, 128]),
@@ -412,6 +413,7 @@ def test_a_machine_without_a_fit_compiler_is_told(fresh, tmp_path):
 
 
 @NEEDED
+@pytest.mark.slow
 def test_without_any_compiler_one_is_asked_for():
     code = (
         "from eqm.kernels import halves\nfrom eqm.errors import ConfigError\n"
