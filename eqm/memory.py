@@ -11,13 +11,15 @@ import ctypes
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
 """Of mallopt(3): free memory at the end of the heap, and sizes of pieces, from which on either is
 the system's."""
-LARGEST = 2**30
-"""Bytes of pieces that are kept; larger ones are few."""
+LARGEST, LARGEST_ONCE = 2**30, 2**25
+"""Bytes of pieces that are kept; larger ones are few. Before 2.35, glibc refuses more than the
+second, and would from then on give back all above 128 KiB."""
 
 
 def keep_freed() -> None:
     """Have malloc keep what is freed, for this process; nothing where it is not glibc's."""
     library = ctypes.CDLL(None)
     if hasattr(library, "gnu_get_libc_version"):
-        library.mallopt(M_MMAP_THRESHOLD, LARGEST)
+        if not library.mallopt(M_MMAP_THRESHOLD, LARGEST):
+            library.mallopt(M_MMAP_THRESHOLD, LARGEST_ONCE)
         library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

@@ -3,6 +3,7 @@
 import contextlib
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +113,17 @@ def test_the_largest_numbers_everywhere_do_not_leave_float16():
 
 
 @NEEDED
+@pytest.mark.parametrize(("left", "right"), [(-64, -63), (-100, -27), (90, -110), (110, -120)])
+def test_sizes_far_from_1_are_as_exact(left, right):
+    # Of numbers that float32 has, and whose scales back it does not have.
+    a, b = drawn(9, 200), drawn(200, 70, seed=1)
+    found = product(a * 2.0**left, b * 2.0**right).double() * 2.0 ** (-left - right)
+    assert wrong(found, a.double() @ b.double()) < 2e-3
+    huge, other = torch.tensor([[2.0**110, 0.0]]), torch.tensor([[0.0, 1.0], [2.0**25, 0.0]])
+    assert torch.equal(product(huge, other), torch.tensor([[0.0, 2.0**110]]))
+
+
+@NEEDED
 @pytest.mark.parametrize("odd", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_is_not_hidden(odd):
     a, b = drawn(70, 300), drawn(300, 100, seed=1)
@@ -197,6 +209,19 @@ def test_a_compiled_layer_gives_the_same_bits():
     assert wrong(grads[0][1], grads[1][1].double()) < 1e-5
 
 
+@NEEDED
+def test_numbers_elsewhere_and_of_other_kinds_are_not_taken_for_others():
+    x, weight, bias = drawn(30, 40), drawn(20, 80, seed=1), drawn(40, seed=2)
+    apart = halves.linear(x, weight[:, ::2], bias[::2])
+    assert torch.equal(apart, halves.linear(x, weight[:, ::2].clone(), bias[::2].clone()))
+    assert halves.linear(x[:0].view(2, 0, 40), drawn(20, 40), bias[:20]).shape == (2, 0, 20)
+    for given_ in ((x.double(), weight[:, :40]), (x, weight[:, :40].half())):
+        with pytest.raises(TypeError, match=r"of float32 numbers, and not torch\.float(64|16)"):
+            halves.linear(*given_, bias[:20])
+    with pytest.raises(TypeError, match=r"not torch\.bfloat16"):
+        halves.attention(drawn(1, 4, 24).bfloat16(), 2)
+
+
 # -- attention ----------------------------------------------------------------------------------
 
 
@@ -233,9 +258,11 @@ def test_attention_and_its_gradient_are_those_of_torch(images, tokens, heads, wi
 
 
 @NEEDED
-@pytest.mark.parametrize("tokens", [64, 256])
-def test_attention_is_less_wrong_than_in_bfloat16(tokens):
+@pytest.mark.parametrize(("tokens", "shared"), [(64, 0), (256, 0), (64, 5)])
+def test_attention_is_less_wrong_than_in_bfloat16(tokens, shared):
     qkv, grad = drawn(4, tokens, 3 * 128), drawn(4, tokens, 128, seed=1)
+    # As by a bias: it makes scores large, and what tells keys apart small.
+    qkv += shared * drawn(3 * 128, seed=2)
     exact = with_gradient(attended, qkv.double(), 2, grad.double())
     found = with_gradient(halves.attention, qkv, 2, grad)
     bfloat = with_gradient(attended, qkv.bfloat16(), 2, grad.bfloat16())
@@ -274,7 +301,8 @@ def test_custom_ops_of_attention_are_as_torch_wants_them():
     torch.library.opcheck(halves._attend, (qkv,))
     out, logs = halves._attend(qkv)
     torch.library.opcheck(halves._attend_back, (qkv, out, logs, torch.ones_like(out)))
-    expected = (qkv[:, :, 0].transpose(1, 2) @ qkv[:, :, 1].permute(0, 2, 3, 1) / 4).logsumexp(3)
+    keys = qkv[:, :, 1] - qkv[:, :, 1].mean(dim=1, keepdim=True)
+    expected = (qkv[:, :, 0].transpose(1, 2) @ keys.permute(0, 2, 3, 1) / 4).logsumexp(3)
     assert torch.allclose(logs, expected, atol=5e-3)
 
 
@@ -357,6 +385,15 @@ def test_learning_in_float16_gives_the_same_bits_again_and_nearly_the_loss_of_fl
     assert torch.equal(*curves)
     exact = learn(network(), x, train=replace(train, precision="float32")).losses
     assert torch.allclose(curves[0], exact, rtol=1e-2)
+
+
+def test_what_is_compiled_is_installed():
+    here = Path(halves.__file__).parent
+    root = here.parents[1]
+    packed = tomllib.loads((root / "pyproject.toml").read_text())["tool"]["setuptools"]
+    found = {path for glob in packed["package-data"]["eqm"] for path in (root / "eqm").glob(glob)}
+    assert {path for path in here.iterdir() if path.suffix in {".cpp", ".h"}} <= found
+    assert set(halves.SOURCES) < found
 
 
 # -- refusals -----------------------------------------------------------------------------------

@@ -5,7 +5,9 @@
 //
 //     S = q k^T / sqrt(width)    P = exp(S - log sum exp S)    out = P v
 //
-// and back, of a gradient do, with P computed again from the logarithms, which are kept:
+// where of the keys their mean is taken, which changes no P: what all of them share would be most of
+// every score, and most of its error. And back, of a gradient do, with P computed again from the
+// logarithms, which are kept:
 //
 //     dv = P^T do    dP = do v^T    dS = P (dP - sum of do out) / sqrt(width)    dq = dS k
 //     dk = dS^T q
@@ -66,6 +68,21 @@ struct Head {
     for (long i = 0; i < tokens; i++) most = std::max(most, most_of(x.row(i), width));
     return exponent(most);
   }
+  // Tokens less their mean, (tokens, width).
+  Rows centred(const Rows& x, float* out) const {
+    const __m512 part = _mm512_set1_ps(1.0f / tokens);
+    for (long j = 0; j < width; j += 16) {
+      const __mmask16 there = first(width - j);
+      __m512 mean = _mm512_setzero_ps();
+      for (long i = 0; i < tokens; i++)
+        mean = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, x.row(i) + j), part, mean);
+      for (long i = 0; i < tokens; i++) {
+        const __m512 less = _mm512_sub_ps(_mm512_maskz_loadu_ps(there, x.row(i) + j), mean);
+        _mm512_mask_storeu_ps(out + i * width + j, there, less);
+      }
+    }
+    return {out, width};
+  }
   // x as b (tokens, width), or x^T as b (width, tokens), of a product; the power of their scale.
   int plain(const Rows& x, int power, _Float16* out) const {
     right<WIDE>(x.at, x.stride, width, tokens, all(tokens), two_to(power), out);
@@ -76,48 +93,48 @@ struct Head {
     right_across<WIDE>(x.at, x.stride, tokens, width, groups, two_to(power), out);
     return power;
   }
-  // ROWS rows of x (tokens, width) as a of a product, and what scales them back.
-  void left(const Rows& x, long from, uint32_t* out, float* back) const {
+  // ROWS rows of x (tokens, width) as a of a product, and the powers of their scales.
+  void left(const Rows& x, long from, uint32_t* out, int* powers) const {
     for (long r = 0; r < ROWS; r++) {
       if (from + r < tokens) {
-        const int power = exponent(most_of(x.row(from + r), width));
-        left_row(x.row(from + r), width, two_to(power), out + r * row_of(width));
-        back[r] = two_to(-power);
+        powers[r] = exponent(most_of(x.row(from + r), width));
+        left_row(x.row(from + r), width, two_to(powers[r]), out + r * row_of(width));
       } else {
         std::memset(out + r * row_of(width), 0, row_of(width) * sizeof *out);
-        back[r] = 0;
+        powers[r] = 0;
       }
     }
   }
-  // ROWS rows of x y^T, (ROWS, padded).
-  void scores(const uint32_t* x, const float* back, const _Float16* y, int power, float scale,
+  // ROWS rows of x y^T by `scale`, (ROWS, padded), for x and y of scales of such powers.
+  void scores(const uint32_t* x, const int* powers, const _Float16* y, int power, float scale,
               float* out) const {
     alignas(64) float sums[ROWS * COLUMNS];
-    scale *= two_to(-power);
+    const __m512 by = _mm512_set1_ps(scale);
     for (long from = 0; from < padded(); from += COLUMNS) {
       std::memset(sums, 0, sizeof sums);
       tile<false, WIDE>(x, row_of(width), y + from * width, width, sums);
-      for (long r = 0; r < ROWS; r++) {
-        const __m512 by = _mm512_set1_ps(back[r] * scale);
-        for (long j = 0; j < COLUMNS; j += 16)
-          _mm512_store_ps(out + r * padded() + from + j,
-                          _mm512_mul_ps(_mm512_load_ps(sums + r * COLUMNS + j), by));
-      }
+      for (long r = 0; r < ROWS; r++)
+        for (long j = 0; j < COLUMNS; j += 16) {
+          const __m512 sum = scaled(sums + r * COLUMNS + j, -powers[r] - power);
+          _mm512_store_ps(out + r * padded() + from + j, _mm512_mul_ps(sum, by));
+        }
     }
   }
-  // ROWS rows of x y, for rows or panels x of `tokens` pairs, scaled back and put in their place.
+  // ROWS rows of x y, for rows or panels x of `tokens` pairs, divided by 2**power and, where given,
+  // by `over`, and put in their place.
   template <bool PANEL>
-  void mixed(const uint32_t* x, const float* back, const _Float16* y, long from, float* out,
-             long stride) const {
+  void mixed(const uint32_t* x, const _Float16* y, int power, const float* over, long from,
+             float* out, long stride) const {
     alignas(64) float sums[ROWS * COLUMNS];
     for (long column = 0; column < width; column += COLUMNS) {
       std::memset(sums, 0, sizeof sums);
       tile<PANEL, WIDE>(x, row_of(tokens), y + column * tokens, tokens, sums);
       for (long r = 0; r < std::min(ROWS, tokens - from); r++)
         for (long j = 0; j < std::min(COLUMNS, width - column); j += 16) {
-          const __m512 by = _mm512_set1_ps(back[r]);
+          __m512 sum = scaled(sums + r * COLUMNS + j, -power);
+          if (over) sum = _mm512_div_ps(sum, _mm512_set1_ps(over[r]));
           _mm512_mask_storeu_ps(out + (from + r) * stride + column + j, first(width - column - j),
-                                _mm512_mul_ps(_mm512_load_ps(sums + r * COLUMNS + j), by));
+                                sum);
         }
     }
   }
@@ -127,7 +144,7 @@ struct Forward {
   const Head head;
   _Float16 *keys, *values;
   uint32_t *left, *weights;
-  float* scores;
+  float *scores, *less;
 
   Forward(const Head& head, Arena& arena) : head(head) {
     keys = arena.take<_Float16>(head.padded() * head.width);
@@ -135,17 +152,20 @@ struct Forward {
     left = arena.take<uint32_t>(ROWS * head.row_of(head.width));
     weights = arena.take<uint32_t>(ROWS * head.row_of(head.tokens));
     scores = arena.take<float>(ROWS * head.padded());
+    less = arena.take<float>(head.tokens * head.width);
   }
 
-  void operator()(const Rows& q, const Rows& k, const Rows& v, float* out, long stride,
+  void operator()(const Rows& q, const Rows& all, const Rows& v, float* out, long stride,
                   float* logs) const {
     const long tokens = head.tokens;
+    const Rows k = head.centred(all, less);
     const int k_power = head.across(k, head.power(k), keys);
     const int v_power = head.plain(v, head.power(v), values);
-    float back[ROWS];
+    int powers[ROWS];
+    float over[ROWS];
     for (long from = 0; from < tokens; from += ROWS) {
-      head.left(q, from, left, back);
-      head.scores(left, back, keys, k_power, 1 / std::sqrt(float(head.width)), scores);
+      head.left(q, from, left, powers);
+      head.scores(left, powers, keys, k_power, 1 / std::sqrt(float(head.width)), scores);
       for (long r = 0; r < ROWS; r++) {
         const float* row = scores + r * head.padded();
         __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
@@ -159,11 +179,10 @@ struct Forward {
           const __m512 scaled = _mm512_mul_ps(p, _mm512_set1_ps(1 << TOP));
           _mm512_storeu_si512(weights + r * head.row_of(tokens) + j, twice(scaled));
         }
-        const float sum = _mm512_reduce_add_ps(total);
-        back[r] = two_to(-TOP - v_power) / sum;
-        if (from + r < tokens) logs[from + r] = top + std::log(sum);
+        over[r] = _mm512_reduce_add_ps(total);
+        if (from + r < tokens) logs[from + r] = top + std::log(over[r]);
       }
-      head.mixed<false>(weights, back, values, from, out, stride);
+      head.mixed<false>(weights, values, TOP + v_power, over, from, out, stride);
     }
   }
 };
@@ -172,7 +191,7 @@ struct Backward {
   const Head head;
   _Float16 *keys_across, *values_across, *keys, *queries, *grads;
   uint32_t *left, *slopes_left, *weights, *slopes_across;
-  float *scores, *products, *slopes;
+  float *scores, *products, *slopes, *less;
 
   Backward(const Head& head, Arena& arena) : head(head) {
     const long plain = ceiling(head.width, COLUMNS) * head.tokens;
@@ -188,6 +207,7 @@ struct Backward {
     scores = arena.take<float>(ROWS * head.padded());
     products = arena.take<float>(ROWS * head.padded());
     slopes = arena.take<float>(ceiling(head.tokens, 16) * head.tokens);
+    less = arena.take<float>(head.tokens * head.width);
   }
 
   // Numbers j to j + 16 of row i, into panels of (tokens, ROWS).
@@ -215,21 +235,24 @@ struct Backward {
     return _mm512_reduce_max_ps(most);
   }
 
-  void operator()(const Rows& q, const Rows& k, const Rows& v, const Rows& out, const Rows& grad,
+  void operator()(const Rows& q, const Rows& all, const Rows& v, const Rows& out, const Rows& grad,
                   const float* logs, float* dq, float* dk, float* dv, long stride) const {
     const long tokens = head.tokens, padded = head.padded();
+    // Rows of dS add up to 0: its product with the mean is 0 as well.
+    const Rows k = head.centred(all, less);
     const int k_power = head.power(k), q_power = head.power(q), g_power = head.power(grad);
     const int v_power = head.across(v, head.power(v), values_across);
     head.across(k, k_power, keys_across);
     head.plain(k, k_power, keys);
     head.plain(q, q_power, queries);
     head.plain(grad, g_power, grads);
-    float back[ROWS], most = 0;
+    int powers[ROWS];
+    float most = 0;
     for (long from = 0; from < tokens; from += ROWS) {
-      head.left(q, from, left, back);
-      head.scores(left, back, keys_across, k_power, 1 / std::sqrt(float(head.width)), scores);
-      head.left(grad, from, left, back);
-      head.scores(left, back, values_across, v_power, 1, products);
+      head.left(q, from, left, powers);
+      head.scores(left, powers, keys_across, k_power, 1 / std::sqrt(float(head.width)), scores);
+      head.left(grad, from, left, powers);
+      head.scores(left, powers, values_across, v_power, 1, products);
       for (long i = from; i < std::min(from + ROWS, tokens); i++) {
         __m512 dot = _mm512_setzero_ps();
         for (long j = 0; j < head.width; j += 16) {
@@ -243,7 +266,6 @@ struct Backward {
     }
     const int power = exponent(most);
     const __m512 by = _mm512_set1_ps(two_to(power));
-    std::fill_n(back, ROWS, two_to(-power - k_power));
     for (long from = 0; from < tokens; from += ROWS) {
       for (long i = from; i < std::min(from + ROWS, tokens); i++)
         for (long j = 0; j < tokens; j += 16) {
@@ -252,13 +274,12 @@ struct Backward {
           turn(ds, i, j, slopes_across);
           _mm512_storeu_si512(slopes_left + (i - from) * head.row_of(tokens) + j, twice(ds));
         }
-      head.mixed<false>(slopes_left, back, keys, from, dq, stride);
+      head.mixed<false>(slopes_left, keys, power + k_power, nullptr, from, dq, stride);
     }
     for (long from = 0; from < tokens; from += ROWS) {
-      std::fill_n(back, ROWS, two_to(-power - q_power));
-      head.mixed<true>(slopes_across + from * tokens, back, queries, from, dk, stride);
-      std::fill_n(back, ROWS, two_to(-TOP - g_power));
-      head.mixed<true>(weights + from * tokens, back, grads, from, dv, stride);
+      head.mixed<true>(slopes_across + from * tokens, queries, power + q_power, nullptr, from, dk,
+                       stride);
+      head.mixed<true>(weights + from * tokens, grads, TOP + g_power, nullptr, from, dv, stride);
     }
   }
 };

@@ -109,6 +109,7 @@ def _product(
 
     Numbers next to each other in rows or in columns; ``most_a``, ``most_b`` () where known.
     """
+    _check_floats(a, b, *([] if bias is None else [bias]))
     c, most = _product_fake(a, b, bias, most_a, most_b)
     most.fill_(-1.0) if most_a is None else most.copy_(most_a)
     (m, k), n, threads = a.shape, b.shape[1], torch.get_num_threads()
@@ -124,6 +125,13 @@ def _product(
         most.data_ptr(), known.data_ptr(), room_a.data_ptr(), room_b.data_ptr(), threads,
     )  # fmt: skip
     return c, most
+
+
+def _check_floats(*given: Tensor) -> None:
+    # Others would be read as if they were, and past their end.
+    for tensor in given:
+        if tensor.dtype != torch.float32:
+            raise TypeError(f"products in float16 are of float32 numbers, and not {tensor.dtype}")
 
 
 @_product.register_fake
@@ -154,9 +162,13 @@ class _Linear(torch.autograd.Function):
 
 @torch.compiler.allow_in_graph
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """x (..., I) @ weight (O, I)^T + bias (O,), products in float16, all else float32."""
-    y = _Linear.apply(x.reshape(-1, x.shape[-1]).contiguous(), weight, bias)
-    return cast(Tensor, y).view(*x.shape[:-1], -1)
+    """x (..., I) @ weight (O, I)^T + bias (O,), products in float16, all else float32.
+
+    Raises TypeError for others than float32.
+    """
+    rows = x.reshape(-1, x.shape[-1]).contiguous()
+    y = _Linear.apply(rows, weight.contiguous(), bias.contiguous())
+    return cast(Tensor, y).view(*x.shape[:-1], len(weight))
 
 
 # -- attention ----------------------------------------------------------------------------------
@@ -164,7 +176,11 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 @torch.library.custom_op("eqm::attention_in_halves", mutates_args=(), device_types="cpu")
 def _attend(qkv: Tensor) -> tuple[Tensor, Tensor]:
-    """qkv (B, N, 3, H, d) -> (B, N, H, d), and logarithms of the weights' sums, (B, H, N)."""
+    """qkv (B, N, 3, H, d) -> (B, N, H, d), and logarithms of the weights' sums, (B, H, N).
+
+    Those are of scores of keys less their mean (attending.cpp).
+    """
+    _check_floats(qkv)
     out, logs = _attend_fake(qkv)
     images, tokens, _, heads, width = qkv.shape
     threads, room = torch.get_num_threads(), _attending_room(tokens, width, 0)
@@ -184,6 +200,7 @@ def _attend_fake(qkv: Tensor) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("eqm::attention_in_halves_backward", mutates_args=(), device_types="cpu")
 def _attend_back(qkv: Tensor, out: Tensor, logs: Tensor, grad: Tensor) -> Tensor:
     """Gradient of qkv, of what :func:`_attend` took and gave and ``grad`` (B, N, H, d)."""
+    _check_floats(grad)
     dqkv = torch.empty_like(qkv)
     images, tokens, _, heads, width = qkv.shape
     threads, room = torch.get_num_threads(), _attending_room(tokens, width, 1)
@@ -221,7 +238,10 @@ class _Attention(torch.autograd.Function):
 
 @torch.compiler.allow_in_graph
 def attention(qkv: Tensor, heads: int) -> Tensor:
-    """Of qkv (B, N, 3 * D), as a layer gives them, what a layer is given, (B, N, D)."""
+    """Of qkv (B, N, 3 * D), as a layer gives them, what a layer is given, (B, N, D).
+
+    Raises TypeError for others than float32.
+    """
     split = qkv.contiguous().view(*qkv.shape[:2], 3, heads, -1)
     return cast(Tensor, _Attention.apply(split)).flatten(2)
 

@@ -69,7 +69,8 @@ extern "C" void product(const float* a, long a_row, long a_column, const float* 
     most = all_a;
     uint32_t* const left = static_cast<uint32_t*>(room_a) + omp_get_thread_num() * block * stride;
     alignas(64) float sums[ROWS * COLUMNS];
-    float by[BLOCK_ACROSS], back[BLOCK_ACROSS];
+    float by[BLOCK_ACROSS];
+    int back[BLOCK_ACROSS];
     // Where there are few blocks, threads share one, and each converts it.
     const long shares = std::clamp(4 * threads / blocks, 1L, panels);
 #pragma omp for schedule(dynamic)
@@ -79,7 +80,7 @@ extern "C" void product(const float* a, long a_row, long a_column, const float* 
         const float most_row = a_lies ? all_a : most_of(a + (top + r) * a_row, k);
         const int power = exponent(most_row);
         by[r] = two_to(power);
-        back[r] = two_to(-power - b_power);
+        back[r] = -power - b_power;
         most = std::max(most, most_row);
       }
       for (long k0 = 0; k0 < k; k0 += SLAB) {
@@ -101,12 +102,11 @@ extern "C" void product(const float* a, long a_row, long a_column, const float* 
             else
               tile<false, WIDE>(left + r * stride, stride, b_at, depth, sums);
             for (long i = 0; i < std::min(ROWS, rows - r); i++) {
-              const __m512 scale = _mm512_set1_ps(back[r + i]);
               for (long j = 0; j < std::min(COLUMNS, n - from); j += 16) {
                 const __mmask16 there = first(n - from - j);
                 float* const at = c + (top + r + i) * n + from + j;
                 const float* const before = k0 ? at : bias ? bias + from + j : nullptr;
-                __m512 x = _mm512_mul_ps(_mm512_load_ps(sums + i * COLUMNS + j), scale);
+                __m512 x = scaled(sums + i * COLUMNS + j, back[r + i]);
                 if (before) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(there, before));
                 put(at, there, x, k0 + depth == k);
               }
