@@ -258,11 +258,11 @@ def test_attention_and_its_gradient_are_those_of_torch(images, tokens, heads, wi
 
 
 @NEEDED
-@pytest.mark.parametrize(("tokens", "shared"), [(64, 0), (256, 0), (64, 5)])
+@pytest.mark.parametrize(("tokens", "shared"), [(64, 0), (256, 0), (64, 3)])
 def test_attention_is_less_wrong_than_in_bfloat16(tokens, shared):
     qkv, grad = drawn(4, tokens, 3 * 128), drawn(4, tokens, 128, seed=1)
     # As by a bias: it makes scores large, and what tells keys apart small.
-    qkv += shared * drawn(3 * 128, seed=2)
+    qkv[..., : 2 * 128] += shared * drawn(2 * 128, seed=2)
     exact = with_gradient(attended, qkv.double(), 2, grad.double())
     found = with_gradient(halves.attention, qkv, 2, grad)
     bfloat = with_gradient(attended, qkv.bfloat16(), 2, grad.bfloat16())
