@@ -21,9 +21,7 @@ from eqm.records import sha256
 from eqm.storage import Store
 
 
-def first_network(
-    stage: TrainStage, spec: ModelSpec, device: torch.device, store: Store
-) -> torch.nn.Module:
+def first_network(stage: TrainStage, spec: ModelSpec, store: Store) -> torch.nn.Module:
     """The network as the run begins: drawn from the seed, or with the weights of another model."""
     net = spec.build()
     # The l2 energy of a head of zeros has no slope anywhere: it would never train.
@@ -35,7 +33,7 @@ def first_network(
             model.check_same(known, spec, stage.train.init_from.uri)
         model.filled(net, found, stage.train.init_from.uri)
     check_slope(net, stage.objective)
-    return net.to(device)
+    return net
 
 
 def read_weights(file: PretrainedFile, heads: int) -> dict[str, Tensor]:

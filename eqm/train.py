@@ -192,7 +192,10 @@ def setup(context: Context, mine: lease.Held | None = None) -> Run:
         classes=data.manifest.classes,
         null_label=stage.train.label_dropout > 0,
     )
-    network = first_network(stage, spec, device, context.store)
+    begun = _newest(context)
+    # What a run goes on from is in its checkpoint: the file that it began from may be gone.
+    network = spec.build() if begun else first_network(stage, spec, context.store)
+    network.to(device)
     prepare(network, compute, stage.objective, device)
     shards = sharded(network, stage, context) if compute.parallel == "fsdp2" else None
     run = Run(
@@ -211,7 +214,8 @@ def setup(context: Context, mine: lease.Held | None = None) -> Run:
         ),
         mine=mine,
     )
-    resume(run)
+    if begun is not None:
+        resume(run, begun)
     begin_log(run)
     told = told_of_averages(stage.train) if stage.train.init_from is None else None
     if told is not None and run.world.is_first:
@@ -240,15 +244,19 @@ def world_divides(config: TrainConfig, world: World) -> None:
         )
 
 
-def resume(run: Run) -> None:
-    """Put the newest checkpoint's state in place, if there is one."""
-    store, digest = run.context.store, run.context.digest
-    # Ranks that looked for themselves might see different ones, while another process writes.
-    found = checkpoint.newest(store, digest) if run.world.is_first else None
-    images, token = (run.world.first_says(number) for number in found or (-1, 0))
-    if images < 0:
-        return
-    state, own = checkpoint.load(store, digest, Position(images, token)), run.learner.own
+def _newest(context: Context) -> Position | None:
+    """Where the run goes on; None where it begins.
+
+    The first process looks: others might see another one, while another process writes.
+    """
+    found = checkpoint.newest(context.store, context.digest) if context.world.is_first else None
+    images, token = (context.world.first_says(number) for number in found or (-1, 0))
+    return None if images < 0 else Position(images, token)
+
+
+def resume(run: Run, at: Position) -> None:
+    """Put a checkpoint's state in place."""
+    state, own = checkpoint.load(run.context.store, run.context.digest, at), run.learner.own
     with torch.no_grad():
         for name, tensor in own(state.parameters).items():
             run.learner.trained[name].copy_(tensor)
@@ -259,7 +267,7 @@ def resume(run: Run) -> None:
     run.history = state.history
     run.since_report = [torch.tensor(pair, device=run.world.device) for pair in state.pending]
     if run.world.is_first:
-        run.log = restore(store, state.events)
+        run.log = restore(run.context.store, state.events)
         restore_tally(run)
         sys.stderr.write(f"training goes on from image {state.images_seen:,}\n")
 

@@ -323,7 +323,7 @@ def begun(tiny: chain.Chain, path: Path, **network: object) -> torch.nn.Module:
     )
     sealed = model.spec_from_bytes(tiny.store.get(tiny["train"].outputs["model.json"]), "here")
     spec = dataclasses.replace(sealed, network=stage.network)
-    return first_network(stage, spec, torch.device("cpu"), tiny.store)
+    return first_network(stage, spec, tiny.store)
 
 
 @pytest.mark.parametrize("name", ["ema.safetensors", "raw.safetensors"])

@@ -679,6 +679,22 @@ def test_training_begins_from_the_weights_of_another(
     assert all(math.isfinite(loss) for loss in losses)
 
 
+def test_a_run_goes_on_when_the_weights_that_it_began_from_are_gone(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "ema.safetensors"
+    path.write_bytes(weights_file(tiny).read_bytes())
+    whole = chain.run(begun_from(untrained(tiny, tmp_path / "whole"), path))
+    job = begun_from(untrained(tiny, tmp_path / "stopped"), path)
+    step = train.step
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "step", lambda run, batch, _: step(run, batch, True) or True)
+        with pytest.raises(InterruptedTraining):
+            chain.run(job)
+    path.unlink()
+    assert chain.run(job).content == whole.content
+
+
 def test_training_begins_from_an_official_checkpoint(tiny: chain.Chain, tmp_path: Path) -> None:
     config = chain.tiniest().network
     official = Transformer(
