@@ -134,7 +134,7 @@ def command(module: str, file: Path, processes: int) -> list[str]:
     """Command line of a stage program."""
     if processes == 1:
         return [sys.executable, "-m", module, str(file)]
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun = [sys.executable, "-m", "flows.torchrun", "--standalone"]
     return [*torchrun, f"--nproc-per-node={processes}", "-m", module, str(file)]
 
 

@@ -181,7 +181,9 @@ def test_a_program_that_is_killed_is_told(place: Place) -> None:
         place.launcher.run(a_job(), processes=1)
 
 
-def test_under_torchrun_a_message_comes_through(place: Place) -> None:
+def test_under_torchrun_a_message_comes_through_and_nothing_of_torchrun(
+    place: Place, capfd: pytest.CaptureFixture[str]
+) -> None:
     place.program(
         "import json\n"
         'told = json.loads(Path(sys.argv[1]).read_text())["runtime"]["error_file"]\n'
@@ -191,6 +193,7 @@ def test_under_torchrun_a_message_comes_through(place: Place) -> None:
     )
     with pytest.raises(StageError, match=r"latents-[0-9a-f]{16}: rank 1 says no$"):
         place.launcher.run(a_job(), processes=2)
+    assert capfd.readouterr().err == ""
     assert place.survivors() == []
 
 
@@ -220,7 +223,12 @@ def kill_torchrun(place: Place) -> int:
     ids=["alone", "deaf", "torchrun"],
 )
 def test_an_interrupt_ends_the_whole_group(
-    place: Place, body: str, processes: int, grace: float, monkeypatch: pytest.MonkeyPatch
+    place: Place,
+    body: str,
+    processes: int,
+    grace: float,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(launch, "GRACE_SECONDS", grace)
     place.program(body)
@@ -228,6 +236,7 @@ def test_an_interrupt_ends_the_whole_group(
         place.launcher.run(a_job(), processes=processes)
     assert len(begun) == 2 * processes
     assert place.survivors() == []
+    assert capfd.readouterr().err == ""
 
 
 def test_training_has_time_for_a_checkpoint(place: Place) -> None:
