@@ -181,7 +181,7 @@ def test_a_program_that_is_killed_is_told(place: Place) -> None:
         place.launcher.run(a_job(), processes=1)
 
 
-def test_under_torchrun_a_message_comes_through_and_nothing_of_torchrun(
+def test_under_torchrun_a_message_comes_through_and_which_rank_has_failed(
     place: Place, capfd: pytest.CaptureFixture[str]
 ) -> None:
     place.program(
@@ -193,7 +193,8 @@ def test_under_torchrun_a_message_comes_through_and_nothing_of_torchrun(
     )
     with pytest.raises(StageError, match=r"latents-[0-9a-f]{16}: rank 1 says no$"):
         place.launcher.run(a_job(), processes=2)
-    assert capfd.readouterr().err == ""
+    (told,) = capfd.readouterr().err.splitlines()
+    assert "(exitcode: 2) local_rank: 1" in told
     assert place.survivors() == []
 
 
