@@ -1,6 +1,6 @@
 """torchrun for one machine, whose end by a signal or a rank's failure is no traceback of its own.
 
-Ranks say themselves why they fail, and torchrun which one was first. Called, as a program, by launch.
+Ranks say themselves why they fail, and torchrun which was first. Called, as a program, by launch.
 """
 
 import logging
