@@ -68,19 +68,25 @@ struct Head {
     for (long i = 0; i < tokens; i++) most = std::max(most, most_of(x.row(i), width));
     return exponent(most);
   }
-  // Tokens less their mean, (tokens, width).
+  // Tokens less their mean, (tokens, width), and after them the mean.
   Rows centred(const Rows& x, float* out) const {
     const __m512 part = _mm512_set1_ps(1.0f / tokens);
-    for (long j = 0; j < width; j += 16) {
-      const __mmask16 there = first(width - j);
-      __m512 mean = _mm512_setzero_ps();
-      for (long i = 0; i < tokens; i++)
-        mean = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(there, x.row(i) + j), part, mean);
-      for (long i = 0; i < tokens; i++) {
-        const __m512 less = _mm512_sub_ps(_mm512_maskz_loadu_ps(there, x.row(i) + j), mean);
+    float* const mean = out + tokens * width;
+    std::fill_n(mean, width, 0.0f);
+    for (long i = 0; i < tokens; i++)
+      for (long j = 0; j < width; j += 16) {
+        const __mmask16 there = first(width - j);
+        const __m512 sum = _mm512_maskz_loadu_ps(there, mean + j);
+        const __m512 row = _mm512_maskz_loadu_ps(there, x.row(i) + j);
+        _mm512_mask_storeu_ps(mean + j, there, _mm512_fmadd_ps(row, part, sum));
+      }
+    for (long i = 0; i < tokens; i++)
+      for (long j = 0; j < width; j += 16) {
+        const __mmask16 there = first(width - j);
+        const __m512 row = _mm512_maskz_loadu_ps(there, x.row(i) + j);
+        const __m512 less = _mm512_sub_ps(row, _mm512_maskz_loadu_ps(there, mean + j));
         _mm512_mask_storeu_ps(out + i * width + j, there, less);
       }
-    }
     return {out, width};
   }
   // x as b (tokens, width), or x^T as b (width, tokens), of a product; the power of their scale.
@@ -121,9 +127,9 @@ struct Head {
     }
   }
   // ROWS rows of x y, for rows or panels x of `tokens` pairs, divided by 2**power and, where given,
-  // by `over`, and put in their place.
+  // times `by`, and put in their place.
   template <bool PANEL>
-  void mixed(const uint32_t* x, const _Float16* y, int power, const float* over, long from,
+  void mixed(const uint32_t* x, const _Float16* y, int power, const float* by, long from,
              float* out, long stride) const {
     alignas(64) float sums[ROWS * COLUMNS];
     for (long column = 0; column < width; column += COLUMNS) {
@@ -132,7 +138,7 @@ struct Head {
       for (long r = 0; r < std::min(ROWS, tokens - from); r++)
         for (long j = 0; j < std::min(COLUMNS, width - column); j += 16) {
           __m512 sum = scaled(sums + r * COLUMNS + j, -power);
-          if (over) sum = _mm512_div_ps(sum, _mm512_set1_ps(over[r]));
+          if (by) sum = _mm512_mul_ps(sum, _mm512_set1_ps(by[r]));
           _mm512_mask_storeu_ps(out + (from + r) * stride + column + j, first(width - column - j),
                                 sum);
         }
@@ -152,7 +158,7 @@ struct Forward {
     left = arena.take<uint32_t>(ROWS * head.row_of(head.width));
     weights = arena.take<uint32_t>(ROWS * head.row_of(head.tokens));
     scores = arena.take<float>(ROWS * head.padded());
-    less = arena.take<float>(head.tokens * head.width);
+    less = arena.take<float>((head.tokens + 1) * head.width);
   }
 
   void operator()(const Rows& q, const Rows& all, const Rows& v, float* out, long stride,
@@ -162,7 +168,7 @@ struct Forward {
     const int k_power = head.across(k, head.power(k), keys);
     const int v_power = head.plain(v, head.power(v), values);
     int powers[ROWS];
-    float over[ROWS];
+    float by[ROWS];
     for (long from = 0; from < tokens; from += ROWS) {
       head.left(q, from, left, powers);
       head.scores(left, powers, keys, k_power, 1 / std::sqrt(float(head.width)), scores);
@@ -179,10 +185,11 @@ struct Forward {
           const __m512 scaled = _mm512_mul_ps(p, _mm512_set1_ps(1 << TOP));
           _mm512_storeu_si512(weights + r * head.row_of(tokens) + j, twice(scaled));
         }
-        over[r] = _mm512_reduce_add_ps(total);
-        if (from + r < tokens) logs[from + r] = top + std::log(over[r]);
+        const float sum = _mm512_reduce_add_ps(total);
+        by[r] = 1 / sum;
+        if (from + r < tokens) logs[from + r] = top + std::log(sum);
       }
-      head.mixed<false>(weights, values, TOP + v_power, over, from, out, stride);
+      head.mixed<false>(weights, values, TOP + v_power, by, from, out, stride);
     }
   }
 };
@@ -207,7 +214,7 @@ struct Backward {
     scores = arena.take<float>(ROWS * head.padded());
     products = arena.take<float>(ROWS * head.padded());
     slopes = arena.take<float>(ceiling(head.tokens, 16) * head.tokens);
-    less = arena.take<float>(head.tokens * head.width);
+    less = arena.take<float>((head.tokens + 1) * head.width);
   }
 
   // Numbers j to j + 16 of row i, into panels of (tokens, ROWS).
