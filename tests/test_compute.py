@@ -30,6 +30,9 @@ TRAIN = TrainConfig(batch_size=BATCH, learning_rate=1e-3, ema_half_life_images=2
 def learner(objective=IMPLICIT, train=TRAIN, compute=None, **more):
     net = Transformer(CONFIG, size=8, channels=1, classes=10)
     net.initialise(1, zero_head=False)
+    for block in net.blocks:
+        # As trained: at first, blocks add nothing, and nothing goes back through them.
+        torch.nn.init.normal_(block.modulation.bias, generator=torch.Generator().manual_seed(3))
     if compute is not None:
         prepare(net, compute, objective, CPU)
     return Learner(net, objective, train, device=CPU, **more)

@@ -1,6 +1,7 @@
 """Products in float16: exact where they can be, else less wrong than bfloat16's; bits that stay."""
 
 import contextlib
+import itertools
 import subprocess
 import sys
 import tomllib
@@ -105,8 +106,9 @@ def test_small_rows_are_as_exact_as_large_ones(least):
 
 @NEEDED
 def test_the_largest_numbers_everywhere_do_not_leave_float16():
-    nearly = torch.full((70, 700), 1 - 2.0**-11)
-    for scale in (1.0, 1e-30, 1e30):
+    for bits, scale in itertools.product((11, 20), (1.0, 1e-30, 1e30)):
+        # The second rounds up, to the next power of two.
+        nearly = torch.full((70, 700), 1 - 2.0**-bits)
         found = product(nearly * scale, nearly.t())
         # The worst there is: all roundings of a chunk go the same way.
         assert torch.allclose(found, torch.full((70, 70), 700.0 * scale), rtol=32 * 2.0**-12)
@@ -296,6 +298,37 @@ def test_attention_gives_the_same_bits_by_any_threads_and_in_any_company():
 
 
 @NEEDED
+def test_exponentials_are_those_of_float32():
+    # Of scores that float16 has: what is left is their exponentials'.
+    qkv = torch.zeros(1, 64, 3, 1, 16)
+    qkv[0, :, 0, 0, 0] = torch.arange(64) / 8
+    qkv[0, ::2, 1], qkv[0, 1::2, 1] = 1, -1
+    scores = qkv[0, :, 0, 0, 0].double() / 4
+    expected = (32 * (scores.exp() + (-scores).exp())).log()
+    assert torch.allclose(halves._attend(qkv)[1][0, 0].double(), expected, rtol=1e-6)
+
+
+@NEEDED
+def test_a_gradient_that_is_one_number_everywhere_is_read_as_such():
+    x, weight, bias = drawn(2, 9, 32), drawn(24, 32, seed=1), drawn(24, seed=2)
+    for function in (
+        lambda x: halves.linear(x, weight, bias),
+        # Of columns, which are no piece of memory.
+        lambda x: halves.attention(x[..., :24], 2),
+    ):
+        found, one = [], torch.ones(())
+        for spread in (True, False):
+            given_ = x.clone().requires_grad_()
+            y = function(given_)
+            y.backward(one.expand(y.shape) if spread else one.expand(y.shape).contiguous())
+            found.append(given_.grad)
+        assert torch.equal(*found)
+        assert bool(found[0].any())
+    parts = x[..., :24]
+    assert torch.equal(halves.attention(parts, 2), halves.attention(parts.clone(), 2))
+
+
+@NEEDED
 def test_custom_ops_of_attention_are_as_torch_wants_them():
     qkv = drawn(2, 30, 3, 2, 16)
     torch.library.opcheck(halves._attend, (qkv,))
@@ -314,6 +347,10 @@ def network(**settings):
         NetworkConfig(width=32, depth=2, heads=2, **settings), size=8, channels=1, classes=10
     )
     net.initialise(1, zero_head=False)
+    for number, block in enumerate(net.blocks):
+        # As trained: at first, blocks add nothing.
+        bias = block.modulation.bias
+        bias.data.copy_(drawn(len(bias), seed=number) / 2)
     return net
 
 
