@@ -178,6 +178,7 @@ def test_a_job_out_of_time_makes_a_checkpoint_and_requeues_itself(
     assert not place.file("error").exists()
 
 
+@pytest.mark.slow
 def test_a_job_that_is_there_is_waited_for(place: Place) -> None:
     (place.state / "hold").touch()
     with ThreadPoolExecutor() as beside:
@@ -194,6 +195,7 @@ def test_a_job_that_is_there_is_waited_for(place: Place) -> None:
     assert is_sealed(place.job)
 
 
+@pytest.mark.slow
 def test_the_record_decides_where_nobody_knows_the_job(place: Place) -> None:
     (place.state / "purge").touch()
     (place.state / "no-accounts").touch()
@@ -215,6 +217,7 @@ def test_ranks_meet_at_a_port_that_linux_gives_to_nobody(number: int) -> None:
     assert 20_000 <= int(told.stdout) < 32_768
 
 
+@pytest.mark.slow
 def test_a_controller_that_is_away_for_a_while_is_waited_for(place: Place) -> None:
     place.when(place.is_running, (place.state / "down").touch)
     # However it ends: one that failed would otherwise be waited for in silence.
