@@ -34,6 +34,7 @@ from eqm.distributed import World
 from eqm.ema import EMA, sigma_rel_to_gamma
 from eqm.errors import AwayError, ConfigError, DataError, EqmError, IntegrityError, StoreError
 from eqm.events import events_of
+from eqm.kernels.halves import lacking
 from eqm.latents import sample_latents
 from eqm.learner import learning_rate
 from eqm.network import Transformer
@@ -146,6 +147,24 @@ def checkpoint_keys(job: Job) -> list[str]:
 
 def commits(job: Job) -> list[str]:
     return [key for key in checkpoint_keys(job) if key.endswith("-000001.json")]
+
+
+@pytest.mark.skipif(lacking() is not None, reason="this processor has no AVX512-FP16")
+def test_stopped_halfway_in_float16_it_ends_in_the_same_bits(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half = {"precision": "float16"}
+    whole = chain.run(asking(untrained(tiny, tmp_path / "whole"), train=half))
+    assert whole.content != tiny["train"].content
+    job = asking(untrained(tiny, tmp_path / "stopped"), train=half)
+    step = train.step
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            train, "step", lambda run, batch, _: step(run, batch, run.images_seen == HALF - BATCH)
+        )
+        with pytest.raises(InterruptedTraining):
+            chain.run(job)
+    assert chain.run(job).content == whole.content
 
 
 def test_points_of_the_curve_survive_a_stop_between_them(
