@@ -63,6 +63,8 @@ def test_a_checkpoint_at_no_time_is_refused(name: str) -> None:
             r"compute\.compile is true, but compiled code has no double backward",
         ),
         ({"network.kind": "unet", "compute.checkpointing": True}, r"False for a U-Net"),
+        ({"network.kind": "unet", "train.precision": "float16"}, r"'transformer' with train\.prec"),
+        ({"objective.energy": "dot", "train.precision": "float16"}, r"'implicit' with train\.prec"),
     ],
 )
 def test_what_training_would_refuse_is_refused_before_images_are_encoded(
