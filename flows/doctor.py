@@ -71,13 +71,15 @@ def disk() -> Finding:
 
 
 def compiler() -> Finding:
-    """What torch.compile needs on a CPU."""
+    """What torch.compile and products in float16 need on a CPU."""
     found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     return Finding(
         "C++ compiler",
         found is not None,
         found or "none",
-        "" if found else "only torch.compile on a CPU needs one: install g++",
+        ""
+        if found
+        else "only compute.compile and train.precision 'float16' on a CPU need one: install g++",
         needed=False,
     )
 
@@ -93,10 +95,14 @@ def accelerator() -> Finding:
     """GPU, or the cores there are instead."""
     import torch
 
+    from eqm.kernels.halves import lacking
+
     if torch.cuda.is_available():
         return Finding("accelerator", True, torch.cuda.get_device_name(), needed=False)
     cores = len(os.sched_getaffinity(0))
     text = f"none; {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+    if lacking() is None:
+        text += " with FP16: train.precision 'float16' is the quickest"
     return Finding("accelerator", False, text, "fine for the demo", needed=False)
 
 
