@@ -215,7 +215,7 @@ class Scenario:
             leader = read_state(self.services).running[S3].leader
             return [process.pid for process in members(mark_of(S3, self.services), leader)]
         found = carrying(self.token)
-        agents = [pid for pid, line in found.items() if "torch.distributed.run" in line]
+        agents = [pid for pid, line in found.items() if "flows.torchrun" in line]
         if victim == "agent":
             return agents
         if victim == "flow":
