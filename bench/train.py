@@ -51,7 +51,6 @@ LARGEST = {
 }
 """Size -> batches that the plain side is tried with."""
 ROUNDS, STEPS = (3, 6) if ON_GPU else (7, 1)
-
 TOKENS, CLASSES, DECAY = 256, 1000, 0.9999
 HAS_BF16 = ON_GPU or bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++")))

@@ -7,7 +7,6 @@ dropped) is a function of (seed, n). Pure: knows no files and no ranks.
     x  latents (B, C, H, W)      numbers  (B,) int64, image numbers of the run
 """
 
-import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -68,7 +67,7 @@ class Learner:
         self.network, self.objective, self.config = network, objective_config, config
         self.device, self.micro_batch, self.shards = device, micro_batch, shards
         self.halves: Sequence[nn.Module] = ()
-        """Parts of the network that compute in float16."""
+        """Parts of the network that compute in float16: none in other precisions."""
         if config.precision == "float16":
             check_halves(config, objective_config, device=device)
             self.halves = parts_of(network)
@@ -181,19 +180,13 @@ class Learner:
         scale = 1 / self.config.batch_size
         half = self.config.precision == "bfloat16"
         # Blocks that are computed again are so on the way back.
-        with self._products():
+        with in_halves(self.halves):
             with torch.autocast(self.device.type, torch.bfloat16, enabled=half):
                 if self.objective.loss == "gradient" and not self.objective.dispersive_weight:
                     return self._gradient_matched(at, scale)
                 losses = self._ablation(at)
             (scale * losses.sum()).backward()
         return losses.detach()
-
-    def _products(self) -> contextlib.AbstractContextManager[None]:
-        """What "float16" needs meanwhile: torch and its autocast know how to take others."""
-        if self.config.precision != "float16":
-            return contextlib.nullcontext()
-        return in_halves(self.halves)
 
     def _gradient_matched(self, at: Corrupted, scale: float) -> Tensor:
         if self.field.kind == "implicit" or self.way == "double":

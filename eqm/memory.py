@@ -2,8 +2,8 @@
 
 glibc gives large pieces back to the system at once, and gets them again, page by page and full of
 zeros, for the next activation of the same size. That was 5 to 10 % of a training step and a fifth
-of a descent (docs/LOG.md); the most memory that is held stays the same. Called by distributed and
-flows.
+of a descent; to keep it costs a twelfth more memory at most (docs/LOG.md). Called by distributed
+and flows.
 """
 
 import ctypes

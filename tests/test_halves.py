@@ -198,7 +198,7 @@ def test_custom_op_is_as_torch_wants_it():
 
 @NEEDED
 @pytest.mark.slow
-def test_a_compiled_layer_gives_the_same_bits():
+def test_a_compiled_layer_gives_the_same_numbers():
     x, weight, bias = drawn(200, 96), drawn(72, 96, seed=1), drawn(72, seed=2)
     compiled = torch.compile(lambda *given: halves.linear(*given).cos(), dynamic=False)
     grads = []
@@ -478,7 +478,7 @@ def test_a_machine_without_a_fit_compiler_is_told(fresh, tmp_path):
     old.chmod(0o755)
     fresh.setattr("torch._inductor.cpp_builder.get_cpp_compiler", lambda: str(old))
     with pytest.raises(ConfigError, match=r"cannot compile its products \(error: unrecognized"):
-        halves.check_machine("generate.sampler.precision")
+        halves.check_machine()
     old.write_text(
         '#!/bin/sh\nfor last; do :; done\nwhile [ "$1" != -o ]; do shift; done\n: > "$2"\n'
     )

@@ -61,7 +61,8 @@ struct Head {
   long padded() const { return ceiling(tokens, COLUMNS); }
   // Of one row in float16, twice.
   long row_of(long n) const { return ceiling(n, 16) + 16; }
-  Share all(long n) const { return Share::whole(n); }
+  // Of scores.
+  float scale() const { return 1 / std::sqrt(float(width)); }
 
   int power(const Rows& x) const {
     float most = 0;
@@ -89,15 +90,12 @@ struct Head {
       }
     return {out, width};
   }
-  // x as b (tokens, width), or x^T as b (width, tokens), of a product; the power of their scale.
-  int plain(const Rows& x, int power, _Float16* out) const {
-    right<WIDE>(x.at, x.stride, width, tokens, all(tokens), two_to(power), out);
-    return power;
+  // x as b (tokens, width), or x^T as b (width, tokens), of a product, by a scale of such a power.
+  void plain(const Rows& x, int power, _Float16* out) const {
+    right<WIDE>(x.at, x.stride, width, tokens, {0, tokens}, two_to(power), out);
   }
-  int across(const Rows& x, int power, _Float16* out) const {
-    const Share groups = all(padded() / 16);
-    right_across<WIDE>(x.at, x.stride, tokens, width, groups, two_to(power), out);
-    return power;
+  void across(const Rows& x, int power, _Float16* out) const {
+    right_across<WIDE>(x.at, x.stride, tokens, width, {0, padded() / 16}, two_to(power), out);
   }
   // ROWS rows of x (tokens, width) as a of a product, and the powers of their scales.
   void left(const Rows& x, long from, uint32_t* out, int* powers) const {
@@ -165,13 +163,14 @@ struct Forward {
                   float* logs) const {
     const long tokens = head.tokens;
     const Rows k = head.centred(all, less);
-    const int k_power = head.across(k, head.power(k), keys);
-    const int v_power = head.plain(v, head.power(v), values);
+    const int k_power = head.power(k), v_power = head.power(v);
+    head.across(k, k_power, keys);
+    head.plain(v, v_power, values);
     int powers[ROWS];
     float by[ROWS];
     for (long from = 0; from < tokens; from += ROWS) {
       head.left(q, from, left, powers);
-      head.scores(left, powers, keys, k_power, 1 / std::sqrt(float(head.width)), scores);
+      head.scores(left, powers, keys, k_power, head.scale(), scores);
       for (long r = 0; r < ROWS; r++) {
         const float* row = scores + r * head.padded();
         __m512 most = _mm512_set1_ps(-INFINITY), total = _mm512_setzero_ps();
@@ -217,25 +216,16 @@ struct Backward {
     less = arena.take<float>((head.tokens + 1) * head.width);
   }
 
-  // Numbers j to j + 16 of row i, into panels of (tokens, ROWS).
-  void turn(__m512 x, long i, long j, uint32_t* out) const {
-    const __m512i both = twice(x);
-    uint32_t* at = out + j * head.tokens + i * ROWS;
-    _mm256_store_si256((__m256i*)at, _mm512_castsi512_si256(both));
-    _mm256_store_si256((__m256i*)(at + ROWS * head.tokens), _mm512_extracti64x4_epi64(both, 1));
-  }
-
   // P of one row, into its panels, and dS; the largest absolute value in dS.
   float row(long i, const float* score, const float* product, float log, float dot) const {
-    const float scale = 1 / std::sqrt(float(head.width));
     __m512 most = _mm512_setzero_ps();
     for (long j = 0; j < head.tokens; j += 16) {
       const __mmask16 there = first(head.tokens - j);
       const __m512 x = _mm512_sub_ps(_mm512_load_ps(score + j), _mm512_set1_ps(log));
       const __m512 p = _mm512_maskz_mov_ps(there, exponential(x));
-      turn(_mm512_mul_ps(p, _mm512_set1_ps(1 << TOP)), i, j, weights);
+      left_pair(_mm512_mul_ps(p, _mm512_set1_ps(1 << TOP)), j, i, head.tokens, weights);
       const __m512 slope = _mm512_sub_ps(_mm512_load_ps(product + j), _mm512_set1_ps(dot));
-      const __m512 ds = _mm512_mul_ps(_mm512_mul_ps(p, slope), _mm512_set1_ps(scale));
+      const __m512 ds = _mm512_mul_ps(_mm512_mul_ps(p, slope), _mm512_set1_ps(head.scale()));
       _mm512_store_ps(slopes + i * ceiling(head.tokens, 16) + j, ds);
       most = _mm512_max_ps(_mm512_abs_ps(ds), most);
     }
@@ -247,8 +237,9 @@ struct Backward {
     const long tokens = head.tokens, padded = head.padded();
     // Rows of dS add up to 0: its product with the mean is 0 as well.
     const Rows k = head.centred(all, less);
-    const int k_power = head.power(k), q_power = head.power(q), g_power = head.power(grad);
-    const int v_power = head.across(v, head.power(v), values_across);
+    const int k_power = head.power(k), q_power = head.power(q), v_power = head.power(v);
+    const int g_power = head.power(grad);
+    head.across(v, v_power, values_across);
     head.across(k, k_power, keys_across);
     head.plain(k, k_power, keys);
     head.plain(q, q_power, queries);
@@ -257,7 +248,7 @@ struct Backward {
     float most = 0;
     for (long from = 0; from < tokens; from += ROWS) {
       head.left(q, from, left, powers);
-      head.scores(left, powers, keys_across, k_power, 1 / std::sqrt(float(head.width)), scores);
+      head.scores(left, powers, keys_across, k_power, head.scale(), scores);
       head.left(grad, from, left, powers);
       head.scores(left, powers, values_across, v_power, 1, products);
       for (long i = from; i < std::min(from + ROWS, tokens); i++) {
@@ -278,7 +269,7 @@ struct Backward {
         for (long j = 0; j < tokens; j += 16) {
           const __m512 ds =
               _mm512_mul_ps(_mm512_load_ps(slopes + i * ceiling(tokens, 16) + j), by);
-          turn(ds, i, j, slopes_across);
+          left_pair(ds, j, i, tokens, slopes_across);
           _mm512_storeu_si512(slopes_left + (i - from) * head.row_of(tokens) + j, twice(ds));
         }
       head.mixed<false>(slopes_left, keys, power + k_power, nullptr, from, dq, stride);
@@ -298,6 +289,29 @@ long room_of(const Head& head) {
   return arena.taken();
 }
 
+// Have each head's numbers taken by one thread: act(way, item, where they begin in qkv, and in out).
+template <class Way, class Act>
+void each_head(const Head& head, long images, long heads, void* room, long threads, Act act) {
+  const long whole = heads * head.width, each = room_of<Way>(head);
+#pragma omp parallel num_threads(threads)
+  {
+    Arena arena(static_cast<char*>(room) + omp_get_thread_num() * each);
+    const Way way(head, arena);
+#pragma omp for schedule(dynamic)
+    for (long item = 0; item < images * heads; item++) {
+      const long token = item / heads * head.tokens, column = item % heads * head.width;
+      act(way, item, 3 * token * whole + column, token * whole + column);
+    }
+  }
+}
+
+// Queries, keys and values of a head that begins at a place of qkv.
+struct Qkv {
+  const Rows q, k, v;
+  Qkv(const float* at, long whole)
+      : q{at, 3 * whole}, k{at + whole, 3 * whole}, v{at + 2 * whole, 3 * whole} {}
+};
+
 }  // namespace
 
 // Bytes of each thread that attend() works in, and attend_back().
@@ -310,40 +324,23 @@ extern "C" void attending_room(long tokens, long width, long* bytes) {
 // logs: (images, heads, tokens). room: as attending_room() says for all threads, at a multiple of 64.
 extern "C" void attend(const float* qkv, float* out, float* logs, long images, long tokens,
                        long heads, long width, void* room, long threads) {
-  const Head head{tokens, width};
-  const long whole = heads * width, each = room_of<Forward>(head);
-#pragma omp parallel num_threads(threads)
-  {
-    Arena arena(static_cast<char*>(room) + omp_get_thread_num() * each);
-    const Forward forward(head, arena);
-#pragma omp for schedule(dynamic)
-    for (long item = 0; item < images * heads; item++) {
-      const long image = item / heads * tokens, column = item % heads * width;
-      const float* at = qkv + image * 3 * whole + column;
-      forward({at, 3 * whole}, {at + whole, 3 * whole}, {at + 2 * whole, 3 * whole},
-              out + image * whole + column, whole, logs + item * tokens);
-    }
-  }
+  const long whole = heads * width;
+  each_head<Forward>({tokens, width}, images, heads, room, threads,
+                     [=](const Forward& forward, long item, long from, long to) {
+                       const Qkv head(qkv + from, whole);
+                       forward(head.q, head.k, head.v, out + to, whole, logs + item * tokens);
+                     });
 }
 
 extern "C" void attend_back(const float* qkv, const float* out, const float* logs,
                             const float* grad, float* dqkv, long images, long tokens, long heads,
                             long width, void* room, long threads) {
-  const Head head{tokens, width};
-  const long whole = heads * width, each = room_of<Backward>(head);
-#pragma omp parallel num_threads(threads)
-  {
-    Arena arena(static_cast<char*>(room) + omp_get_thread_num() * each);
-    const Backward backward(head, arena);
-#pragma omp for schedule(dynamic)
-    for (long item = 0; item < images * heads; item++) {
-      const long image = item / heads * tokens, column = item % heads * width;
-      const float* at = qkv + image * 3 * whole + column;
-      float* to = dqkv + image * 3 * whole + column;
-      const long here = image * whole + column;
-      backward({at, 3 * whole}, {at + whole, 3 * whole}, {at + 2 * whole, 3 * whole},
-               {out + here, whole}, {grad + here, whole}, logs + item * tokens, to, to + whole,
-               to + 2 * whole, 3 * whole);
-    }
-  }
+  const long whole = heads * width;
+  each_head<Backward>({tokens, width}, images, heads, room, threads,
+                      [=](const Backward& backward, long item, long to, long from) {
+                        const Qkv head(qkv + to, whole);
+                        backward(head.q, head.k, head.v, {out + from, whole}, {grad + from, whole},
+                                 logs + item * tokens, dqkv + to, dqkv + to + whole,
+                                 dqkv + to + 2 * whole, 3 * whole);
+                      });
 }

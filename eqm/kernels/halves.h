@@ -42,10 +42,9 @@ long ceiling(long n, long unit) { return (n + unit - 1) / unit * unit; }
 
 __mmask16 first(long n) { return n >= 16 ? 0xffff : n <= 0 ? 0 : (1u << n) - 1; }
 
-// Some of so many things: all of them, or those of a thread of the team.
+// Some of so many things: as those of a thread of the team.
 struct Share {
   long from, to;
-  static Share whole(long count) { return {0, count}; }
   static Share mine(long count) {
     const long thread = omp_get_thread_num(), threads = omp_get_num_threads();
     return {count * thread / threads, count * (thread + 1) / threads};
@@ -96,6 +95,14 @@ void left_row(const float* row, long n, float scale, uint32_t* out) {
   }
 }
 
+// Numbers r to r + 16 of pair i, into panels of (depth, ROWS).
+void left_pair(__m512 x, long r, long i, long depth, uint32_t* out) {
+  const __m512i both = twice(x);
+  uint32_t* at = out + r * depth + i * ROWS;
+  _mm256_store_si256((__m256i*)at, _mm512_castsi512_si256(both));
+  _mm256_store_si256((__m256i*)(at + depth * ROWS), _mm512_extracti64x4_epi64(both, 1));
+}
+
 // Rows of a that lies across: (depth, rows) becomes panels of (depth, ROWS).
 void left_across(const float* a, long stride, long rows, long depth, float scale, uint32_t* out) {
   const __m512 by = _mm512_set1_ps(scale);
@@ -104,10 +111,8 @@ void left_across(const float* a, long stride, long rows, long depth, float scale
     if (i + AHEAD < depth)
       for (long r = 0; r < rows; r += 16) _mm_prefetch(a + AHEAD * stride + r, _MM_HINT_T0);
     for (long r = 0; r < rows; r += 16) {
-      const __m512i x = twice(_mm512_mul_ps(_mm512_maskz_loadu_ps(first(rows - r), a + r), by));
-      uint32_t* at = out + r * depth + i * ROWS;
-      _mm256_store_si256((__m256i*)at, _mm512_castsi512_si256(x));
-      _mm256_store_si256((__m256i*)(at + depth * ROWS), _mm512_extracti64x4_epi64(x, 1));
+      const __m512 x = _mm512_maskz_loadu_ps(first(rows - r), a + r);
+      left_pair(_mm512_mul_ps(x, by), r, i, depth, out);
     }
   }
 }

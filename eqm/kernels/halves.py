@@ -42,12 +42,12 @@ def lacking() -> str | None:
     return next((name for name in reversed(names) if not has.get(name, False)), None)
 
 
-def check_machine(setting: str = "train.precision") -> None:
-    """Refuse a machine that cannot; else compile. Raises ConfigError, which names the setting."""
+def check_machine() -> None:
+    """Refuse a machine that cannot; else compile. Raises ConfigError."""
     try:
         _library()
     except _Unfit as error:
-        raise ConfigError(f"{setting} is 'float16', {error}: use 'float32'") from error
+        raise ConfigError(f"train.precision is 'float16', {error}: use 'float32'") from error
 
 
 @functools.cache
@@ -273,11 +273,11 @@ KINDS: dict[type[nn.Module], type[nn.Module]] = {
 }
 
 
-def parts_of(network: nn.Module, setting: str = "train.precision") -> Sequence[nn.Module]:
+def parts_of(network: nn.Module) -> Sequence[nn.Module]:
     """Layers and attention of a transformer's blocks: what tokens go through.
 
-    Modulations stay in float32: they are of one row an image, and cost nothing. Raises ConfigError,
-    which names the setting, for networks without blocks, and weights that are not float32 on a CPU.
+    Modulations stay in float32: they are of one row an image, and cost nothing. Raises ConfigError
+    for networks without blocks, and for weights that are not float32 on a CPU.
     """
     found = [
         part
@@ -288,13 +288,13 @@ def parts_of(network: nn.Module, setting: str = "train.precision") -> Sequence[n
     ]
     if not found:
         raise ConfigError(
-            f"{setting} is 'float16', which is for transformers, and this network has no blocks of "
-            "one: use 'float32'"
+            "train.precision is 'float16', which is for transformers, and this network has no "
+            "blocks of one: use 'float32'"
         )
     weight = next(found[0].parameters())
     if weight.device.type != "cpu" or weight.dtype != torch.float32:
         raise ConfigError(
-            f"{setting} is 'float16', which is for float32 weights on a CPU, and these are "
+            "train.precision is 'float16', which is for float32 weights on a CPU, and these are "
             f"{weight.dtype} on {weight.device}: use 'float32', or 'bfloat16' on a GPU"
         )
     return found

@@ -26,13 +26,19 @@ float most_of(const float* rows, long count, long n, long stride, std::vector<fl
   return *std::max_element(found.begin(), found.begin() + omp_get_num_threads());
 }
 
-// Numbers of c. Past the caches, which c would fill before anybody reads it, where they are a whole
-// line of memory and the last of their sums.
-void put(float* at, __mmask16 there, __m512 x, bool last) {
-  if (last && there == 0xffff && reinterpret_cast<uintptr_t>(at) % 64 == 0)
-    _mm512_stream_ps(at, x);
-  else
-    _mm512_mask_storeu_ps(at, there, x);
+// Put a row of a tile's sums, scaled back, to c: added to what is `before`, unless that is null. If
+// they are `last`, past the caches, which c would fill before anybody reads it.
+void put(const float* sums, int power, const float* before, long columns, bool last, float* c) {
+  for (long j = 0; j < std::min(COLUMNS, columns); j += 16) {
+    const __mmask16 there = first(columns - j);
+    __m512 x = scaled(sums + j, power);
+    if (before) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(there, before + j));
+    // Whole lines of memory alone.
+    if (last && there == 0xffff && reinterpret_cast<uintptr_t>(c + j) % 64 == 0)
+      _mm512_stream_ps(c + j, x);
+    else
+      _mm512_mask_storeu_ps(c + j, there, x);
+  }
 }
 
 }  // namespace
@@ -102,14 +108,9 @@ extern "C" void product(const float* a, long a_row, long a_column, const float* 
             else
               tile<false, WIDE>(left + r * stride, stride, b_at, depth, sums);
             for (long i = 0; i < std::min(ROWS, rows - r); i++) {
-              for (long j = 0; j < std::min(COLUMNS, n - from); j += 16) {
-                const __mmask16 there = first(n - from - j);
-                float* const at = c + (top + r + i) * n + from + j;
-                const float* const before = k0 ? at : bias ? bias + from + j : nullptr;
-                __m512 x = scaled(sums + i * COLUMNS + j, back[r + i]);
-                if (before) x = _mm512_add_ps(x, _mm512_maskz_loadu_ps(there, before));
-                put(at, there, x, k0 + depth == k);
-              }
+              float* const at = c + (top + r + i) * n + from;
+              const float* const before = k0 ? at : bias ? bias + from : nullptr;
+              put(sums + i * COLUMNS, back[r + i], before, n - from, k0 + depth == k, at);
             }
           }
       }
