@@ -323,6 +323,13 @@ def small_network(*, zero_head, dtype=torch.float64, depth=1):
     config = NetworkConfig(width=16, depth=depth, heads=2, patch=2)
     net = Transformer(config, size=4, channels=2, classes=3)
     net.initialise(3, zero_head=zero_head)
+    if not zero_head:
+        # Modulations as well, or blocks would add nothing.
+        generator = torch.Generator().manual_seed(3)
+        with torch.no_grad():
+            for block in net.blocks:
+                bias = block.modulation.bias
+                bias.copy_(torch.randn(len(bias), generator=generator) / 2)
     return net.to(dtype)
 
 

@@ -34,9 +34,16 @@ SHORT = TrainConfig(images=64 * 8, batch_size=64, learning_rate=2e-3, ema_half_l
 EXPLICIT = ("dot", "l2")
 
 
-def network(config=CONFIG, *, seed=0, zero_head=True, size=8, channels=1, classes=10):
+def network(config=CONFIG, *, seed=0, zero_head=True, stirred=True, size=8, channels=1, classes=10):
     net = Transformer(config, size=size, channels=channels, classes=classes)
     net.initialise(seed, zero_head=zero_head)
+    if stirred and not zero_head:
+        # Modulations as well, or blocks would add nothing, and nothing would go back through them.
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for block in net.blocks:
+                bias = block.modulation.bias
+                bias.copy_(torch.randn(len(bias), generator=generator) / 2)
     return net
 
 
@@ -55,7 +62,7 @@ def trained_energy(kind, digits, images=64 * 120):
     """A network whose energy has learnt something, and noisy digits to ask it about."""
     objective = ObjectiveConfig(energy=kind)
     train = replace(SHORT, images=images, gradient_clip=10.0)
-    net = network(zero_head=False)
+    net = network(zero_head=False, stirred=False)
     learn(net, *digits, objective=objective, train=train)
     net.requires_grad_(True)
     at = learner(net, objective).corrupted(digits[0][:64], digits[1][:64], torch.arange(64))
