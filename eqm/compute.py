@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig, require
 from eqm.errors import ConfigError
-from eqm.kernels.halves import check_machine, lacking
+from eqm.kernels.halves import allow_in_graph, check_machine, lacking
 
 Forward = Callable[..., Any]
 
@@ -77,12 +77,22 @@ def blocks_of(network: nn.Module, compute: ComputeConfig) -> list[nn.Module]:
     return []
 
 
-@functools.cache
 def compiled(forward: Forward) -> Any:
     """The compiled forward of blocks: one for all, for they differ in weights alone."""
-    # On CPUs, torch 2.13 would fuse loops that depend on each other: gradients through a modulated
-    # layer norm came out wrong, by 1 to 30 %.
-    return torch.compile(forward, dynamic=False, options={"cpp.max_horizontal_fusion_size": 1})
+    return _compiled(forward, torch.are_deterministic_algorithms_enabled())
+
+
+@functools.cache
+def _compiled(forward: Forward, deterministic: bool) -> Any:
+    allow_in_graph()
+    options: dict[str, Any] = {
+        # On CPUs, torch 2.13 would fuse loops that depend on each other: gradients through a
+        # modulated layer norm came out wrong, by 1 to 30 %.
+        "cpp.max_horizontal_fusion_size": 1,
+        # The compiler's own: precision.choose_deterministic does not load it.
+        "deterministic": deterministic,
+    }
+    return torch.compile(forward, dynamic=False, options=options)
 
 
 def check_kernels(network: nn.Module, compute: ComputeConfig, device: torch.device) -> None:

@@ -22,6 +22,7 @@ Every weight of the official code has one here under a readable name, of the sam
     final_layer.adaLN_modulation.1     head.modulation
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import TypeVar, cast
@@ -29,7 +30,6 @@ from typing import TypeVar, cast
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import skip_init
 
 from eqm.config import NetworkConfig, replace
 from eqm.errors import DataError
@@ -390,8 +390,16 @@ def _grid(height: int, width: int, patch: int) -> tuple[int, int]:
 
 def _bare(module: type[Module], *args: int, **settings: int) -> Module:
     # Torch's own first weights would be drawn from its global generator, only to be overwritten.
-    bare = skip_init(module, *args, device=torch.get_default_device(), **settings)
+    # torch.nn.utils.skip_init goes by way of "meta", and so loads a compiler, for seconds.
+    bare = _undrawn(module)(*args, **settings)
+    bare.__class__ = module
     return cast(Module, bare)
+
+
+@functools.cache
+def _undrawn(module: type[nn.Module]) -> type[nn.Module]:
+    """The same, with whatever the memory held as first weights."""
+    return type(module.__name__, (module,), {"reset_parameters": lambda _: None})
 
 
 def _time_embedder(width: int) -> nn.Sequential:

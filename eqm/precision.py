@@ -73,18 +73,19 @@ def choose_deterministic() -> None:
     """
     # Nothing reads memory that it did not write; to fill it all the same took 1.3 % of a step.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # The other call for this loads a compiler, for a second.
+    torch.set_deterministic_debug_mode("warn")
 
 
 @contextlib.contextmanager
 def deterministic() -> Iterator[None]:
     """:func:`choose_deterministic`, and what was chosen before it afterwards."""
-    before = torch.are_deterministic_algorithms_enabled()
+    before = torch.get_deterministic_debug_mode()
     choose_deterministic()
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        torch.set_deterministic_debug_mode(before)
 
 
 @contextlib.contextmanager

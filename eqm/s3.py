@@ -35,7 +35,7 @@ REFUSED = (
 )
 FAILED = (
     "S3 at {endpoint} failed on {where} ({error}), also when it was asked again: look at the "
-    "server, then run again to go on"
+    "server (is its disk full?), then run again to go on"
 )
 NEITHER = (
     "S3 at {endpoint} refuses to write {where} as if another had been faster, but none was: run "

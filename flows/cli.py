@@ -105,9 +105,12 @@ def status() -> None:
     from infra import local
 
     table = table_of("service", "state", "address")
-    for service in local.status(current_home()):
+    services = local.status(current_home())
+    for service in services:
         table.add_row(service.name, service.state, service.address)
     show(table, out)
+    if any(service.state == "full" for service in services):
+        _say(local.shortage(current_home()) or "")
     _champions()
 
 

@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
 
 from eqm.errors import EqmError
 
@@ -65,8 +64,12 @@ def packages() -> Iterator[Finding]:
 
 def disk() -> Finding:
     """Space where the services keep their data."""
-    free = shutil.disk_usage(Path.cwd()).free
-    text = f"{free / 2**30:.1f} GiB free"
+    from flows.settings import current_home
+
+    home = current_home()
+    there = next(folder for folder in (home, *home.parents) if folder.exists())
+    free = shutil.disk_usage(there).free
+    text = f"{free / 2**30:.1f} GiB free at {there}"
     return Finding("disk", free >= LEAST_DISK_BYTES, text, "free some space", needed=False)
 
 

@@ -6,6 +6,7 @@ started again, stopping leaves all data and no process. Called by ``eqm up | sta
 tests.
 """
 
+import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from infra.files import make_private_folder
 from infra.processes import MARK, Process, last_lines, members, spawn, terminate
 from infra.services import (
     GRACE_SECONDS,
+    LEAST_FREE_MB,
     TITLES,
     Service,
     address,
@@ -136,7 +138,18 @@ def status(root: Path) -> list[ServiceStatus]:
     """One line for each service, in the order of SERVICES."""
     root = root.resolve()
     state = read_state(root)
-    return [_status(name, state) for name in SERVICES]
+    return [_status(name, root, state) for name in SERVICES]
+
+
+def shortage(root: Path) -> str | None:
+    """What to tell people where the disk under a folder has no room for S3 to write; else None."""
+    free_mb = shutil.disk_usage(root).free >> 20
+    if free_mb >= LEAST_FREE_MB:
+        return None
+    return (
+        f"{TITLES[S3]}: the disk of {root} has {free_mb} MiB left, and below {LEAST_FREE_MB} MiB "
+        "nothing is written: make room, and it goes on within a minute"
+    )
 
 
 def down(root: Path, *, report: Report) -> None:
@@ -192,6 +205,8 @@ def _start_servers(start: Start, wanted: Sequence[str]) -> None:
         if service.name == S3 and (since is not None or start.state.bucket != stack.s3_bucket):
             make_bucket(stack)
             start.state.bucket = stack.s3_bucket
+        if service.name == S3 and (short := shortage(start.root)):
+            start.report(short)
         if service.name == PREFECT and since is not None:
             secrets = start.root / "credentials.json"
             start.report(f"Prefect: its pages ask for a password, `prefect_auth` in {secrets}")
@@ -347,7 +362,7 @@ def _stop(together: Sequence[str], root: Path, state: State, report: Report) -> 
     write_state(root, state)
 
 
-def _status(name: str, state: State) -> ServiceStatus:
+def _status(name: str, root: Path, state: State) -> ServiceStatus:
     title = TITLES[name]
     if state.external.replaces(name):
         given = state.external
@@ -356,9 +371,7 @@ def _status(name: str, state: State) -> ServiceStatus:
     if not state.lives(name):
         return ServiceStatus(title, "stopped", "-")
     port = state.ports.get(name)
-    return ServiceStatus(
-        title,
-        "running" if answers(name, port) else "silent",
-        address(port),
-        state.running[name].pid,
-    )
+    seen = "running" if answers(name, port) else "silent"
+    if name == S3 and seen == "running" and shortage(root):
+        seen = "full"
+    return ServiceStatus(title, seen, address(port), state.running[name].pid)

@@ -43,6 +43,10 @@ GRACE_SECONDS = {S3: 2.5, MLFLOW: 10.0, PREFECT: 10.0, WORKER: 40.0}
 VOLUME_MB = 256
 """Objects are cut into pieces and lie in many volumes, so this is no limit on their size."""
 
+LEAST_FREE_MB = 512
+"""Where less of the disk is free, S3 writes nothing: the databases beside it have the rest. Without
+this it is 1 % of the disk, gigabytes of a large one."""
+
 
 @dataclass(frozen=True)
 class Service:
@@ -156,6 +160,7 @@ def _weed_options(folder: Path, ports: Mapping[str, int], bind: str) -> str:
         "volume.port": ports["volume"],
         "volume.port.grpc": ports["volume-grpc"],
         "volume.max": 0,
+        "volume.minFreeSpace": f"{LEAST_FREE_MB}MiB",
         "volume.preStopSeconds": 1,
         "filer": "true",
         "filer.port": ports["filer"],

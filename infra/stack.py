@@ -113,7 +113,8 @@ class ServiceStatus:
 
     name: str
     state: str
-    """running, silent (the process lives but does not answer), stopped or external."""
+    """running, full (it answers, and writes nothing, for the disk has no room), silent (the process
+    lives but does not answer), stopped or external."""
     address: str
     pid: int | None = None
 

@@ -187,6 +187,29 @@ def test_blocks_that_a_double_backward_goes_through_stay_as_they_are(name):
         learner(DOT["double"], compute=ComputeConfig(**{name: True}))
 
 
+LOADS = """
+import sys
+import torch
+import eqm.evaluate, eqm.generate, eqm.serving, eqm.train, flows.pipeline
+from eqm.config import NetworkConfig
+from eqm.network import Transformer
+from eqm.precision import deterministic
+
+with deterministic(), torch.inference_mode():
+    network = Transformer(NetworkConfig(width=32, depth=1, heads=2), size=8, channels=1, classes=10)
+    network(torch.zeros(1, 1, 8, 8), torch.tensor([0]))
+print([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules])
+"""
+
+
+def test_what_does_not_compile_loads_no_compiler():
+    """A second and a half, of every program."""
+    line = [sys.executable, "-c", LOADS]
+    told = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert told.stdout == "[]\n"
+
+
+
 def test_compiled_blocks_without_a_compiler_are_refused():
     code = (
         "import torch\n"

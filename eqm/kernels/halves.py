@@ -160,7 +160,6 @@ class _Linear(torch.autograd.Function):
         return dx, dw, dy.sum(dim=0)
 
 
-@torch.compiler.allow_in_graph
 def linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """x (..., I) @ weight (O, I)^T + bias (O,), products in float16, all else float32.
 
@@ -236,7 +235,6 @@ class _Attention(torch.autograd.Function):
         return _attend_back(*ctx.saved_tensors, grad.contiguous())
 
 
-@torch.compiler.allow_in_graph
 def attention(qkv: Tensor, heads: int) -> Tensor:
     """Of qkv (B, N, 3 * D), as a layer gives them, what a layer is given, (B, N, D).
 
@@ -244,6 +242,15 @@ def attention(qkv: Tensor, heads: int) -> Tensor:
     """
     split = qkv.contiguous().view(*qkv.shape[:2], 3, heads, -1)
     return cast(Tensor, _Attention.apply(split)).flatten(2)
+
+
+def allow_in_graph() -> None:
+    """Have compiled code call both as they are, and not look into them.
+
+    Decorators would do so where this is imported, and that takes a second of every program.
+    """
+    for function in (linear, attention):
+        torch.compiler.allow_in_graph(function)
 
 
 # -- a network in halves ------------------------------------------------------------------------
