@@ -5,6 +5,8 @@ of their own. Torch runs deterministic and on few threads, so that bits can be c
 import functools
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,21 @@ from flows import settings
 from infra import local
 from infra.stack import External, Stack
 
+DISK_BYTES = 3 * 2**30
+"""What a whole run leaves room for: its services write nothing on a disk that is nearly full."""
 SERVICES = re.compile("s3_environment|mlflow_environment|all_environment|local.up|own_home")
+
+
+def pytest_sessionstart() -> None:
+    """One message instead of hundreds of tests that fail for want of room."""
+    place = tempfile.gettempdir()
+    free = shutil.disk_usage(place).free
+    if free < DISK_BYTES:
+        pytest.exit(
+            f"{place} has {free / 2**30:.1f} GiB left, and tests need {DISK_BYTES / 2**30:.0f}: "
+            "free some, or set TMPDIR to a folder with more",
+            returncode=2,
+        )
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -209,7 +209,6 @@ def test_what_does_not_compile_loads_no_compiler():
     assert told.stdout == "[]\n"
 
 
-
 def test_compiled_blocks_without_a_compiler_are_refused():
     code = (
         "import torch\n"
