@@ -6,8 +6,12 @@ Called by learner, train and flows, before what is trained is built.
 
 import functools
 import math
+import os
+import shutil
+import sysconfig
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import MethodType
 from typing import Any, cast
 
@@ -106,6 +110,7 @@ def check_kernels(network: nn.Module, compute: ComputeConfig, device: torch.devi
         return
     rule = "false, as these kernels are written for GPUs of NVIDIA, and this trains on a CPU"
     require(device.type == "cuda", "compute.fused", True, rule)
+    check_compiler(device, "fused")
     config = cast(NetworkConfig, network.config)
     rule = "false with network.rms_norm: these kernels are of layer norm"
     require(not config.rms_norm, "compute.fused", True, rule)
@@ -131,8 +136,15 @@ def _recomputed(forward: Forward, *args: object) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
 
 
-def check_compiler(device: torch.device) -> None:
-    """Refuse to compile where nothing can. Raises ConfigError."""
+def check_compiler(device: torch.device, asking: str = "compile") -> None:
+    """Refuse a setting of ``compute`` for which nothing can compile here. Raises ConfigError."""
+    if device.type == "cuda":
+        if (missing := _missing_for_triton()) is not None:
+            raise ConfigError(
+                f"compute.{asking} is true, but Triton, which makes the kernels of a GPU, needs "
+                f"{missing}; or set compute.compile and compute.fused to false"
+            )
+        return
     if device.type != "cpu":
         return
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -145,6 +157,17 @@ def check_compiler(device: torch.device) -> None:
             "compute.compile is true, but there is no C++ compiler here, which torch.compile needs "
             "on a CPU: install g++, or set compute.compile to false"
         ) from error
+
+
+def _missing_for_triton() -> str | None:
+    """What Triton builds its launchers with, and is not here: that, and how to get it."""
+    named = os.environ.get("CC")  # noqa: TID251  as Triton does
+    if not (named or shutil.which("gcc") or shutil.which("clang")):
+        return "a C compiler, and there is none here: install gcc, or name one in CC"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.is_file():
+        return f"{header}, which is not there: install the headers of Python (as python3-dev)"
+    return None
 
 
 def check_micro_batch(compute: ComputeConfig, objective: ObjectiveConfig, share: int) -> None:

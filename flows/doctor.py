@@ -74,7 +74,7 @@ def disk() -> Finding:
 
 
 def compiler() -> Finding:
-    """What torch.compile and products in float16 need on a CPU."""
+    """What kernels are compiled with where they run: of GPUs, and of a CPU."""
     found = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
     return Finding(
         "C++ compiler",
@@ -82,7 +82,7 @@ def compiler() -> Finding:
         found or "none",
         ""
         if found
-        else "only compute.compile and train.precision 'float16' on a CPU need one: install g++",
+        else "compute.compile and fused, and train.precision 'float16', need one: install g++",
         needed=False,
     )
 

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from eqm import compute
-from eqm.compute import bfloat16_products, check_micro_batch, prepare, slow_bfloat16
+from eqm.compute import (
+    bfloat16_products,
+    check_kernels,
+    check_micro_batch,
+    prepare,
+    slow_bfloat16,
+)
 from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig
 from eqm.errors import ConfigError
 from eqm.gradients import FlatGradient
@@ -221,6 +227,28 @@ def test_compiled_blocks_without_a_compiler_are_refused():
         [sys.executable, "-c", code], env=nothing, capture_output=True, text=True, check=False
     )
     assert "there is no C++ compiler here" in done.stderr
+
+
+@pytest.mark.parametrize("asking", ["compile", "fused"])
+def test_what_triton_needs_on_a_gpu_is_asked_for_before_anything_is_built(
+    asking, monkeypatch, tmp_path
+):
+    """Else its own error comes with the first step, which may be after days of encoding."""
+    gpu = torch.device("cuda")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    network = Transformer(CONFIG, size=8, channels=1, classes=10)
+    settings = ComputeConfig(**{asking: True})
+    with pytest.raises(ConfigError, match=f"compute.{asking} is true.* C compiler.*install gcc"):
+        check_kernels(network, settings, gpu)
+    gcc = tmp_path / "gcc"
+    gcc.touch()
+    gcc.chmod(0o755)
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    with pytest.raises(ConfigError, match=r"needs \S+/Python.h, which is not there"):
+        check_kernels(network, settings, gpu)
+    (tmp_path / "Python.h").touch()
+    check_kernels(network, settings, gpu)
 
 
 @pytest.mark.parametrize("asked", [{"compile": True}, {"checkpointing": True}])

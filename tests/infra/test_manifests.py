@@ -124,6 +124,14 @@ def test_images_are_of_a_version(compose: dict[str, Any]) -> None:
     assert "--require-hashes" in "\n".join(lines)
 
 
+def test_kernels_can_be_compiled_where_they_run(compose: dict[str, Any]) -> None:
+    """By g++ (and gcc, which it brings), into a folder that programs may be loaded from."""
+    final = (INFRA / "Dockerfile").read_text().rpartition("FROM")[2]
+    assert re.search(r"apt-get install .* g\+\+", final)
+    (place,) = compose["services"]["worker"]["tmpfs"]
+    assert "exec" in place.partition(":")[2].split(",")
+
+
 def test_the_image_is_made_of_the_code_alone() -> None:
     lines = (PROJECT / ".dockerignore").read_text().splitlines()
     assert lines[1] == "*"
