@@ -1,8 +1,10 @@
 """Small private files: written whole or not at all, readable by their owner alone."""
 
+import contextlib
 import errno
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -30,6 +32,22 @@ def open_private(path: Path) -> BinaryIO:
 def write_private(path: Path, data: bytes) -> None:
     """Replace a file in one step, with mode 0600 from its first byte on."""
     make_private_folder(path.parent)
+    with _written_aside(path, data) as temporary:
+        temporary.replace(path)
+
+
+def create_private(path: Path, data: bytes) -> bool:
+    """Create a file in one step, with mode 0600; False, and nothing changed, if there is one."""
+    with _written_aside(path, data) as temporary:
+        try:
+            path.hardlink_to(temporary)
+        except FileExistsError:
+            return False
+    return True
+
+
+@contextlib.contextmanager
+def _written_aside(path: Path, data: bytes) -> Iterator[Path]:
     # mkstemp creates with 0600; there is no moment at which others could open it.
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     temporary = Path(name)
@@ -38,17 +56,6 @@ def write_private(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        yield temporary
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def create_private(path: Path, data: bytes) -> bool:
-    """Create a file with mode 0600; False, and nothing changed, if there is one."""
-    try:
-        handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return False
-    with os.fdopen(handle, "wb") as file:
-        file.write(data)
-    return True

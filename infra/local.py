@@ -168,6 +168,11 @@ def down(root: Path, *, report: Report) -> None:
         # What uses a service goes before it; a training gets time for a checkpoint in S3.
         for together in ((WORKER,), (PREFECT, MLFLOW), (S3,)):
             _stop(together, root, state, report)
+        try:
+            write_state(root, state)
+        except OSError as error:
+            # As on a full disk. Processes that are gone are known by their start as such.
+            report(f"{root} cannot be written ({error.strerror}); all is stopped all the same")
 
 
 # -- starting -----------------------------------------------------------------------------------
@@ -359,7 +364,6 @@ def _stop(together: Sequence[str], root: Path, state: State, report: Report) -> 
         terminate(find, grace_seconds=max(GRACE_SECONDS[n] for n in together))
     for name in together:
         state.running.pop(name, None)
-    write_state(root, state)
 
 
 def _status(name: str, root: Path, state: State) -> ServiceStatus:
