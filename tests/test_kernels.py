@@ -45,6 +45,7 @@ NETWORKS: list[tuple[bool, dict[str, object], dict[str, object]]] = [
 def test_they_are_the_plain_formulas() -> None:
     """All cases in one process: the interpreter is chosen before Triton is loaded."""
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    environment["OMP_NUM_THREADS"] = "1"
     done = subprocess.run(
         [sys.executable, "-W", "ignore", __file__],
         env=environment,

@@ -50,15 +50,18 @@ PLAN: dict[str, list[tuple[ComputeConfig, int | None]]] = {
     "ddp, in segments": [(ComputeConfig(), None)],
     "fsdp2": [(SHARED, None)],
     "ddp, then fsdp2": [(ComputeConfig(), HALF), (SHARED, None)],
-    "fsdp2, looked at": [(SHARED, HALF), (SHARED, None)],
     "fsdp2, then ddp": [(SHARED, HALF), (ComputeConfig(), None)],
     "fsdp2, then alone": [(SHARED, HALF)],
+}
+"""Name of a run -> the attempts that make it: how it computes, and where it is stopped."""
+FURTHER: dict[str, list[tuple[ComputeConfig, int | None]]] = {
+    "fsdp2, looked at": [(SHARED, HALF), (SHARED, None)],
     "ddp, dot": [(ComputeConfig(), None)],
     "fsdp2, dot": [(replace(SHARED, micro_batch=8, checkpointing=True), None)],
     "ddp, bf16": [(ComputeConfig(), None)],
     "fsdp2, bf16": [(SHARED, None)],
 }
-"""Name of a run -> the attempts that make it: how it computes, and where it is stopped."""
+"""The same, of long tests."""
 
 
 def settings(name: str, job: Job) -> Job:
@@ -73,11 +76,23 @@ def settings(name: str, job: Job) -> Job:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
-    """All runs of the plan, by one pair of processes."""
+    return of_plan(PLAN, tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def further(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Job]:
+    return of_plan(FURTHER, tmp_path_factory)
+
+
+def of_plan(
+    named: dict[str, list[tuple[ComputeConfig, int | None]]],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> dict[str, Job]:
+    """All runs of a plan, by one pair of processes."""
     made = chain.build(tmp_path_factory.getbasetemp() / "chain", until="train")
     folder = tmp_path_factory.mktemp("pair")
     jobs, attempts = {}, []
-    for number, (name, steps) in enumerate(PLAN.items()):
+    for number, (name, steps) in enumerate(named.items()):
         store = chain.copied(made, folder / str(number), without=("train", "samples", "evaluation"))
         jobs[name] = settings(name, chain.elsewhere(made.job("train"), store.root))
         looks = {"grid_every_images": 4 * BATCH, "grid_sampler": FEW} if "looked" in name else {}
@@ -155,19 +170,25 @@ def test_one_process_goes_on_from_a_checkpoint_of_shared_weights(runs: dict[str,
     check_alike(job, runs["ddp"], loss=1e-4, weights=1e-3)
 
 
-def test_an_energy_trains_by_differences_of_shared_weights(runs: dict[str, Job]) -> None:
-    check_alike(runs["fsdp2, dot"], runs["ddp, dot"], loss=1e-3, weights=1e-2)
+@pytest.mark.slow
+def test_an_energy_trains_by_differences_of_shared_weights(further: dict[str, Job]) -> None:
+    check_alike(further["fsdp2, dot"], further["ddp, dot"], loss=1e-3, weights=1e-2)
 
 
-def test_shared_weights_in_half_precision_train_nearly_alike(runs: dict[str, Job]) -> None:
-    check_alike(runs["fsdp2, bf16"], runs["ddp, bf16"], loss=2e-2, weights=2e-2)
+@pytest.mark.slow
+def test_shared_weights_in_half_precision_train_nearly_alike(further: dict[str, Job]) -> None:
+    check_alike(further["fsdp2, bf16"], further["ddp, bf16"], loss=2e-2, weights=2e-2)
 
 
-def test_samples_of_shared_weights_are_looked_at_on_the_way(runs: dict[str, Job]) -> None:
+@pytest.mark.slow
+def test_samples_of_shared_weights_are_looked_at_on_the_way(
+    runs: dict[str, Job], further: dict[str, Job]
+) -> None:
     """Two attempts, one of which ends between two looks: as if nobody had looked."""
-    check_alike(runs["fsdp2, looked at"], runs["fsdp2"])
-    store = LocalStore(Path(runs["fsdp2, looked at"].runtime.store))
-    record = store.record("train", job_digest(runs["fsdp2, looked at"]))
+    job = further["fsdp2, looked at"]
+    check_alike(job, runs["fsdp2"])
+    store = LocalStore(Path(job.runtime.store))
+    record = store.record("train", job_digest(job))
     assert record is not None
     looks = [e for e in events_of(store.get(record.logs["events.jsonl"]), "log") if e.blobs]
     assert [event.images_seen for event in looks] == [4 * BATCH, 8 * BATCH, 12 * BATCH]

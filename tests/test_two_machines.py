@@ -26,7 +26,6 @@ from eqm.storage import LocalStore
 
 ROOT = Path(__file__).parent.parent
 
-pytestmark = pytest.mark.slow
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node"]
 PROGRAM = ["-m", "eqm.train"]
 BATCH, UPDATES = 32, 300
@@ -155,6 +154,7 @@ def finish(two: machines.Machines, job: Job, folder: Path) -> Record:
     return sealed(job)
 
 
+@pytest.mark.slow
 def test_a_cut_network_ends_in_words_and_the_run_goes_on_after_it(
     two: machines.Machines, latents: chain.Chain, expected: Record, tmp_path: Path
 ) -> None:

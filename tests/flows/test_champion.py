@@ -196,7 +196,7 @@ def test_a_race_for_one_number_has_one_winner(
 
 
 def test_schedules_on_real_services(mlflow_environment: dict[str, str], tmp_path: Path) -> None:
-    """As the thousand of tests/test_promotion.py, on S3 and MLflow themselves."""
+    """As those of tests/test_promotion.py, on S3 and MLflow themselves."""
     registry = Registry(mlflow_environment["MLFLOW_TRACKING_URI"])
     model = f"eqm-contest-{os.getpid()}"
     store = open_store(f"s3://eqm/{model}", cache=tmp_path / "cache")

@@ -262,6 +262,9 @@ def test_a_lost_node_is_told(place: Place) -> None:
 
 
 def test_a_job_that_somebody_cancels_is_told(place: Place) -> None:
+    # Long enough to be still there when it is cancelled, on a machine that does much else.
+    train = {**place.job.config["train"], "images": 10 * UPDATES["train.images"]}
+    place.job = replace(place.job, config={**place.job.config, "train": train})
     cancels = place.when(place.has_checkpoint, (place.state / f"{place.number}.cancel").touch)
     with pytest.raises(StageError, match=r"was cancelled: run it again .* \(stopped at image "):
         place.launcher.run(place.job)
