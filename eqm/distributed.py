@@ -23,6 +23,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
 from torch.distributed.rendezvous import rendezvous
 
+from eqm.cores import cores
 from eqm.errors import ConfigError, PeerError
 from eqm.memory import keep_freed
 from eqm.threads import one_core_products
@@ -245,7 +246,7 @@ def connect(
     local = int(os.environ.get("LOCAL_RANK", "0"))
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     chosen = pick_device(device, local)
-    torch.set_num_threads(threads or max(1, len(os.sched_getaffinity(0)) // here))
+    torch.set_num_threads(threads or max(1, cores() // here))
     if chosen.type == "cpu":
         keep_freed()
     else:

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from eqm.config import SourceConfig
+from eqm.cores import cores
 from eqm.disk import disk_errors, written_aside
 from eqm.errors import DataError
 from eqm.layouts import Found, Layout, Part, Raw, layout_of
@@ -192,7 +193,7 @@ def _scanned(layout: Layout, memory: Path | None, *, decode: bool) -> ImageSourc
     parts = layout.parts(kept.remember)
     total = sum(part.size_bytes for part in parts)
     show = decode and total >= LARGE_SOURCE_BYTES
-    scanners = max(READERS, min(MOST_SCANNERS, os.cpu_count() or 1))
+    scanners = max(READERS, min(MOST_SCANNERS, cores()))
     tables = []
     with (
         Progress("scanning images", total=total // MEGABYTE, unit="MB", show=show) as bar,

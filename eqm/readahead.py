@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from eqm import errors
+from eqm.cores import cores
 from eqm.errors import DataError, EqmError, StageError
 from eqm.images import UNDECODABLE, ImageSource
 
@@ -124,7 +125,7 @@ class Threads(Readers):
 
     def __init__(self, source: ImageSource, batch_size: int, kept: int) -> None:
         super().__init__(source, batch_size, kept)
-        self._pool = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0))))
+        self._pool = ThreadPoolExecutor(cores())
         self._reading: dict[int, list[Future[None]]] = {}
 
     def _begin(self, number: int, images: Sequence[int]) -> None:

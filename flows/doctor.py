@@ -1,12 +1,12 @@
 """What this machine has, what it lacks, and how to get it. Called by ``eqm doctor``."""
 
-import os
 import shutil
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
+from eqm.cores import cores
 from eqm.errors import EqmError
 
 LEAST_DISK_BYTES = 5 * 2**30
@@ -102,8 +102,7 @@ def accelerator() -> Finding:
 
     if torch.cuda.is_available():
         return Finding("accelerator", True, torch.cuda.get_device_name(), needed=False)
-    cores = len(os.sched_getaffinity(0))
-    text = f"none; {cores} cores, {torch.backends.cpu.get_cpu_capability()}"
+    text = f"none; {cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
     if lacking() is None:
         text += " with FP16: train.precision 'float16' is the quickest"
     return Finding("accelerator", False, text, "fine for the demo", needed=False)

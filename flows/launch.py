@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Protocol
 
 from eqm.config import PROGRAMS, Job, replace
+from eqm.cores import cores
 from eqm.errors import StageError
 from eqm.records import to_json
 from eqm.stage import failure, job_digest
@@ -104,7 +105,7 @@ class LocalLauncher:
         os.truncate(lock, 0)
         os.write(lock, mark.encode())
         # Said here, or torchrun says at length that it chooses 1.
-        threads = job.runtime.threads or max(1, len(os.sched_getaffinity(0)) // processes)
+        threads = job.runtime.threads or max(1, cores() // processes)
         environment = {
             **self.environment,
             "OMP_NUM_THREADS": str(threads),
