@@ -16,6 +16,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import cast
 
 import torch
@@ -35,6 +36,8 @@ ROLL_CALL_SECONDS = 6.0
 LOOK_SECONDS = 5.0
 """Between two looks at what others have done, at most."""
 PR_SET_PDEATHSIG = 1
+DEVICES = Path("/dev")
+"""Where Linux shows GPUs of NVIDIA: nvidia0, nvidia1, ..."""
 
 
 @dataclass(frozen=True)
@@ -253,6 +256,8 @@ def connect(
         # cuBLAS adds in a fixed order only in workspaces that it is told of before its first call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.cuda.set_device(chosen)
+        if local == 0 and (told := told_of_cores(here)) is not None:
+            sys.stderr.write(f"warning: {told}\n")
     with one_core_products():
         if size == 1 and (chosen.type == "cpu" or "RANK" not in os.environ):
             yield World(rank, size, chosen)
@@ -291,6 +296,17 @@ def _joined(
         dist.destroy_process_group()
 
 
+def told_of_cores(processes: int) -> str | None:
+    """What to say where so many processes, one a GPU, have not a core each; else None."""
+    have = cores()
+    if have >= processes:
+        return None
+    return (
+        f"{processes} processes share {have} core{'s' if have > 1 else ''} on this machine: their "
+        "GPUs will wait for them. Give the job more (EQM_SLURM_CPUS, a container's limit of CPUs)"
+    )
+
+
 def end_with_parent() -> None:
     """Be told to end (SIGTERM) when the torchrun that started this process is killed outright.
 
@@ -301,7 +317,11 @@ def end_with_parent() -> None:
 
 
 def pick_device(name: str, local_rank: int = 0) -> torch.device:
-    """Turn "auto", "cpu" or "cuda" into a device. Raises ConfigError if it is not there."""
+    """Turn "auto", "cpu" or "cuda" into a device.
+
+    Raises ConfigError if it is not there, and for "auto" where there is a GPU that torch cannot
+    use: a CPU in its place would take weeks for what was to take a day.
+    """
     if name not in ("auto", "cpu", "cuda"):
         raise ConfigError(f"device is {name!r}; it must be auto, cpu or cuda")
     available = torch.cuda.is_available()
@@ -309,6 +329,13 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
         raise ConfigError(
             "device is 'cuda', but torch sees no GPU: check the driver with nvidia-smi, "
             "or set device to 'auto'"
+        )
+    if name == "auto" and not available and (why := why_unusable()) is not None:
+        raise ConfigError(
+            f"device is 'auto', and torch can use none of the GPUs that are here: {why} See that "
+            "nvidia-smi shows them, and that the driver is new enough for CUDA "
+            f"{torch.version.cuda}, which this torch is made for; or set CUDA_VISIBLE_DEVICES to "
+            "nothing, to compute on the CPU"
         )
     if name == "cpu" or not available:
         return torch.device("cpu")
@@ -318,3 +345,29 @@ def pick_device(name: str, local_rank: int = 0) -> torch.device:
             "start fewer processes"
         )
     return torch.device("cuda", local_rank)
+
+
+def why_unusable() -> str | None:
+    """Why torch sees none of the GPUs that this process may open; None where there are none.
+
+    Nor where CUDA_VISIBLE_DEVICES hides them. Torch itself only warns, of a driver that is too old
+    for it or not well, and goes on as if there was no GPU.
+    """
+    if not any(_opens(path) for path in DEVICES.glob("nvidia[0-9]*")):
+        return None
+    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1", "NoDevFiles"):
+        return None
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return f"{str(error).strip().splitlines()[0].rstrip('.')}."
+    return None
+
+
+def _opens(path: Path) -> bool:
+    """Whether control groups let this process at a device: all see those of a shared machine."""
+    try:
+        path.open("rb").close()
+    except OSError:
+        return False
+    return True

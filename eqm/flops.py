@@ -103,8 +103,13 @@ def training_flops(
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bfloat16 FLOP/s of a device by its name, "NVIDIA H100 80GB HBM3"; None if unknown."""
+    """Dense bfloat16 FLOP/s of a device by its name, "NVIDIA H100 80GB HBM3"; None if unknown.
+
+    None as well for a part of one, "... MIG 1g.10gb", whose name says nothing of its share.
+    """
     words = frozenset(re.split(r"[^A-Za-z0-9]+", device_name))
+    if "MIG" in words:
+        return None
     return next((peak for known, peak in PEAKS_BFLOAT16 if known <= words), None)
 
 

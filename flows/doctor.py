@@ -98,10 +98,15 @@ def accelerator() -> Finding:
     """GPU, or the cores there are instead."""
     import torch
 
+    from eqm.distributed import why_unusable
     from eqm.kernels.halves import lacking
 
     if torch.cuda.is_available():
         return Finding("accelerator", True, torch.cuda.get_device_name(), needed=False)
+    if (why := why_unusable()) is not None:
+        told = f"a GPU that torch cannot use: {why}"
+        remedy = f"a driver for CUDA {torch.version.cuda} that nvidia-smi shows the GPU with"
+        return Finding("accelerator", False, told, remedy, needed=False)
     text = f"none; {cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
     if lacking() is None:
         text += " with FP16: train.precision 'float16' is the quickest"

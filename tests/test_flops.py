@@ -102,6 +102,7 @@ def test_a_unet_is_not_counted():
         ("NVIDIA H200", 989e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA A10G", 70e12),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("Tesla V100-SXM2-16GB", None),
     ],
 )

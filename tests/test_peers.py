@@ -15,11 +15,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eqm import gauges, train
+from eqm import distributed, gauges, train
 from eqm.config import ComputeConfig
-from eqm.distributed import World
-from eqm.errors import PeerError, ReplicaError
+from eqm.distributed import World, pick_device
+from eqm.errors import ConfigError, PeerError, ReplicaError
 from eqm.records import to_json
+from flows import doctor
 
 ROOT = Path(__file__).parent.parent
 CUT = (
@@ -39,6 +40,43 @@ def test_what_breaks_off_is_told_and_what_is_wrong_is_not_taken_for_it() -> None
         raise RuntimeError("shapes do not fit")
     with pytest.raises(torch.OutOfMemoryError), world.together():
         raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_a_gpu_that_torch_cannot_use_is_told_and_not_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver that is too old for torch: it warns, and everything would run on the CPU."""
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setattr(distributed, "DEVICES", tmp_path)
+    assert pick_device("auto").type == "cpu"
+    (tmp_path / "nvidia0").touch()
+
+    def fails() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 12040).\n?")
+
+    monkeypatch.setattr(torch.cuda, "init", fails)
+    told = (
+        r"none of the GPUs that are here: The NVIDIA driver .* \(found version 12040\)\. See that"
+    )
+    with pytest.raises(ConfigError, match=told):
+        pick_device("auto")
+    assert pick_device("cpu").type == "cpu"
+    found = doctor.accelerator()
+    assert not found.ok
+    assert "too old" in found.found
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    assert pick_device("auto").type == "cpu"
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    # Of another job on a shared machine: control groups refuse to open it.
+    (tmp_path / "nvidia0").unlink()
+    (tmp_path / "nvidia0").symlink_to(tmp_path / "nothing")
+    assert pick_device("auto").type == "cpu"
+
+
+def test_processes_that_have_not_a_core_each_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "cores", lambda: 1)
+    assert distributed.told_of_cores(1) is None
+    assert "8 processes share 1 core on" in str(distributed.told_of_cores(8))
 
 
 @settings(max_examples=60, deadline=None)
