@@ -26,8 +26,10 @@ from eqm.records import to_json
 from eqm.stage import failure, job_digest
 from eqm.storage import open_store
 
-GRACE_SECONDS = 30.0
-"""From SIGTERM to SIGKILL: time for a checkpoint."""
+GRACE_SECONDS = 110.0
+"""From SIGTERM to SIGKILL: time for a checkpoint, which of XL/2 is 11 GB."""
+SHUTDOWN_SECONDS = 100
+"""The same between torchrun and its workers, which otherwise is 30."""
 MARK = "_EQM_PROGRAM"
 """Environment variable by which all processes of a program are recognised: torchrun gives each of
 its workers a session of its own."""
@@ -136,7 +138,8 @@ def command(module: str, file: Path, processes: int) -> list[str]:
     if processes == 1:
         return [sys.executable, "-m", module, str(file)]
     torchrun = [sys.executable, "-m", "flows.torchrun", "--standalone"]
-    return [*torchrun, f"--nproc-per-node={processes}", "-m", module, str(file)]
+    torchrun += [f"--nproc-per-node={processes}", f"--shutdown-timeout={SHUTDOWN_SECONDS}"]
+    return [*torchrun, "-m", module, str(file)]
 
 
 def stop(child: subprocess.Popen[bytes] | None, mark: str) -> None:

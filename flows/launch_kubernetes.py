@@ -21,7 +21,7 @@ from eqm.errors import ConfigError, StageError
 from eqm.records import to_json
 from eqm.stage import failure
 from flows.clusters import Kubernetes
-from flows.launch import cluster_name, is_sealed
+from flows.launch import SHUTDOWN_SECONDS, cluster_name, is_sealed
 
 GROUP = "trainer.kubeflow.org/v1alpha1"
 POLL_SECONDS = 5.0
@@ -30,6 +30,8 @@ PATIENCE_SECONDS = 900.0
 GRACE_SECONDS = 180.0
 """For pods to end in: more than they are given in infra/k8s/base/runtime.yaml."""
 TIMEOUT_SECONDS = 30.0
+SHUTDOWN = f"--shutdown-timeout={SHUTDOWN_SECONDS}"
+"""Less than pods are given: torchrun would kill after 30 s what is writing a checkpoint."""
 JOB_FOLDER = "/etc/eqm"
 CACHE_FOLDER = "/cache"
 """A volume of infra/k8s/base/runtime.yaml."""
@@ -179,7 +181,7 @@ class KubernetesLauncher:
         trainer = {
             "image": cluster.image,
             "command": ["python", "-m", "torch.distributed.run"],
-            "args": ["-m", PROGRAMS[job.stage], f"{JOB_FOLDER}/job.json"],
+            "args": [SHUTDOWN, "-m", PROGRAMS[job.stage], f"{JOB_FOLDER}/job.json"],
             "numNodes": nodes,
             "numProcPerNode": here,
             "env": self._env(job),

@@ -23,7 +23,7 @@ from eqm.errors import ConfigError, StageError
 from eqm.records import to_json
 from eqm.stage import failure
 from flows.clusters import Slurm
-from flows.launch import cluster_name, is_sealed
+from flows.launch import SHUTDOWN_SECONDS, cluster_name, is_sealed
 
 TEMPLATE = Path(infra.__file__).parent / "slurm" / "job.sh"
 POLL_SECONDS = 10.0
@@ -53,11 +53,15 @@ WHY = {
     "DEADLINE": "could not end before its deadline: run it again to go on",
 }
 
-CARRIED = ("AWS_", "MLFLOW_", "NCCL_", "GLOO_", "HF_", "SSL_CERT_")
+CARRIED = ("AWS_", "MLFLOW_", "NCCL_", "GLOO_", "HF_", "SSL_CERT_", "TORCH", "TRITON_")
+"""Beginnings of names; also of where kernels are kept and how they are compiled."""
 CARRIED_NAMES = frozenset(
     (
         "PYTHONPATH",
         "OMP_NUM_THREADS",
+        # Compilers, which may be of a module that is loaded where the flow is and not on nodes.
+        "CC",
+        "CXX",
         "HTTP_PROXY",
         "HTTPS_PROXY",
         "NO_PROXY",
@@ -148,20 +152,24 @@ class SlurmLauncher:
         """The batch script of a job. Raises ConfigError."""
         name, cluster = cluster_name(job), self.cluster
         nodes, here = cluster.nodes.spread(processes)
+        cores = str(here * int(cluster.cpus)) if cluster.cpus else None
         values = {
             "NAME": name,
             "FOLDER": str(cluster.folder),
             "NODES": str(nodes),
             "PROCESSES": str(here),
+            "SHUTDOWN": str(SHUTDOWN_SECONDS),
             "MODULE": PROGRAMS[job.stage],
             "PYTHON": shlex.quote(sys.executable),
             "JOB": str(self._file(name, "json")),
             "ERROR": str(self._file(name, "error")),
             "ENVIRONMENT": str(self._file(name, "env")),
+            # Since Slurm 22.05 a step does not inherit it, and has one core of those of its job.
+            "CORES": f"--cpus-per-task={cores}" if cores else "",
         }
         options = {
             "gpus-per-node": str(here * cluster.nodes.gpus) if cluster.nodes.gpus else None,
-            "cpus-per-task": str(here * int(cluster.cpus)) if cluster.cpus else None,
+            "cpus-per-task": cores,
             "time": cluster.time,
             "partition": cluster.partition,
             "account": cluster.account,

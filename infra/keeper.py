@@ -15,7 +15,8 @@ import time
 from types import FrameType
 
 from infra.deployments import PrefectApi
-from infra.orphans import Orphans
+from infra.orphans import Orphans, living_runs
+from infra.processes import MARK
 from infra.stack import ServiceError
 
 LOOK_SECONDS = 1.0
@@ -24,6 +25,9 @@ ORPHANS_SECONDS = 10.0
 WELL_SECONDS = 60.0
 """A worker that ran for so long was well: the next start after it waits for the least time."""
 LONGEST_WAIT_SECONDS = 60.0
+PROGRAMS_SECONDS = 110.0
+"""For programs to end in, once the worker has; less than containers are given."""
+LEAST_SECONDS = 0.1
 
 
 class Keeper:
@@ -66,11 +70,23 @@ class Keeper:
         while child.poll() is None:
             if self._end.wait(LOOK_SECONDS):
                 child.terminate()
-                return child.wait()
+                status = child.wait()
+                self._wait_for_programs()
+                return status
             if time.monotonic() - looked > ORPHANS_SECONDS:
                 self._look(since)
                 looked = time.monotonic()
         return child.returncode
+
+    def _wait_for_programs(self) -> None:
+        """Let programs of runs make their checkpoints: with us, a container kills all that is left.
+
+        The worker kills its flows after 30 s; they told their programs to end, which take longer.
+        """
+        deadline = time.monotonic() + PROGRAMS_SECONDS
+        mark = f"{MARK}={os.environ.get(MARK, '')}".encode() if MARK in os.environ else b""
+        while any(living_runs(mark)) and time.monotonic() < deadline:
+            time.sleep(LEAST_SECONDS)
 
     def _look(self, since: datetime.datetime) -> None:
         try:

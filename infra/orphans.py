@@ -89,8 +89,11 @@ def _patience(run: Run, worker_since: datetime.datetime) -> float:
     return PENDING_SECONDS if run["state"]["type"] == "PENDING" else GONE_SECONDS
 
 
-def living_runs() -> Iterator[str]:
-    """Ids of the runs that some process of this machine works on."""
+def living_runs(mark: bytes = b"") -> Iterator[str]:
+    """Ids of the runs that some process of this machine works on.
+
+    ``mark``: only of processes that have this, NAME=value, in their environment.
+    """
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -98,6 +101,6 @@ def living_runs() -> Iterator[str]:
             except OSError:
                 # Gone, or somebody else's.
                 continue
-            for word in words:
+            for word in words if not mark or mark in words else ():
                 if word.startswith(RUN_ID):
                     yield word.removeprefix(RUN_ID).decode(errors="replace")

@@ -37,7 +37,7 @@ HEALTH = {S3: "/", MLFLOW: "/health", PREFECT: "/api/health"}
 
 # SeaweedFS: the volumes close within 1.2 s; the filer then waits 15 s for listeners that never hang
 # up, and its database is safe against being killed. Worker: a training makes its checkpoint.
-GRACE_SECONDS = {S3: 2.5, MLFLOW: 10.0, PREFECT: 10.0, WORKER: 40.0}
+GRACE_SECONDS = {S3: 2.5, MLFLOW: 10.0, PREFECT: 10.0, WORKER: 120.0}
 """From SIGTERM to SIGKILL."""
 
 VOLUME_MB = 256

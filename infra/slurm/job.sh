@@ -32,8 +32,10 @@ trap end_in_time TERM
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # Below 32768, from where on Linux gives ports to whoever connects to something.
 port=$((20000 + SLURM_JOB_ID % 12000))
-srun --export=ALL --kill-on-bad-exit=1 \
+# Torchrun would kill after 30 s what is still writing a checkpoint.
+srun --export=ALL --kill-on-bad-exit=1 @CORES@ \
     @PYTHON@ -m torch.distributed.run --nnodes=@NODES@ --nproc-per-node=@PROCESSES@ \
+    --shutdown-timeout=@SHUTDOWN@ \
     --rdzv-backend=c10d --rdzv-endpoint="$first:$port" \
     --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
     -m @MODULE@ @JOB@ &

@@ -145,7 +145,8 @@ def scontrol(words):
 def srun(words):
     """One task a node, and the end of all with the first that fails."""
     number = os.environ["SLURM_JOB_ID"]
-    line = [word for word in words if not word.startswith("--export") and word[:6] != "--kill"]
+    ours = ("--export", "--kill", "--cpus")
+    line = [word for word in words if not word.startswith(ours)]
     tasks = []
     for node in range(int(os.environ["SLURM_NNODES"])):
         environ = {**os.environ, "SLURM_NODEID": str(node)}

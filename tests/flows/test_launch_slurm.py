@@ -144,7 +144,6 @@ def test_a_job_waits_runs_and_seals_its_record(place: Place, expected: Record) -
     assert not list(place.folder.rglob("stolen"))
 
 
-@pytest.mark.slow
 def test_two_nodes_train_together(place: Place) -> None:
     place.launcher.run(place.job, processes=2)
     record = place.record()
@@ -321,6 +320,12 @@ def test_the_script_asks_for_what_the_settings_say(place: Place) -> None:
         "#SBATCH --open-mode=append",
     ):
         assert wanted in lines
+    exported = launch_slurm.carried({"CC": "gcc", "TRITON_CACHE_DIR": "/k", "PATH": "/bin"})
+    assert exported == {"CC": "gcc", "TRITON_CACHE_DIR": "/k"}
+    # A step has one core where it is not told.
+    (step,) = [line for line in lines if line.startswith("srun")]
+    assert "--cpus-per-task=32" in step.split()
+    assert "    --shutdown-timeout=100 \\" in lines
     asked = [line for line in lines if line.startswith("#SBATCH")]
     assert not any("partition" in line for line in asked)
     assert not any(re.search("@[A-Z]+@", line) for line in lines)
