@@ -8,6 +8,7 @@ import functools
 import math
 import os
 import shutil
+import subprocess
 import sysconfig
 import time
 from collections.abc import Callable
@@ -136,8 +137,30 @@ def _recomputed(forward: Forward, *args: object) -> Any:
     return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False)
 
 
+def check_for_training(compute: ComputeConfig, device: torch.device) -> None:
+    """Refuse what a training on this GPU would, while there is nothing that it could train on.
+
+    Where stages are jobs of a cluster, only they see its machines. Raises ConfigError.
+    """
+    for asking in ("compile", "fused"):
+        if device.type == "cuda" and getattr(compute, asking):
+            check_compiler(device, asking)
+
+
 def check_compiler(device: torch.device, asking: str = "compile") -> None:
-    """Refuse a setting of ``compute`` for which nothing can compile here. Raises ConfigError."""
+    """Refuse a setting of ``compute`` for which nothing can compile here. Raises ConfigError.
+
+    Or for which nothing that was compiled could be loaded.
+    """
+    _check_compiler(device, asking)
+    if device.type in ("cpu", "cuda") and (unfit := _unfit_folder(device)) is not None:
+        raise ConfigError(
+            f"compute.{asking} is true, but compiled kernels are kept in {unfit}; or set "
+            "compute.compile and compute.fused to false"
+        )
+
+
+def _check_compiler(device: torch.device, asking: str) -> None:
     if device.type == "cuda":
         if (missing := _missing_for_triton()) is not None:
             raise ConfigError(
@@ -167,6 +190,37 @@ def _missing_for_triton() -> str | None:
     header = Path(sysconfig.get_path("include")) / "Python.h"
     if not header.is_file():
         return f"{header}, which is not there: install the headers of Python (as python3-dev)"
+    from triton.backends.nvidia.driver import libcuda_dirs
+
+    try:
+        libcuda_dirs.__wrapped__()
+    except (AssertionError, OSError, subprocess.CalledProcessError):
+        return (
+            "libcuda.so.1, which `/sbin/ldconfig -p` does not show: run /sbin/ldconfig as root, or "
+            "name its folder in TRITON_LIBCUDA_PATH"
+        )
+    return None
+
+
+def _unfit_folder(device: torch.device) -> str | None:
+    """A folder for compiled kernels from which none can be loaded: that, and how to have another.
+
+    Hardened machines mount /tmp so, and homes are full or not there for users of containers.
+    """
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+
+    environ = os.environ  # noqa: TID251  as Triton and torch do
+    places = {"TORCHINDUCTOR_CACHE_DIR": default_cache_dir()}
+    if device.type == "cuda":
+        home = environ.get("TRITON_HOME") or os.path.expanduser("~")
+        places["TRITON_CACHE_DIR"] = f"{home}/.triton/cache"
+    for name, usual in places.items():
+        folder = Path(environ.get(name) or usual).absolute()
+        there = next(one for one in (folder, *folder.parents) if one.exists())
+        if os.statvfs(there).f_flag & os.ST_NOEXEC:
+            return f"{folder}, which is mounted noexec: name another folder in {name}"
+        if not os.access(there, os.W_OK | os.X_OK):
+            return f"{folder}, which cannot be written to: name another folder in {name}"
     return None
 
 

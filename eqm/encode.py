@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eqm.autoencoder import Autoencoder, load_autoencoder
+from eqm.compute import check_for_training
 from eqm.config import EncodeConfig, LatentsStage, Runtime, SourceConfig
 from eqm.distributed import World
 from eqm.earlier import INPUT, Earlier, open_earlier
@@ -56,6 +57,7 @@ def program(context: Context) -> Outcome | Unfinished | None:
     """Encode what is missing; the first rank returns the outcome."""
     stage: LatentsStage = context.config
     runtime = context.job.runtime
+    check_for_training(runtime.compute, context.world.device)
     source = checked_source(
         stage.source, runtime.source_uri, context.job.inputs["source"], listing=context.listing()
     )

@@ -33,6 +33,7 @@ from flows.plan import (
     make_plan,
     sealed,
     source_ref,
+    to_be_trained_on,
 )
 from flows.prefect_tools import (
     MONTH_SECONDS,
@@ -91,6 +92,7 @@ def encode_images(
     job = latents_job(plan, source, autoencoder, earlier)
     if to_train:
         check_trainable(plan, autoencoder, job)
+        job = to_be_trained_on(plan, job)
     return ensure(plan, job, say=logged, processes=plan.processes)
 
 

@@ -15,6 +15,7 @@ from eqm.config import (
     PRESETS,
     PROGRAMS,
     AutoencoderStage,
+    ComputeConfig,
     EvaluationStage,
     ExtractorStage,
     Job,
@@ -93,7 +94,7 @@ class Plan:
             run_name=self.config.name,
             grid_sampler=self.config.generate.sampler,
             threads=self.config.threads,
-            compute=self.config.compute,
+            compute=self.config.compute if stage == "train" else ComputeConfig(),
             collective_timeout_seconds=self.config.compute.timeout_seconds,
             checkpoint_every_images=self.config.checkpoints.every_images,
             keep_checkpoints=self.config.checkpoints.keep,
@@ -343,6 +344,11 @@ def latents_job(plan: Plan, source: Ref, autoencoder: Record, earlier: Record | 
     if earlier is not None:
         inputs["earlier"] = earlier.ref
     return _job(plan, "latents", asked, inputs)
+
+
+def to_be_trained_on(plan: Plan, latents: Job) -> Job:
+    """The same latents, whose program refuses what a training where it runs would refuse."""
+    return replace(latents, runtime=replace(latents.runtime, compute=plan.config.compute))
 
 
 def train_job(plan: Plan, latents: Record) -> Job:

@@ -38,6 +38,7 @@ from flows.plan import (
     samples_job,
     source_ref,
     study_job,
+    to_be_trained_on,
     train_job,
 )
 from flows.prefect_tools import MONTH_SECONDS, logged, page, stage
@@ -135,7 +136,8 @@ def _source(plan: Plan) -> Ref:
 
 
 def _ground(plan: Plan, source: Ref, autoencoder: Record, do: Ensure) -> Ground:
-    latents = do(plan, latents_job(plan, source, autoencoder), plan.processes)
+    job = to_be_trained_on(plan, latents_job(plan, source, autoencoder))
+    latents = do(plan, job, plan.processes)
     extractor = do(plan, extractor_job(plan, source), 1)
     reference = do(plan, reference_job(plan, source, extractor), plan.processes)
     return Ground(source, latents, extractor, reference)

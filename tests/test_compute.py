@@ -1,8 +1,10 @@
 """How a step is computed changes what it costs and nothing else; bad updates change nothing."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch
 from eqm import compute
 from eqm.compute import (
     bfloat16_products,
+    check_for_training,
     check_kernels,
     check_micro_batch,
     prepare,
@@ -248,7 +251,39 @@ def test_what_triton_needs_on_a_gpu_is_asked_for_before_anything_is_built(
     with pytest.raises(ConfigError, match=r"needs \S+/Python.h, which is not there"):
         check_kernels(network, settings, gpu)
     (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("subprocess.check_output", lambda _: b"libm.so.6 => /lib/libm.so.6")
+    with pytest.raises(ConfigError, match=r"needs libcuda.so.1, .* TRITON_LIBCUDA_PATH"):
+        check_for_training(settings, gpu)
+    monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(tmp_path))
     check_kernels(network, settings, gpu)
+    check_for_training(settings, gpu)
+
+
+@pytest.mark.parametrize("name", ["TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR"])
+def test_compiled_kernels_must_be_in_a_folder_from_which_they_can_be_loaded(
+    name, monkeypatch, tmp_path
+):
+    gpu, really = torch.device("cuda"), os.statvfs
+    monkeypatch.setattr("eqm.compute._missing_for_triton", lambda: None)
+    (tmp_path / "hard").mkdir()
+
+    def mounted(folder):
+        # As /tmp is on hardened machines, and in a tmpfs of Docker.
+        hard = folder == tmp_path / "hard"
+        return SimpleNamespace(f_flag=os.ST_NOEXEC) if hard else really(folder)
+
+    monkeypatch.setattr("os.statvfs", mounted)
+    monkeypatch.setenv(name, str(tmp_path / "hard" / "kernels"))
+    rule = rf"compute.fused is true.* in /\S+/kernels, which is mounted noexec: .* in {name}"
+    with pytest.raises(ConfigError, match=rule):
+        check_for_training(ComputeConfig(fused=True), gpu)
+    check_for_training(ComputeConfig(fused=True), CPU)
+    check_for_training(ComputeConfig(), gpu)
+    monkeypatch.setenv(name, str(tmp_path / "kernels"))
+    check_for_training(ComputeConfig(fused=True), gpu)
+    monkeypatch.setattr("os.access", lambda *_: False)
+    with pytest.raises(ConfigError, match="which cannot be written to: name another folder in"):
+        check_for_training(ComputeConfig(fused=True), gpu)
 
 
 @pytest.mark.parametrize("asked", [{"compile": True}, {"checkpointing": True}])

@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from eqm import fit
-from eqm.config import ALGORITHMS, Job, replace
+from eqm import encode, fit
+from eqm.config import ALGORITHMS, ComputeConfig, Job, replace
 from eqm.errors import ConfigError, StageError, TrackingError
 from eqm.recipes import recipes
 from eqm.records import Record
@@ -22,6 +23,7 @@ from flows.plan import (
     make_plan,
     read_config,
     source_ref,
+    to_be_trained_on,
 )
 
 
@@ -102,14 +104,15 @@ def test_latents_that_nobody_trains_on_here_are_made_whatever_the_network(
 ) -> None:
     monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
-    begun: list[str] = []
+    begun: list[tuple[str, bool]] = []
 
     class Launched:
         def run(self, job: Job, *, processes: int) -> None:
-            begun.append(job.stage)
+            begun.append((job.stage, job.runtime.compute.compile))
             raise StageError("launched")
 
-    plan = replace(pixels("demo", **{"network.patch": 3}), launcher=Launched())
+    changes = {"network.patch": 3, "compute.compile": True}
+    plan = replace(pixels("demo", **changes), launcher=Launched())
     source = source_ref(list_source(plan))
     autoencoder = run(autoencoder_job(plan, source), fit.program)
     with pytest.raises(ConfigError, match="cannot be cut into patches"):
@@ -117,7 +120,20 @@ def test_latents_that_nobody_trains_on_here_are_made_whatever_the_network(
     assert begun == []
     with pytest.raises(StageError):
         encode_images.fn(plan, source, autoencoder, to_train=False)  # type: ignore[attr-defined]
-    assert begun == ["latents"]
+    # Nor does their program look for what a training would compile with.
+    assert begun == [("latents", False)]
+    asked = replace(plan.config, network=replace(plan.config.network, patch=2))
+    with pytest.raises(StageError):
+        encode_images.fn(replace(plan, config=asked), source, autoencoder)  # type: ignore[attr-defined]
+    assert begun[1:] == [("latents", True)]
+
+    def refuses(compute: ComputeConfig, device: torch.device) -> None:
+        raise ConfigError(f"compile is {compute.compile} on {device.type}")
+
+    monkeypatch.setattr("eqm.encode.check_for_training", refuses)
+    job = to_be_trained_on(plan, latents_job(plan, source, autoencoder))
+    with pytest.raises(ConfigError, match="compile is True on cpu"):
+        run(job, encode.program)
 
 
 def pixels(config: str, **changes: object) -> Plan:
