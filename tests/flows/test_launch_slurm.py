@@ -144,6 +144,7 @@ def test_a_job_waits_runs_and_seals_its_record(place: Place, expected: Record) -
     assert not list(place.folder.rglob("stolen"))
 
 
+@pytest.mark.slow
 def test_two_nodes_train_together(place: Place) -> None:
     place.launcher.run(place.job, processes=2)
     record = place.record()
