@@ -11,8 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eqm.config import SamplerConfig
+from eqm.errors import IntegrityError
 from eqm.model import spec_from_bytes
-from eqm.records import Blob, Decision, Evaluation, Record, from_json
+from eqm.records import Blob, Decision, Evaluation, Record, Ref, from_json
+from eqm.registry import Version
 from eqm.report import ReportInput
 from eqm.samples import config_of, labels_of
 from eqm.stage import open_ref
@@ -34,6 +37,27 @@ def ended(record: Record) -> datetime.datetime | None:
     except ValueError:
         return None
     return found if found.tzinfo else None
+
+
+def sampler_of(store: Store, version: Version) -> SamplerConfig | None:
+    """How the samples were found on which a registered version was promoted; None for others.
+
+    MLflow says which evaluation that was, and the sealed records the rest. Raises IntegrityError
+    where they are of another model, or not what MLflow promises; DataError where they are gone.
+    """
+    if (digest := version.tags.get("eqm.evaluation")) is None:
+        return None
+    content = version.tags.get("eqm.evaluation_content", "")
+    evaluation = open_ref(store, Ref(stage="evaluation", digest=digest, content=content))
+    samples = open_ref(store, evaluation.inputs["samples"])
+    train = samples.inputs["train"].digest
+    if train != (found := version.source.rpartition("/")[2]):
+        raise IntegrityError(
+            f"{version.model} version {version.number} names evaluation {digest[:12]}, which is of "
+            f"training {train[:12]}, and itself is training {found[:12]}: one was edited in "
+            "MLflow; `eqm history` with --repair sets it right"
+        )
+    return config_of(samples).sampler
 
 
 def chain_of(store: Store, record: Record) -> tuple[Record, ...]:

@@ -566,7 +566,7 @@ def _digests(place: Path) -> dict[str, str]:
 
 def _registered(uri: str, mlflow_uri: str | None, *, cache: Path | None) -> tuple[Store, Record]:
     """Record of a registered version, which must be the one it was registered for."""
-    version = _version(uri, mlflow_uri or default_uri())
+    version = version_of(uri, mlflow_uri)
     store, record = open_record(version.source, cache=cache)
     promised = version.tags.get("eqm.content")
     if record.content != promised:
@@ -577,7 +577,12 @@ def _registered(uri: str, mlflow_uri: str | None, *, cache: Path | None) -> tupl
     return store, record
 
 
-def _version(uri: str, mlflow_uri: str) -> Version:
+def version_of(uri: str, mlflow_uri: str | None = None) -> Version:
+    """The version of ``models:/name@alias`` or ``models:/name/3``.
+
+    Raises ConfigError for another address, DataError where there is none, RegistryError.
+    """
+    mlflow_uri = mlflow_uri or default_uri()
     registry = Registry(mlflow_uri)
     name, at, alias = uri.removeprefix("models:/").partition("@")
     if at:

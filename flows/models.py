@@ -12,6 +12,8 @@ from flows.options import check_folder, check_new_folder
 out = Console()
 err = Console(stderr=True)
 
+JUDGED = "As for the champion's evaluation unless given; else the paper's."
+
 
 def sample(
     model: Annotated[
@@ -21,23 +23,34 @@ def sample(
         str | None, typer.Option(help="Class numbers, as 0,1,2 or 0-9; all unless given.")
     ] = None,
     seeds: Annotated[str, typer.Option(help="Seeds for each label, as 0-7.")] = "0-7",
-    guidance: Annotated[float, typer.Option(help="Guidance scale; 1 is none.")] = 1.0,
-    updates: Annotated[int, typer.Option(min=1, help="Descent updates.")] = 249,
-    step_size: Annotated[float, typer.Option(min=1e-9, help="Descent step size.")] = 0.003,
-    momentum: Annotated[float, typer.Option(min=0, max=0.999, help="NAG momentum.")] = 0.3,
+    guidance: Annotated[float | None, typer.Option(min=0, help=f"Guidance scale. {JUDGED}")] = None,
+    updates: Annotated[int | None, typer.Option(min=1, help=f"Descent updates. {JUDGED}")] = None,
+    step_size: Annotated[
+        float | None, typer.Option(min=1e-9, help=f"Descent step size. {JUDGED}")
+    ] = None,
+    momentum: Annotated[
+        float | None, typer.Option(min=0, max=0.999, help=f"Of NAG and heavy-ball. {JUDGED}")
+    ] = None,
     to: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("samples.png"),
 ) -> None:
-    """Draw a grid of samples: one row a label, one column a seed."""
+    """Draw a grid of samples: one row a label, one column a seed.
+
+    A champion is sampled as it was for its evaluation, other models as the paper does.
+    """
     from flows.settings import activate, current_settings
 
     activate()
     import eqm
     from eqm.figures import sample_grid
+    from eqm.sampling import rule_of, stop_of
 
     columns = _numbers("seeds", seeds)
     asked = None if labels is None else _numbers("labels", labels)
     check_folder("--to", to)
-    loaded = eqm.load(model, mlflow_uri=current_settings().mlflow_uri)
+    mlflow_uri = current_settings().mlflow_uri
+    asked_for = {"guidance": guidance, "updates": updates, "step_size": step_size}
+    sampler = _sampler(model, mlflow_uri, {**asked_for, "momentum": momentum})
+    loaded = eqm.load(model, mlflow_uri=mlflow_uri)
     rows, names = _rows(loaded.spec.classes, asked)
     _ = loaded.autoencoder  # a model that came without one is told before its descent, not after
     found = eqm.sample(
@@ -45,9 +58,11 @@ def sample(
         labels=[k for k in rows for _ in columns] if loaded.spec.classes else None,
         # Seeds differ between rows too, or rows would share their noise.
         seeds=[s * max(1, len(loaded.spec.classes)) + k for k in rows for s in columns],
-        rule=eqm.NAG(step_size=step_size, momentum=momentum),
-        updates=updates,
-        guidance=guidance,
+        rule=rule_of(sampler),
+        stop=stop_of(sampler),
+        updates=sampler.updates,
+        guidance=sampler.guidance,
+        guidance_channels=sampler.guidance_channels,
     )
     images = found.images().cpu().numpy()
     grid = images.reshape(len(rows), len(columns), *images.shape[1:])
@@ -68,16 +83,20 @@ def serve(
         Path | None,
         typer.Option(help="File with a token that every call must bring; needed off loopback."),
     ] = None,
-    updates: Annotated[int, typer.Option(min=1, help="Descent updates.")] = 249,
-    step_size: Annotated[float, typer.Option(min=1e-9, help="Descent step size.")] = 0.003,
+    updates: Annotated[int | None, typer.Option(min=1, help=f"Descent updates. {JUDGED}")] = None,
+    step_size: Annotated[
+        float | None, typer.Option(min=1e-9, help=f"Descent step size. {JUDGED}")
+    ] = None,
 ) -> None:
-    """Answer calls with images for labels and seeds, as MLflow's scoring server does."""
+    """Answer calls with images for labels and seeds, as MLflow's scoring server does.
+
+    What a call does not set is as in the champion's evaluation, or the paper's for other models.
+    """
     from flows.settings import activate, current_settings
 
     activate()
     import uvicorn
 
-    from eqm.config import SamplerConfig
     from eqm.serving import application
 
     token = _token(host, token_file)
@@ -85,13 +104,44 @@ def serve(
     settings = current_settings()
     served = application(
         model,
-        SamplerConfig(updates=updates, step_size=step_size),
+        _sampler(model, settings.mlflow_uri, {"updates": updates, "step_size": step_size}),
         token=token,
         mlflow_uri=settings.mlflow_uri,
         cache=settings.home / "cache",
     )
     err.print(f"{model}: POST http://{host}:{port}/invocations", highlight=False, soft_wrap=True)
     uvicorn.run(served, host=host, port=port, log_level="warning")
+
+
+def _sampler(model: str, mlflow_uri: str | None, asked: dict[str, Any]) -> Any:
+    """The SamplerConfig of a model's evaluation, or the paper's, with what is asked for put in.
+
+    Says which. Raises ConfigError.
+    """
+    from eqm.config import SamplerConfig, replace, require
+    from eqm.dossier import sampler_of
+    from eqm.model import open_record, version_of
+
+    judged = None
+    if model.startswith("models:/"):
+        version = version_of(model, mlflow_uri)
+        judged = sampler_of(open_record(version.source)[0], version)
+    base = judged or SamplerConfig()
+    given = {name: value for name, value in asked.items() if value is not None}
+    moves = base.rule in ("nag", "heavy-ball")
+    rule = f"left out: {model} is sampled by {base.rule!r}, which has none"
+    require(moves or "momentum" not in given, "--momentum", given.get("momentum"), rule)
+    # Products in less are for GPUs, and for the tens of thousands of samples of an evaluation.
+    sampler = replace(base, **given, precision="float32")
+    parts = [f"{sampler.rule}, step size {sampler.step_size:g}", counted(sampler.updates, "update")]
+    parts += [f"momentum {sampler.momentum:g}"] if moves else []
+    parts += [f"guidance {sampler.guidance:g}"] if sampler.guidance != 1 else []
+    stops = sampler.stop_below
+    parts += [f"until its gradient is below {stops:g}"] if stops is not None else []
+    whose = "as for its evaluation" if judged and not given else "as asked for"
+    whose = whose if judged or given else "as the paper"
+    err.print(f"sampler: {', '.join(parts)} ({whose})", highlight=False, soft_wrap=True)
+    return sampler
 
 
 def _refuse_taken(host: str, port: int) -> None:

@@ -716,6 +716,7 @@ def test_samples_of_models_with_labels_and_without(run, classes: int | None) -> 
     told = run("sample", "model", "--updates", "2", "--seeds", "0-2", "--to", "grid.png")
     assert told.status == 0, told
     assert f"grid.png: {3 * (classes or 1)} samples" in told.out
+    assert "sampler: nag, step size 0.003, 2 updates, momentum 0.3 (as asked for)" in told.err
     width, height = Image.open("grid.png").size
     assert (width // 64, height // 64) == (3, classes or 1)
     wrong = run("sample", "model", "--labels", "2", "--updates", "2", "--to", "other.png")

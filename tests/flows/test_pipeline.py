@@ -17,14 +17,18 @@ import numpy as np
 import pytest
 from deployed import ended, pictures, start_deployment
 from mlflow import MlflowClient
+from typer.testing import CliRunner
 
 import eqm
 from eqm import champion, dossier
+from eqm.config import SamplerConfig, replace
 from eqm.errors import IntegrityError
 from eqm.latent_set import open_manifest
-from eqm.records import Decision, Record, from_json
+from eqm.model import version_of
+from eqm.records import Decision, Record, from_json, to_json
 from eqm.stage import open_ref, verify
 from eqm.storage import Store, open_store
+from flows import cli
 from infra.deployments import PrefectApi
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(400)]
@@ -262,6 +266,28 @@ def test_mlflow_shows_the_signature_and_loads_the_model(
     rule = eqm.NAG(step_size=settings["step_size"], momentum=settings["momentum"])
     expected = eqm.sample(model, labels=[3, 7], seeds=[0, 1], updates=2, rule=rule)
     np.testing.assert_array_equal(images, expected.images().cpu().numpy())
+
+
+def test_a_champion_is_sampled_as_it_was_for_its_evaluation(ran: Ran, tmp_path: Path) -> None:
+    judged = f"models:/{MODEL}@champion"
+    version = version_of(judged, ran.mlflow_uri)
+    sampler = dossier.sampler_of(ran.store, version)
+    assert to_json(sampler) == ran.record("samples").config["generate"]["sampler"]
+    assert sampler != SamplerConfig()
+    words = ["sample", judged, "--seeds", "0", "--labels", "0", "--to", str(tmp_path / "grid.png")]
+    told = CliRunner().invoke(cli.app, words)
+    assert told.exit_code == 0, told.output
+    assert "nag, step size 0.003, 4 updates, momentum 0.3 (as for its evaluation)" in told.stderr
+    told = CliRunner().invoke(cli.app, [*words, "--step-size", "0.01", "--updates", "2"])
+    assert "nag, step size 0.01, 2 updates, momentum 0.3 (as asked for)" in told.stderr
+
+    other = replace(version, source=version.source[:-64] + 64 * "0")
+    with pytest.raises(IntegrityError, match=r"names evaluation .*itself is training 000000000000"):
+        dossier.sampler_of(ran.store, other)
+    torn = {**version.tags, "eqm.evaluation_content": 64 * "0"}
+    with pytest.raises(IntegrityError, match="has content"):
+        dossier.sampler_of(ran.store, replace(version, tags=torn))
+    assert dossier.sampler_of(ran.store, replace(version, tags={})) is None
 
 
 def test_the_history_of_the_pipeline_is_whole(ran: Ran) -> None:
