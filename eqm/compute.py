@@ -1,7 +1,7 @@
 """How a network is run in training: blocks kept or computed again, compiled, by kernels of ours.
 
 Applied from outside: a network's module says what it computes, not how. Weights keep their names.
-Called by learner, train and flows, before what is trained is built.
+Called by encode, learner, train and flows, before what is trained is built.
 """
 
 import functools

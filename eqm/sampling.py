@@ -8,7 +8,7 @@
     eqm.score(model, images_as_latents)                           # high where out of distribution
 
 Every part of it is a descent on the landscape (section 3.3, appendix B). Called by people,
-and by generate, glimpse, outliers and serving.
+and by generate, glimpse, outliers, serving and flows.models.
 """
 
 import operator
