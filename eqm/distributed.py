@@ -250,6 +250,8 @@ def connect(
     here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     chosen = pick_device(device, local)
     torch.set_num_threads(threads or max(1, cores() // here))
+    # Torch would start up to 32 compilers for each process, whatever shares the cores with it.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, max(1, cores() // here))))
     if chosen.type == "cpu":
         keep_freed()
     else:
@@ -292,8 +294,13 @@ def _joined(
             store=calls,
             timeout_seconds=timeout.total_seconds(),
         )
-    finally:
-        dist.destroy_process_group()
+    except BaseException:
+        # NCCL leaves together with the others, who may be waiting for this rank: it would not come
+        # to say why it failed until all are killed. The end of the process aborts what is left.
+        if backend != "nccl":
+            dist.destroy_process_group()
+        raise
+    dist.destroy_process_group()
 
 
 def told_of_cores(processes: int) -> str | None:

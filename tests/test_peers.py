@@ -1,5 +1,7 @@
 """Ranks that fail while others wait for them in collectives that a network makes of its own."""
 
+import contextlib
+import datetime
 import json
 import os
 import subprocess
@@ -71,6 +73,41 @@ def test_a_gpu_that_torch_cannot_use_is_told_and_not_passed_over(
     (tmp_path / "nvidia0").unlink()
     (tmp_path / "nvidia0").symlink_to(tmp_path / "nothing")
     assert pick_device("auto").type == "cpu"
+
+
+@pytest.mark.parametrize(
+    ("device", "fails", "leaves"), [("cuda", True, 0), ("cuda", False, 1), ("cpu", True, 1)]
+)
+def test_a_rank_of_nccl_that_fails_does_not_wait_for_the_others(
+    device: str, fails: bool, leaves: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They wait for it, and why it failed would never be told: NCCL leaves all together."""
+    left: list[bool] = []
+    fake = SimpleNamespace(
+        init_process_group=lambda *_, **__: None,
+        new_group=lambda **_: None,
+        destroy_process_group=lambda: left.append(True),
+    )
+    monkeypatch.setattr(distributed, "dist", fake)
+    store = torch.distributed.HashStore()
+    monkeypatch.setattr(distributed, "rendezvous", lambda *_, **__: iter([(store, 0, 2)]))
+    joined = distributed._joined(0, 2, torch.device(device), datetime.timedelta(seconds=9))
+    with contextlib.suppress(ConfigError), joined:
+        if fails:
+            raise ConfigError("why it failed")
+    assert len(left) == leaves
+
+
+def test_processes_of_a_machine_share_its_cores_for_compilers_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(distributed, "cores", lambda: 8)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "")
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
+    before = torch.get_num_threads()
+    with distributed.connect("cpu", threads=before):
+        assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "2"
 
 
 def test_processes_that_have_not_a_core_each_are_told(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,6 +8,8 @@ features of kustomize, which are applied here.
 import http.server
 import json
 import re
+import subprocess
+import sys
 import threading
 import tomllib
 from collections.abc import Iterator
@@ -139,6 +141,21 @@ def test_kernels_can_be_compiled_where_they_run(compose: dict[str, Any]) -> None
     assert re.search(r"apt-get install .* g\+\+", final)
     (place,) = compose["services"]["worker"]["tmpfs"]
     assert "exec" in place.partition(":")[2].split(",")
+
+
+def test_files_of_newer_pythons_do_not_end_the_build_of_the_image(tmp_path: Path) -> None:
+    """torch 2.13 has one, and compileall then ends with 1."""
+    (line,) = re.findall(r"^RUN (.*compileall.*)$", (INFRA / "Dockerfile").read_text(), re.M)
+    for part in ("venv", "app"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "fine.py").write_text("x = 1")
+        line = re.sub(rf"/(opt/)?{part}(/lib)?\b", str(tmp_path / part), line)
+    line = line.replace("python ", f"{sys.executable} ")
+    (tmp_path / "venv" / "newer.py").write_text("def f[T](a): ...\n(")
+    assert subprocess.run(["/bin/sh", "-c", line], capture_output=True, check=False).returncode == 0
+    assert len(list(tmp_path.rglob("*.pyc"))) == 2
+    (tmp_path / "app" / "broken.py").write_text("(")
+    assert subprocess.run(["/bin/sh", "-c", line], capture_output=True, check=False).returncode != 0
 
 
 def test_the_image_is_made_of_the_code_alone() -> None:
