@@ -12,7 +12,7 @@ from typing import Any
 from prefect import flow
 
 from eqm import champion, dossier, drift, gate, image_sets
-from eqm.config import Job, replace
+from eqm.config import Job, demo_policy, replace
 from eqm.errors import DataError
 from eqm.names import further_inputs
 from eqm.records import Decision, Evaluation, Reason, Record, Ref, from_json, to_json
@@ -87,7 +87,7 @@ def find_champion(plan: Plan) -> Standing | None:
 def check_sets(plan: Plan) -> None:
     """See that the sets which scores are tested on are what they should be, before a training.
 
-    Tells as well of a policy that asks for more samples than are made.
+    Tells as well of a policy that asks for more samples than are made, or that is the demo's.
     """
     for one in plan.config.evaluate.ood.sets:
         image_sets.check_set(one)
@@ -98,6 +98,11 @@ def check_sets(plan: Plan) -> None:
         logged(
             f"warning: policy.minimum_samples is {asked:,} and generate.samples {made:,}: no model "
             "will pass; generate more, or ask for fewer"
+        )
+    if plan.config.policy.name == demo_policy().name and plan.config.source.kind != "digits":
+        logged(
+            "warning: policy.name is 'demo', the policy of the preset, whose thresholds were chosen "
+            "for its digits: set those of [policy] for these images, and a name"
         )
 
 

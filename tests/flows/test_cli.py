@@ -341,6 +341,12 @@ def test_a_policy_that_nothing_can_meet_is_told_before_a_training(monkeypatch) -
     few = read_config(table, {"generate.samples": 1797})
     evaluate.check_sets.fn(SimpleNamespace(config=few))
     assert "minimum_samples is 5,000 and generate.samples 1,797: no model will pass" in told[0]
+    told.clear()
+    evaluate.check_sets.fn(SimpleNamespace(config=read_config(table, {"policy.name": "demo"})))
+    assert "policy.name is 'demo', the policy of the preset, whose thresholds were" in told[0]
+    told.clear()
+    evaluate.check_sets.fn(SimpleNamespace(config=read_config("demo", {})))
+    assert told == []
 
 
 def test_an_evaluation_is_named_by_its_digits(tmp_path: Path, monkeypatch) -> None:
