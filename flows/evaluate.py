@@ -101,7 +101,7 @@ def check_sets(plan: Plan) -> None:
         )
     if plan.config.policy.name == demo_policy().name and plan.config.source.kind != "digits":
         logged(
-            "warning: policy.name is 'demo', the policy of the preset, whose thresholds were chosen "
+            "warning: policy.name is 'demo', the policy of the preset, whose thresholds were made "
             "for its digits: set those of [policy] for these images, and a name"
         )
 
