@@ -50,6 +50,13 @@ AWAY = " (The store was away.)"
 EXIT_REFUSED = 2
 """Exit status when the reason is one that a person can mend; its message is on stderr."""
 
+LESS_MEMORY = {
+    "latents": "lower encode.batch_size",
+    "train": "set compute.micro_batch, or lower it, or set compute.checkpointing to true",
+    "samples": "lower generate.sampler.batch_size",
+}
+"""Stage -> what to do where a GPU's memory is used up."""
+
 VERSIONS_OF = ("torch", "numpy", "diffusers", "webdataset", "torch-fidelity", "mlflow", "prefect")
 
 
@@ -215,6 +222,8 @@ def main(
         except EqmError as told:
             return _refuse(told, job)
     except Exception as error:
+        if (told := _out_of_memory(error, job)) is not None:
+            return _refuse(told, job)
         # A defect of ours keeps its traceback. Whoever started it learns what it was, and not only
         # what other ranks make of it.
         kind = type(error).__name__
@@ -226,6 +235,18 @@ def main(
 def _module() -> str:
     spec = sys.modules["__main__"].__spec__
     return spec.name if spec else "eqm.STAGE"
+
+
+def _out_of_memory(error: Exception, job: Job | None) -> EqmError | None:
+    """What to say of a device whose memory is used up; None for anything else."""
+    import torch
+
+    if not isinstance(error, torch.OutOfMemoryError):
+        return None
+    # Behind it are a dozen figures of the allocator.
+    said = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+    remedy = LESS_MEMORY.get("" if job is None else job.stage, "use one with more memory")
+    return StageError(f"{said}: {remedy}; see with nvidia-smi that nobody else uses this GPU")
 
 
 def _refuse(error: EqmError, job: Job | None) -> int:

@@ -98,11 +98,18 @@ def accelerator() -> Finding:
     """GPU, or the cores there are instead."""
     import torch
 
+    from eqm.compute import check_for_training
+    from eqm.config import ComputeConfig
     from eqm.distributed import why_unusable
     from eqm.kernels.halves import lacking
 
     if torch.cuda.is_available():
-        return Finding("accelerator", True, torch.cuda.get_device_name(), needed=False)
+        name, cuda = torch.cuda.get_device_name(), torch.device("cuda")
+        try:
+            check_for_training(ComputeConfig(compile=True, fused=True), cuda)
+        except EqmError as error:
+            return Finding("accelerator", False, name, str(error), needed=False)
+        return Finding("accelerator", True, name, needed=False)
     if (why := why_unusable()) is not None:
         told = f"a GPU that torch cannot use: {why}"
         remedy = f"a driver for CUDA {torch.version.cuda} that nvidia-smi shows the GPU with"

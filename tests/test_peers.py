@@ -66,6 +66,14 @@ def test_a_gpu_that_torch_cannot_use_is_told_and_not_passed_over(
     found = doctor.accelerator()
     assert not found.ok
     assert "too old" in found.found
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA H100")
+    monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(tmp_path))
+    assert doctor.accelerator().ok
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.delenv("CC", raising=False)
+    assert "install gcc" in doctor.accelerator().remedy
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert pick_device("auto").type == "cpu"
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")

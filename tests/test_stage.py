@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from eqm import progress, stage
 from eqm.config import Job, Runtime, replace
@@ -113,6 +114,23 @@ def test_whoever_started_a_program_learns_whether_the_store_was_away(
     raised = stage.failure(left.read_text())
     assert type(raised) is kind
     assert str(raised).startswith(str(error))
+
+
+def test_memory_that_is_used_up_is_told_with_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "job.json").write_text(json.dumps(to_json(a_job(tmp_path))))
+
+    def fails(_: Context) -> Outcome:
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB "
+            "of which 1 GiB is free."
+        )
+
+    assert stage.main(("latents",), fails, [str(tmp_path / "job.json")]) == 2
+    told = capsys.readouterr().err
+    said = "error: CUDA out of memory. Tried to allocate 2.00 GiB: lower encode.batch_size;"
+    assert told.startswith(said)
 
 
 def test_whoever_started_a_program_learns_of_a_defect_and_it_keeps_its_traceback(
