@@ -151,6 +151,35 @@ def order(keys: Iterable[str]) -> NDArray[np.int64]:
     return np.lexsort((words[:, 3], words[:, 2], words[:, 1], words[:, 0])).astype(np.int64)
 
 
+def told_of_twins(listing: Listing) -> str | None:
+    """What to tell of images that are the same bytes as another one; None where there are none.
+
+    The split is by name, and so may put one of two twins on either side.
+    """
+    # 128 bits of a digest are enough to tell images apart.
+    columns = np.ascontiguousarray(listing.sha256[:, :16]).view(np.uint64)
+    rows = np.lexsort((columns[:, 0], columns[:, 1]))
+    begins = np.ones(len(rows), dtype=bool)
+    begins[1:] = (columns[rows][1:] != columns[rows][:-1]).any(axis=1)
+    if begins.all():
+        return None
+    group = np.cumsum(begins) - 1
+    trained_on = np.bincount(group, weights=~listing.held_out[rows]) > 0
+    seen = int((listing.held_out[rows] & trained_on[group]).sum())
+    second = int(np.flatnonzero(~begins)[0])
+    one, other = sorted((int(rows[second - 1]), int(rows[second])))
+    told = (
+        f"{len(rows) - int(begins.sum()):,} of {len(rows):,} images are the same bytes as another "
+        f"one, as {listing.key(other)} is {listing.key(one)}"
+    )
+    if not seen:
+        return told
+    return (
+        f"{told}; {seen:,} of those that are held out are trained on all the same, so that numbers "
+        "of held-out images, which stand for images that are new, are too good: remove twins"
+    )
+
+
 def listing_digest(
     kind: str, classes: Sequence[str], listing: Listing, skipped: Sequence[str]
 ) -> str:

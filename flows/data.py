@@ -369,9 +369,13 @@ def _store(store: str | None) -> Any:
 
 
 def _listed(plan: Any) -> Any:
+    from eqm.listing import told_of_twins
     from flows.plan import list_source, source_ref
 
-    return source_ref(list_source(plan))
+    source = list_source(plan)
+    if (twins := told_of_twins(source.entries)) is not None:
+        _say(f"warning: {twins}")
+    return source_ref(source)
 
 
 def _opened(latents: str) -> tuple[Any, Any]:

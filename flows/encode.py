@@ -18,6 +18,7 @@ from prefect.exceptions import ObjectNotFound
 from eqm.config import Job, replace
 from eqm.errors import ConfigError, DataError
 from eqm.images import checked_source
+from eqm.listing import told_of_twins
 from eqm.records import Record, Ref
 from eqm.stage import job_digest, listing_key
 from eqm.walk import shard_plans
@@ -59,6 +60,8 @@ def list_images(plan: Plan) -> Ref:
     source = list_source(plan)
     found = counted(len(source.entries), "image")
     logged(f"source {source.digest[:12]}: {found}{left_out(source.skipped)}")
+    if (twins := told_of_twins(source.entries)) is not None:
+        logged(f"warning: {twins}")
     return source_ref(source)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import os
+import re
 from collections.abc import Callable
 
 import numpy as np
@@ -25,6 +26,7 @@ from eqm.listing import (
     packed,
     table_from_bytes,
     table_to_bytes,
+    told_of_twins,
     unpacked,
 )
 
@@ -249,6 +251,32 @@ def test_a_table_with_any_byte_changed_is_refused_or_the_same() -> None:
         assert np.array_equal(two.sha256, one.sha256)
     with pytest.raises(ValueError, match="holds"):
         table_from_bytes(safetensors.numpy.save({"checksum": np.zeros(32, dtype=np.uint8)}))
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=15))
+def test_twins_are_counted_and_those_that_are_trained_on(images: list[tuple[int, bool]]) -> None:
+    """``images``: what the bytes of each are, and whether it is held out."""
+    hashes = b"".join(hashlib.sha256(bytes([one])).digest() for one, _ in images)
+    told = told_of_twins(
+        Listing(
+            *packed(f"{i}.png" for i in range(len(images))),
+            np.zeros(len(images), dtype=np.int32),
+            np.array([held for _, held in images]),
+            np.frombuffer(hashes, dtype=np.uint8).reshape(-1, 32),
+        )
+    )
+    again = len(images) - len({one for one, _ in images})
+    trained = {one for one, held in images if not held}
+    seen = sum(held and one in trained for one, held in images)
+    if not again:
+        assert told is None
+        return
+    assert told is not None
+    assert told.startswith(f"{again} of {len(images)} images are the same bytes as another one")
+    assert (f"; {seen} of those that are held out are trained on" in told) == bool(seen)
+    other, one = re.findall(r"as (\d+)\.png is (\d+)\.png", told)[0]
+    assert int(one) < int(other)
+    assert images[int(one)][0] == images[int(other)][0]
 
 
 @given(st.lists(st.text(max_size=5), max_size=20))
