@@ -137,7 +137,7 @@ def test_a_run_that_hangs_is_ended_and_holds_nothing(tmp_path: Path) -> None:
         os.kill(stuck, signal.SIGSTOP)
         waiting = start_deployment(home.api, "weekly", {"config": config})
 
-        state = ended(home.api, run, seconds=STUCK_SECONDS + 120)
+        state = ended(home.api, run, seconds=STUCK_SECONDS + 240)
         assert (state["type"], state["name"]) == ("FAILED", "TimedOut"), home.log()[-6000:]
         assert not Path(f"/proc/{stuck}").exists()
         # The one that waited has the slot now, trains, and is done.
