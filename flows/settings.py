@@ -24,6 +24,7 @@ address of another machine without credentials: a server that lets everybody in 
 import difflib
 import ipaddress
 import os
+import pwd
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -164,7 +165,7 @@ def read_settings(environ: Mapping[str, str]) -> Settings:
         mlflow_uri=_address(environ, "MLFLOW_TRACKING_URI"),
         prefect_api_url=_address(environ, "PREFECT_API_URL"),
         cluster=read_cluster(environ, home),
-        environ=dict(environ),
+        environ={**environ, **_identity(environ, home)},
     )
 
 
@@ -177,6 +178,20 @@ def _home(environ: Mapping[str, str]) -> Path:
             "missing"
         )
     return home
+
+
+def _identity(environ: Mapping[str, str], home: Path) -> dict[str, str]:
+    """A home and a name for a user of whom the system knows neither, as Kubernetes may choose one.
+
+    MLflow and Prefect cannot be imported without the first; runs of MLflow ask for the second.
+    """
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        named = any(environ.get(name) for name in ("LOGNAME", "USER", "LNAME", "USERNAME"))
+        told = {"HOME": str(home)} if "HOME" not in environ else {}
+        return told if named else {**told, "USER": f"uid-{os.getuid()}"}
+    return {}
 
 
 def _refuse_unknown(environ: Mapping[str, str]) -> None:

@@ -1,10 +1,12 @@
 """Ports on loopback: the preferred ones where they are free, others where they are not."""
 
 import contextlib
+import os
 import socket
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from infra.stack import MLFLOW, PREFECT, S3, WORKER, ServiceError
 
@@ -26,6 +28,9 @@ PREFERRED: dict[str, dict[str, int]] = {
     WORKER: {},
 }
 """First choice for every port that a service opens."""
+
+SOCKETS = Path("/tmp")  # noqa: S108  a name that SeaweedFS chose
+"""Where SeaweedFS makes a socket file for each of its gRPC ports, whatever TMPDIR is."""
 
 TRIES = 400
 PATIENCE_SECONDS = 2.0
@@ -61,7 +66,7 @@ class Claims:
         except OSError:
             claim.close()
             return False
-        if not is_free(port):
+        if not is_free(port) or _left_by_others(port):
             claim.close()
             return False
         self.held[port] = claim
@@ -77,6 +82,23 @@ def claims() -> Iterator[Claims]:
     finally:
         for claim in mine.held.values():
             claim.close()
+
+
+def _left_by_others(port: int) -> bool:
+    """Whether a killed SeaweedFS of another user left a socket file where one of ours would be.
+
+    In /tmp nobody may remove it but its owner; S3 would call it for ever, and never answer.
+    """
+    uid = os.geteuid()
+    files = (SOCKETS / f"seaweedfs-{part}-{port}.sock" for part in PREFERRED[S3])
+    return uid != 0 and any(_owner(file) not in (None, uid) for file in files)
+
+
+def _owner(file: Path) -> int | None:
+    try:
+        return file.lstat().st_uid
+    except FileNotFoundError:
+        return None
 
 
 def wait_until_free(port: int) -> None:

@@ -6,10 +6,12 @@ no secret stands on a command line, where every user of the machine could read i
 
 import http.client
 import json
+import os
 import socket
 import sqlite3
 import sys
 import sysconfig
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,12 +24,12 @@ from infra.stack import (
     POOL,
     PREFECT,
     S3,
-    UNWANTED,
     WORKER,
     ServiceError,
     Stack,
     child_environment,
     digest_of,
+    is_unwanted,
     without_proxy,
 )
 
@@ -282,6 +284,8 @@ def prefect_service(
         ),
         "PREFECT_SERVER_SERVICES_LATE_RUNS_AFTER_SECONDS": "300",
         "PREFECT_UI_API_URL": f"http://{loopback.HOST}:{port}/api",
+        # Else among its own modules, which may be another user's.
+        "PREFECT_UI_STATIC_DIRECTORY": str(folder / "pages"),
     }
     kept = _without(environ, "AWS_", "MLFLOW_", "PREFECT_")
     return Service(
@@ -311,6 +315,7 @@ def worker_service(root: Path, stack: Stack, environ: Mapping[str, str]) -> Serv
         "PREFECT_WORKER_QUERY_SECONDS": "5",
         # A server that restarts is waited for, 8 minutes in all, before a run gives up.
         "PREFECT_CLIENT_MAX_RETRIES": "8",
+        "TMPDIR": str(_own_temporary_folder()),
     }
     child = child_environment(environ, stack)
     name = worker_name(root)
@@ -337,6 +342,21 @@ def worker_service(root: Path, stack: Stack, environ: Mapping[str, str]) -> Serv
     )
 
 
+def _own_temporary_folder() -> Path:
+    """Where this user's workers put what is temporary. Raises ServiceError.
+
+    Prefect's has one name for all users of a machine, and whoever comes first owns it. Not in the
+    home: the kernel takes 107 bytes of a socket's path, and a home may lie deep.
+    """
+    uid = os.geteuid()
+    folder = make_private_folder(Path(tempfile.gettempdir()) / f"eqm-{uid}")
+    if folder.is_symlink() or folder.stat().st_uid != uid:
+        raise ServiceError(
+            f"{folder} is another user's: have it removed, or set TMPDIR to a folder of yours"
+        )
+    return folder
+
+
 def worker_name(root: Path) -> str:
     """Name of the worker of a home: of no other one that asks the same Prefect for work."""
     return f"eqm-{socket.gethostname()}-{digest_of([str(root)])[:8]}"
@@ -354,7 +374,7 @@ def _without(environ: Mapping[str, str], *prefixes: str) -> dict[str, str]:
     return {
         name: value
         for name, value in environ.items()
-        if not name.startswith(prefixes) and name not in UNWANTED
+        if not name.startswith(prefixes) and not is_unwanted(name, value)
     }
 
 

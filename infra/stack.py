@@ -4,6 +4,7 @@ Values only; `infra.local` makes them and starts the processes behind them.
 """
 
 import hashlib
+import importlib.util
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,6 +22,8 @@ LOOPBACK = ("127.0.0.1", "localhost")
 
 UNWANTED = frozenset({"PYTHONDONTWRITEBYTECODE"})
 """Without bytecode every start of a service compiles hundreds of modules again."""
+
+PROXIES = ("all_proxy", "http_proxy", "https_proxy")
 
 
 class ServiceError(EqmError):
@@ -121,13 +124,21 @@ class ServiceStatus:
 
 def child_environment(environ: Mapping[str, str], stack: Stack) -> dict[str, str]:
     """Environment for a child process: the given one, with what would mislead it taken out."""
-    kept = {name: value for name, value in environ.items() if not _misleads(name, stack)}
+    kept = {k: v for k, v in environ.items() if not (is_unwanted(k, v) or _misleads(k, stack))}
     return {**kept, **without_proxy(environ), **stack.environment()}
 
 
+def is_unwanted(name: str, value: str) -> bool:
+    """Whether no child should have this variable.
+
+    Where httpx cannot speak SOCKS, no client of Prefect can be made with such a proxy in the
+    environment, not even one for this machine.
+    """
+    socks = name.lower() in PROXIES and value.lower().startswith("socks")
+    return name in UNWANTED or (socks and importlib.util.find_spec("socksio") is None)
+
+
 def _misleads(name: str, stack: Stack) -> bool:
-    if name in UNWANTED:
-        return True
     # A session token or a profile of a real cloud would spoil the signatures of the embedded S3.
     if stack.s3_access_key is not None and name.startswith("AWS_"):
         return name != "AWS_CA_BUNDLE"

@@ -4,11 +4,13 @@ import contextlib
 import http.client
 import json
 import os
+import pwd
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -24,8 +26,10 @@ from botocore.exceptions import ClientError
 from eqm.errors import ConfigError
 from flows.settings import external, read_settings
 from infra import local, ports
+from infra.credentials import make_credentials
 from infra.deployments import PrefectApi
 from infra.processes import Leader, alive, read_process, spawn
+from infra.services import prefect_service, worker_service
 from infra.stack import SERVICES, External, ServiceError, Stack, child_environment
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
@@ -491,6 +495,41 @@ def test_a_port_is_claimed_once() -> None:
         assert theirs.choose(20000) != first
 
 
+def test_a_port_whose_socket_another_user_left_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ports, "SOCKETS", tmp_path)
+    with ports.claims() as claims:
+        first = claims.choose(20000)
+    left = tmp_path / f"seaweedfs-master-grpc-{first}.sock"
+    left.touch()
+    with ports.claims() as claims:
+        assert claims.choose(first) == first
+    monkeypatch.setattr(os, "geteuid", lambda: left.stat().st_uid + 1)
+    with ports.claims() as claims:
+        assert claims.choose(first) > first
+
+
+def test_a_worker_does_not_share_temporary_files_with_other_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    stack = Stack(home=tmp_path, embedded=frozenset())
+    place = Path(worker_service(tmp_path, stack, {}).environment["TMPDIR"])
+    assert place.parent == tmp_path
+    assert place.stat().st_mode & 0o777 == 0o700
+    owner = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    place.rename(tmp_path / f"eqm-{owner + 1}")
+    with pytest.raises(ServiceError, match="another user's"):
+        worker_service(tmp_path, stack, {})
+
+
+def test_pages_of_prefect_are_not_written_among_its_modules(tmp_path: Path) -> None:
+    service = prefect_service(tmp_path, {"prefect": 4200}, make_credentials(tmp_path), {})
+    assert Path(service.environment["PREFECT_UI_STATIC_DIRECTORY"]).is_relative_to(tmp_path)
+
+
 def test_what_is_given_is_not_started(tmp_path: Path) -> None:
     home = Home(tmp_path.resolve())
     given = External(
@@ -524,6 +563,8 @@ def test_a_child_is_not_misled() -> None:
         "PREFECT_PROFILE": "cloud",
         "MLFLOW_TRACKING_TOKEN": "token",
         "PYTHONDONTWRITEBYTECODE": "1",
+        "https_proxy": "http://proxy.example",
+        "ALL_PROXY": "socks5h://proxy.example",
     }
     child = child_environment(given, stack)
     assert child["NO_PROXY"] == "inner,127.0.0.1,localhost"
@@ -531,6 +572,9 @@ def test_a_child_is_not_misled() -> None:
     assert child["MLFLOW_TRACKING_TOKEN"] == "token"
     gone = {"AWS_SESSION_TOKEN", "AWS_PROFILE", "PREFECT_PROFILE", "PYTHONDONTWRITEBYTECODE"}
     assert not gone & set(child)
+    # Of SOCKS httpx makes an ImportError, also on its way to this machine.
+    assert child["https_proxy"] == "http://proxy.example"
+    assert "ALL_PROXY" not in child
     assert "hidden" not in repr(stack)
 
 
@@ -584,6 +628,22 @@ def test_what_is_given_stays(tmp_path: Path) -> None:
     assert child["AWS_ENDPOINT_URL_S3"] == "https://s3.example"
     assert child["PREFECT_API_URL"] == "http://127.0.0.1:4200/api"
     assert external(settings, running(tmp_path)).s3_bucket == "team"
+
+
+def test_a_user_whom_the_system_does_not_know_has_a_home_and_a_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = {"EQM_HOME": str(tmp_path)}
+    assert not {"HOME", "USER"} & set(read_settings(here).environ)
+    nobody = max(entry.pw_uid for entry in pwd.getpwall()) - 1
+    while any(entry.pw_uid == nobody for entry in pwd.getpwall()):
+        nobody -= 1
+    monkeypatch.setattr(os, "getuid", lambda: nobody)
+    told = read_settings(here).environ
+    assert (told["HOME"], told["USER"]) == (str(tmp_path), f"uid-{nobody}")
+    given = {"HOME": "/", "LOGNAME": "pod"}
+    told = read_settings({**here, **given}).environ
+    assert told == {**here, **given}
 
 
 def test_a_misspelt_variable_is_refused() -> None:
