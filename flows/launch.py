@@ -180,8 +180,17 @@ def _has(process: Path, mark: str) -> bool:
 
 
 def _why(name: str, status: int, reason: Path) -> str:
-    if reason.exists():
-        return f"{name}: {reason.read_text()}"
+    said = reason.read_text() if reason.exists() else ""
+    if status in (-signal.SIGKILL, 128 + signal.SIGKILL):
+        # What other ranks say then is what followed from it.
+        which, said = name if status < 0 else f"a process of {name}", f" ({said})" if said else ""
+        return (
+            f"{which} was killed by SIGKILL{said}: if memory ran out, of this machine or of its "
+            "container (dmesg tells), give it more, or lower processes or compute.micro_batch; run "
+            "it again to go on"
+        )
+    if said:
+        return f"{name}: {said}"
     if status < 0:
         return f"{name} was killed by {signal.Signals(-status).name}: run it again to go on"
     return f"{name} ended with status {status}: its output above says why"

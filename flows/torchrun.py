@@ -4,6 +4,7 @@ Ranks say themselves why they fail, and torchrun which was first. Called, as a p
 """
 
 import logging
+import signal
 import sys
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -21,7 +22,10 @@ def run() -> None:
         sys.exit(128 + error.sigval)
     except ChildFailedError as error:
         _, first = error.get_first_failure()
-        sys.exit(first.exitcode if first.exitcode > 0 else 128 - first.exitcode)
+        # One that lost a killed rank may have been seen to end before that one.
+        killed = any(one.exitcode == -signal.SIGKILL for one in error.failures.values())
+        status = -signal.SIGKILL if killed else first.exitcode
+        sys.exit(status if status > 0 else 128 - status)
 
 
 if __name__ == "__main__":

@@ -150,7 +150,8 @@ def _weed_options(folder: Path, ports: Mapping[str, int], bind: str) -> str:
     options: dict[str, str | int] = {
         "ip": loopback.HOST,
         "ip.bind": loopback.HOST,
-        "dir": str(data),
+        # In the folder of the process: at a comma in a path another folder would begin.
+        "dir": data.name,
         # Master and filer answer no HTTP at all: their HTTP interfaces hand out write tokens and
         # delete whole buckets without asking who one is.
         "disableHttp": "true",
@@ -167,7 +168,7 @@ def _weed_options(folder: Path, ports: Mapping[str, int], bind: str) -> str:
         "filer": "true",
         "filer.port": ports["filer"],
         "filer.port.grpc": ports["filer-grpc"],
-        # Relative to the folder of the process: the kernel takes 107 bytes of path at most.
+        # There too: the kernel takes 107 bytes of path at most.
         "filer.localSocket": "filer.sock",
         "s3": "true",
         "s3.ip.bind": bind,
@@ -245,7 +246,8 @@ def mlflow_service(
             "-m",
             "mlflow",
             "server",
-            f"--backend-store-uri=sqlite:///{database}",
+            # In the folder of the process: a path with a question mark would end there.
+            f"--backend-store-uri=sqlite:///{database.name}",
             f"--artifacts-destination=s3://{stack.s3_bucket}/mlflow",
             f"--host={loopback.HOST}",
             f"--port={port}",
@@ -271,6 +273,8 @@ def prefect_service(
     port = ports["prefect"]
     told = {
         "PREFECT_HOME": str(folder),
+        # Its default, but without the path, in which a question mark would end it.
+        "PREFECT_SERVER_DATABASE_CONNECTION_URL": "sqlite+aiosqlite:///prefect.db",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_API_AUTH_STRING": secrets.prefect_auth,
         "PREFECT_API_AUTH_STRING": secrets.prefect_auth,

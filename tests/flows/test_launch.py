@@ -177,8 +177,23 @@ def test_the_message_of_a_real_program(tmp_path: Path) -> None:
 
 def test_a_program_that_is_killed_is_told(place: Place) -> None:
     place.program("os.kill(os.getpid(), signal.SIGKILL)")
-    with pytest.raises(StageError, match="was killed by SIGKILL: run it again to go on"):
+    with pytest.raises(StageError, match=r"SIGKILL: if memory ran out.*run it again to go on"):
         place.launcher.run(a_job(), processes=1)
+
+
+def test_a_rank_that_is_killed_is_told_before_what_others_make_of_it(place: Place) -> None:
+    place.program(
+        "import json\n"
+        'told = Path(json.loads(Path(sys.argv[1]).read_text())["runtime"]["error_file"])\n'
+        'if os.environ["RANK"] == "0":\n'
+        '    told.write_text("no answer")\n'
+        "    time.sleep(300)\n"
+        "while not told.exists(): time.sleep(0.01)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    told = r"^a process of latents-[0-9a-f]{16} was killed by SIGKILL \(no answer\): if memory"
+    with pytest.raises(StageError, match=told):
+        place.launcher.run(a_job(), processes=2)
 
 
 def test_under_torchrun_a_message_comes_through_and_which_rank_has_failed(

@@ -29,7 +29,7 @@ from infra import local, ports
 from infra.credentials import make_credentials
 from infra.deployments import PrefectApi
 from infra.processes import Leader, alive, read_process, spawn
-from infra.services import prefect_service, worker_service
+from infra.services import mlflow_service, prefect_service, s3_service, worker_service
 from infra.stack import SERVICES, External, ServiceError, Stack, child_environment
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
@@ -528,6 +528,20 @@ def test_a_worker_does_not_share_temporary_files_with_other_users(
 def test_pages_of_prefect_are_not_written_among_its_modules(tmp_path: Path) -> None:
     service = prefect_service(tmp_path, {"prefect": 4200}, make_credentials(tmp_path), {})
     assert Path(service.environment["PREFECT_UI_STATIC_DIRECTORY"]).is_relative_to(tmp_path)
+
+
+def test_databases_are_in_their_home_whatever_its_path_holds(tmp_path: Path) -> None:
+    """SQLAlchemy ends a path at a question mark, and SeaweedFS at a comma."""
+    home = tmp_path / "a,b?c"
+    secrets = make_credentials(home)
+    mlflow = mlflow_service(home, {"mlflow": 5000}, Stack(home=home, embedded=frozenset()), {})
+    assert "--backend-store-uri=sqlite:///mlflow.db" in mlflow.command
+    assert mlflow.folder == home / "mlflow"
+    prefect = prefect_service(home, {"prefect": 4200}, secrets, {})
+    connection = prefect.environment["PREFECT_SERVER_DATABASE_CONNECTION_URL"]
+    assert (connection, prefect.folder) == ("sqlite+aiosqlite:///prefect.db", home / "prefect")
+    s3_service(home, ports.PREFERRED["s3"], secrets, {})
+    assert "\ndir=data\n" in (home / "s3" / "config" / "weed.options").read_text()
 
 
 def test_what_is_given_is_not_started(tmp_path: Path) -> None:
