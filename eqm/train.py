@@ -897,6 +897,10 @@ def catch_up(context: Context, record: Record) -> None:
 class StopSignals:
     """Collect SIGTERM and SIGINT while the loop runs, so that it ends between two updates."""
 
+    of_program = False
+    """Whether this process ends with the training: then a SIGTERM after the one that it ends for is
+    passed over, for there is still to say why, and a lease and a run of MLflow to give back."""
+
     def __enter__(self) -> list[int]:
         self.asked: list[int] = []
         kinds = (signal.SIGTERM, signal.SIGINT)
@@ -905,7 +909,8 @@ class StopSignals:
 
     def __exit__(self, *_: object) -> None:
         for kind, handler in self._before.items():
-            signal.signal(kind, handler)
+            leaves = self.of_program and self.asked and kind == signal.SIGTERM
+            signal.signal(kind, signal.SIG_IGN if leaves else handler)
 
     def _note(self, kind: int, _: FrameType | None) -> None:
         self.asked.append(kind)
@@ -913,6 +918,7 @@ class StopSignals:
 
 def main(argv: list[str]) -> int:
     """Run the stage program."""
+    StopSignals.of_program = True
     return stage_main(("train",), program, argv, sealed=catch_up)
 
 

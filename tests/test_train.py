@@ -41,7 +41,7 @@ from eqm.network import Transformer
 from eqm.official import to_official, write_official
 from eqm.randomness import Stream, normal, uniform
 from eqm.records import Record, to_json
-from eqm.stage import Context, job_digest, open_ref, verify
+from eqm.stage import EXIT_REFUSED, Context, job_digest, open_ref, verify
 from eqm.storage import LocalStore
 from eqm.train import InterruptedTraining
 
@@ -260,6 +260,32 @@ def test_killed_at_random_moments_it_ends_in_the_same_bits(
         assert store_of(job).record("train", job_digest(job)) is None
     # The lease lasts for ten minutes: that its holder is dead is seen, and not waited for.
     assert chain.run(job).content == tiny["train"].content
+
+
+def test_told_again_and_again_it_still_leaves_in_order(tiny: chain.Chain, tmp_path: Path) -> None:
+    """As by a scheduler that tells the script and its steps, or by torchrun that is told twice."""
+    job = asking(untrained(tiny, tmp_path), train={"images": 1000 * BATCH})
+    digest = job_digest(job)
+    with started(job, tmp_path / "job.json") as child:
+        until(lambda: lease.read(store_of(job), checkpoint.lease_key(digest)) is not None, child)
+        # Until the loop has begun, a signal ends it at once.
+        until(lambda: notes_signals(child.pid), child)
+        while child.poll() is None:
+            child.send_signal(signal.SIGTERM)
+            time.sleep(0.001)
+        _, said = child.communicate(timeout=60)
+    assert child.returncode == EXIT_REFUSED, said
+    assert "error: stopped at image" in said
+    left = lease.read(store_of(job), checkpoint.lease_key(digest))
+    assert left is not None
+    assert left.released
+
+
+def notes_signals(pid: int) -> bool:
+    """Whether a process does something of its own at SIGTERM."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    caught = int(re.findall(r"SigCgt:\s+(\w+)", status)[0], 16)
+    return bool(caught >> (signal.SIGTERM - 1) & 1)
 
 
 def test_the_lease_is_held_until_the_record_is_sealed(

@@ -25,7 +25,10 @@ rm -f @ERROR@
 out_of_time=
 end_in_time() {
     out_of_time=1
-    scancel --signal=TERM "$SLURM_JOB_ID"
+    # What is being cancelled is told by Slurm itself, and needs not be told twice.
+    if [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]; then
+        scancel --signal=TERM "$SLURM_JOB_ID"
+    fi
 }
 trap end_in_time TERM
 
