@@ -111,6 +111,9 @@ class LocalLauncher:
         environment = {
             **self.environment,
             "OMP_NUM_THREADS": str(threads),
+            # `-m` would look into the folder where the flow was started first: an `eqm` there, or
+            # a random.py, would be run in place of ours.
+            "PYTHONSAFEPATH": "1",
             MARK: mark,
         }
         status = self._run(command(PROGRAMS[job.stage], file, processes), environment, lock)

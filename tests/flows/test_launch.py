@@ -123,6 +123,18 @@ def test_a_program_is_given_its_job_and_environment(place: Place) -> None:
     assert from_json(Runtime, {"store": "x"}, "runtime").error_file is None
 
 
+def test_what_lies_where_a_flow_is_started_is_not_run(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = place.folder / "here"
+    here.mkdir()
+    for name in ("a_program.py", "random.py"):
+        (here / name).write_text("raise SystemExit(3)")
+    monkeypatch.chdir(here)
+    place.program("import random")
+    place.launcher.run(a_job(), processes=1)
+
+
 def test_parts_of_a_job_run_beside_each_other_but_no_part_twice(place: Place) -> None:
     place.program(SLEEPS_WITH_A_CHILD)
     with ThreadPoolExecutor() as beside:
