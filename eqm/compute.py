@@ -111,10 +111,10 @@ def check_kernels(network: nn.Module, compute: ComputeConfig, device: torch.devi
         return
     rule = "false, as these kernels are written for GPUs of NVIDIA, and this trains on a CPU"
     require(device.type == "cuda", "compute.fused", True, rule)
-    check_compiler(device, "fused")
     config = cast(NetworkConfig, network.config)
     rule = "false with network.rms_norm: these kernels are of layer norm"
     require(not config.rms_norm, "compute.fused", True, rule)
+    check_compiler(device, "fused")
 
 
 def fuse(network: nn.Module, compute: ComputeConfig, objective: ObjectiveConfig) -> None:

@@ -149,6 +149,7 @@ def test_a_train_job_that_is_there_is_waited_for(place: Place) -> None:
     assert is_sealed(place.job)
 
 
+@pytest.mark.slow
 def test_a_train_job_that_a_killed_flow_left_without_its_file_gets_it(place: Place) -> None:
     def upgrade() -> None:
         place.cluster.away = True
