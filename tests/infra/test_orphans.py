@@ -13,6 +13,7 @@ import pytest
 
 from infra.deployments import PrefectApi
 from infra.orphans import GONE_SECONDS, MOST_STARTS, Orphans, living_runs
+from infra.stack import POOL
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(200)]
 
@@ -23,8 +24,12 @@ EARLIER = LATER - datetime.timedelta(days=1)
 
 
 @pytest.fixture
-def api(all_environment: dict[str, str]) -> PrefectApi:
-    return PrefectApi(all_environment["PREFECT_API_URL"], all_environment)
+def api(all_environment: dict[str, str]) -> Iterator[PrefectApi]:
+    """Of a pool that is paused: the worker of the session would begin with what is due again."""
+    api = PrefectApi(all_environment["PREFECT_API_URL"], all_environment)
+    api._send("PATCH", f"/work_pools/{POOL}", {"is_paused": True})
+    yield api
+    api._send("PATCH", f"/work_pools/{POOL}", {"is_paused": False})
 
 
 @pytest.fixture
@@ -90,7 +95,6 @@ def test_what_lost_its_process_is_started_again(
     assert living in set(living_runs())
     orphans.look(worker_since=LATER)
     again = {run: shown(api, run) for run in (running, pending, unnamed, crashed)}
-    # Before somebody begins with them.
     finish(api, running, pending, unnamed, crashed)
     assert set(again.values()) == {("SCHEDULED", "AwaitingRetry")}
     assert shown(api, ending) == ("CANCELLED", "Cancelled")
