@@ -187,8 +187,9 @@ def test_of_an_evaluation_without_a_report(tiny, runtime, again, monkeypatch):
 # -- every value of the report ------------------------------------------------------------------
 
 
-def test_every_changed_value_of_the_json_is_found_and_named(report, renderer):
-    """Each is changed in the part in which it lies, and every 100th goes through all checks."""
+@pytest.mark.parametrize("step", [100, pytest.param(40, marks=pytest.mark.slow)])
+def test_every_changed_value_of_the_json_is_found_and_named(report, renderer, step):
+    """Each is changed in the part in which it lies, and every so many go through all checks."""
     assert differing(check_report(report, renderer)) == []
     body = json.loads(report.data)
     assert len(list(leaves(body))) > 1000
@@ -196,7 +197,7 @@ def test_every_changed_value_of_the_json_is_found_and_named(report, renderer):
         for path in leaves(value):
             found = of_values(changed(value, path), value, part)
             assert [d.place for d in found] == [dotted((part, *path))]
-    for path in [path for path in leaves(body) if path[0] not in (*ASKED, "schema")][::100]:
+    for path in [path for path in leaves(body) if path[0] not in (*ASKED, "schema")][::step]:
         forged = replace(report, data=as_bytes(changed(body, path)) + b"\n")
         found = differing(check_report(forged, renderer))
         assert [d.place for d in found] == [dotted(path)]
