@@ -45,14 +45,8 @@ def training() -> tuple[Callable[[], None], Callable[[], TrainState]]:
             torch.cuda.synchronize()
 
     def state() -> TrainState:
-        return TrainState(
-            images_seen=int(numbers[0]),
-            parameters={name: p.detach() for p, name in learner.names.items()},
-            ema=learner.ema.state_dict(),
-            optimiser=checkpoint.optimiser_to_tensors(learner.optimiser, learner.names),
-            history={},
-            pending=[],
-        )
+        curve = {"history": {}, "pending": []}
+        return checkpoint.from_flat(learner.state(), int(numbers[0]), curve, {})
 
     return step, state
 

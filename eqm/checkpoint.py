@@ -13,7 +13,7 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,6 +29,7 @@ from eqm.errors import IntegrityError, MissingError
 from eqm.patience import Patience
 from eqm.records import Blob, note_from_bytes, note_to_bytes
 from eqm.storage import Store
+from eqm.words import counted
 
 SCHEMA = "eqm-checkpoint/2"
 SNAPSHOT_SCHEMA = "eqm-snapshot/1"
@@ -235,7 +236,7 @@ class Copies:
         """A state that shares nothing with one that is changed."""
         curve = {name: json.loads(json.dumps(getattr(state, name))) for name in CURVE_FIELDS}
         copied = self.of(_flat(state), "state/")
-        return _from_flat(copied, images_seen=state.images_seen, curve=curve, events=state.events)
+        return from_flat(copied, state.images_seen, curve, state.events)
 
     def _copy(self, key: str, tensor: Tensor) -> Tensor:
         kept = self._kept.get(key)
@@ -393,14 +394,34 @@ def _key(digest: str, at: Position, end: str, folder: str = "checkpoints") -> st
     return f"train/{digest}/{folder}/{at.name}.{end}"
 
 
-def load(store: Store, digest: str, at: Position) -> TrainState:
-    """State of the checkpoint at a position.
+Read = Callable[[str], bytes]
+"""Key -> its bytes. Raises MissingError, StoreError."""
 
-    Raises IntegrityError, naming the commit to delete, if any file of it is damaged or lost.
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that is being read: all but its tensors is here."""
+
+    images_seen: int
+    curve: Mapping[str, Any]
+    """CURVE_FIELDS of the state."""
+    events: Mapping[str, bytes | Blob]
+    files: Iterator[dict[str, Tensor]]
+    """ "<part>/<name>" -> tensor, of one file after the other, each read when it is asked for."""
+
+
+@contextlib.contextmanager
+def opened(
+    store: Store, digest: str, at: Position, *, read: Read | None = None
+) -> Iterator[Opened]:
+    """Read the checkpoint at a position, through ``read`` in place of the store's where given.
+
+    Raises IntegrityError, naming the commit to delete, if any file of it is damaged or lost, or
+    whoever reads it finds that it does not fit.
     """
     where = store.where(_key(digest, at, "json"))
     try:
-        return _load(store, digest, at)
+        yield _open(store, digest, at, read or store.read)
     except (IntegrityError, MissingError) as error:
         raise IntegrityError(
             f"checkpoint {where} cannot be used: {error}. To go on from the checkpoint before it, "
@@ -408,9 +429,45 @@ def load(store: Store, digest: str, at: Position) -> TrainState:
         ) from error
 
 
-def _load(store: Store, digest: str, at: Position) -> TrainState:
+def load(store: Store, digest: str, at: Position) -> TrainState:
+    """The whole state of the checkpoint at a position. Raises as :func:`opened`."""
+    with opened(store, digest, at) as found:
+        tensors = {name: tensor for file in found.files for name, tensor in file.items()}
+        return from_flat(tensors, found.images_seen, found.curve, found.events)
+
+
+@torch.no_grad()
+def fill(
+    tensors: Mapping[str, Tensor],
+    files: Iterable[Mapping[str, Tensor]],
+    own: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict,
+) -> None:
+    """Copy what files hold into tensors "<part>/<name>", file by file.
+
+    A state is several times as large as its network: whole, beside the one that is filled, it may
+    be more than there is memory for. ``own`` takes of whole tensors what is kept here. Raises
+    IntegrityError for tensors that are missing, unknown, or of another shape or dtype.
+    """
+    missing = set(tensors)
+    for file in files:
+        for name, found in own(file).items():
+            here = tensors.get(name)
+            if here is None or (here.shape, here.dtype) != (found.shape, found.dtype):
+                wanted = "this run has none" if here is None else f"this run has {_form(here)}"
+                raise IntegrityError(f"{name} is {_form(found)}, and {wanted}")
+            here.copy_(found)
+            missing.discard(name)
+    if missing:
+        raise IntegrityError(f"{min(missing)} is not in it ({counted(len(missing), 'tensor')})")
+
+
+def _form(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def _open(store: Store, digest: str, at: Position, read: Read) -> Opened:
     key = _key(digest, at, "json")
-    data, where = store.read(key), store.where(key)
+    data, where = read(key), store.where(key)
     schema = _schema(data, where)
     if schema in MIGRATIONS:
         return MIGRATIONS[schema](store, data, where, at)
@@ -419,13 +476,22 @@ def _load(store: Store, digest: str, at: Position) -> TrainState:
         raise IntegrityError(f"it is of schema {schema!r}, this program reads {known}")
     commit = note_from_bytes(Commit, data, where)
     _check_position(at, Position(commit.images_seen, commit.token))
-    tensors: dict[str, Tensor] = {}
-    for end, blob in commit.files.items():
-        if end != CURVE:
-            tensors.update(tensors_from_bytes(_verified(store, _key(digest, at, end), blob)))
-    curve = json.loads(_verified(store, _key(digest, at, CURVE), commit.files[CURVE]))
-    # A damaged log costs no training: whoever goes on with the log reads it, and tells.
-    return _from_flat(tensors, images_seen=at.images_seen, curve=curve, events=commit.events)
+
+    def verified(end: str) -> bytes:
+        key, blob = _key(digest, at, end), commit.files[end]
+        data = read(key)
+        found = Blob.of(data)
+        if found != blob:
+            raise IntegrityError(damaged(blob, store.where(key), found.size_bytes, found.sha256))
+        return data
+
+    return Opened(
+        images_seen=at.images_seen,
+        curve=json.loads(verified(CURVE)),
+        # A damaged log costs no training: whoever goes on with the log reads it, and tells.
+        events=commit.events,
+        files=(tensors_from_bytes(verified(end)) for end in commit.files if end != CURVE),
+    )
 
 
 def _schema(commit: bytes, where: str) -> str:
@@ -440,14 +506,6 @@ def _check_position(asked: Position, found: Position) -> None:
         raise IntegrityError(f"it holds the state of {found.name}, not this one")
 
 
-def _verified(store: Store, key: str, blob: Blob) -> bytes:
-    data = store.read(key)
-    found = Blob.of(data)
-    if found != blob:
-        raise IntegrityError(damaged(blob, store.where(key), found.size_bytes, found.sha256))
-    return data
-
-
 # -- older schemas ------------------------------------------------------------------------------
 
 
@@ -460,22 +518,26 @@ class Commit1:
     files: dict[str, Blob]
 
 
-def _from_schema_1(store: Store, data: bytes, where: str, at: Position) -> TrainState:
+def _from_schema_1(store: Store, data: bytes, where: str, at: Position) -> Opened:
     commit = note_from_bytes(Commit1, data, where)
     _check_position(at, Position(commit.images_seen, 0))
-    files = {name: store.get(blob) for name, blob in commit.files.items()}
-    history, pending = json.loads(files.pop("curve"))
-    flat = {
-        f"{part}/{name}": tensor
-        for part, held in files.items()
-        for name, tensor in tensors_from_bytes(held).items()
-    }
-    curve = {"history": history, "pending": pending}
-    return _from_flat(flat, images_seen=commit.images_seen, curve=curve)
+    parts = dict(commit.files)
+    history, pending = json.loads(store.get(parts.pop("curve")))
+
+    def file(part: str, blob: Blob) -> dict[str, Tensor]:
+        held = tensors_from_bytes(store.get(blob))
+        return {f"{part}/{name}": tensor for name, tensor in held.items()}
+
+    return Opened(
+        images_seen=commit.images_seen,
+        curve={"history": history, "pending": pending},
+        events={},
+        files=(file(part, blob) for part, blob in parts.items()),
+    )
 
 
-Migration = Callable[[Store, bytes, str, Position], TrainState]
-"""(store, bytes of a commit, its address, its position) -> state. Raises IntegrityError."""
+Migration = Callable[[Store, bytes, str, Position], Opened]
+"""(store, bytes of a commit, its address, its position) -> what it holds. Raises IntegrityError."""
 MIGRATIONS: dict[str, Migration] = {"eqm-checkpoint/1": _from_schema_1}
 """How commits of older schemas are read."""
 
@@ -494,14 +556,13 @@ def _flat(state: TrainState) -> dict[str, Tensor]:
     return {f"{part}/{name}": t for part, tensors in parts.items() for name, t in tensors.items()}
 
 
-def _from_flat(
+def from_flat(
     flat: Mapping[str, Tensor],
-    *,
     images_seen: int,
     curve: Mapping[str, Any],
-    events: Mapping[str, bytes | Blob] | None = None,
+    events: Mapping[str, bytes | Blob],
 ) -> TrainState:
-    """What :func:`_flat` took apart, and the fields that are JSON."""
+    """State of tensors "<part>/<name>" and the fields that are JSON."""
     parts: dict[str, dict[str, Tensor]] = {"parameters": {}, "ema": {}, "optimiser": {}}
     averages: dict[str, dict[str, Tensor]] = {}
     for key, tensor in flat.items():
@@ -513,7 +574,7 @@ def _from_flat(
             parts[part][name] = tensor
     given = {name: curve[name] for name in CURVE_FIELDS if name in curve}
     return TrainState(
-        images_seen=images_seen, averages=averages, events=dict(events or {}), **parts, **given
+        images_seen=images_seen, averages=averages, events=dict(events), **parts, **given
     )
 
 
@@ -618,31 +679,3 @@ def tensors_from_bytes(data: bytes) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     return load(data)
-
-
-def optimiser_to_tensors(
-    optimiser: torch.optim.Optimizer, names: dict[Tensor, str]
-) -> dict[str, Tensor]:
-    """Moments of an optimiser under the names of its parameters; the next update changes them."""
-    return {
-        f"{moment}/{names[parameter]}": value.detach()
-        for parameter, moments in optimiser.state.items()
-        for moment, value in moments.items()
-    }
-
-
-def tensors_to_optimiser(
-    tensors: dict[str, Tensor], optimiser: torch.optim.Optimizer, names: dict[Tensor, str]
-) -> None:
-    """Put saved moments back. Raises IntegrityError if a parameter has none."""
-    by_name: dict[str, dict[str, Any]] = {}
-    for key, value in tensors.items():
-        moment, _, name = key.partition("/")
-        by_name.setdefault(name, {})[moment] = value
-    if set(by_name) != set(names.values()):
-        odd = sorted(set(by_name) ^ set(names.values()))[:3]
-        raise IntegrityError(f"optimiser state and parameters do not match at {', '.join(odd)}")
-    for parameter, name in names.items():
-        # The step counter of a fused optimiser lives where its parameter lives.
-        moved = {m: v.to(parameter.device).clone() for m, v in by_name[name].items()}
-        optimiser.state[parameter] = moved

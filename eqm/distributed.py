@@ -145,6 +145,21 @@ class World:
         told[self.rank] = number
         return self.sum_(told).tolist()
 
+    def first_gives(self, data: bytes) -> bytes:
+        """The bytes that the first rank has, for all ranks. Raises PeerError."""
+        if self.size == 1:
+            return data
+        size = self.first_says(len(data))
+        sent = torch.empty(size, dtype=torch.uint8, device=self.device)
+        if self.is_first and size:
+            sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        began = time.monotonic()
+        try:
+            dist.broadcast(sent, src=0, group=self.group)
+        except RuntimeError as error:
+            raise PeerError(self.told(time.monotonic() - began, error)) from error
+        return data if self.is_first else sent.cpu().numpy().tobytes()
+
     def first_tells(self, text: str) -> str:
         """The text that the first rank has, for all ranks; "" for none."""
         if self.size == 1:

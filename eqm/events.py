@@ -4,7 +4,7 @@ The log is the truth about a run, and MLflow mirrors it (eqm.registry). Every ch
 log up to itself, as segments that are never changed, so the log ends where the state ends that
 training goes on from: nothing is told twice and nothing is missing. The whole log is sealed beside
 what was trained, among the logs of the record: it holds times, and is part of no digest of content.
-Called by train, registry and flows.
+Called by run, persistence, mirroring, registry and flows.
 """
 
 import json
@@ -24,6 +24,8 @@ from eqm.errors import ConfigError, IntegrityError, MissingError
 from eqm.records import Blob, canonical_bytes, from_json, sha256
 from eqm.storage import Store
 
+EVENTS = "events.jsonl"
+"""The whole log, among the logs of a sealed record."""
 PREFIX = "events-"
 """Names of segments among the files of a checkpoint begin with this."""
 

@@ -6,7 +6,7 @@ checkpointing computes again does not count, so that it cannot make a machine lo
 of N tokens, D wide and L deep has about 12 D^2 L N + 2 N^2 D L + 6 D^2 L multiply-adds: 119 G for
 XL/2 at 256 tokens, which is the number that DiT's tables call Gflops.
 
-Called by train and by bench.
+Called by reporting and by bench.
 """
 
 import re

@@ -2,7 +2,7 @@
 
 Nothing here waits for the device but :func:`band_figures` and :func:`parameter_norm`, which are for
 reports, and :func:`fingerprint`, which is for checkpoints. Pure but for the clock and the counters
-of this process. Called by train.
+of this process. Called by train, run, guards and reporting.
 """
 
 import math

@@ -2,7 +2,7 @@
 
 The distance needs no extractor and no decoder, and is for the trend of one run alone: it is a
 Fréchet distance between latents in a few random directions, of few samples that are the same
-seeds each time. It is no metric to report. Called by train.
+seeds each time. It is no metric to report. Called by run and looks.
 """
 
 from collections.abc import Callable

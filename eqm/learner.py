@@ -85,6 +85,7 @@ class Learner:
             weight_decay=config.weight_decay,
             fused=True,
         )
+        begin_moments(self.optimiser)
         self.gradients = FlatGradient(tuple(trained.values()), room=room)
         if shards is not None:
             shards.attach(self.gradients.views)
@@ -121,17 +122,25 @@ class Learner:
         """All averages but the main ones, under their names: "ema-20000", "power-0.05"."""
         return {name: track.state_dict() for name, track in self._further.items()}
 
-    def load_averages(self, found: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Copy what :meth:`averages` gave. Raises ValueError for others than are tracked here."""
-        odd = sorted(found.keys() ^ self._further.keys())
-        if odd:
-            raise ValueError(
-                f"averages {odd[0]} are "
-                + ("not tracked here" if odd[0] in found else "missing")
-                + f": this run tracks {', '.join(self._further) or 'none'}"
-            )
-        for name, track in self._further.items():
-            track.load_state_dict(found[name])
+    def state(self) -> dict[str, Tensor]:
+        """All that updates change, under "<part>/<name>": the tensors themselves.
+
+        Parts are "parameters", "ema", "optimiser/<moment>" and "averages/<track>". Whoever puts
+        others' numbers into them goes on where they were.
+        """
+        moments = {
+            f"optimiser/{moment}/{name}": value
+            for parameter, name in self.names.items()
+            for moment, value in self.optimiser.state[parameter].items()
+        }
+        further = {
+            f"averages/{track}/{name}": average
+            for track, averages in self.averages().items()
+            for name, average in averages.items()
+        }
+        ema = {f"ema/{name}": average for name, average in self.ema.state_dict().items()}
+        weights = {f"parameters/{name}": p.detach() for p, name in self.names.items()}
+        return {**weights, **ema, **moments, **further}
 
     @property
     def _further(self) -> dict[str, EMA | PowerEMA]:
@@ -247,6 +256,16 @@ class Learner:
             track.update(weights, images=images, happened=happened)
         for power in self.power.values():
             power.update(weights, images=images, images_seen=images_seen, happened=happened)
+
+
+def begin_moments(optimiser: torch.optim.AdamW) -> None:
+    """Give a fused AdamW what its first update would: a state that there is can be filled."""
+    for group in optimiser.param_groups:
+        for p in group["params"]:
+            # The count lives where its parameter lives, for the kernel that reads it is there.
+            count = torch.zeros((), dtype=torch.float32, device=p.device)
+            first, second = torch.zeros_like(p), torch.zeros_like(p)
+            optimiser.state[p] = {"step": count, "exp_avg": first, "exp_avg_sq": second}
 
 
 def _trained(network: nn.Module) -> dict[str, nn.Parameter]:

@@ -6,7 +6,7 @@ if it does not change for its length by the watcher's own monotonic clock, its h
 dead. Clocks of two machines are never compared. A holder that wakes up later learns at its next
 renewal that it was replaced; what it had under way by then is told apart by its token, which is why
 the lease says, from the moment of a takeover on, what was ``accepted`` of all that was written
-under smaller ones. Called by train and checkpoint.
+under smaller ones. Called by train, run, persistence and checkpoint.
 
 Safety rests on the compare-and-set and on the tokens alone. The length of a lease decides only how
 soon a dead holder is replaced, and how long a paused one is waited for.

@@ -2,7 +2,7 @@
 
 What boto3 itself tries again is over within seconds; a server that is restarted, or a network that
 is mended, takes minutes, and no training need end for that. Called by batches,
-checkpoint, stage and train.
+checkpoint, run and stage.
 """
 
 import sys

@@ -106,7 +106,6 @@ def events_of(training: str) -> list[Any]:
     from eqm import events
     from eqm.errors import DataError, EqmError, IntegrityError
     from eqm.model import sealed
-    from eqm.train import EVENTS
     from flows.addresses import open_sealed
     from flows.settings import activate
 
@@ -130,6 +129,8 @@ def events_of(training: str) -> list[Any]:
             if isinstance(error, IntegrityError) or len(here) != 1:
                 raise
             return events.events_of(here[0].read_bytes(), str(here[0]))
-    if EVENTS not in record.logs:
+    if events.EVENTS not in record.logs:
         raise DataError(f"{training} was sealed without a log: there is nothing to draw")
-    return events.events_of(store.get(record.logs[EVENTS]), f"{EVENTS} of {record.digest[:12]}")
+    return events.events_of(
+        store.get(record.logs[events.EVENTS]), f"{events.EVENTS} of {record.digest[:12]}"
+    )

@@ -36,7 +36,7 @@ def register_model(plan: Plan, trained: Record) -> Version:
     registry = Registry(plan.mlflow_uri)
     if not registry.has_finished(trained.digest):
         # MLflow was away while it was trained: the run is shown first, so that it can be named.
-        from eqm.train import send_missed
+        from eqm.mirroring import send_missed
 
         send_missed(plan.store, trained, plan.runtime("train"))
     revision = trained.provenance.get("git_revision") or "unknown"

@@ -35,9 +35,9 @@ from eqm.config import Job, TrainStage, replace
 from eqm.errors import EqmError
 from eqm.events import events_of
 from eqm.records import Record, from_json, to_json
+from eqm.run import HISTORY_POINTS
 from eqm.stage import job_digest
 from eqm.storage import Store, open_store
-from eqm.train import HISTORY_POINTS
 from flows.launch import LocalLauncher
 from infra import local
 from infra.processes import members

@@ -241,40 +241,65 @@ def test_a_lost_file_is_told_with_the_way_on(tmp_path: Path) -> None:
         load_newest(store, RUN)
 
 
-def test_optimiser_state_goes_on_bit_equal() -> None:
-    def parameters() -> list[torch.nn.Parameter]:
-        generator = torch.Generator().manual_seed(0)
-        return [torch.nn.Parameter(torch.randn(4, generator=generator)) for _ in range(2)]
+# -- back into place ----------------------------------------------------------------------------
 
-    def steps(optimiser: torch.optim.Optimizer, ps: list[torch.nn.Parameter], n: int) -> None:
-        for _ in range(n):
-            for p in ps:
-                p.grad = p.detach() ** 2
-            optimiser.step()
 
-    straight = parameters()
-    steps(torch.optim.AdamW(straight, lr=0.1, fused=True), straight, 6)
+def places(state: TrainState) -> dict[str, torch.Tensor]:
+    """Tensors that a state fits into, with other numbers in them."""
+    return {name: torch.full_like(t, -7.0) for name, t in checkpoint._flat(state).items()}
 
-    broken = parameters()
-    first = torch.optim.AdamW(broken, lr=0.1, fused=True)
-    steps(first, broken, 3)
-    names = {p: f"p{i}" for i, p in enumerate(broken)}
-    saved = checkpoint.tensors_from_bytes(
-        checkpoint.tensors_to_bytes(checkpoint.optimiser_to_tensors(first, names))
+
+@pytest.mark.parametrize("file_bytes", [24, 60, 10_000])
+def test_a_state_is_put_into_tensors_that_are_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_bytes: int
+) -> None:
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", file_bytes)
+    store = LocalStore(tmp_path)
+    save(store, RUN, with_averages())
+    there, asked = places(with_averages()), []
+    held = dict(there)
+    read = lambda key: asked.append(key) or store.read(key)  # noqa: E731
+    with checkpoint.opened(store, RUN, Position(128, 1), read=read) as found:
+        # Tensors are read when they are asked for, a file at a time.
+        assert len(asked) == 2
+        checkpoint.fill(there, found.files)
+    assert len(asked) == len(store.list(f"train/{RUN}/checkpoints/"))
+    assert (found.images_seen, found.curve) == (
+        128,
+        {"history": a_state().history, "pending": a_state().pending},
     )
-    second = torch.optim.AdamW(broken, lr=0.1, fused=True)
-    checkpoint.tensors_to_optimiser(saved, second, names)
-    steps(second, broken, 3)
-    assert all(torch.equal(a, b) for a, b in zip(straight, broken, strict=True))
+    for name, tensor in checkpoint._flat(with_averages()).items():
+        assert there[name] is held[name]
+        assert torch.equal(there[name], tensor)
 
 
-def test_optimiser_state_of_another_network_is_refused() -> None:
-    parameter = torch.nn.Parameter(torch.zeros(1))
-    optimiser = torch.optim.AdamW([parameter])
-    with pytest.raises(IntegrityError, match="do not match at"):
-        checkpoint.tensors_to_optimiser(
-            {"exp_avg/other": torch.zeros(1)}, optimiser, {parameter: "p"}
-        )
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (lambda t: t.pop("ema/b"), r"ema/b is float32 \(\), and this run has none"),
+        (
+            lambda t: t.update({"ema/a.weight": torch.zeros(2, 3)}),
+            r"a\.weight is float32 \(3, 2\), and this run has float32 \(2, 3\)",
+        ),
+        (lambda t: t.update({"ema/b": torch.zeros((), dtype=torch.float64)}), r"has float64 \(\)"),
+        (
+            lambda t: t.update({"ema/c": torch.zeros(1), "averages/x/c": torch.zeros(1)}),
+            r"averages/x/c is not in it \(2 tensors\)",
+        ),
+    ],
+)
+def test_a_state_that_does_not_fit_is_refused_with_the_way_on(
+    tmp_path: Path, change: Callable[[dict[str, torch.Tensor]], object], told: str
+) -> None:
+    store = LocalStore(tmp_path)
+    key = save(store, RUN, a_state())
+    there = places(a_state())
+    change(there)
+    with (
+        pytest.raises(IntegrityError, match=rf"cannot be used: .*{told}.*delete .*{key}"),
+        checkpoint.opened(store, RUN, Position(128, 1)) as found,
+    ):
+        checkpoint.fill(there, found.files)
 
 
 # -- beside the training ------------------------------------------------------------------------

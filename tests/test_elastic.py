@@ -24,9 +24,9 @@ from eqm.latents import sample_latents
 from eqm.objective import Corrupted, decay, mixed, target
 from eqm.randomness import Stream, normal, uniform
 from eqm.records import Record, to_json
+from eqm.run import InterruptedTraining
 from eqm.stage import job_digest
 from eqm.storage import LocalStore
-from eqm.train import InterruptedTraining
 
 BATCH = 32
 ROOT = Path(__file__).parent.parent

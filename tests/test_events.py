@@ -27,9 +27,9 @@ from eqm.config import replace
 from eqm.errors import IntegrityError
 from eqm.events import PREFIX, Event, EventLog, events_of, log_of, restore
 from eqm.records import Blob, Record, canonical_bytes, to_json
+from eqm.run import InterruptedTraining
 from eqm.stage import job_digest
 from eqm.storage import LocalStore
-from eqm.train import InterruptedTraining
 
 BATCH = 32
 ROOT = Path(__file__).parent.parent
@@ -321,7 +321,7 @@ def test_the_norm_of_the_weights_is_that_of_those_kept(tiny: chain.Chain) -> Non
 def test_stopped_between_two_points_all_that_is_reproducible_is_the_same(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "HISTORY_POINTS", 5)
+    monkeypatch.setattr("eqm.run.HISTORY_POINTS", 5)
     whole = untrained(tiny, tmp_path / "whole")
     undisturbed = points(sealed_log(store_of(whole), chain.run(whole)))
     job = untrained(tiny, tmp_path / "stopped")
@@ -349,10 +349,10 @@ def test_a_point_of_the_curve_that_is_long_has_several_events(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where training was stopped between two of them; what is sealed stays as it was."""
-    monkeypatch.setattr(train, "HISTORY_POINTS", 4)
+    monkeypatch.setattr("eqm.run.HISTORY_POINTS", 4)
     whole = untrained(tiny, tmp_path / "whole")
     few = chain.run(whole)
-    monkeypatch.setattr(train, "LOG_UPDATES", 2)
+    monkeypatch.setattr("eqm.run.LOG_UPDATES", 2)
     job = untrained(tiny, tmp_path / "stopped")
     step = train.step
     with monkeypatch.context() as patch:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eqm import glimpse, train
+from eqm import glimpse, looks, train
 from eqm.config import SamplerConfig, replace, stage_config
 from eqm.distributed import World
 from eqm.errors import ConfigError, DataError, IntegrityError, PeerError, StoreError
@@ -96,11 +96,11 @@ def test_a_look_that_was_due_where_the_run_was_stopped_is_taken_when_it_goes_on(
     )
     taken, take = [], glimpse.take
     monkeypatch.setattr(glimpse, "take", lambda *a, **k: taken.append("") or take(*a, **k))
-    for looks in (0, 1):
+    for looked in (0, 1):
         with pytest.raises(train.InterruptedTraining):
             chain.run(parted)
         # There was no time for it before the checkpoint.
-        assert len(taken) == looks
+        assert len(taken) == looked
     monkeypatch.undo()
     usual, record = chain.run(whole), chain.run(parted)
     assert record.content == usual.content
@@ -131,7 +131,7 @@ def test_while_the_first_process_looks_the_others_wait_and_know_that_it_is_at_it
         is_first=True, timeout_seconds=0.0, first_says=said.append, device=run.world.device
     )
     run.context = replace(run.context, world=world)
-    train.look(run)
+    looks.look(run)
     # At every update of either batch of samples, and then that it is over.
     assert said[-1] is False
     assert said[:-1].count(True) == len(said) - 1 >= 2 * FEW.updates
@@ -139,7 +139,7 @@ def test_while_the_first_process_looks_the_others_wait_and_know_that_it_is_at_it
     run.context = replace(
         run.context, world=SimpleNamespace(is_first=False, first_says=lambda _: said.pop(0))
     )
-    train.look(run)
+    looks.look(run)
     assert said == []
     assert [event.kind for event in run.log.events].count("samples") == 1
 
@@ -153,7 +153,7 @@ def test_a_look_among_ranks_that_are_gone_ends_training(
     run = alone(tiny, tmp_path)
     monkeypatch.setattr(glimpse, "take", gone)
     with pytest.raises(PeerError):
-        train.look(run)
+        looks.look(run)
 
 
 def alone(tiny: chain.Chain, tmp_path) -> train.Run:

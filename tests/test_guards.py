@@ -10,15 +10,15 @@ import pytest
 import torch
 from chain import store_of, untrained
 
-from eqm import checkpoint, train
+from eqm import checkpoint, guards, train
 from eqm.batches import read_batch
 from eqm.config import ComputeConfig, Job, replace
 from eqm.errors import ConfigError, DataError
 from eqm.events import Event, events_of
 from eqm.latent_set import open_manifest
 from eqm.records import Record
+from eqm.run import InterruptedTraining
 from eqm.stage import job_digest
-from eqm.train import InterruptedTraining
 
 BATCH = 32
 BAD = 4 * BATCH
@@ -60,7 +60,7 @@ def poisoned(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) ->
 def test_training_stops_and_names_the_update_before_a_checkpoint_follows_it(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "HISTORY_POINTS", 2)
+    monkeypatch.setattr("eqm.run.HISTORY_POINTS", 2)
     cache = tmp_path / "cache"
     job = asked(tiny, tmp_path, "stop", checkpoint_every_images=BATCH, cache=str(cache))
     words = r"gradient norm inf of the update from image 128 on: training has diverged; lower"
@@ -93,7 +93,7 @@ def test_training_goes_on_past_it_counts_it_and_tells_its_images(
     capsys: pytest.CaptureFixture[str],
     points: int,
 ) -> None:
-    monkeypatch.setattr(train, "HISTORY_POINTS", points)
+    monkeypatch.setattr("eqm.run.HISTORY_POINTS", points)
     job = asked(tiny, tmp_path, "skip")
     if points == 200:
         # The update is alone in its point of the curve: there is nothing to go on with.
@@ -128,9 +128,9 @@ def test_a_skipped_update_that_is_alone_in_its_event_ends_no_training(
     poisoned: int,
 ) -> None:
     """What events leave over of a point may be one update: of 2,001, where they tell of 500."""
-    monkeypatch.setattr(train, "HISTORY_POINTS", 4)
-    monkeypatch.setattr(train, "LOG_UPDATES", 4)
-    monkeypatch.setattr(train, "SPIKE_POINTS", 1)
+    monkeypatch.setattr("eqm.run.HISTORY_POINTS", 4)
+    monkeypatch.setattr("eqm.run.LOG_UPDATES", 4)
+    monkeypatch.setattr("eqm.guards.SPIKE_POINTS", 1)
     job = asked(tiny, tmp_path, "skip")
     record = chain.run(job)
     assert "1 updates were skipped" in capsys.readouterr().err
@@ -152,8 +152,8 @@ def test_as_many_as_an_event_tells_of_that_are_all_skipped_end_training(
     made: int,
 ) -> None:
     """Also in the middle of a point whose beginning was good."""
-    monkeypatch.setattr(train, "HISTORY_POINTS", 1)
-    monkeypatch.setattr(train, "LOG_UPDATES", 4)
+    monkeypatch.setattr("eqm.run.HISTORY_POINTS", 1)
+    monkeypatch.setattr("eqm.run.LOG_UPDATES", 4)
     accumulate, begun = train.accumulate, []
 
     def worse(run: train.Run, batch: train.Batch) -> torch.Tensor:
@@ -174,7 +174,7 @@ def test_as_many_as_an_event_tells_of_that_are_all_skipped_end_training(
 def test_stopped_beside_a_skipped_update_it_ends_in_the_same_bits(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "HISTORY_POINTS", 5)
+    monkeypatch.setattr("eqm.run.HISTORY_POINTS", 5)
     whole = chain.run(asked(tiny, tmp_path / "whole", "skip"))
     job = asked(tiny, tmp_path / "stopped", "skip")
     step = train.step
@@ -208,7 +208,7 @@ def test_a_loss_far_above_the_usual_is_told_and_changes_nothing(
     assert said.count("times the usual") == 1
     (spike,) = events(job, record, "guard")
     assert spike.facts.items() >= {"what": "spike", **where(tiny, 15 * BATCH)}.items()
-    assert spike.facts["loss"] > train.SPIKE * spike.facts["usual"]
+    assert spike.facts["loss"] > guards.SPIKE * spike.facts["usual"]
     for name in ("ema.safetensors", "raw.safetensors"):
         assert record.outputs[name] == tiny["train"].outputs[name]
 

@@ -12,7 +12,7 @@ from eqm.config import NetworkConfig, ObjectiveConfig, PretrainedFile, TrainConf
 from eqm.ema import LONGEST_SIGMA_REL
 from eqm.errors import ConfigError, DataError
 from eqm.field import Field
-from eqm.learner import Learner, check_slope, initial_share, learn
+from eqm.learner import Learner, begin_moments, check_slope, initial_share, learn
 from eqm.network import Transformer
 from eqm.objective import (
     Corrupted,
@@ -599,15 +599,52 @@ def test_further_averages_are_handed_over_and_change_nothing(digits):
     assert not torch.equal(learnt.averages["ema-64"][name], learnt.averages["ema-500.5"][name])
 
 
-def test_averages_of_other_tracks_are_refused():
-    tracking = learner(network(), train=replace(SHORT, ema_power=(0.1,)))
-    kept = {name: dict(tensors) for name, tensors in tracking.averages().items()}
-    with pytest.raises(ValueError, match=r"power-0\.1 are missing: this run tracks power-0\.1"):
-        tracking.load_averages({})
-    with pytest.raises(ValueError, match=r"power-0\.1 are not tracked here: this run tracks none"):
-        learner(network()).load_averages(kept)
-    tracking.load_averages({"power-0.1": {n: a + 1 for n, a in kept["power-0.1"].items()}})
-    assert float(tracking.averages()["power-0.1"]["head.linear.bias"].min()) == 1
+# -- the state of it ----------------------------------------------------------------------------
+
+
+def test_moments_begin_as_the_first_update_of_torch_makes_them():
+    ours, theirs = (
+        torch.optim.AdamW([torch.nn.Parameter(torch.ones(3, 2))], lr=0.1, fused=True)
+        for _ in range(2)
+    )
+    begin_moments(ours)
+    begun = {m: (t.shape, t.dtype, t.device) for m, t in next(iter(ours.state.values())).items()}
+    assert not any(bool(t.any()) for t in next(iter(ours.state.values())).values())
+    for optimiser in (ours, theirs):
+        (group,) = optimiser.param_groups
+        for power in (1, 2, 3):
+            group["params"][0].grad = group["params"][0].detach() ** power
+            optimiser.step()
+    made = next(iter(theirs.state.values()))
+    assert begun == {m: (t.shape, t.dtype, t.device) for m, t in made.items()}
+    assert all(torch.equal(t, made[m]) for m, t in next(iter(ours.state.values())).items())
+    assert torch.equal(*(o.param_groups[0]["params"][0] for o in (ours, theirs)))
+
+
+@pytest.mark.parametrize("change", [{}, {"ema_tracks": (100.0,), "ema_power": (0.05, 0.1)}])
+def test_whoever_is_given_all_of_a_state_goes_on_to_the_bit(digits, change):
+    x, labels = digits
+    config = replace(SHORT, gradient_clip=1.0, weight_decay=0.1, **change)
+
+    def updates(learner: Learner, first: int, last: int) -> None:
+        for seen in range(first, last, 64):
+            numbers = torch.arange(seen, seen + 64)
+            rows = numbers % len(x)
+            learner.backward(learner.corrupted(x[rows], labels[rows], numbers))
+            learner.apply(learner.gradient(), images_seen=seen)
+
+    whole, first, second = (learner(network(), train=config) for _ in range(3))
+    updates(whole, 0, 384)
+    updates(first, 0, 192)
+    for name, tensor in second.state().items():
+        tensor.copy_(first.state()[name])
+    updates(second, 192, 384)
+    assert second.state().keys() == whole.state().keys()
+    assert all(torch.equal(t, whole.state()[name]) for name, t in second.state().items())
+    parts = {name.rpartition("/")[0] for name in whole.state()}
+    moments = {f"optimiser/{moment}" for moment in ("step", "exp_avg", "exp_avg_sq")}
+    tracks = {"averages/ema-100", "averages/power-0.05", "averages/power-0.1"} if change else set()
+    assert parts == {"parameters", "ema", *moments, *tracks}
 
 
 # -- arguments that a person may get wrong -------------------------------------------------------

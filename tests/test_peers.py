@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eqm import distributed, gauges, train
+from eqm import distributed, gauges, guards, train
 from eqm.config import ComputeConfig
 from eqm.distributed import World, pick_device
 from eqm.errors import ConfigError, PeerError, ReplicaError
@@ -151,14 +151,14 @@ def test_ranks_that_are_apart_are_told_before_anything_is_written(
     told: list[int], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(World, "each_says", lambda *_: told)
-    monkeypatch.setattr(train, "replicated", lambda _: [torch.zeros(1)])
+    monkeypatch.setattr(guards, "replicated", lambda _: [torch.zeros(1)])
     world = World(0, len(told), torch.device("cpu"))
     run: Any = SimpleNamespace(world=world, images_seen=64, persisted=0, since_report=[])
     run.learner = SimpleNamespace(shards=None)
     with pytest.raises(ReplicaError, match=said):
         train.persist(run)
     told[:] = [7] * len(told)
-    train.refuse_apart(run)
+    guards.refuse_apart(run)
 
 
 @pytest.mark.slow

@@ -32,7 +32,15 @@ from eqm.batches import read_batch
 from eqm.config import Job, TrainConfig, TrainStage, replace, stage_config
 from eqm.distributed import World
 from eqm.ema import EMA, sigma_rel_to_gamma
-from eqm.errors import AwayError, ConfigError, DataError, EqmError, IntegrityError, StoreError
+from eqm.errors import (
+    AwayError,
+    ConfigError,
+    DataError,
+    EqmError,
+    IntegrityError,
+    MissingError,
+    StoreError,
+)
 from eqm.events import events_of
 from eqm.kernels.halves import lacking
 from eqm.latents import sample_latents
@@ -41,9 +49,9 @@ from eqm.network import Transformer
 from eqm.official import to_official, write_official
 from eqm.randomness import Stream, normal, uniform
 from eqm.records import Record, to_json
+from eqm.run import InterruptedTraining, first_acts
 from eqm.stage import EXIT_REFUSED, Context, job_digest, open_ref, verify
 from eqm.storage import LocalStore
-from eqm.train import InterruptedTraining
 
 GOLDEN = Path(__file__).parent / "golden" / "train_tiny.json"
 BATCH = 32
@@ -170,7 +178,7 @@ def test_stopped_halfway_in_float16_it_ends_in_the_same_bits(
 def test_points_of_the_curve_survive_a_stop_between_them(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(train, "HISTORY_POINTS", 5)
+    monkeypatch.setattr("eqm.run.HISTORY_POINTS", 5)
     whole = chain.run(untrained(tiny, tmp_path / "whole"))
     job = untrained(tiny, tmp_path / "stopped")
     with monkeypatch.context() as patch:
@@ -210,7 +218,7 @@ def test_a_damaged_checkpoint_is_refused_by_name(tiny: chain.Chain, tmp_path: Pa
     (key,) = commits(job)
     file = store.root / key.replace(".json", ".0000.safetensors")
     file.write_bytes(file.read_bytes()[:-1] + b"\x00")
-    with pytest.raises(train.EqmError, match=f"{Path(key).name} cannot be used.*damaged"):
+    with pytest.raises(EqmError, match=f"{Path(key).name} cannot be used.*damaged"):
         chain.run(job)
 
 
@@ -425,7 +433,11 @@ def test_where_the_first_process_may_not_train_all_end_and_say_why(
 
 @pytest.mark.parametrize(
     ("error", "kind"),
-    [(AwayError("S3 is gone"), AwayError), (StoreError("disk full"), InterruptedTraining)],
+    [
+        (AwayError("S3 is gone"), AwayError),
+        (MissingError("no such file"), MissingError),
+        (StoreError("disk full"), InterruptedTraining),
+    ],
 )
 def test_all_processes_end_by_what_the_first_one_met(
     error: StoreError, kind: type[EqmError]
@@ -439,11 +451,11 @@ def test_all_processes_end_by_what_the_first_one_met(
         return SimpleNamespace(is_first=first, first_tells=lambda text: said.append(text) or text)
 
     with pytest.raises(StoreError) as met:
-        train.first_acts(world(first=True), fails)
+        first_acts(world(first=True), fails)
     assert met.value is error
     other = SimpleNamespace(is_first=False, first_tells=lambda _: said[0])
     with pytest.raises(kind, match=f"^{error}$"):
-        train.first_acts(other, fails)  # type: ignore[arg-type]
+        first_acts(other, fails)  # type: ignore[arg-type]
 
 
 # -- more than one process ----------------------------------------------------------------------
