@@ -139,6 +139,42 @@ class World:
         told = torch.tensor(int(number) if self.is_first else 0, device=self.device)
         return int(self.sum_(told))
 
+    @contextlib.contextmanager
+    def first_at_work(self) -> Iterator[None]:
+        """What the first rank does within may take as long as it takes, for the others wait for it.
+
+        All enter. The first one tells them all along, by a thread, that it is at it: whoever says
+        nothing for ``timeout_seconds`` is given up. Within it calls no other collectives. Raises
+        PeerError.
+        """
+        if self.size == 1:
+            yield
+            return
+        if not self.is_first:
+            yield
+            while self.first_says(True):
+                pass
+            return
+        ended, failed = threading.Event(), []
+
+        def tell() -> None:
+            try:
+                while not ended.wait(self.timeout_seconds / 10):
+                    self.first_says(True)
+            except PeerError as error:
+                failed.append(error)
+
+        telling = threading.Thread(target=tell, name="at-work", daemon=True)
+        telling.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            telling.join()
+        if failed:
+            raise failed[0]
+        self.first_says(False)
+
     def each_says(self, number: int) -> list[int]:
         """The numbers that the ranks have, in their order, for all ranks."""
         told = torch.zeros(self.size, dtype=torch.int64, device=self.device)
@@ -325,7 +361,7 @@ def told_of_cores(processes: int) -> str | None:
         return None
     return (
         f"{processes} processes share {have} core{'s' if have > 1 else ''} on this machine: their "
-        "GPUs will wait for them. Give the job more (EQM_SLURM_CPUS, a container's limit of CPUs)"
+        "GPUs will wait for them. Give the job more (EQM_PROCESS_CPUS, a container's limit of CPUs)"
     )
 
 

@@ -1,15 +1,13 @@
 """How samples look while a training goes on: grids, and a quick distance, of the EMA weights."""
 
 import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from eqm import glimpse, model
-from eqm.errors import EqmError, PeerError
+from eqm.errors import EqmError
 from eqm.model import Model
 from eqm.run import Run, crossed, gathers
 
@@ -38,40 +36,26 @@ def look_missed(run: Run) -> None:
 def look(run: Run) -> None:
     """Note how samples of the EMA weights look, and how far they are: eqm.glimpse.
 
-    The first process looks. It tells the others on the way that it is at it, for that may take
-    longer than they would wait for somebody who says nothing.
+    The first process looks, and the others wait for it.
     """
     tensors = {}
     if gathers(run):
         tensors = {**run.learner.weights(), **run.learner.whole(run.learner.ema.state_dict())}
-    if not run.world.is_first:
-        while run.world.first_says(False):
-            pass
-        return
-    told, pause = time.monotonic(), run.world.timeout_seconds / 10
+    with run.world.first_at_work():
+        if run.world.is_first:
+            note_look(run, tensors)
 
-    def at_it(*_: object) -> None:
-        nonlocal told
-        if time.monotonic() - told > pause:
-            run.world.first_says(True)
-            told = time.monotonic()
 
+def note_look(run: Run, tensors: dict[str, Tensor]) -> None:
+    """What :func:`look` does by itself. A look that fails is told: it costs no training."""
+    settings = run.context.job.runtime.grid_sampler
     try:
-        note_look(run, tensors, at_it)
-    except PeerError:
-        raise
+        seen = glimpse.take(model_of(run, tensors), settings, run.around)
+        grid = run.context.store.put(seen.grid)
     except (EqmError, torch.OutOfMemoryError) as error:
-        # A look costs no training, and where one rank alone ended, the others would wait for it.
         reason = str(error).partition(". ")[0] if isinstance(error, RuntimeError) else error
         sys.stderr.write(f"warning: no samples at image {run.images_seen:,}: {reason}\n")
-    run.world.first_says(False)
-
-
-def note_look(run: Run, tensors: dict[str, Tensor], at_it: Callable[..., None]) -> None:
-    """What :func:`look` does by itself; ``at_it`` is called on the way."""
-    settings = run.context.job.runtime.grid_sampler
-    seen = glimpse.take(model_of(run, tensors), settings, run.around, on_update=at_it)
-    grid = run.context.store.put(seen.grid)
+        return
     figures = {"latent_distance": seen.distance}
     run.log.append("samples", run.images_seen, figures, blobs={"grid.png": grid})
 

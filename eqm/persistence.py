@@ -139,8 +139,16 @@ def outcome_of(run: Run) -> Outcome | None:
     whole = run.learner.whole
     weights, averages = run.learner.weights(), whole(run.learner.ema.state_dict())
     further = {name: whole(track) for name, track in run.learner.averages().items()}
-    if not run.world.is_first:
-        return None
+    with run.world.first_at_work():
+        return _outcome(run, weights, averages, further) if run.world.is_first else None
+
+
+def _outcome(
+    run: Run,
+    weights: dict[str, Tensor],
+    averages: dict[str, Tensor],
+    further: dict[str, dict[str, Tensor]],
+) -> Outcome:
     return Outcome(
         outputs={
             "model.json": model.spec_to_bytes(run.spec),

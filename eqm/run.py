@@ -154,15 +154,17 @@ def crossed(before: int, after: int, interval: int) -> bool:
 def first_acts(world: World, act: Callable[[], None]) -> None:
     """Let the first rank do what only one may; where it fails in words, all ranks raise them.
 
-    Otherwise the others would wait for it until their collectives time out. What it raises they do
-    where it matters to whoever asked: AwayError, MissingError; else InterruptedTraining.
+    Otherwise the others would wait for it until their collectives time out. However long it takes,
+    they do wait. What it raises they do where it matters to whoever asked: AwayError, MissingError;
+    else InterruptedTraining.
     """
     failure: EqmError | None = None
-    if world.is_first:
-        try:
-            act()
-        except EqmError as error:
-            failure = error
+    with world.first_at_work():
+        if world.is_first:
+            try:
+                act()
+            except EqmError as error:
+                failure = error
     kind = AwayError if isinstance(failure, PASSING) else InterruptedTraining
     kind = MissingError if isinstance(failure, MissingError) else kind
     told = world.first_tells("" if failure is None else f"{kind.__name__} {failure}")

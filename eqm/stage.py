@@ -324,10 +324,10 @@ def run_part(job: Job, program: Program, *, afterwards: Afterwards | None = None
                 _say(f"{job.stage} {context.digest[:12]}: {outcome.message}")
             return None
         record = None
-        if world.is_first and isinstance(outcome, Outcome):
-            record = store.seal(_record(context, outcome, began))
-            _say(f"{job.stage} {record.digest[:12]} sealed, content {record.content[:12]}")
-        world.barrier()
+        with world.first_at_work():
+            if world.is_first and isinstance(outcome, Outcome):
+                record = store.seal(_record(context, outcome, began))
+                _say(f"{job.stage} {record.digest[:12]} sealed, content {record.content[:12]}")
     return record if record is not None else open_sealed(store, job)
 
 

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from eqm.sharding import Shards
 
 
-# -- setup ----------------------------------------------------------------------------------------
+# -- setup --------------------------------------------------------------------------------------
 
 
 def setup(context: Context, mine: lease.Held | None = None) -> Run:
@@ -141,7 +141,7 @@ def begin_log(run: Run) -> None:
     log.append(kind, run.images_seen, **where, lost=list(log.lost))
 
 
-# -- step -----------------------------------------------------------------------------------------
+# -- step ---------------------------------------------------------------------------------------
 
 
 def step(run: Run, batch: Batch, stop: bool) -> bool:
@@ -199,7 +199,7 @@ def corrupted(run: Run, batch: Batch) -> Corrupted:
     return run.learner.corrupted(x, here.labels, here.image_numbers)
 
 
-# -- the loop -------------------------------------------------------------------------------------
+# -- the loop -----------------------------------------------------------------------------------
 
 
 def program(context: Context) -> Outcome | None:
@@ -231,10 +231,11 @@ def mirrored(run: Run) -> None:
         elif mirror is not None:
             mirror.close("KILLED")
         raise
-    if run.world.is_first:
-        run.log.append("finished", run.images_seen)
-    if mirror is not None:
-        mirror.close("FINISHED")
+    with run.world.first_at_work():
+        if run.world.is_first:
+            run.log.append("finished", run.images_seen)
+        if mirror is not None:
+            mirror.close("FINISHED")
 
 
 def loop(run: Run) -> None:
@@ -313,7 +314,7 @@ class StopSignals:
         self.asked.append(kind)
 
 
-# -- its mirror in MLflow -------------------------------------------------------------------------
+# -- its mirror in MLflow -----------------------------------------------------------------------
 
 
 def open_mirror(run: Run) -> RunMirror | None:

@@ -5,11 +5,12 @@
 | EQM_LAUNCHER              | local, slurm or kubernetes                       | local            |
 | EQM_NODE_PROCESSES        | most processes of a job on one node              | 8                |
 | EQM_PROCESS_GPUS          | GPUs of a process: 1, or 0 on nodes without      | 1                |
+| EQM_PROCESS_CPUS          | CPU cores of a process                           | the cluster's    |
+| EQM_PROCESS_MEMORY        | memory of a process, GiB                         | the cluster's    |
 | EQM_SLURM_FOLDER          | folder of job files and logs that all nodes see  | EQM_HOME/jobs    |
 | EQM_SLURM_TIME            | longest time between two requeues, as 1-00:00:00 | the partition's  |
 | EQM_SLURM_PARTITION       | partition                                        | Slurm's default  |
 | EQM_SLURM_ACCOUNT         | account                                          | Slurm's default  |
-| EQM_SLURM_CPUS            | CPU cores of a process                           | Slurm's default  |
 | EQM_KUBERNETES_IMAGE      | image with this code, with a tag or digest       | must be set      |
 | EQM_KUBERNETES_RUNTIME    | TrainingRuntime that jobs build on               | eqm              |
 | EQM_KUBERNETES_SECRET     | Secret with the S3 credentials, by its name      | no credentials   |
@@ -33,11 +34,12 @@ VARIABLES = (
     "EQM_LAUNCHER",
     "EQM_NODE_PROCESSES",
     "EQM_PROCESS_GPUS",
+    "EQM_PROCESS_CPUS",
+    "EQM_PROCESS_MEMORY",
     "EQM_SLURM_FOLDER",
     "EQM_SLURM_TIME",
     "EQM_SLURM_PARTITION",
     "EQM_SLURM_ACCOUNT",
-    "EQM_SLURM_CPUS",
     "EQM_KUBERNETES_IMAGE",
     "EQM_KUBERNETES_RUNTIME",
     "EQM_KUBERNETES_SECRET",
@@ -70,6 +72,10 @@ class Nodes:
     """Most of a job on one node."""
     gpus: int = 1
     """Of each process."""
+    cpus: int | None = None
+    """Cores of each process; None: what the cluster gives whoever does not ask."""
+    memory_gib: int | None = None
+    """Of each process; None as of ``cpus``."""
 
     def spread(self, processes: int) -> tuple[int, int]:
         """Nodes, and processes on each of them. Raises ConfigError."""
@@ -91,7 +97,6 @@ class Slurm:
     time: str | None = None
     partition: str | None = None
     account: str | None = None
-    cpus: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +126,14 @@ def read_cluster(environ: Mapping[str, str], home: Path) -> Cluster | None:
         return None
     processes = _checked(environ, "EQM_NODE_PROCESSES", NUMBER) or "8"
     gpus = _checked(environ, "EQM_PROCESS_GPUS", ("[01]", "0 or 1")) or "1"
-    nodes = Nodes(processes=int(processes), gpus=int(gpus))
+    cpus = _checked(environ, "EQM_PROCESS_CPUS", NUMBER)
+    memory = _checked(environ, "EQM_PROCESS_MEMORY", NUMBER)
+    nodes = Nodes(
+        processes=int(processes),
+        gpus=int(gpus),
+        cpus=int(cpus) if cpus else None,
+        memory_gib=int(memory) if memory else None,
+    )
     return _slurm(environ, nodes, home) if kind == "slurm" else _kubernetes(environ, nodes)
 
 
@@ -134,7 +146,6 @@ def _slurm(environ: Mapping[str, str], nodes: Nodes, home: Path) -> Slurm:
         time=_checked(environ, "EQM_SLURM_TIME", TIME),
         partition=_checked(environ, "EQM_SLURM_PARTITION", WORD),
         account=_checked(environ, "EQM_SLURM_ACCOUNT", WORD),
-        cpus=_checked(environ, "EQM_SLURM_CPUS", NUMBER),
     )
 
 

@@ -175,7 +175,8 @@ class KubernetesLauncher:
         _refuse_secrets(job, self.environment)
         name, cluster = cluster_name(job), self.cluster
         nodes, here = cluster.nodes.spread(processes)
-        gpus = {"nvidia.com/gpu": str(here * cluster.nodes.gpus)} if cluster.nodes.gpus else {}
+        # Asked for and granted are the same: such pods are the last that a full node evicts.
+        wanted = {name: value for name, value in _resources(cluster, here).items() if value}
         labels = {"app.kubernetes.io/name": "eqm", "app.kubernetes.io/component": job.stage}
         queue = {"kueue.x-k8s.io/queue-name": cluster.queue} if cluster.queue else {}
         trainer = {
@@ -185,7 +186,7 @@ class KubernetesLauncher:
             "numNodes": nodes,
             "numProcPerNode": here,
             "env": self._env(job),
-            **({"resourcesPerNode": {"limits": gpus, "requests": gpus}} if gpus else {}),
+            **({"resourcesPerNode": {"limits": wanted, "requests": wanted}} if wanted else {}),
         }
         return {
             "apiVersion": GROUP,
@@ -345,6 +346,16 @@ def _refuse_secrets(job: Job, environment: Mapping[str, str]) -> None:
                 f"{name} is {value}, which is another machine in every pod: with "
                 "EQM_LAUNCHER=kubernetes give an address that the cluster reaches"
             )
+
+
+def _resources(cluster: Kubernetes, processes: int) -> dict[str, str | None]:
+    """What a pod of so many processes needs of its node; None for what the cluster decides."""
+    nodes = cluster.nodes
+    return {
+        "nvidia.com/gpu": str(processes * nodes.gpus) if nodes.gpus else None,
+        "cpu": str(processes * nodes.cpus) if nodes.cpus else None,
+        "memory": f"{processes * nodes.memory_gib}Gi" if nodes.memory_gib else None,
+    }
 
 
 def _mounted(name: str) -> dict[str, Any]:

@@ -152,7 +152,8 @@ class SlurmLauncher:
         """The batch script of a job. Raises ConfigError."""
         name, cluster = cluster_name(job), self.cluster
         nodes, here = cluster.nodes.spread(processes)
-        cores = str(here * int(cluster.cpus)) if cluster.cpus else None
+        cores = str(here * cluster.nodes.cpus) if cluster.nodes.cpus else None
+        memory = f"{here * cluster.nodes.memory_gib}G" if cluster.nodes.memory_gib else None
         values = {
             "NAME": name,
             "FOLDER": str(cluster.folder),
@@ -170,6 +171,7 @@ class SlurmLauncher:
         options = {
             "gpus-per-node": str(here * cluster.nodes.gpus) if cluster.nodes.gpus else None,
             "cpus-per-task": cores,
+            "mem": memory,
             "time": cluster.time,
             "partition": cluster.partition,
             "account": cluster.account,

@@ -1,6 +1,8 @@
 """Looks at a training on its way: what they show, and that they change nothing of it."""
 
+import contextlib
 import io
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import chain
@@ -12,7 +14,7 @@ from PIL import Image
 from eqm import glimpse, looks, train
 from eqm.config import SamplerConfig, replace, stage_config
 from eqm.distributed import World
-from eqm.errors import ConfigError, DataError, IntegrityError, PeerError, StoreError
+from eqm.errors import ConfigError, DataError, IntegrityError, StoreError
 from eqm.events import events_of
 from eqm.frechet import Gaussian
 from eqm.latent_set import open_manifest
@@ -122,38 +124,22 @@ def test_a_look_that_fails_costs_no_training(
     assert "no samples at image 512: samples diverged" in capfd.readouterr().err
 
 
-def test_while_the_first_process_looks_the_others_wait_and_know_that_it_is_at_it(
-    tiny: chain.Chain, tmp_path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_process_looks_while_the_others_wait(tiny: chain.Chain, tmp_path) -> None:
     run = alone(tiny, tmp_path)
-    said: list[int] = []
-    world = SimpleNamespace(
-        is_first=True, timeout_seconds=0.0, first_says=said.append, device=run.world.device
-    )
-    run.context = replace(run.context, world=world)
-    looks.look(run)
-    # At every update of either batch of samples, and then that it is over.
-    assert said[-1] is False
-    assert said[:-1].count(True) == len(said) - 1 >= 2 * FEW.updates
-    assert run.log.events[-1].kind == "samples"
-    run.context = replace(
-        run.context, world=SimpleNamespace(is_first=False, first_says=lambda _: said.pop(0))
-    )
-    looks.look(run)
-    assert said == []
-    assert [event.kind for event in run.log.events].count("samples") == 1
+    among: list[bool] = []
 
+    @contextlib.contextmanager
+    def waited_for() -> Iterator[None]:
+        before = len(run.log.events)
+        yield
+        among.append(len(run.log.events) > before)
 
-def test_a_look_among_ranks_that_are_gone_ends_training(
-    tiny: chain.Chain, tmp_path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def gone(*_: object, **__: object) -> None:
-        raise PeerError("rank 1 does not answer")
-
-    run = alone(tiny, tmp_path)
-    monkeypatch.setattr(glimpse, "take", gone)
-    with pytest.raises(PeerError):
+    for first in (True, False):
+        world = SimpleNamespace(is_first=first, device=run.world.device, first_at_work=waited_for)
+        run.context = replace(run.context, world=world)
         looks.look(run)
+    assert among == [True, False]
+    assert [event.kind for event in run.log.events].count("samples") == 1
 
 
 def alone(tiny: chain.Chain, tmp_path) -> train.Run:

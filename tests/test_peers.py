@@ -22,9 +22,12 @@ from eqm.config import ComputeConfig
 from eqm.distributed import World, pick_device
 from eqm.errors import ConfigError, PeerError, ReplicaError
 from eqm.records import to_json
+from eqm.storage import LocalStore
 from flows import doctor
 
 ROOT = Path(__file__).parent.parent
+WAIT_SECONDS, SLOW_SECONDS = 5.0, 8.0
+"""How long collectives wait for a rank, and for how long a store keeps one."""
 CUT = (
     "[/builds/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer "
     "[127.0.0.1]:31. This is typically caused by a remote worker crashing. GLHF!"
@@ -161,6 +164,49 @@ def test_ranks_that_are_apart_are_told_before_anything_is_written(
     guards.refuse_apart(run)
 
 
+def test_the_first_rank_is_waited_for_as_long_as_it_says_that_it_is_at_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[bool] = []
+    monkeypatch.setattr(World, "first_says", lambda _, number: said.append(number) or number)
+    world = World(0, 2, torch.device("cpu"), timeout_seconds=0.1)
+    with world.first_at_work():
+        time.sleep(0.2)
+        assert said.count(True) == len(said) >= 5
+    assert said.pop() is False
+    others = iter([True, True, False, True])
+    monkeypatch.setattr(World, "first_says", lambda *_: next(others))
+    with World(1, 2, torch.device("cpu")).first_at_work():
+        pass
+    assert list(others) == [True]
+
+
+def test_the_first_rank_learns_at_the_end_of_its_work_that_another_is_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def gone(*_: object) -> int:
+        raise PeerError("rank 1 does not answer")
+
+    monkeypatch.setattr(World, "first_says", gone)
+    world, done = World(0, 2, torch.device("cpu"), timeout_seconds=0.01), []
+    with pytest.raises(PeerError, match="rank 1"), world.first_at_work():
+        done.append(time.sleep(0.05) or "whole")
+    assert done == ["whole"]
+    # What went wrong here comes before what others make of it.
+    with pytest.raises(KeyError), world.first_at_work():
+        raise KeyError
+
+
+@pytest.mark.slow
+def test_a_store_that_is_slower_than_the_time_out_of_collectives_ends_no_training(
+    tmp_path: Path,
+) -> None:
+    ended, left = in_a_pair(tmp_path, "ddp", "slow")
+    assert ended.returncode == 0, ended.stderr
+    assert "sealed, content" in ended.stderr
+    assert not left.exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp2"])
 @pytest.mark.parametrize("how", ["killed", "stalled"])
@@ -185,12 +231,22 @@ def test_one_flipped_bit_of_one_rank_ends_the_training_before_it_is_kept(tmp_pat
 
 def ended_badly(tmp_path: Path, parallel: str, how: str) -> str:
     """What two ranks leave as their error, of which the second does something on its way."""
+    ended, left = in_a_pair(tmp_path, parallel, how)
+    assert ended.returncode != 0
+    assert "Traceback" not in ended.stderr.partition("elastic")[0]
+    return left.read_text()
+
+
+def in_a_pair(
+    tmp_path: Path, parallel: str, how: str
+) -> tuple[subprocess.CompletedProcess[str], Path]:
+    """A training by two ranks, to whom something happens, and the file of its last words."""
     made = chain.build(tmp_path / "chain", until="train")
     left, job = tmp_path / "error", tmp_path / "job.json"
     compute = ComputeConfig(parallel=parallel)  # type: ignore[arg-type]
     wanted = chain.untrained(
         *(made, tmp_path),
-        **{"compute": compute, "collective_timeout_seconds": 5.0, "error_file": str(left)},
+        **{"compute": compute, "collective_timeout_seconds": WAIT_SECONDS, "error_file": str(left)},
     )
     job.write_text(json.dumps(to_json(wanted)))
     line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
@@ -202,13 +258,19 @@ def ended_badly(tmp_path: Path, parallel: str, how: str) -> str:
         timeout=150,
         check=False,
     )
-    assert ended.returncode != 0
-    assert "Traceback" not in ended.stderr.partition("elastic")[0]
-    return left.read_text()
+    return ended, left
 
 
 if __name__ == "__main__":
-    plain = train.corrupted
+    plain, write, seal = train.corrupted, LocalStore.write_once, LocalStore.seal
+
+    def slow_write(store: LocalStore, key: str, data: Any) -> bool:
+        time.sleep(SLOW_SECONDS * key.endswith("-000001.json"))
+        return write(store, key, data)
+
+    def slow_seal(store: LocalStore, record: Any) -> Any:
+        time.sleep(SLOW_SECONDS)
+        return seal(store, record)
 
     def fails(run: train.Run, batch: train.Batch) -> train.Corrupted:
         if run.world.rank == 1 and run.images_seen == 128:
@@ -221,5 +283,8 @@ if __name__ == "__main__":
             weights.view(-1)[0] ^= 1 << 22
         return plain(run, batch)
 
-    train.corrupted = fails
+    if sys.argv[2] == "slow":
+        LocalStore.write_once, LocalStore.seal = slow_write, slow_seal
+    else:
+        train.corrupted = fails
     sys.exit(train.main(sys.argv[1:2]))

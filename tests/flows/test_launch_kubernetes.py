@@ -232,13 +232,22 @@ def test_what_the_server_refuses_is_told(place: Place) -> None:
 
 
 def test_the_body_asks_for_what_the_settings_say(place: Place) -> None:
-    cluster = replace(place.launcher.cluster, nodes=Nodes(processes=8, gpus=1), queue="night")
+    nodes = Nodes(processes=8, gpus=1, cpus=12, memory_gib=64)
+    cluster = replace(place.launcher.cluster, nodes=nodes, queue="night")
     launcher = KubernetesLauncher(cluster, environment=SECRETS, say=place.said.append)
     body = launcher.train_job(place.job, 16)
     stub_kubernetes.checked(stub_kubernetes.models.TrainerV1alpha1TrainJob, body)
     trainer = body["spec"]["trainer"]
     assert (trainer["numNodes"], trainer["numProcPerNode"]) == (2, 8)
-    assert trainer["resourcesPerNode"]["limits"] == {"nvidia.com/gpu": "8"}
+    asked = {"nvidia.com/gpu": "8", "cpu": "96", "memory": "512Gi"}
+    assert trainer["resourcesPerNode"] == {"limits": asked, "requests": asked}
+    few = replace(cluster, nodes=Nodes(processes=8, gpus=0, memory_gib=2))
+    body = KubernetesLauncher(few, environment={}, say=place.said.append).train_job(place.job, 3)
+    assert body["spec"]["trainer"]["resourcesPerNode"]["requests"] == {"memory": "6Gi"}
+    bare = replace(cluster, nodes=Nodes(gpus=0))
+    body = KubernetesLauncher(bare, environment={}, say=place.said.append).train_job(place.job, 3)
+    assert "resourcesPerNode" not in body["spec"]["trainer"]
+    body = launcher.train_job(place.job, 16)
     assert body["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "night"
     assert "a-secret" not in json.dumps(body)
     # A name of JobSet's pods has 63 letters: ours, -node-0-NN and a suffix.

@@ -39,8 +39,9 @@ def test_what_is_not_said_has_defaults(tmp_path: Path) -> None:
     slurm = read_settings({"EQM_HOME": str(tmp_path), "EQM_LAUNCHER": "slurm"}).cluster
     assert slurm == Slurm(nodes=Nodes(processes=8, gpus=1), folder=tmp_path / "jobs")
     given = {**KUBERNETES, "EQM_NODE_PROCESSES": "4", "EQM_PROCESS_GPUS": "0"}
-    assert read_settings(given).cluster == Kubernetes(
-        nodes=Nodes(processes=4, gpus=0),
+    each = {"EQM_PROCESS_CPUS": "12", "EQM_PROCESS_MEMORY": "64"}
+    assert read_settings({**given, **each}).cluster == Kubernetes(
+        nodes=Nodes(processes=4, gpus=0, cpus=12, memory_gib=64),
         api="https://cluster.example:6443",
         namespace="research",
         token_file=Path("/secrets/token"),
@@ -71,6 +72,8 @@ def test_a_pod_knows_its_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         ("EQM_LAUNCHER", "slrum", "must be one of local, slurm, kubernetes"),
         ("EQM_NODE_PROCESSES", "0", "must be a whole number from 1 to 9999"),
         ("EQM_PROCESS_GPUS", "2", "must be 0 or 1"),
+        ("EQM_PROCESS_CPUS", "0.5", "must be a whole number from 1 to 9999"),
+        ("EQM_PROCESS_MEMORY", "64Gi", "must be a whole number from 1 to 9999"),
         ("EQM_SLURM_PARTITION", "a\n#SBATCH --uid=0", "must be a name of letters"),
         ("EQM_SLURM_ACCOUNT", "a b", "must be a name of letters"),
         ("EQM_SLURM_TIME", "1 day", "must be minutes"),

@@ -302,11 +302,10 @@ def test_a_machine_without_slurm_is_told(place: Place, monkeypatch: pytest.Monke
 
 def test_the_script_asks_for_what_the_settings_say(place: Place) -> None:
     cluster = Slurm(
-        nodes=Nodes(processes=8, gpus=1),
+        nodes=Nodes(processes=8, gpus=1, cpus=4, memory_gib=64),
         folder=place.folder / "jobs",
         time="1-00:00:00",
         account="physics",
-        cpus="4",
     )
     launcher = SlurmLauncher(cluster, environment={}, say=place.said.append)
     lines = launcher.script(place.job, 16).splitlines()
@@ -314,6 +313,7 @@ def test_the_script_asks_for_what_the_settings_say(place: Place) -> None:
         "#SBATCH --nodes=2",
         "#SBATCH --gpus-per-node=8",
         "#SBATCH --cpus-per-task=32",
+        "#SBATCH --mem=512G",
         "#SBATCH --time=1-00:00:00",
         "#SBATCH --account=physics",
         "#SBATCH --requeue",
