@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from eqm import objective
+from eqm.adamw import AdamW
 from eqm.compute import check_halves
 from eqm.config import ObjectiveConfig, TrainConfig
 from eqm.ema import EMA, PowerEMA
@@ -78,15 +79,13 @@ class Learner:
             objective.difference_for(next(network.parameters()).dtype)
         trained = _trained(network) if shards is None else shards.pieces
         self.trained: dict[str, nn.Parameter] = trained
-        self.optimiser = torch.optim.AdamW(
-            trained.values(),
-            lr=config.learning_rate,
+        self.gradients = FlatGradient(tuple(trained.values()), room=room)
+        self.optimiser = AdamW(
+            trained,
+            self.gradients.views,
             betas=config.betas,
             weight_decay=config.weight_decay,
-            fused=True,
         )
-        begin_moments(self.optimiser)
-        self.gradients = FlatGradient(tuple(trained.values()), room=room)
         if shards is not None:
             shards.attach(self.gradients.views)
         self.ema = EMA(trained, half_life_images=config.ema_half_life_images)
@@ -128,11 +127,7 @@ class Learner:
         Parts are "parameters", "ema", "optimiser/<moment>" and "averages/<track>". Whoever puts
         others' numbers into them goes on where they were.
         """
-        moments = {
-            f"optimiser/{moment}/{name}": value
-            for parameter, name in self.names.items()
-            for moment, value in self.optimiser.state[parameter].items()
-        }
+        moments = {f"optimiser/{n}": moment for n, moment in self.optimiser.state_dict().items()}
         further = {
             f"averages/{track}/{name}": average
             for track, averages in self.averages().items()
@@ -241,11 +236,7 @@ class Learner:
         finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
         if self.config.gradient_clip is not None:
             gradient.mul_((self.config.gradient_clip / (norm + 1e-12)).clamp(max=1.0))
-        for group in self.optimiser.param_groups:
-            group["lr"] = learning_rate(self.config, images_seen)
-        # The fused kernel's own way of leaving weights, moments and its count alone.
-        self.optimiser.found_inf = (~finite).float()  # type: ignore[attr-defined]
-        self.optimiser.step()
+        self.optimiser.step(learning_rate(self.config, images_seen), happened=finite.float())
         self._average(images_seen, finite.float() if self.config.on_nonfinite == "skip" else None)
         self.gradients.clear()
         return norm
@@ -256,16 +247,6 @@ class Learner:
             track.update(weights, images=images, happened=happened)
         for power in self.power.values():
             power.update(weights, images=images, images_seen=images_seen, happened=happened)
-
-
-def begin_moments(optimiser: torch.optim.AdamW) -> None:
-    """Give a fused AdamW what its first update would: a state that there is can be filled."""
-    for group in optimiser.param_groups:
-        for p in group["params"]:
-            # The count lives where its parameter lives, for the kernel that reads it is there.
-            count = torch.zeros((), dtype=torch.float32, device=p.device)
-            first, second = torch.zeros_like(p), torch.zeros_like(p)
-            optimiser.state[p] = {"step": count, "exp_avg": first, "exp_avg_sq": second}
 
 
 def _trained(network: nn.Module) -> dict[str, nn.Parameter]:

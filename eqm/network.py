@@ -302,12 +302,12 @@ def position_embedding(rows: int, columns: int, width: int) -> Tensor:
     """Embedding of rows x columns of patches, (1, N, D) float32, row by row.
 
     The first half encodes the column, the second the row; each is [sin, cos] of the index times
-    10000**(-4 i / D), i from 0 to D / 4 - 1. Computed in float64.
+    10000**(-4 i / D), i from 0 to D / 4 - 1. Computed in float64, on the CPU.
     """
     across, down = (_angles(count, width // 4) for count in (columns, rows))
     across, down = (torch.cat((a.sin(), a.cos()), dim=1) for a in (across, down))
     pair = across.expand(rows, columns, -1), down[:, None].expand(rows, columns, -1)
-    return torch.cat(pair, dim=2).view(1, rows * columns, -1).float()
+    return _placed(torch.cat(pair, dim=2).view(1, rows * columns, -1))
 
 
 def rotary_angles(rows: int, columns: int, head: int) -> Tensor:
@@ -317,7 +317,7 @@ def rotary_angles(rows: int, columns: int, head: int) -> Tensor:
     """
     across, down = (_angles(count, head // 4) for count in (columns, rows))
     pair = across.expand(rows, columns, -1), down[:, None].expand(rows, columns, -1)
-    return torch.cat(pair, dim=2).view(rows * columns, -1).float()
+    return _placed(torch.cat(pair, dim=2).view(rows * columns, -1))
 
 
 def rotated(heads: Tensor, angles: Tensor) -> Tensor:
@@ -328,9 +328,18 @@ def rotated(heads: Tensor, angles: Tensor) -> Tensor:
 
 
 def _angles(count: int, frequencies: int) -> Tensor:
-    """Index times 10000**(-i / frequencies), (count, frequencies) float64."""
-    rates = 10000.0 ** -(torch.arange(frequencies, dtype=torch.float64) / frequencies)
-    return torch.arange(count, dtype=torch.float64)[:, None] * rates
+    """Index times 10000**(-i / frequencies), (count, frequencies) float64, on the CPU."""
+    index = torch.arange(frequencies, dtype=torch.float64, device="cpu")
+    rates = 10000.0 ** -(index / frequencies)
+    return torch.arange(count, dtype=torch.float64, device="cpu")[:, None] * rates
+
+
+def _placed(table: Tensor) -> Tensor:
+    """A table in float32 where new tensors are made.
+
+    Made there from the start, one without memory ("meta") would load a compiler, for seconds.
+    """
+    return table.float().to(torch.get_default_device())
 
 
 def time_features(gamma: Tensor) -> Tensor:

@@ -15,10 +15,12 @@ What becomes of the kinds of picture there are, in this order:
 Called by image_sets, images and layouts. The only door to scikit-learn's images.
 """
 
+import gzip
+import importlib.util
 import io
 import struct
 import zlib
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -140,10 +142,10 @@ def to_tensor(picture: Image.Image) -> Tensor:
 
 def digits() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The 1,797 of scikit-learn, (N, 8, 8) in 0..255, and what they show, (N,)."""
-    from sklearn.datasets import load_digits
-
-    found: Any = load_digits()
-    return np.round(found.images * (255 / 16)).astype(np.uint8), found.target
+    with gzip.open(_of_scikit_learn("data/digits.csv.gz"), "rt") as file:
+        table = np.loadtxt(file, delimiter=",")
+    pixels = table[:, :-1].reshape(-1, 8, 8)
+    return np.round(pixels * (255 / 16)).astype(np.uint8), table[:, -1].astype(np.int64)
 
 
 def sample_photographs(size_px: int, channels: int, count: int) -> Tensor:
@@ -154,9 +156,16 @@ def sample_photographs(size_px: int, channels: int, count: int) -> Tensor:
 
 
 def _photographs() -> list[NDArray[np.uint8]]:
-    from sklearn.datasets import load_sample_image
+    names = ("images/china.jpg", "images/flower.jpg")
+    return [np.array(Image.open(_of_scikit_learn(name))) for name in names]
 
-    return [load_sample_image(name) for name in ("china.jpg", "flower.jpg")]
+
+def _of_scikit_learn(name: str) -> Path:
+    """A data file that it brings. To import its loaders takes every program two seconds."""
+    found = importlib.util.find_spec("sklearn")
+    assert found is not None
+    assert found.origin is not None
+    return Path(found.origin).parent / "datasets" / name
 
 
 def _crop(photograph: Image.Image, i: int, size_px: int) -> Image.Image:

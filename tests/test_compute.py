@@ -62,8 +62,7 @@ def state(found):
     tensors = [*found.names, *found.ema.state_dict().values()]
     for track in (*found.tracks.values(), *found.power.values()):
         tensors += track.state_dict().values()
-    for moments in found.optimiser.state.values():
-        tensors += moments.values()
+    tensors += found.optimiser.state_dict().values()
     return [t.detach().clone() for t in tensors]
 
 
@@ -200,14 +199,22 @@ LOADS = """
 import sys
 import torch
 import eqm.evaluate, eqm.generate, eqm.serving, eqm.train, flows.pipeline
-from eqm.config import NetworkConfig
+from eqm.config import NetworkConfig, TrainConfig
+from eqm.learner import learn
 from eqm.network import Transformer
+from eqm.pictures import digits, sample_photographs
 from eqm.precision import deterministic
 
+config, like = NetworkConfig(width=32, depth=1, heads=2), {"size": 8, "channels": 1, "classes": 10}
 with deterministic(), torch.inference_mode():
-    network = Transformer(NetworkConfig(width=32, depth=1, heads=2), size=8, channels=1, classes=10)
-    network(torch.zeros(1, 1, 8, 8), torch.tensor([0]))
-print([name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules])
+    Transformer(config, **like)(torch.zeros(1, 1, 8, 8), torch.tensor([0]))
+with torch.device("meta"):
+    Transformer(config, **like)
+short = TrainConfig(images=32, batch_size=16, ema_half_life_images=1.0)
+learn(Transformer(config, **like), torch.zeros(16, 1, 8, 8), train=short)
+digits(), sample_photographs(8, 1, 2)
+heavy = ("torch._dynamo", "torch._inductor", "sympy", "sklearn", "scipy.stats", "pandas")
+print([name for name in heavy if name in sys.modules])
 """
 
 

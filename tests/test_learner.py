@@ -8,11 +8,12 @@ from reference import formulas, official
 from sklearn.datasets import load_digits
 
 import eqm.objective
+from eqm.adamw import AdamW
 from eqm.config import NetworkConfig, ObjectiveConfig, PretrainedFile, TrainConfig, replace
 from eqm.ema import LONGEST_SIGMA_REL
 from eqm.errors import ConfigError, DataError
 from eqm.field import Field
-from eqm.learner import Learner, begin_moments, check_slope, initial_share, learn
+from eqm.learner import Learner, check_slope, initial_share, learn
 from eqm.network import Transformer
 from eqm.objective import (
     Corrupted,
@@ -32,6 +33,7 @@ CPU = torch.device("cpu")
 CONFIG = NetworkConfig(width=32, depth=2, heads=2, patch=2)
 SHORT = TrainConfig(images=64 * 8, batch_size=64, learning_rate=2e-3, ema_half_life_images=200.0)
 EXPLICIT = ("dot", "l2")
+SHAPES = {"a": (7, 1), "b": (7,)}
 
 
 def network(config=CONFIG, *, seed=0, zero_head=True, stirred=True, size=8, channels=1, classes=10):
@@ -602,23 +604,32 @@ def test_further_averages_are_handed_over_and_change_nothing(digits):
 # -- the state of it ----------------------------------------------------------------------------
 
 
-def test_moments_begin_as_the_first_update_of_torch_makes_them():
-    ours, theirs = (
-        torch.optim.AdamW([torch.nn.Parameter(torch.ones(3, 2))], lr=0.1, fused=True)
-        for _ in range(2)
-    )
-    begin_moments(ours)
-    begun = {m: (t.shape, t.dtype, t.device) for m, t in next(iter(ours.state.values())).items()}
-    assert not any(bool(t.any()) for t in next(iter(ours.state.values())).values())
-    for optimiser in (ours, theirs):
-        (group,) = optimiser.param_groups
-        for power in (1, 2, 3):
-            group["params"][0].grad = group["params"][0].detach() ** power
-            optimiser.step()
-    made = next(iter(theirs.state.values()))
-    assert begun == {m: (t.shape, t.dtype, t.device) for m, t in made.items()}
-    assert all(torch.equal(t, made[m]) for m, t in next(iter(ours.state.values())).items())
-    assert torch.equal(*(o.param_groups[0]["params"][0] for o in (ours, theirs)))
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_the_optimiser_is_that_of_torch_to_the_bit(weight_decay):
+    ours = {name: torch.linspace(-1, 1, 7).view(shape) for name, shape in SHAPES.items()}
+    theirs = [torch.nn.Parameter(weight.clone()) for weight in ours.values()]
+    rest = {"betas": (0.9, 0.95), "weight_decay": weight_decay}
+    gradients = [torch.zeros_like(weight) for weight in theirs]
+    optimiser = AdamW(ours, gradients, **rest)
+    plain = torch.optim.AdamW(theirs, lr=0.1, fused=True, **rest)
+    begun = {name: (t.shape, t.dtype) for name, t in optimiser.state_dict().items()}
+    for rate in (0.1, 0.2, 0.05):
+        for gradient, weight in zip(gradients, theirs, strict=True):
+            weight.grad = gradient.copy_(weight.detach() ** 2 - rate)
+        plain.param_groups[0]["lr"] = rate
+        plain.step()
+        # What does not happen leaves all as it is, the count too.
+        for happened in (0.0, 1.0):
+            optimiser.step(rate, happened=torch.tensor(happened))
+        assert all(torch.equal(a, b) for a, b in zip(ours.values(), theirs, strict=True))
+    moments = {
+        f"{moment}/{name}": tensor
+        for name, weight in zip(ours, theirs, strict=True)
+        for moment, tensor in plain.state[weight].items()
+    }
+    assert moments.keys() == begun.keys()
+    assert all(torch.equal(t, moments[name]) for name, t in optimiser.state_dict().items())
+    assert begun == {name: (t.shape, t.dtype) for name, t in moments.items()}
 
 
 @pytest.mark.parametrize("change", [{}, {"ema_tracks": (100.0,), "ema_power": (0.05, 0.1)}])

@@ -913,10 +913,10 @@ def test_a_clipped_gradient_has_the_norm_asked_for(tiny: chain.Chain, tmp_path: 
     given: list[float] = []
     step = run.learner.optimiser.step
 
-    def look() -> None:
+    def look(*rate: float, **happened: torch.Tensor) -> None:
         flat = torch.cat([p.grad.flatten() for p in run.names if p.grad is not None])
         given.append(float(flat.norm()))
-        step()
+        step(*rate, **happened)
 
     run.learner.optimiser.step = look  # type: ignore[method-assign]
     train.step(run, next(train.feed(run)), stop=False)
