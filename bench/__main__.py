@@ -5,7 +5,7 @@ from importlib import import_module
 
 ALL = (
     *("imports", "data", "encoding", "copying", "sampling", "evaluate"),
-    *("energies", "precision", "train", "overlap", "checkpointing"),
+    *("energies", "precision", "train", "overlap", "checkpointing", "resuming"),
 )
 STUDIES = ("study_adaptive", "recipes", "kernels", "halves")
 """Not of speed, or long, or for certain processors alone: run by name."""

@@ -15,21 +15,12 @@ EPSILON = 1e-8
 
 
 class AdamW:
-    """Decoupled weight decay (Loshchilov and Hutter, 2019) of weights by their names.
-
-    ``gradients`` are the memory that :meth:`step` reads, one of each weight, in their order.
-    """
+    """Decoupled weight decay (Loshchilov and Hutter, 2019) of weights by their names."""
 
     def __init__(
-        self,
-        weights: Mapping[str, Tensor],
-        gradients: Sequence[Tensor],
-        *,
-        betas: tuple[float, float],
-        weight_decay: float,
+        self, weights: Mapping[str, Tensor], *, betas: tuple[float, float], weight_decay: float
     ) -> None:
         self.weights, self.betas, self.weight_decay = dict(weights), betas, weight_decay
-        self._gradients = list(gradients)
         # The count lives where its weight lives, for the kernel that reads it is there.
         self._counts = {
             name: torch.zeros((), dtype=torch.float32, device=weight.device)
@@ -39,14 +30,15 @@ class AdamW:
         self._second = {name: torch.zeros_like(weight) for name, weight in weights.items()}
 
     @torch.no_grad()
-    def step(self, learning_rate: float, *, happened: Tensor) -> None:
-        """One update. ``happened`` () is 1.0, or 0.0 where it is to leave everything as it is.
+    def step(self, gradients: Sequence[Tensor], *, learning_rate: float, happened: Tensor) -> None:
+        """One update by gradients of all weights, in their order.
 
-        The kernel looks at that on the device: the host does not wait for it.
+        ``happened`` () is 1.0, or 0.0 where everything is to stay as it is. The kernel looks at it
+        on the device: the host does not wait for it.
         """
         adamw(
             list(self.weights.values()),
-            self._gradients,
+            list(gradients),
             list(self._first.values()),
             list(self._second.values()),
             [],

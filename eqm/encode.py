@@ -64,11 +64,26 @@ def program(context: Context) -> Outcome | Unfinished | None:
     earlier = open_earlier(context, source.entries)
     is_new = None if earlier is None else earlier.is_new
     plans = shard_plans(len(source.entries), stage.encode, is_new)
-    walk = Walk(Commits(context), _asked(plans, runtime), _start(context.world, len(plans)))
+    asked = _asked(plans, runtime)
+    walk = Walk(Commits(context), asked, _start(context.world, len(plans)))
     autoencoder = encode_shards(context, source, walk, earlier)
-    context.world.barrier()
-    if not context.world.is_first:
-        return None
+    wanted = {plan.number for plan in asked}
+    context.world.barrier(left=lambda: len(wanted.difference(Commits(context).numbers())))
+    with context.world.first_at_work():
+        if not context.world.is_first:
+            return None
+        return _outcome(context, source, autoencoder, plans, earlier)
+
+
+def _outcome(
+    context: Context,
+    source: ImageSource,
+    autoencoder: Autoencoder,
+    plans: list[ShardPlan],
+    earlier: Earlier | None,
+) -> Outcome | Unfinished:
+    """What the set is, of all that was committed; what is lost of it is encoded again."""
+    runtime = context.job.runtime
     missing = len(plans) - len(Commits(context).numbers())
     if missing and runtime.shards is not None:
         return Unfinished(f"range done, {counted(missing, 'shard')} of the set still missing")

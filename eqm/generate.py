@@ -80,7 +80,8 @@ def program(context: Context) -> Outcome | None:
             bar.advance(part.count)
     folder = _commit_folder(context)
     context.world.barrier(left=lambda: len(parts) - len(context.store.list(folder)))
-    return gather(context, config, trained, parts, held) if context.world.is_first else None
+    with context.world.first_at_work():
+        return gather(context, config, trained, parts, held) if context.world.is_first else None
 
 
 # -- a part -------------------------------------------------------------------------------------

@@ -80,12 +80,7 @@ class Learner:
         trained = _trained(network) if shards is None else shards.pieces
         self.trained: dict[str, nn.Parameter] = trained
         self.gradients = FlatGradient(tuple(trained.values()), room=room)
-        self.optimiser = AdamW(
-            trained,
-            self.gradients.views,
-            betas=config.betas,
-            weight_decay=config.weight_decay,
-        )
+        self.optimiser = AdamW(trained, betas=config.betas, weight_decay=config.weight_decay)
         if shards is not None:
             shards.attach(self.gradients.views)
         self.ema = EMA(trained, half_life_images=config.ema_half_life_images)
@@ -236,7 +231,8 @@ class Learner:
         finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
         if self.config.gradient_clip is not None:
             gradient.mul_((self.config.gradient_clip / (norm + 1e-12)).clamp(max=1.0))
-        self.optimiser.step(learning_rate(self.config, images_seen), happened=finite.float())
+        rate = learning_rate(self.config, images_seen)
+        self.optimiser.step(self.gradients.views, learning_rate=rate, happened=finite.float())
         self._average(images_seen, finite.float() if self.config.on_nonfinite == "skip" else None)
         self.gradients.clear()
         return norm

@@ -134,7 +134,8 @@ def program(context: Context) -> Outcome | None:
             bar.advance(part.count)
     folder = _commit_folder(context)
     context.world.barrier(left=lambda: len(parts) - len(context.store.list(folder)))
-    return gather(context, extractor, real, parts) if context.world.is_first else None
+    with context.world.first_at_work():
+        return gather(context, extractor, real, parts) if context.world.is_first else None
 
 
 def imported(config: ReferenceConfig, extractor: FeatureExtractor) -> AdmBatch | None:

@@ -610,7 +610,7 @@ def test_the_optimiser_is_that_of_torch_to_the_bit(weight_decay):
     theirs = [torch.nn.Parameter(weight.clone()) for weight in ours.values()]
     rest = {"betas": (0.9, 0.95), "weight_decay": weight_decay}
     gradients = [torch.zeros_like(weight) for weight in theirs]
-    optimiser = AdamW(ours, gradients, **rest)
+    optimiser = AdamW(ours, **rest)
     plain = torch.optim.AdamW(theirs, lr=0.1, fused=True, **rest)
     begun = {name: (t.shape, t.dtype) for name, t in optimiser.state_dict().items()}
     for rate in (0.1, 0.2, 0.05):
@@ -620,7 +620,7 @@ def test_the_optimiser_is_that_of_torch_to_the_bit(weight_decay):
         plain.step()
         # What does not happen leaves all as it is, the count too.
         for happened in (0.0, 1.0):
-            optimiser.step(rate, happened=torch.tensor(happened))
+            optimiser.step(gradients, learning_rate=rate, happened=torch.tensor(happened))
         assert all(torch.equal(a, b) for a, b in zip(ours.values(), theirs, strict=True))
     moments = {
         f"{moment}/{name}": tensor

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -913,10 +913,9 @@ def test_a_clipped_gradient_has_the_norm_asked_for(tiny: chain.Chain, tmp_path: 
     given: list[float] = []
     step = run.learner.optimiser.step
 
-    def look(*rate: float, **happened: torch.Tensor) -> None:
-        flat = torch.cat([p.grad.flatten() for p in run.names if p.grad is not None])
-        given.append(float(flat.norm()))
-        step(*rate, **happened)
+    def look(gradients: Sequence[torch.Tensor], **rest: Any) -> None:
+        given.append(float(torch.cat([g.flatten() for g in gradients]).norm()))
+        step(gradients, **rest)
 
     run.learner.optimiser.step = look  # type: ignore[method-assign]
     train.step(run, next(train.feed(run)), stop=False)
