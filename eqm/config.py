@@ -931,7 +931,7 @@ class Runtime:
     threads: int | None = None
     """CPU threads a process; null: all cores over the local processes."""
     collective_timeout_seconds: float = 600.0
-    """How long ranks wait for one that stalls. It must be longer than saving a checkpoint takes."""
+    """How long ranks wait for one that stalls and says nothing."""
     patience_seconds: float = 300.0
     """How long a training asks a store again that is away; at most half of the time above, for the
     others may wait for the rank that asks."""
