@@ -13,8 +13,7 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from eqm.config import require
-from eqm.errors import DataError
+from eqm.errors import DataError, require
 
 Array = NDArray[np.float64]
 

@@ -22,8 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from eqm import randomness
-from eqm.config import require
-from eqm.errors import ConfigError, DataError
+from eqm.errors import ConfigError, DataError, require
 from eqm.latent_set import LatentSet, open_manifest
 from eqm.patience import Patience
 from eqm.randomness import Stream, uniform

@@ -20,8 +20,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig, require
-from eqm.errors import ConfigError
+from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig
+from eqm.errors import ConfigError, require
 from eqm.kernels.halves import allow_in_graph, check_machine, lacking
 
 Forward = Callable[..., Any]

@@ -25,8 +25,8 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from eqm.config import INCEPTION_SHA256, require
-from eqm.errors import DataError, IntegrityError
+from eqm.config import INCEPTION_SHA256
+from eqm.errors import DataError, IntegrityError, require
 from eqm.hub_layouts import released_clip, released_dinov2
 from eqm.names import further_inputs
 from eqm.precision import full_precision

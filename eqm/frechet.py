@@ -18,8 +18,7 @@ from typing import TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from eqm.config import require
-from eqm.errors import DataError
+from eqm.errors import DataError, require
 from eqm.threads import in_threads
 
 Array: TypeAlias = NDArray[np.float64]

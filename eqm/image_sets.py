@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from eqm.config import IN_DISTRIBUTION, SET_SPLITS, OODSet, require
-from eqm.errors import DataError, IntegrityError
+from eqm.config import IN_DISTRIBUTION, SET_SPLITS, OODSet
+from eqm.errors import DataError, IntegrityError, require
 from eqm.files import File, Files, checked_path, open_files
 from eqm.matlab import numeric_arrays
 from eqm.pictures import (

@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from eqm import frechet
-from eqm.config import require
-from eqm.errors import DataError
+from eqm.errors import DataError, require
 from eqm.frechet import SAMPLES_A_DIMENSION, Array, Gaussian, Moments, merge
 from eqm.ood import wilson
 from eqm.threads import in_threads

@@ -18,8 +18,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from eqm.config import require
-from eqm.errors import DataError
+from eqm.errors import DataError, require
 
 Array: TypeAlias = NDArray[np.float64]
 Side: TypeAlias = Literal["out", "in"]

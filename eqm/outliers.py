@@ -27,19 +27,13 @@ from torch import Tensor
 
 from eqm import image_sets, ood, sampling
 from eqm.baselines import ROUNDING_VARIANCE, Gaussian, Neighbours, PrincipalComponents
-from eqm.config import (
-    IN_DISTRIBUTION,
-    Baseline,
-    MethodScore,
-    OODConfig,
-    OODSet,
-    SamplerConfig,
-)
+from eqm.config import IN_DISTRIBUTION, Baseline, OODConfig, OODSet, SamplerConfig
 from eqm.errors import DataError
 from eqm.features import FeatureExtractor, extract
 from eqm.images import ImageSource
 from eqm.latents import mean_latents
 from eqm.model import Model
+from eqm.policy import MethodScore
 from eqm.precision import full_precision
 from eqm.progress import Progress
 from eqm.records import OODRow, to_json

@@ -22,7 +22,6 @@ from eqm.config import (
     GenerateConfig,
     NetworkConfig,
     PipelineConfig,
-    PolicyConfig,
     PretrainedFile,
     SamplerConfig,
     SourceConfig,
@@ -32,6 +31,7 @@ from eqm.config import (
     replace,
 )
 from eqm.errors import ConfigError
+from eqm.policy import PolicyConfig
 from eqm.records import to_json
 
 IMAGENET_IMAGES = 1_281_167

@@ -16,9 +16,9 @@ from torch.distributed.distributed_c10d import ProcessGroup
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from eqm.config import ObjectiveConfig, require
+from eqm.config import ObjectiveConfig
 from eqm.distributed import World
-from eqm.errors import ConfigError
+from eqm.errors import ConfigError, require
 
 
 class Shards:

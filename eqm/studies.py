@@ -14,7 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from eqm.config import SIZES, PipelineConfig, PublishedRow, StudyRow, StudyStage, require
+from eqm.config import SIZES, PipelineConfig, PublishedRow, StudyRow, StudyStage
+from eqm.errors import require
 from eqm.records import to_json
 
 Changes: TypeAlias = dict[str, Any]

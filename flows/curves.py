@@ -44,7 +44,7 @@ def curves(
     to: Annotated[Path, typer.Option(help="PNG file to write.")] = Path("curves.png"),
 ) -> None:
     """Draw what a training logged: losses by noise level, norms, speed, MFU, what went wrong."""
-    from eqm.config import require
+    from eqm.errors import require
     from eqm.figures import panels_png
 
     check_folder("--to", to)

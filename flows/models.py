@@ -118,8 +118,9 @@ def _sampler(model: str, mlflow_uri: str | None, asked: dict[str, Any]) -> Any:
 
     Says which. Raises ConfigError.
     """
-    from eqm.config import SamplerConfig, replace, require
+    from eqm.config import SamplerConfig, replace
     from eqm.dossier import sampler_of
+    from eqm.errors import require
     from eqm.model import open_record, version_of
 
     judged = None

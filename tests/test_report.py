@@ -19,7 +19,6 @@ from jsonschema import Draft202012Validator
 from PIL import Image
 
 from eqm import published
-from eqm.config import PolicyConfig
 from eqm.errors import ConfigError, DataError
 from eqm.figures import (
     GRID_GAP_PX,
@@ -30,6 +29,7 @@ from eqm.figures import (
     strip_png,
 )
 from eqm.gate import decide
+from eqm.policy import PolicyConfig
 from eqm.records import (
     Blob,
     Evaluation,
