@@ -4,6 +4,7 @@ After a change that is meant to change the numbers, write the golden curve again
 ``OMP_NUM_THREADS=1 PYTHONPATH=tests python tests/test_train.py`` and say so in the commit.
 """
 
+import contextlib
 import hashlib
 import json
 import math
@@ -448,14 +449,17 @@ def test_all_processes_end_by_what_the_first_one_met(
         raise error
 
     def world(first: bool) -> Any:
-        return SimpleNamespace(is_first=first, first_tells=lambda text: said.append(text) or text)
+        return SimpleNamespace(
+            is_first=first,
+            first_at_work=contextlib.nullcontext,
+            first_tells=lambda text: said.append(text) or said[0],
+        )
 
     with pytest.raises(StoreError) as met:
         first_acts(world(first=True), fails)
     assert met.value is error
-    other = SimpleNamespace(is_first=False, first_tells=lambda _: said[0])
     with pytest.raises(kind, match=f"^{error}$"):
-        first_acts(other, fails)  # type: ignore[arg-type]
+        first_acts(world(first=False), fails)
 
 
 # -- more than one process ----------------------------------------------------------------------
