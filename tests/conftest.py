@@ -18,6 +18,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import pytest
 import torch
 
+from eqm.memory import keep_freed
 from eqm.threads import one_core_products
 from flows import settings
 from infra import local
@@ -57,6 +58,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: object) -> object:
 @pytest.fixture(autouse=True, scope="session")
 def _few_threads() -> Iterator[None]:
     torch.set_num_threads(1)
+    keep_freed()
     with one_core_products():
         yield
 
