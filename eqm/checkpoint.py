@@ -13,11 +13,12 @@ import contextlib
 import json
 import re
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +37,8 @@ SNAPSHOT_SCHEMA = "eqm-snapshot/1"
 FILE_BYTES = 32 * 2**20
 """Tensors of one file, at most; one tensor that alone is larger has a file of its own. Training
 waits for Python's lock while a file's bytes are put together: a tenth of a second for so many."""
+AHEAD = 4
+"""Files of a checkpoint that are read at once."""
 CURVE = "curve.json"
 CURVE_FIELDS = ("history", "pending")
 """Fields of TrainState that are JSON; all others are tensors."""
@@ -394,8 +397,8 @@ def _key(digest: str, at: Position, end: str, folder: str = "checkpoints") -> st
     return f"train/{digest}/{folder}/{at.name}.{end}"
 
 
-Read = Callable[[str], bytes]
-"""Key -> its bytes. Raises MissingError, StoreError."""
+Read = Callable[[Sequence[str]], Iterator[bytes]]
+"""Keys -> the bytes of each, in their order. Raises MissingError, StoreError."""
 
 
 @dataclass(frozen=True)
@@ -414,19 +417,34 @@ class Opened:
 def opened(
     store: Store, digest: str, at: Position, *, read: Read | None = None
 ) -> Iterator[Opened]:
-    """Read the checkpoint at a position, through ``read`` in place of the store's where given.
+    """Read the checkpoint at a position, through ``read`` in place of :func:`read_ahead`.
 
     Raises IntegrityError, naming the commit to delete, if any file of it is damaged or lost, or
     whoever reads it finds that it does not fit.
     """
     where = store.where(_key(digest, at, "json"))
     try:
-        yield _open(store, digest, at, read or store.read)
+        yield _open(store, digest, at, read or partial(read_ahead, store))
     except (IntegrityError, MissingError) as error:
         raise IntegrityError(
             f"checkpoint {where} cannot be used: {error}. To go on from the checkpoint before it, "
             f"delete {where}"
         ) from error
+
+
+def read_ahead(store: Store, keys: Sequence[str]) -> Generator[bytes, None, None]:
+    """Bytes of objects, of which the next few are under way: one connection is seldom fast."""
+    with ThreadPoolExecutor(AHEAD, thread_name_prefix="checkpoint-files") as threads:
+        left = iter(keys)
+        coming = deque(threads.submit(store.read, key) for key in islice(left, AHEAD))
+        try:
+            while coming:
+                data = coming.popleft().result()
+                coming.extend(threads.submit(store.read, key) for key in islice(left, 1))
+                yield data
+        finally:
+            for one in coming:
+                one.cancel()
 
 
 def load(store: Store, digest: str, at: Position) -> TrainState:
@@ -467,7 +485,7 @@ def _form(tensor: Tensor) -> str:
 
 def _open(store: Store, digest: str, at: Position, read: Read) -> Opened:
     key = _key(digest, at, "json")
-    data, where = read(key), store.where(key)
+    (data,), where = read([key]), store.where(key)
     schema = _schema(data, where)
     if schema in MIGRATIONS:
         return MIGRATIONS[schema](store, data, where, at)
@@ -477,20 +495,21 @@ def _open(store: Store, digest: str, at: Position, read: Read) -> Opened:
     commit = note_from_bytes(Commit, data, where)
     _check_position(at, Position(commit.images_seen, commit.token))
 
-    def verified(end: str) -> bytes:
-        key, blob = _key(digest, at, end), commit.files[end]
-        data = read(key)
-        found = Blob.of(data)
-        if found != blob:
-            raise IntegrityError(damaged(blob, store.where(key), found.size_bytes, found.sha256))
-        return data
+    def verified(ends: Sequence[str]) -> Iterator[bytes]:
+        keys = [_key(digest, at, end) for end in ends]
+        for end, key, data in zip(ends, keys, read(keys), strict=True):
+            found, blob = Blob.of(data), commit.files[end]
+            if found != blob:
+                where = store.where(key)
+                raise IntegrityError(damaged(blob, where, found.size_bytes, found.sha256))
+            yield data
 
     return Opened(
         images_seen=at.images_seen,
-        curve=json.loads(verified(CURVE)),
+        curve=json.loads(*verified([CURVE])),
         # A damaged log costs no training: whoever goes on with the log reads it, and tells.
         events=commit.events,
-        files=(tensors_from_bytes(verified(end)) for end in commit.files if end != CURVE),
+        files=map(tensors_from_bytes, verified([end for end in commit.files if end != CURVE])),
     )
 
 

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
@@ -187,8 +188,8 @@ class World:
             return data
         size = self.first_says(len(data))
         sent = torch.empty(size, dtype=torch.uint8, device=self.device)
-        if self.is_first and size:
-            sent.copy_(torch.frombuffer(bytearray(data), dtype=torch.uint8))
+        if self.is_first:
+            sent.copy_(torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy()))
         began = time.monotonic()
         try:
             dist.broadcast(sent, src=0, group=self.group)

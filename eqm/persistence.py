@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -69,12 +69,14 @@ def resume(run: Run, at: Position) -> None:
 
 
 def shared_read(store: Store, world: World) -> checkpoint.Read:
-    """A store's read, by the first process for all: they ask together, and are told the same."""
+    """Reading a store by the first process for all: they ask together, and are told the same."""
 
-    def read(key: str) -> bytes:
-        found: list[bytes] = []
-        first_acts(world, lambda: found.append(store.read(key)))
-        return world.first_gives(found[0] if found else b"")
+    def read(keys: Sequence[str]) -> Iterator[bytes]:
+        with contextlib.closing(checkpoint.read_ahead(store, keys)) as coming:
+            for _ in keys:
+                found: list[bytes] = []
+                first_acts(world, lambda found=found: found.append(next(coming)))
+                yield world.first_gives(found[0] if found else b"")
 
     return read
 

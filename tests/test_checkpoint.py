@@ -244,6 +244,18 @@ def test_a_lost_file_is_told_with_the_way_on(tmp_path: Path) -> None:
 # -- back into place ----------------------------------------------------------------------------
 
 
+class Counting(LocalStore):
+    """A store that writes down what is read of it."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.keys: list[str] = []
+
+    def read(self, key: str) -> bytes:
+        self.keys.append(key)
+        return super().read(key)
+
+
 def places(state: TrainState) -> dict[str, torch.Tensor]:
     """Tensors that a state fits into, with other numbers in them."""
     return {name: torch.full_like(t, -7.0) for name, t in checkpoint._flat(state).items()}
@@ -256,14 +268,16 @@ def test_a_state_is_put_into_tensors_that_are_there(
     monkeypatch.setattr(checkpoint, "FILE_BYTES", file_bytes)
     store = LocalStore(tmp_path)
     save(store, RUN, with_averages())
-    there, asked = places(with_averages()), []
+    there, asked = places(with_averages()), Counting(tmp_path)
     held = dict(there)
-    read = lambda key: asked.append(key) or store.read(key)  # noqa: E731
-    with checkpoint.opened(store, RUN, Position(128, 1), read=read) as found:
-        # Tensors are read when they are asked for, a file at a time.
-        assert len(asked) == 2
+    with checkpoint.opened(asked, RUN, Position(128, 1)) as found:
+        # Tensors are read when they are asked for, a few files at a time.
+        assert len(asked.keys) == 2
+        next(found.files)
+        assert len(asked.keys) <= 2 + 1 + checkpoint.AHEAD
+    assert asked.keys == sorted(asked.keys, key=lambda key: key.endswith(".safetensors"))
+    with checkpoint.opened(store, RUN, Position(128, 1)) as found:
         checkpoint.fill(there, found.files)
-    assert len(asked) == len(store.list(f"train/{RUN}/checkpoints/"))
     assert (found.images_seen, found.curve) == (
         128,
         {"history": a_state().history, "pending": a_state().pending},
