@@ -9,8 +9,9 @@ The main modules, in the order in which a datum meets them:
     tars shards encode                     latents -> sealed WebDataset shards
     latent_set damage inspection batches   shards -> batches, and what is wrong with them
     network unet field objective ema       the gradient field and its loss
-    learner gradients compute sharding     one update after another
-    lease checkpoint events gauges train   how it is trained, for weeks
+    learner adamw gradients compute sharding    one update after another
+    lease checkpoint events gauges         what outlives a process
+    run guards reporting looks persistence train    how it is trained, for weeks
     model official registry                the trained model, ours and others'
     rules sampler sampling                 descent, and what it is good for
     generate samples                       samples of a model -> a sealed set, and out of it again

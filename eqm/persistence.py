@@ -43,8 +43,11 @@ def newest(context: Context) -> Position | None:
 
     The first process looks: others might see another one, while another process writes.
     """
-    found = checkpoint.newest(context.store, context.digest) if context.world.is_first else None
-    images, token = (context.world.first_says(number) for number in found or (-1, 0))
+    found: list[Position | None] = []
+    store, world = context.store, context.world
+    first_acts(world, lambda: found.append(checkpoint.newest(store, context.digest)))
+    at = found[0] if found else None
+    images, token = (world.first_says(number) for number in at or (-1, 0))
     return None if images < 0 else Position(images, token)
 
 
