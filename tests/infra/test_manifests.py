@@ -8,11 +8,13 @@ features of kustomize, which are applied here.
 import http.server
 import json
 import re
+import shutil
 import subprocess
 import sys
+import textwrap
 import threading
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,7 @@ from infra.stack import ServiceError, Stack
 
 INFRA = Path(__file__).parents[2] / "infra"
 PROJECT = INFRA.parent
-OVERLAYS = ("base", "overlays/gpu", "overlays/standalone", "overlays/jobs")
+OVERLAYS = ("base", "overlays/standalone", "overlays/jobs")
 SECRETS = {line.partition("=")[0] for line in environment_file().splitlines()}
 NEWEST = max(kubernetes_validate.utils.all_versions(), key=lambda v: [*map(int, v.split("."))])
 
@@ -211,9 +213,9 @@ def test_health_is_a_status() -> None:
 
 
 def built(folder: Path) -> list[dict[str, Any]]:
-    """What ``kubectl kustomize`` makes of a folder: resources, and JSON patches by target."""
-    asked = yaml.safe_load((folder / "kustomization.yaml").read_text())
-    assert set(asked) <= {"apiVersion", "kind", "resources", "patches"}
+    """What ``kubectl kustomize`` makes of a folder: resources, components, and patches of both."""
+    asked = kustomization(folder)
+    assert set(asked) <= {"apiVersion", "kind", "namespace", "resources", "components", "patches"}
     found: list[dict[str, Any]] = []
     for name in asked["resources"]:
         path = folder / name
@@ -221,7 +223,21 @@ def built(folder: Path) -> list[dict[str, Any]]:
             found += built(path)
         else:
             found += [one for one in yaml.safe_load_all(path.read_text()) if one]
-    for patch in asked.get("patches", ()):
+    for name in asked.get("components", ()):
+        component = kustomization(folder / name)
+        assert component["kind"] == "Component"
+        assert set(component) == {"apiVersion", "kind", "patches"}
+        patched(found, component["patches"])
+    return patched(found, asked.get("patches", ()))
+
+
+def kustomization(folder: Path) -> dict[str, Any]:
+    return yaml.safe_load((folder / "kustomization.yaml").read_text())
+
+
+def patched(found: list[dict[str, Any]], patches: Sequence[Any]) -> list[dict[str, Any]]:
+    """Objects after JSON patches by target, in place."""
+    for patch in patches:
         kind, name = patch["target"]["kind"], patch["target"]["name"]
         (at,) = [
             i for i, o in enumerate(found) if (o["kind"], o["metadata"]["name"]) == (kind, name)
@@ -231,11 +247,27 @@ def built(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def objects() -> dict[str, list[dict[str, Any]]]:
-    return {name: built(INFRA / "k8s" / name) for name in OVERLAYS}
+def ours(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What the README's overlay of one's own makes, in a copy of the folder."""
+    copy = tmp_path_factory.mktemp("k8s") / "k8s"
+    shutil.copytree(INFRA / "k8s", copy)
+    page = (INFRA / "k8s" / "README.md").read_text()
+    text = page[page.index("    apiVersion: kustomize") : page.index("    kubectl apply -k")]
+    folder = copy / "overlays" / "ours"
+    folder.mkdir()
+    asked = yaml.safe_load(textwrap.dedent(text))
+    assert asked.pop("images") == [{"name": "eqm", "newName": "REGISTRY/eqm", "newTag": "0.1.0"}]
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(asked))
+    return built(folder)
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.fixture(scope="module")
+def objects(ours: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    found = {name: built(INFRA / "k8s" / name) for name in OVERLAYS}
+    return {**found, "overlays/ours": ours}
+
+
+@pytest.mark.parametrize("name", [*OVERLAYS, "overlays/ours"])
 def test_manifests_fit_the_schemas(name: str, objects: dict[str, list[dict[str, Any]]]) -> None:
     for one in objects[name]:
         if one["kind"] == "TrainingRuntime":
@@ -338,17 +370,21 @@ def test_stages_are_let_into_restricted_namespaces_and_have_time_for_a_checkpoin
 
 
 def test_stages_go_to_nodes_with_gpus(objects: dict[str, list[dict[str, Any]]]) -> None:
-    (runtime,) = [one for one in objects["overlays/gpu"] if one["kind"] == "TrainingRuntime"]
+    (runtime,) = [one for one in objects["overlays/ours"] if one["kind"] == "TrainingRuntime"]
     node = runtime["spec"]["template"]["spec"]["replicatedJobs"][0]["template"]["spec"]
     # Not by labels, which some clusters give to such nodes and others do not.
     assert "nodeSelector" not in node["template"]["spec"]
     assert node["template"]["spec"]["tolerations"][0]["key"] == "nvidia.com/gpu"
     (config,) = [
         one
-        for one in objects["overlays/gpu"]
+        for one in objects["overlays/ours"]
         if (one["kind"], one["metadata"]["name"]) == ("ConfigMap", "eqm")
     ]
     assert config["data"]["EQM_PROCESS_GPUS"] == "1"
+    assert config["data"]["EQM_KUBERNETES_IMAGE"] == "REGISTRY/eqm:0.1.0"
+    assert {"eqm-postgres", "eqm-s3"} <= {
+        one["metadata"]["name"] for one in objects["overlays/ours"]
+    }
 
 
 def test_both_installations_make_their_databases_alike(
