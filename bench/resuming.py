@@ -14,18 +14,19 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import torch
 
 from bench.train import network
 from eqm import checkpoint
-from eqm.checkpoint import Position
+from eqm.checkpoint import Position, Wanted
 from eqm.config import ObjectiveConfig, TrainConfig
 from eqm.distributed import World, connect
 from eqm.learner import Learner
 from eqm.persistence import shared_read
+from eqm.records import Blob
 from eqm.storage import LocalStore
 
 RUN, AT = "0" * 64, Position(256, 1)
@@ -50,8 +51,11 @@ def shared(learner: Learner, store: LocalStore, world: World) -> None:
 def each(learner: Learner, store: LocalStore, world: World) -> None:
     """Each process reads all of it, and then copies."""
 
-    def one_by_one(keys: Sequence[str]) -> Iterator[bytes]:
-        return map(store.read, keys)
+    def one_by_one(wanted: Wanted) -> Generator[bytes, None, None]:
+        for key, blob in wanted:
+            data = store.read(key)
+            assert blob is None or Blob.of(data) == blob
+            yield data
 
     with checkpoint.opened(store, RUN, AT, read=one_by_one) as found:
         files = list(found.files)

@@ -397,8 +397,10 @@ def _key(digest: str, at: Position, end: str, folder: str = "checkpoints") -> st
     return f"train/{digest}/{folder}/{at.name}.{end}"
 
 
-Read = Callable[[Sequence[str]], Iterator[bytes]]
-"""Keys -> the bytes of each, in their order. Raises MissingError, StoreError."""
+Wanted = Sequence[tuple[str, Blob | None]]
+"""Keys of objects, and what their bytes must be; None where they tell it themselves."""
+Read = Callable[[Wanted], Generator[bytes, None, None]]
+"""The bytes of each, verified, in their order. Raises IntegrityError, MissingError, StoreError."""
 
 
 @dataclass(frozen=True)
@@ -424,7 +426,8 @@ def opened(
     """
     where = store.where(_key(digest, at, "json"))
     try:
-        yield _open(store, digest, at, read or partial(read_ahead, store))
+        with contextlib.ExitStack() as until_read:
+            yield _open(store, digest, at, read or partial(read_ahead, store), until_read)
     except (IntegrityError, MissingError) as error:
         raise IntegrityError(
             f"checkpoint {where} cannot be used: {error}. To go on from the checkpoint before it, "
@@ -432,19 +435,28 @@ def opened(
         ) from error
 
 
-def read_ahead(store: Store, keys: Sequence[str]) -> Generator[bytes, None, None]:
-    """Bytes of objects, of which the next few are under way: one connection is seldom fast."""
+def read_ahead(store: Store, wanted: Wanted) -> Generator[bytes, None, None]:
+    """Read objects, of which the next few are under way: one connection is seldom fast."""
+
+    def verified(one: tuple[str, Blob | None]) -> bytes:
+        key, blob = one
+        data = store.read(key)
+        if blob is not None and (found := Blob.of(data)) != blob:
+            where = store.where(key)
+            raise IntegrityError(damaged(blob, where, found.size_bytes, found.sha256))
+        return data
+
     with ThreadPoolExecutor(AHEAD, thread_name_prefix="checkpoint-files") as threads:
-        left = iter(keys)
-        coming = deque(threads.submit(store.read, key) for key in islice(left, AHEAD))
+        left = iter(wanted)
+        coming = deque(threads.submit(verified, one) for one in islice(left, AHEAD))
         try:
             while coming:
                 data = coming.popleft().result()
-                coming.extend(threads.submit(store.read, key) for key in islice(left, 1))
+                coming.extend(threads.submit(verified, one) for one in islice(left, 1))
                 yield data
         finally:
-            for one in coming:
-                one.cancel()
+            for future in coming:
+                future.cancel()
 
 
 def load(store: Store, digest: str, at: Position) -> TrainState:
@@ -468,11 +480,12 @@ def fill(
     """
     missing = set(tensors)
     for file in files:
+        if unknown := file.keys() - tensors.keys():
+            raise IntegrityError(f"it holds {min(unknown)}, and this run has none")
         for name, found in own(file).items():
-            here = tensors.get(name)
-            if here is None or (here.shape, here.dtype) != (found.shape, found.dtype):
-                wanted = "this run has none" if here is None else f"this run has {_form(here)}"
-                raise IntegrityError(f"{name} is {_form(found)}, and {wanted}")
+            here = tensors[name]
+            if (here.shape, here.dtype) != (found.shape, found.dtype):
+                raise IntegrityError(f"{name} is {_form(found)}, and this run has {_form(here)}")
             here.copy_(found)
             missing.discard(name)
     if missing:
@@ -483,33 +496,29 @@ def _form(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
 
-def _open(store: Store, digest: str, at: Position, read: Read) -> Opened:
+def _open(
+    store: Store, digest: str, at: Position, read: Read, until_read: contextlib.ExitStack
+) -> Opened:
     key = _key(digest, at, "json")
-    (data,), where = read([key]), store.where(key)
+    (data,), where = read([(key, None)]), store.where(key)
     schema = _schema(data, where)
-    if schema in MIGRATIONS:
-        return MIGRATIONS[schema](store, data, where, at)
-    if schema != SCHEMA:
-        known = ", ".join(map(repr, (SCHEMA, *MIGRATIONS)))
+    if schema not in SCHEMAS:
+        known = ", ".join(map(repr, SCHEMAS))
         raise IntegrityError(f"it is of schema {schema!r}, this program reads {known}")
-    commit = note_from_bytes(Commit, data, where)
-    _check_position(at, Position(commit.images_seen, commit.token))
-
-    def verified(ends: Sequence[str]) -> Iterator[bytes]:
-        keys = [_key(digest, at, end) for end in ends]
-        for end, key, data in zip(ends, keys, read(keys), strict=True):
-            found, blob = Blob.of(data), commit.files[end]
-            if found != blob:
-                where = store.where(key)
-                raise IntegrityError(damaged(blob, where, found.size_bytes, found.sha256))
-            yield data
-
+    there = SCHEMAS[schema](digest, at, data, where)
+    (curve,) = read([there.curve])
+    found = json.loads(curve)
+    begins, files = [begin for begin, _ in there.tensors], [file for _, file in there.tensors]
+    coming = until_read.enter_context(contextlib.closing(read(files)))
     return Opened(
         images_seen=at.images_seen,
-        curve=json.loads(*verified([CURVE])),
+        curve=dict(zip(CURVE_FIELDS, found, strict=True)) if isinstance(found, list) else found,
         # A damaged log costs no training: whoever goes on with the log reads it, and tells.
-        events=commit.events,
-        files=map(tensors_from_bytes, verified([end for end in commit.files if end != CURVE])),
+        events=there.events,
+        files=(
+            {f"{begin}{name}": tensor for name, tensor in tensors_from_bytes(file).items()}
+            for begin, file in zip(begins, coming, strict=True)
+        ),
     )
 
 
@@ -525,7 +534,26 @@ def _check_position(asked: Position, found: Position) -> None:
         raise IntegrityError(f"it holds the state of {found.name}, not this one")
 
 
-# -- older schemas ------------------------------------------------------------------------------
+# -- schemas ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a commit of any schema says there is to be read."""
+
+    curve: tuple[str, Blob]
+    """Key, and what its bytes must be."""
+    tensors: list[tuple[str, tuple[str, Blob]]]
+    """What names of tensors in a file are led by, and its key and bytes."""
+    events: Mapping[str, Blob] = field(default_factory=dict)
+
+
+def _contents(digest: str, at: Position, commit: bytes, where: str) -> Contents:
+    found = note_from_bytes(Commit, commit, where)
+    _check_position(at, Position(found.images_seen, found.token))
+    files = {end: (_key(digest, at, end), blob) for end, blob in found.files.items()}
+    curve = files.pop(CURVE)
+    return Contents(curve, [("", file) for file in files.values()], found.events)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -537,28 +565,19 @@ class Commit1:
     files: dict[str, Blob]
 
 
-def _from_schema_1(store: Store, data: bytes, where: str, at: Position) -> Opened:
-    commit = note_from_bytes(Commit1, data, where)
-    _check_position(at, Position(commit.images_seen, 0))
-    parts = dict(commit.files)
-    history, pending = json.loads(store.get(parts.pop("curve")))
-
-    def file(part: str, blob: Blob) -> dict[str, Tensor]:
-        held = tensors_from_bytes(store.get(blob))
-        return {f"{part}/{name}": tensor for name, tensor in held.items()}
-
-    return Opened(
-        images_seen=commit.images_seen,
-        curve={"history": history, "pending": pending},
-        events={},
-        files=(file(part, blob) for part, blob in parts.items()),
-    )
+def _contents_1(_: str, at: Position, commit: bytes, where: str) -> Contents:
+    found = note_from_bytes(Commit1, commit, where)
+    _check_position(at, Position(found.images_seen, 0))
+    blobs = {part: (blob.key, blob) for part, blob in found.files.items()}
+    curve = blobs.pop("curve")
+    return Contents(curve, [(f"{part}/", blob) for part, blob in blobs.items()])
 
 
-Migration = Callable[[Store, bytes, str, Position], Opened]
-"""(store, bytes of a commit, its address, its position) -> what it holds. Raises IntegrityError."""
-MIGRATIONS: dict[str, Migration] = {"eqm-checkpoint/1": _from_schema_1}
-"""How commits of older schemas are read."""
+SCHEMAS: dict[str, Callable[[str, Position, bytes, str], Contents]] = {
+    SCHEMA: _contents,
+    "eqm-checkpoint/1": _contents_1,
+}
+"""Schema -> how commits of it are read: (run, position, bytes, address). Raises IntegrityError."""
 
 
 # -- a state as one table of tensors ------------------------------------------------------------

@@ -162,7 +162,8 @@ class World:
             try:
                 while not ended.wait(self.timeout_seconds / 10):
                     self.first_says(True)
-            except PeerError as error:
+            except Exception as error:
+                # The edge of a thread: it is raised at the end of the work.
                 failed.append(error)
 
         telling = threading.Thread(target=tell, name="at-work", daemon=True)

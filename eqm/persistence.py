@@ -3,7 +3,7 @@
 import contextlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator
 
 import torch
 from torch import Tensor
@@ -11,7 +11,8 @@ from torch import Tensor
 from eqm import checkpoint, lease, model
 from eqm.checkpoint import Position, TrainState
 from eqm.distributed import World
-from eqm.events import EVENTS, EventLog, restore
+from eqm.errors import ReplicaError
+from eqm.events import EVENTS, EventLog, Segments, restore
 from eqm.guards import refuse_apart, refuse_divergence
 from eqm.records import Blob
 from eqm.run import Run, first_acts, gathers
@@ -54,7 +55,8 @@ def newest(context: Context) -> Position | None:
 def resume(run: Run, at: Position) -> None:
     """Put a checkpoint's state in place, which the first process reads for all.
 
-    Each verifies what it is given. Raises as :func:`eqm.checkpoint.opened`.
+    Each verifies what it is given. Raises as :func:`eqm.checkpoint.opened`, and ReplicaError where
+    a process was given other bytes.
     """
     context, learner = run.context, run.learner
     read = shared_read(context.store, context.world)
@@ -65,27 +67,37 @@ def resume(run: Run, at: Position) -> None:
     run.since_report = [
         torch.tensor(pair, device=run.world.device) for pair in found.curve["pending"]
     ]
-    if run.world.is_first:
-        run.log = restore(run.context.store, found.events)
-        restore_tally(run)
-        sys.stderr.write(f"training goes on from image {found.images_seen:,}\n")
+    first_acts(context.world, lambda: restore_log(run, found.events))
 
 
 def shared_read(store: Store, world: World) -> checkpoint.Read:
     """Reading a store by the first process for all: they ask together, and are told the same."""
 
-    def read(keys: Sequence[str]) -> Iterator[bytes]:
-        with contextlib.closing(checkpoint.read_ahead(store, keys)) as coming:
-            for _ in keys:
+    def read(wanted: checkpoint.Wanted) -> Generator[bytes, None, None]:
+        with contextlib.closing(checkpoint.read_ahead(store, wanted)) as coming:
+            for key, blob in wanted:
                 found: list[bytes] = []
                 first_acts(world, lambda found=found: found.append(next(coming)))
-                yield world.first_gives(found[0] if found else b"")
+                data = world.first_gives(found[0] if found else b"")
+                if blob is not None and not world.is_first and Blob.of(data) != blob:
+                    # The object itself is sound: the first process has verified it.
+                    raise ReplicaError(
+                        f"rank {world.rank} of {world.size} was given other bytes of "
+                        f"{store.where(key)} than the first one has read and verified: look at "
+                        "the memory and the network of its machine, and start again"
+                    )
+                yield data
 
     return read
 
 
-def restore_tally(run: Run) -> None:
-    """Go on adding up losses by band: what the checkpoint had of them is in its event."""
+def restore_log(run: Run, segments: Segments) -> None:
+    """Go on with the log, and with adding up losses by band: what there was is in its last event.
+
+    The first process has both.
+    """
+    run.log = restore(run.context.store, segments)
+    sys.stderr.write(f"training goes on from image {run.images_seen:,}\n")
     last = run.log.events[-1] if run.log.events else None
     if last is not None and last.images_seen == run.images_seen and last.facts.get("tally"):
         run.tally.copy_(torch.tensor(last.facts["tally"], dtype=torch.float64))

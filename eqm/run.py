@@ -14,7 +14,7 @@ from torch import Tensor
 from eqm import checkpoint, gauges, glimpse, lease
 from eqm.config import TrainConfig, TrainStage
 from eqm.distributed import OnItsWay, Sum, World
-from eqm.errors import AwayError, EqmError, MissingError
+from eqm.errors import AwayError, EqmError, IntegrityError, MissingError
 from eqm.events import EventLog
 from eqm.frechet import Gaussian
 from eqm.latent_set import LatentSet
@@ -155,8 +155,8 @@ def first_acts(world: World, act: Callable[[], None]) -> None:
     """Let the first rank do what only one may; where it fails in words, all ranks raise them.
 
     Otherwise the others would wait for it until their collectives time out. However long it takes,
-    they do wait. What it raises they do where it matters to whoever asked: AwayError, MissingError;
-    else InterruptedTraining.
+    they do wait. What it raises they do where it matters to whoever asked: AwayError, MissingError,
+    IntegrityError; else InterruptedTraining.
     """
     failure: EqmError | None = None
     with world.first_at_work():
@@ -165,12 +165,12 @@ def first_acts(world: World, act: Callable[[], None]) -> None:
                 act()
             except EqmError as error:
                 failure = error
-    kind = AwayError if isinstance(failure, PASSING) else InterruptedTraining
-    kind = MissingError if isinstance(failure, MissingError) else kind
-    told = world.first_tells("" if failure is None else f"{kind.__name__} {failure}")
+    kinds = (AwayError, MissingError, IntegrityError, InterruptedTraining)
+    meant = AwayError if isinstance(failure, PASSING) else type(failure)
+    number = next((i for i, kind in enumerate(kinds) if issubclass(meant, kind)), len(kinds) - 1)
+    told = world.first_tells("" if failure is None else f"{number} {failure}")
     if failure is not None:
         raise failure
     if told:
-        name, _, words = told.partition(" ")
-        kinds = {one.__name__: one for one in (AwayError, MissingError, InterruptedTraining)}
-        raise kinds[name](words)
+        kind, _, words = told.partition(" ")
+        raise kinds[int(kind)](words)

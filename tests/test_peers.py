@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from eqm import distributed, gauges, guards, train
 from eqm.config import ComputeConfig
 from eqm.distributed import World, pick_device
-from eqm.errors import ConfigError, PeerError, ReplicaError
-from eqm.records import to_json
+from eqm.errors import ConfigError, IntegrityError, PeerError, ReplicaError
+from eqm.persistence import shared_read
+from eqm.records import Blob, to_json
 from eqm.storage import LocalStore
 from flows import doctor
 
@@ -181,20 +182,48 @@ def test_the_first_rank_is_waited_for_as_long_as_it_says_that_it_is_at_work(
     assert list(others) == [True]
 
 
-def test_the_first_rank_learns_at_the_end_of_its_work_that_another_is_gone(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize("kind", [PeerError, torch.OutOfMemoryError])
+def test_the_first_rank_learns_at_the_end_of_its_work_that_the_others_were_not_told(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     def gone(*_: object) -> int:
-        raise PeerError("rank 1 does not answer")
+        raise kind("rank 1 does not answer")
 
     monkeypatch.setattr(World, "first_says", gone)
     world, done = World(0, 2, torch.device("cpu"), timeout_seconds=0.01), []
-    with pytest.raises(PeerError, match="rank 1"), world.first_at_work():
+    with pytest.raises(kind, match="rank 1"), world.first_at_work():
         done.append(time.sleep(0.05) or "whole")
     assert done == ["whole"]
     # What went wrong here comes before what others make of it.
     with pytest.raises(KeyError), world.first_at_work():
         raise KeyError
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("harm", ["none", "of the store", "on the way"])
+def test_every_rank_verifies_what_it_is_given_of_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int, harm: str
+) -> None:
+    """The first one is right about the store, and another says what it alone has seen."""
+    store = LocalStore(tmp_path)
+    good, bad = b"tensors" * 9, b"tensirs" * 9
+    store.write_once("a/file", bad if harm == "of the store" else good)
+    monkeypatch.setattr(World, "first_at_work", lambda _: contextlib.nullcontext())
+    found = IntegrityError("a/file is damaged")
+    told = f"2 {found}" if harm == "of the store" else ""
+    monkeypatch.setattr(World, "first_tells", lambda world, text: text if world.is_first else told)
+    given = bad if harm == "on the way" else good
+    monkeypatch.setattr(World, "first_gives", lambda world, data: data or given)
+    read = shared_read(store, World(rank, 2, torch.device("cpu")))
+    wanted = [("a/file", Blob.of(good))]
+    if harm == "of the store":
+        with pytest.raises(IntegrityError, match="is damaged"):
+            list(read(wanted))
+    elif harm == "on the way" and rank == 1:
+        with pytest.raises(ReplicaError, match=r"rank 1 of 2 was given other bytes of \S+a/file"):
+            list(read(wanted))
+    else:
+        assert list(read(wanted)) == [good]
 
 
 @pytest.mark.slow

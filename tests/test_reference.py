@@ -1,5 +1,6 @@
 """Real images looked at once: what is sealed, however the work was cut, shared or interrupted."""
 
+import contextlib
 import hashlib
 import io
 from pathlib import Path
@@ -96,6 +97,7 @@ def test_it_goes_on_where_it_was_and_ranks_share_the_work(
     monkeypatch.setattr(reference, "PART_IMAGES", 500)
     lefts: list[int] = []
     monkeypatch.setattr(World, "barrier", lambda _, left=None: left and lefts.append(left()))
+    monkeypatch.setattr(World, "first_at_work", lambda _: contextlib.nullcontext())
     job, alone = fresh(tiny, tmp_path / "two"), fresh(tiny, tmp_path / "one")
     look, looked = reference.look, []
 
