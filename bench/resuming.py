@@ -1,7 +1,7 @@
 """What going on from a checkpoint costs: ``python -m bench resuming``.
 
-Processes of one core each, alike and at once, go on from a checkpoint of S/2: as ours does, where
-the first one reads it for all, a few files ahead of the one that is put in place, and with each of
+Processes of one core each, alike and at once, go on from a checkpoint: as ours does, where the
+first one reads it for all, a few files ahead of the one that is put in place, and with each of
 them reading the whole of it, a file at a time. From a folder, and from one that gives as much a
 second as a connection to S3 may (it sleeps). Printed: seconds until all are there, and by how much
 the memory of a process grew above what it holds of the state, at its peak.
@@ -30,15 +30,16 @@ from eqm.records import Blob
 from eqm.storage import LocalStore
 
 RUN, AT = "0" * 64, Position(256, 1)
-PROCESSES, ROUNDS = (2, 4), 3
+RUNS, ROUNDS = (("S", 2), ("S", 4), ("B", 2)), 3
+"""Sizes of networks, and numbers of processes."""
 MIB = 2**20
 CONNECTION = 100e6
 """Bytes a second."""
 
 
-def made(device: torch.device) -> Learner:
+def made(size: str, device: torch.device) -> Learner:
     """A network and its optimisation, at their beginning."""
-    return Learner(network("S"), ObjectiveConfig(), TrainConfig(), device=device)
+    return Learner(network(size), ObjectiveConfig(), TrainConfig(), device=device)
 
 
 def shared(learner: Learner, store: LocalStore, world: World) -> None:
@@ -78,10 +79,10 @@ class Distant(LocalStore):
 STORES = {"folder": LocalStore, "distant": Distant}
 
 
-def measure(way: str, kind: str, folder: str) -> None:
+def measure(way: str, kind: str, folder: str, size: str) -> None:
     """What one process does."""
     with connect("cpu", threads=1) as world:
-        learner, store = made(world.device), STORES[kind](Path(folder))
+        learner, store = made(size, world.device), STORES[kind](Path(folder))
         gc.collect()
         world.barrier()
         before, began = peak(), time.perf_counter()
@@ -99,45 +100,49 @@ def peak() -> int:
     return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def asked(way: str, kind: str, folder: str, processes: int) -> list[float]:
+def asked(way: str, kind: str, folder: str, size: str, processes: int) -> list[float]:
     """Seconds, and MiB by which the first process and the largest other one grew."""
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    line = [sys.executable, *start, "-m", "bench.resuming", way, kind, folder]
+    line = [sys.executable, *start, "-m", "bench.resuming", way, kind, folder, size]
     done = subprocess.run(line, check=True, capture_output=True, text=True)
     return [float(word) for word in done.stdout.split()]
 
 
 def main() -> None:
     """Measure both, in turn, and print."""
-    with tempfile.TemporaryDirectory() as folder:
-        learner = made(torch.device("cpu"))
-        curve = {"history": {}, "pending": []}
-        state = checkpoint.from_flat(learner.state(), AT.images_seen, curve, {})
-        checkpoint.save(LocalStore(Path(folder)), RUN, state)
-        size = sum(path.stat().st_size for path in Path(folder).rglob("*.safetensors"))
-        print(f"S/2, {size / MIB:,.0f} MiB a checkpoint")
-        for kind in STORES:
-            for processes in PROCESSES:
-                beside(kind, folder, processes)
+    for size, processes in RUNS:
+        with tempfile.TemporaryDirectory() as folder:
+            size_bytes = written(size, Path(folder))
+            print(f"{size}/2, {size_bytes / MIB:,.0f} MiB a checkpoint, {processes} processes")
+            for kind in STORES:
+                beside(kind, folder, size, processes)
 
 
-def beside(kind: str, folder: str, processes: int) -> None:
+def written(size: str, folder: Path) -> int:
+    """Leave a checkpoint in a folder; its bytes."""
+    learner, curve = made(size, torch.device("cpu")), {"history": {}, "pending": []}
+    state = checkpoint.from_flat(learner.state(), AT.images_seen, curve, {})
+    checkpoint.save(LocalStore(folder), RUN, state)
+    return sum(path.stat().st_size for path in folder.rglob("*.safetensors"))
+
+
+def beside(kind: str, folder: str, size: str, processes: int) -> None:
     """Measure both ways in turn, and print the medians."""
     found: dict[str, list[list[float]]] = {way: [] for way in WAYS}
     for _ in range(ROUNDS):
         for way, rows in found.items():
-            rows.append(asked(way, kind, folder, processes))
+            rows.append(asked(way, kind, folder, size, processes))
     middle = {
         way: [statistics.median(column) for column in zip(*rows, strict=True)]
         for way, rows in found.items()
     }
     for way, (seconds, first, others) in middle.items():
         print(
-            f"   {kind:7}, {processes} processes, {way:6}: {seconds:5.2f} s, the first grew by "
-            f"{first:,.0f} MiB, others by {others:,.0f}"
+            f"   {kind:7}, {way:6}: {seconds:5.2f} s, the first grew by {first:,.0f} MiB, "
+            f"others by {others:,.0f}"
         )
     print(f"   x {middle['each'][0] / middle['shared'][0]:.2f} as fast", flush=True)
 
 
 if __name__ == "__main__":
-    measure(*sys.argv[1:4])
+    measure(*sys.argv[1:5])
