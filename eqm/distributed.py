@@ -34,6 +34,8 @@ JOIN = datetime.timedelta(minutes=10)
 """For all ranks to start: machines do not come up at once."""
 ROLL_CALL_SECONDS = 6.0
 """After a collective broke off, for the others to notice it as well and say that they are there."""
+MOST_WAITS = 12
+"""For so many time-outs of collectives the first rank may be at work alone: two hours."""
 LOOK_SECONDS = 5.0
 """Between two looks at what others have done, at most."""
 PR_SET_PDEATHSIG = 1
@@ -142,11 +144,10 @@ class World:
 
     @contextlib.contextmanager
     def first_at_work(self) -> Iterator[None]:
-        """What the first rank does within may take as long as it takes, for the others wait for it.
+        """What the first rank does within may take longer than the others wait for one another.
 
-        All enter. The first one tells them all along, by a thread, that it is at it: whoever says
-        nothing for ``timeout_seconds`` is given up. Within it calls no other collectives. Raises
-        PeerError.
+        All enter. The first one tells them all along, by a thread, that it is at it, for MOST_WAITS
+        of their time-outs: then it hangs. Within it calls no other collectives. Raises PeerError.
         """
         if self.size == 1:
             yield
@@ -159,8 +160,9 @@ class World:
         ended, failed = threading.Event(), []
 
         def tell() -> None:
+            until = time.monotonic() + MOST_WAITS * self.timeout_seconds
             try:
-                while not ended.wait(self.timeout_seconds / 10):
+                while not ended.wait(self.timeout_seconds / 10) and time.monotonic() < until:
                     self.first_says(True)
             except Exception as error:
                 # The edge of a thread: it is raised at the end of the work.

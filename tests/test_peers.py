@@ -175,6 +175,12 @@ def test_the_first_rank_is_waited_for_as_long_as_it_says_that_it_is_at_work(
         time.sleep(0.2)
         assert said.count(True) == len(said) >= 5
     assert said.pop() is False
+    # Whoever hangs is not spoken for for ever.
+    said.clear()
+    monkeypatch.setattr(distributed, "MOST_WAITS", 1)
+    with world.first_at_work():
+        time.sleep(0.3)
+    assert 5 <= said.count(True) <= 10
     others = iter([True, True, False, True])
     monkeypatch.setattr(World, "first_says", lambda *_: next(others))
     with World(1, 2, torch.device("cpu")).first_at_work():
