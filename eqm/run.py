@@ -154,9 +154,9 @@ def crossed(before: int, after: int, interval: int) -> bool:
 def first_acts(world: World, act: Callable[[], None]) -> None:
     """Let the first rank do what only one may; where it fails in words, all ranks raise them.
 
-    Otherwise the others would wait for it until their collectives time out. However long it takes,
-    they do wait. What it raises they do where it matters to whoever asked: AwayError, MissingError,
-    IntegrityError; else InterruptedTraining.
+    Otherwise the others would wait for it until their collectives time out; while it is at work
+    they wait longer. What it raises they do where it matters to whoever asked: AwayError,
+    MissingError, IntegrityError; else InterruptedTraining.
     """
     failure: EqmError | None = None
     with world.first_at_work():
