@@ -25,8 +25,8 @@ def guarded(run: Run) -> tuple[Tensor, Tensor]:
     """(loss, gradient norm) of the updates since the last event that were finite, (U, 2) float64.
 
     And their first images, (U,). Raises DivergedError, naming the update, for one that was not
-    where training is to stop, and where none of ``run.recent`` was. Others that
-    were not are told and logged, with the numbers of their samples.
+    where training is to stop, and where none of ``run.recent`` was. Others that were not are told
+    and logged, with the numbers of their samples.
     """
     # What no event tells of yet may be one update: alone it is no sign of anything.
     recent = torch.stack(run.recent).double().cpu()

@@ -1,10 +1,10 @@
 """Stage "train": sealed latents -> a trained gradient field. ``python -m eqm.train CONFIG.json``
 
-The loop is setup / step / report / persist. Everything random about training image number n is a
-function of (seed, n), and the position is one integer, so a killed run that is started again ends
-in the same bits. One trainer at a time holds the lease of the run (eqm.lease); checkpoints are
-written beside the loop, which only copies the state. Gradients are summed over ranks in segments
-(eqm.gradients) while the backward goes on.
+The loop is setup / step / report (eqm.reporting) / persist (eqm.persistence). Everything random
+about training image number n is a function of (seed, n), and the position is one integer, so a
+killed run that is started again ends in the same bits. One trainer at a time holds the lease of the
+run (eqm.lease); checkpoints are written beside the loop, which only copies the state. Gradients are
+summed over ranks in segments (eqm.gradients) while the backward goes on.
 """
 
 import contextlib
