@@ -15,7 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -29,9 +29,13 @@ from eqm.cores import cores
 from eqm.errors import ConfigError, PeerError
 from eqm.memory import keep_freed
 from eqm.threads import one_core_products
+from eqm.watch import Watch
 
 JOIN = datetime.timedelta(minutes=10)
 """For all ranks to start: machines do not come up at once."""
+NCCL_LATER = datetime.timedelta(minutes=1)
+"""For so much longer NCCL waits, whose watchdog ends the process: until who is silent is told."""
+EXIT_STALLED = 2
 ROLL_CALL_SECONDS = 6.0
 """After a collective broke off, for the others to notice it as well and say that they are there."""
 MOST_WAITS = 12
@@ -56,6 +60,8 @@ class World:
     """What the ranks met at; it is on the first one's machine, or where torchrun has put it."""
     timeout_seconds: float = 600.0
     """How long the others are waited for."""
+    watch: Watch | None = None
+    """What tells of a collective that does not end, where waiting for it does not: on GPUs."""
 
     @property
     def is_first(self) -> bool:
@@ -90,11 +96,16 @@ class World:
         """
         if self.size == 1 and self.group is None:
             return Sum(self, None)
+        return self._begun(lambda: dist.all_reduce(flat, group=self.group, async_op=True))
+
+    def _begun(self, begin: Callable[[], dist.Work | None]) -> "Sum":
         began = time.monotonic()
         try:
-            work = dist.all_reduce(flat, group=self.group, async_op=True)
+            work = begin()
         except RuntimeError as error:
             raise PeerError(self.told(time.monotonic() - began, error)) from error
+        if self.watch is not None and work is not None:
+            self.watch.add(work)
         return Sum(self, work)
 
     def sum_(self, flat: torch.Tensor) -> torch.Tensor:
@@ -193,11 +204,7 @@ class World:
         sent = torch.empty(size, dtype=torch.uint8, device=self.device)
         if self.is_first:
             sent.copy_(torch.from_numpy(np.frombuffer(data, dtype=np.uint8).copy()))
-        began = time.monotonic()
-        try:
-            dist.broadcast(sent, src=0, group=self.group)
-        except RuntimeError as error:
-            raise PeerError(self.told(time.monotonic() - began, error)) from error
+        self._begun(lambda: dist.broadcast(sent, 0, group=self.group, async_op=True)).wait()
         return data if self.is_first else sent.cpu().numpy().tobytes()
 
     def first_tells(self, text: str) -> str:
@@ -212,7 +219,7 @@ class World:
 
 
 class Sum:
-    """A sum over ranks that was begun."""
+    """A sum over ranks, or what the first one sends, that was begun."""
 
     def __init__(self, world: World, work: dist.Work | None) -> None:
         self._world, self._work = world, work
@@ -289,16 +296,28 @@ def roll_call(store: Store | None, rank: int, size: int) -> list[int] | None:
     return None if here is None else [r for r in range(size) if r not in here]
 
 
+def end_at_once(words: str) -> None:
+    """Say why, and end without the thread that hangs."""
+    sys.stderr.write(f"error: {words}\n")
+    sys.stderr.flush()
+    os._exit(EXIT_STALLED)
+
+
 @contextlib.contextmanager
 def connect(
-    device: str = "auto", *, threads: int | None = None, timeout_seconds: float = 600.0
+    device: str = "auto",
+    *,
+    threads: int | None = None,
+    timeout_seconds: float = 600.0,
+    on_stall: Callable[[str], None] = end_at_once,
 ) -> Iterator[World]:
     """Join the world this process was started in, and leave it in order.
 
     ``device`` is "auto", "cpu" or "cuda". ``threads`` bounds the CPU threads of this process; None
     shares the cores among the processes of this machine. Products of numpy take one core each
     (eqm.threads), and on a CPU freed memory is kept (eqm.memory). ``timeout_seconds`` is how long a
-    collective waits for the other ranks. Raises ConfigError.
+    collective waits for the other ranks. On GPUs ``on_stall`` is then told who is silent, in a
+    thread, and must end the process: whoever waits for a GPU hears nothing. Raises ConfigError.
     """
     rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     local = int(os.environ.get("LOCAL_RANK", "0"))
@@ -320,8 +339,9 @@ def connect(
             yield World(rank, size, chosen)
             return
         end_with_parent()
-        with _joined(rank, size, chosen, datetime.timedelta(seconds=timeout_seconds)) as world:
-            yield world
+        timeout = datetime.timedelta(seconds=timeout_seconds)
+        with _joined(rank, size, chosen, timeout) as world, _watched(world, on_stall) as watched:
+            yield watched
 
 
 @contextlib.contextmanager
@@ -334,7 +354,7 @@ def _joined(
     try:
         dist.init_process_group(backend, store=ranks, rank=rank, world_size=size, timeout=JOIN)
         # One of its own: the other's time-out also bounds how far apart ranks may start.
-        group = dist.new_group(timeout=timeout)
+        group = dist.new_group(timeout=timeout + NCCL_LATER * (backend == "nccl"))
     except RuntimeError as error:
         raise PeerError(
             f"rank {rank} of {size} could not join the others ({_reason(error)}): see that all "
@@ -356,6 +376,21 @@ def _joined(
             dist.destroy_process_group()
         raise
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _watched(world: World, on_stall: Callable[[str], None]) -> Iterator[World]:
+    if world.device.type == "cpu":
+        yield world
+        return
+    with contextlib.closing(watch_of(world, on_stall)) as watch:
+        yield replace(world, watch=watch)
+
+
+def watch_of(world: World, on_stall: Callable[[str], None]) -> Watch:
+    """What tells, in words, of a collective that does not end within the time-out."""
+    late = RuntimeError("a collective has not ended")
+    return Watch(world.timeout_seconds, lambda seconds: on_stall(world.told(seconds, late)))
 
 
 def told_of_cores(processes: int) -> str | None:

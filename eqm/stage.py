@@ -264,6 +264,12 @@ def _leave(words: str, job: Job | None) -> None:
             file.write_text(words)
 
 
+def _end(words: str, job: Job) -> None:
+    """Leave a message, and end at once: the main thread waits for a GPU, and can raise nothing."""
+    _leave(words, job)
+    distributed.end_at_once(words)
+
+
 def failure(message: str) -> EqmError:
     """What to raise for a program that left a message: AwayError, or else StageError."""
     return AwayError(message) if message.endswith(AWAY) else StageError(message)
@@ -296,6 +302,7 @@ def run_part(job: Job, program: Program, *, afterwards: Afterwards | None = None
         runtime.device,
         threads=runtime.threads,
         timeout_seconds=runtime.collective_timeout_seconds,
+        on_stall=lambda words: _end(words, job),
     )
     with connection as world, contextlib.ExitStack() as until_sealed:
         context = Context(

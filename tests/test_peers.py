@@ -4,9 +4,11 @@ import contextlib
 import datetime
 import json
 import os
+import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +26,7 @@ from eqm.errors import ConfigError, IntegrityError, PeerError, ReplicaError
 from eqm.persistence import shared_read
 from eqm.records import Blob, to_json
 from eqm.storage import LocalStore
+from eqm.watch import Watch
 from flows import doctor
 
 ROOT = Path(__file__).parent.parent
@@ -207,6 +210,65 @@ def test_the_first_rank_learns_at_the_end_of_its_work_that_the_others_were_not_t
         raise KeyError
 
 
+class Hangs:
+    """A collective that ends when it is told to."""
+
+    def __init__(self, *, done: bool = False) -> None:
+        self.done = done
+
+    def is_completed(self) -> bool:
+        return self.done
+
+
+def test_a_collective_that_does_not_end_is_told_once_and_others_are_forgotten() -> None:
+    ages: list[float] = []
+    slow, hangs = Hangs(), Hangs()
+    with contextlib.closing(Watch(0.3, ages.append)) as watch:
+        for work in (Hangs(done=True), slow, Hangs(done=True)):
+            watch.add(work)
+        time.sleep(0.2)
+        slow.done = True
+        time.sleep(0.2)
+        assert len(watch._under_way) == 0
+        assert ages == []
+        watch.add(hangs)
+        time.sleep(0.6)
+    assert len(ages) == 1
+    assert 0.3 < ages[0] < 0.5
+
+
+@pytest.mark.slow
+def test_where_waiting_never_ends_a_silent_rank_is_named_all_the_same(tmp_path: Path) -> None:
+    """As on GPUs, where a wait returns at once and the next copy to the host hangs."""
+    left = tmp_path / "words"
+    line = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", __file__]
+    ended = subprocess.run(
+        [sys.executable, *line, str(left), "hangs"],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert ended.returncode != 0
+    assert re.match(r"rank 0 of 2 waited \d s for the others and rank 1 does not", left.read_text())
+    assert f"error: {left.read_text()}" in ended.stderr
+
+
+def hangs(left: Path) -> None:
+    """One rank does not come, and the other hangs without a word of its own."""
+
+    def stalled(words: str) -> None:
+        left.write_text(words)
+        distributed.end_at_once(words)
+
+    with distributed.connect("cpu", threads=1, timeout_seconds=600) as world:
+        watch = distributed.watch_of(replace(world, timeout_seconds=2.0), stalled)
+        if world.is_first:
+            replace(world, watch=watch).begin_sum(torch.zeros(1))
+        time.sleep(600)
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("harm", ["none", "of the store", "on the way"])
 def test_every_rank_verifies_what_it_is_given_of_a_checkpoint(
@@ -299,6 +361,8 @@ def in_a_pair(
 
 
 if __name__ == "__main__":
+    if sys.argv[2] == "hangs":
+        hangs(Path(sys.argv[1]))
     plain, write, seal = train.corrupted, LocalStore.write_once, LocalStore.seal
 
     def slow_write(store: LocalStore, key: str, data: Any) -> bool:
