@@ -32,7 +32,7 @@ from eqm.config import (
     TrainConfig,
     replace,
 )
-from eqm.distributed import OnItsWay, Sum, World, connect
+from eqm.distributed import OnItsWay, Sum, World, connect, watch_of
 from eqm.errors import ConfigError
 from eqm.events import events_of
 from eqm.field import Field
@@ -306,6 +306,27 @@ def test_one_rank_joins_nccl_and_its_collectives_work(monkeypatch: pytest.Monkey
         world.barrier()
         assert world.first_says(7) == 7
         assert world.sum_(torch.ones(5, device=GPU)).tolist() == [1] * 5
+        assert world.first_gives(b"bytes") == b"bytes"
+
+
+def test_nccl_is_looked_after_and_told_by_a_thread_that_the_first_rank_is_at_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stalled: list[str] = []
+    with one_rank(monkeypatch) as world:
+        assert world.watch is not None
+        quick = replace(world, size=2, timeout_seconds=0.5)
+        with contextlib.closing(watch_of(quick, stalled.append)) as watch:
+            among = replace(quick, watch=watch)
+            with among.first_at_work():
+                until, x = time.monotonic() + 1.5, torch.ones(512, 512, device=GPU)
+                while time.monotonic() < until:
+                    x = (x @ x).clamp(max=1.0)
+                    x.sum().item()
+            time.sleep(0.2)
+            # All that was begun has ended, and is known to have.
+            assert len(watch._under_way) == 0
+    assert stalled == []
 
 
 @pytest.mark.parametrize("compile", [False, True])
