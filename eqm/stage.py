@@ -57,6 +57,9 @@ LESS_MEMORY = {
 }
 """Stage -> what to do where a GPU's memory is used up."""
 
+NO_MEMORY, NO_THREAD = "can't allocate memory", "can't start new thread"
+"""Of torch and of Python, where the system refuses."""
+
 VERSIONS_OF = ("torch", "numpy", "diffusers", "webdataset", "torch-fidelity", "mlflow", "prefect")
 
 
@@ -222,7 +225,7 @@ def main(
         except EqmError as told:
             return _refuse(told, job)
     except Exception as error:
-        if (told := _out_of_memory(error, job)) is not None:
+        if (told := _used_up(error, job)) is not None:
             return _refuse(told, job)
         # A defect of ours keeps its traceback. Whoever started it learns what it was, and not only
         # what other ranks make of it.
@@ -237,16 +240,27 @@ def _module() -> str:
     return spec.name if spec else "eqm.STAGE"
 
 
-def _out_of_memory(error: Exception, job: Job | None) -> EqmError | None:
-    """What to say of a device whose memory is used up; None for anything else."""
+def _used_up(error: Exception, job: Job | None) -> EqmError | None:
+    """What to say where memory or threads are used up; None for anything else."""
     import torch
 
-    if not isinstance(error, torch.OutOfMemoryError):
-        return None
-    # Behind it are a dozen figures of the allocator.
-    said = ". ".join(str(error).split(". ")[:2]).rstrip(".")
     remedy = LESS_MEMORY.get("" if job is None else job.stage, "use one with more memory")
-    return StageError(f"{said}: {remedy}; see with nvidia-smi that nobody else uses this GPU")
+    if isinstance(error, torch.OutOfMemoryError):
+        # Behind it are a dozen figures of the allocator.
+        said = ". ".join(str(error).split(". ")[:2]).rstrip(".")
+        return StageError(f"{said}: {remedy}; see with nvidia-smi that nobody else uses this GPU")
+    if isinstance(error, MemoryError) or NO_MEMORY in str(error):
+        said = str(error).rpartition(NO_MEMORY)[2].strip(" :.")
+        return StageError(
+            f"this process is given no more memory ({said}): {remedy}; or raise its limit (a "
+            "container's or job's, ulimit -v)"
+        )
+    if isinstance(error, RuntimeError) and str(error) == NO_THREAD:
+        return StageError(
+            "this process may start no more threads: raise the limit of processes (ulimit -u, a "
+            "container's limit of pids); a stage needs some dozens for each of its processes"
+        )
+    return None
 
 
 def _refuse(error: EqmError, job: Job | None) -> int:

@@ -1,11 +1,15 @@
 """Around every stage program: skip what is sealed, seal last, refuse in words."""
 
 import json
+import re
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -116,21 +120,52 @@ def test_whoever_started_a_program_learns_whether_the_store_was_away(
     assert str(raised).startswith(str(error))
 
 
-def test_memory_that_is_used_up_is_told_with_what_to_do(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def of_a_gpu() -> None:
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB "
+        "of which 1 GiB is free."
+    )
+
+
+def of_torch() -> None:
+    torch.empty(2**62, dtype=torch.uint8)
+
+
+def of_numpy() -> None:
+    np.empty(2**62, dtype=np.uint8)
+
+
+def of_threads() -> None:
+    before = threading.stack_size(2**47)
+    try:
+        threading.Thread(target=of_numpy).start()
+    finally:
+        threading.stack_size(before)
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (of_a_gpu, r"CUDA out of memory. Tried to allocate 2.00 GiB: lower encode\.batch_size;"),
+        (
+            of_torch,
+            r"this process is given no more memory \(you tried .*: lower encode\.batch_size",
+        ),
+        (of_numpy, r"this process is given no more memory \(.* 4\.00 EiB .*: lower encode\.batch_"),
+        (of_threads, "this process may start no more threads: raise the limit"),
+    ],
+)
+def test_what_is_used_up_is_told_with_what_to_do(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], ask: Callable[[], None], said: str
 ) -> None:
     (tmp_path / "job.json").write_text(json.dumps(to_json(a_job(tmp_path))))
 
     def fails(_: Context) -> Outcome:
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8 GiB "
-            "of which 1 GiB is free."
-        )
+        ask()
+        raise AssertionError("there was enough")
 
     assert stage.main(("latents",), fails, [str(tmp_path / "job.json")]) == 2
-    told = capsys.readouterr().err
-    said = "error: CUDA out of memory. Tried to allocate 2.00 GiB: lower encode.batch_size;"
-    assert told.startswith(said)
+    assert re.match(f"error: {said}", capsys.readouterr().err)
 
 
 def test_whoever_started_a_program_learns_of_a_defect_and_it_keeps_its_traceback(
