@@ -41,6 +41,8 @@ MIRRORED = "eqm.mirrored"
 """Tag of a run: how far it has the log of the training."""
 PROTOCOL = "eqm.protocol."
 """Begin of the tags of a run that say of what protocol the numbers under a name are."""
+SHOWN_AS = {"mlflow.experimentKind": "custom_model_development"}
+"""Tag of an experiment whose pages MLflow shows as those of trainings; else as of prompts."""
 AWAY_SECONDS = 10.0
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for what MLflow has not yet taken."""
@@ -371,7 +373,7 @@ def _experiment(client: Any, name: str) -> str:
     found = client.get_experiment_by_name(name)
     if found is None:
         try:
-            return client.create_experiment(name)
+            return client.create_experiment(name, tags=SHOWN_AS)
         except MlflowException:
             # Somebody else was first; if it was another error, the next line tells.
             found = client.get_experiment_by_name(name)

@@ -227,6 +227,8 @@ def test_mlflow_shows_the_run_and_the_model(ran: Ran) -> None:
 
     run = client.get_run(str(version.run_id))
     assert run.info.status == "FINISHED"
+    shown_as = client.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"]
+    assert shown_as == "custom_model_development"
     assert run.data.tags["eqm.digest"] == train.digest
     assert {"loss", "gradient_norm", "images_per_second"} <= set(run.data.metrics)
     assert client.get_metric_history(run.info.run_id, "loss")[-1].step == 512
