@@ -31,7 +31,7 @@ from websockets.sync.client import ClientConnection, connect
 
 from eqm import champion
 from eqm.errors import DataError, EqmError
-from eqm.registry import Registry
+from eqm.registry import AMONG_TRAININGS, Registry
 from eqm.storage import Store
 from flows.doctor import CHROMIUM
 from flows.plan import make_plan
@@ -125,7 +125,7 @@ def pages(settings: Settings, store: Store, model: str, scratch: Path) -> Iterat
     version = Registry(mlflow).by_number(model, entry.version)
     run = _run_of(mlflow, model, entry.version)
     yield Page("mlflow-run", run, ("loss", "gradient_norm"))
-    address = f"{mlflow}/#/models/{model}/versions/{version.number}"
+    address = f"{mlflow}/#/models/{model}/versions/{version.number}?{AMONG_TRAININGS}"
     yield Page("mlflow-version", address, ("champion", "eqm.evaluation"))
     yield from _prefect_pages(settings)
 
@@ -145,7 +145,7 @@ def _run_of(mlflow: str, model: str, version: int) -> str:
     of_run = {"run_id": run}
     found = _answer("MLflow", "GET", f"{mlflow}/api/2.0/mlflow/runs/get", params=of_run)
     experiment = found["run"]["info"]["experiment_id"]
-    return f"{mlflow}/#/experiments/{experiment}/runs/{run}"
+    return f"{mlflow}/#/experiments/{experiment}/runs/{run}?{AMONG_TRAININGS}"
 
 
 def _prefect_pages(settings: Settings) -> Iterator[Page]:

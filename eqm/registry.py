@@ -43,6 +43,8 @@ PROTOCOL = "eqm.protocol."
 """Begin of the tags of a run that say of what protocol the numbers under a name are."""
 SHOWN_AS = {"mlflow.experimentKind": "custom_model_development"}
 """Tag of an experiment whose pages MLflow shows as those of trainings; else as of prompts."""
+AMONG_TRAININGS = "workflowType=machine_learning"
+"""The same for a link to a run, which does not ask the experiment."""
 AWAY_SECONDS = 10.0
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for what MLflow has not yet taken."""
@@ -571,7 +573,8 @@ class Registry:
         """Address of a run's page."""
         with _errors(self.uri):
             experiment = self._client.get_run(run_id).info.experiment_id
-        return f"{_public(self.uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+        run = f"{_public(self.uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
+        return f"{run}?{AMONG_TRAININGS}"
 
 
 def _twice(table: str, call: Callable[[], Any]) -> None:

@@ -227,7 +227,7 @@ def test_evidence_joins_the_run_of_the_training(registry: Registry, uri: str, mo
     assert artifacts(uri, run_id, "report") == ["report/report.html"]
     page = registry.run_page(str(run_id))
     assert page.startswith(f"{uri}/#/experiments/")
-    assert page.endswith(f"/runs/{run_id}")
+    assert page.endswith(f"/runs/{run_id}?workflowType=machine_learning")
     assert version.number == 1
 
 
