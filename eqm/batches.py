@@ -8,9 +8,7 @@ of processes share the same global batch. What else is drawn for an image is eqm
 
 import itertools
 import sys
-from collections import deque
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +19,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from eqm import randomness
+from eqm import randomness, threads
 from eqm.errors import ConfigError, DataError, require
 from eqm.latent_set import LatentSet, open_manifest
 from eqm.patience import Patience
@@ -90,7 +88,8 @@ def batches(
         batch = ask(lambda: read_batch(data, seed, start, share, split))
         return batch.pinned() if pin else batch
 
-    return _read_ahead(read, starts, ahead)
+    # Several threads: a page that must come from the disk holds up its own batch alone.
+    return threads.ahead(read, starts, threads=ahead, name="eqm-batches")
 
 
 def _check(batch_size: int, first_image: int, rank: int, world: int, split: str) -> None:
@@ -104,20 +103,6 @@ def _check(batch_size: int, first_image: int, rank: int, world: int, split: str)
             f"batch_size is {batch_size}, which {world} processes cannot share equally: change "
             "one of them"
         )
-
-
-def _read_ahead(read: Callable[[int], Batch], starts: Iterator[int], ahead: int) -> Iterator[Batch]:
-    """Several threads: a page that must come from the disk holds up its own batch alone."""
-    with ThreadPoolExecutor(ahead, "eqm-batches") as readers:
-        coming = deque(readers.submit(read, start) for start in itertools.islice(starts, ahead))
-        try:
-            while True:
-                batch = coming.popleft().result()
-                coming.append(readers.submit(read, next(starts)))
-                yield batch
-        finally:
-            for one in coming:
-                one.cancel()
 
 
 def read_batch(data: LatentSet, seed: int, start: int, count: int, split: Split = "train") -> Batch:

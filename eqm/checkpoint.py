@@ -13,12 +13,11 @@ import contextlib
 import json
 import re
 import time
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +29,7 @@ from eqm.errors import IntegrityError, MissingError
 from eqm.patience import Patience
 from eqm.records import Blob, note_from_bytes, note_to_bytes
 from eqm.storage import Store
+from eqm.threads import ahead
 from eqm.words import counted
 
 SCHEMA = "eqm-checkpoint/2"
@@ -446,17 +446,7 @@ def read_ahead(store: Store, wanted: Wanted) -> Generator[bytes, None, None]:
             raise IntegrityError(damaged(blob, where, found.size_bytes, found.sha256))
         return data
 
-    with ThreadPoolExecutor(AHEAD, thread_name_prefix="checkpoint-files") as threads:
-        left = iter(wanted)
-        coming = deque(threads.submit(verified, one) for one in islice(left, AHEAD))
-        try:
-            while coming:
-                data = coming.popleft().result()
-                coming.extend(threads.submit(verified, one) for one in islice(left, 1))
-                yield data
-        finally:
-            for future in coming:
-                future.cancel()
+    return ahead(verified, wanted, threads=AHEAD, name="checkpoint-files")
 
 
 def load(store: Store, digest: str, at: Position) -> TrainState:

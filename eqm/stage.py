@@ -55,7 +55,7 @@ LESS_MEMORY = {
     "train": "set compute.micro_batch, or lower it, or set compute.checkpointing to true",
     "samples": "lower generate.sampler.batch_size",
 }
-"""Stage -> what to do where a GPU's memory is used up."""
+"""Stage -> what to do where memory is used up."""
 
 NO_MEMORY, NO_THREAD = "can't allocate memory", "can't start new thread"
 """Of torch and of Python, where the system refuses."""
@@ -249,8 +249,9 @@ def _used_up(error: Exception, job: Job | None) -> EqmError | None:
         # Behind it are a dozen figures of the allocator.
         said = ". ".join(str(error).split(". ")[:2]).rstrip(".")
         return StageError(f"{said}: {remedy}; see with nvidia-smi that nobody else uses this GPU")
-    if isinstance(error, MemoryError) or NO_MEMORY in str(error):
-        said = str(error).rpartition(NO_MEMORY)[2].strip(" :.")
+    torch_says = isinstance(error, RuntimeError) and NO_MEMORY in str(error)
+    if torch_says or isinstance(error, MemoryError):
+        said = str(error).rpartition(NO_MEMORY)[2].strip(" :.") or type(error).__name__
         return StageError(
             f"this process is given no more memory ({said}): {remedy}; or raise its limit (a "
             "container's or job's, ulimit -v)"

@@ -3,13 +3,17 @@
 OpenBLAS has threads of its own, as many as the machine has cores, that wait for each other by
 spinning. Beside other work that costs a multiple of what is computed, and how many they are decides
 how results are rounded. Pieces on one core each give the same bits on any number of cores, and use
-as many as torch was told to. Called by distributed, frechet and intervals.
+as many as torch was told to. What waits and does not compute has threads of its own
+(:func:`ahead`). Called by batches, checkpoint, distributed, frechet and intervals.
 """
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from typing import Any, TypeVar
 
 import torch
@@ -21,19 +25,40 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-@functools.cache
-def _libraries() -> Any:
+@functools.lru_cache(maxsize=1)
+def _libraries(_: int) -> Any:
+    """Those that are loaded with so many modules: scipy brings an OpenBLAS of its own."""
     from threadpoolctl import ThreadpoolController
 
-    # To look through everything that is loaded takes milliseconds: once.
+    # To look through everything that is loaded takes milliseconds: once, until there is more.
     return ThreadpoolController()
 
 
 @contextlib.contextmanager
 def one_core_products() -> Iterator[None]:
     """Products and decompositions of numpy take one core each; torch's are left alone."""
-    with _libraries().limit(limits=1, user_api="blas"):
+    with _libraries(len(sys.modules)).limit(limits=1, user_api="blas"):
         yield
+
+
+def ahead(
+    function: Callable[[Item], Result], items: Iterable[Item], *, threads: int, name: str
+) -> Generator[Result, None, None]:
+    """Results of a function of each item, in order, of which the next ``threads`` are under way.
+
+    For what waits for disks and networks; items may have no end. Raises what the function raises.
+    """
+    left = iter(items)
+    with ThreadPoolExecutor(threads, name) as pool:
+        coming = deque(pool.submit(function, item) for item in islice(left, threads))
+        try:
+            while coming:
+                result = coming.popleft().result()
+                coming.extend(pool.submit(function, item) for item in islice(left, 1))
+                yield result
+        finally:
+            for future in coming:
+                future.cancel()
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:

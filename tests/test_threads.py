@@ -1,5 +1,9 @@
 """numpy's work on many cores: in order, with the same bits on any number of them."""
 
+import itertools
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -11,7 +15,7 @@ from eqm import frechet
 from eqm.distributed import connect
 from eqm.frechet import Gaussian
 from eqm.intervals import frechet_intervals, kernel_interval, recall_interval
-from eqm.threads import in_threads, one_core_products
+from eqm.threads import ahead, in_threads, one_core_products
 
 
 @pytest.fixture(autouse=True)
@@ -34,6 +38,38 @@ def test_products_take_one_core_where_it_was_asked_for():
     with connect("cpu", threads=1):
         assert blas_threads() == {1}
     assert blas_threads() == {2}
+
+
+LATER = """
+import numpy
+from threadpoolctl import threadpool_info
+from eqm.threads import one_core_products
+
+with one_core_products():
+    pass
+import scipy.linalg
+with one_core_products():
+    print(sorted(one["num_threads"] for one in threadpool_info() if one["user_api"] == "blas"))
+"""
+
+
+def test_what_is_loaded_later_takes_one_core_as_well():
+    line = [sys.executable, "-c", LATER]
+    told = subprocess.run(line, capture_output=True, text=True, check=True)
+    assert told.stdout == "[1, 1]\n"
+
+
+@pytest.mark.parametrize("kind", [iter, lambda items: itertools.chain(items, itertools.count(9))])
+def test_what_is_read_ahead_comes_in_order_and_ends_with_whoever_leaves(kind):
+    begun: list[int] = []
+    coming = ahead(lambda i: begun.append(i) or 2 * i, kind(range(9)), threads=3, name="reads")
+    assert [next(coming) for _ in range(4)] == [0, 2, 4, 6]
+    assert len(begun) <= 4 + 3
+    coming.close()
+    assert not [one for one in threading.enumerate() if one.name.startswith("reads")]
+    assert list(ahead(str, "abc", threads=5, name="reads")) == ["a", "b", "c"]
+    with pytest.raises(ZeroDivisionError):
+        list(ahead(lambda i: 1 // i, (1, 0, 1), threads=2, name="reads"))
 
 
 @pytest.mark.parametrize("threads", [1, 3])

@@ -187,7 +187,7 @@ def test_of_an_evaluation_without_a_report(tiny, runtime, again, monkeypatch):
 # -- every value of the report ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("step", [200, pytest.param(40, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [100, pytest.param(40, marks=pytest.mark.slow)])
 def test_every_changed_value_of_the_json_is_found_and_named(report, renderer, step):
     """Each is changed in the part in which it lies, and every so many go through all checks."""
     assert differing(check_report(report, renderer)) == []
