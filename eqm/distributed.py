@@ -26,7 +26,7 @@ from torch.distributed.distributed_c10d import PrefixStore, ProcessGroup, Store
 from torch.distributed.rendezvous import rendezvous
 
 from eqm.cores import cores
-from eqm.errors import ConfigError, PeerError
+from eqm.errors import EXIT_REFUSED, ConfigError, PeerError
 from eqm.memory import keep_freed
 from eqm.threads import one_core_products
 from eqm.watch import Watch
@@ -35,7 +35,6 @@ JOIN = datetime.timedelta(minutes=10)
 """For all ranks to start: machines do not come up at once."""
 NCCL_LATER = datetime.timedelta(minutes=1)
 """For so much longer NCCL waits, whose watchdog ends the process: until who is silent is told."""
-EXIT_STALLED = 2
 ROLL_CALL_SECONDS = 6.0
 """After a collective broke off, for the others to notice it as well and say that they are there."""
 MOST_WAITS = 12
@@ -300,7 +299,7 @@ def end_at_once(words: str) -> None:
     """Say why, and end without the thread that hangs."""
     sys.stderr.write(f"error: {words}\n")
     sys.stderr.flush()
-    os._exit(EXIT_STALLED)
+    os._exit(EXIT_REFUSED)
 
 
 @contextlib.contextmanager

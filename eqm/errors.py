@@ -5,6 +5,9 @@ the remedy; programs print it as one paragraph and exit with 2. Anything else is
 and keeps its traceback.
 """
 
+EXIT_REFUSED = 2
+"""Exit status when the reason is one that a person can mend; its message is on stderr."""
+
 
 class EqmError(Exception):
     """Base of all errors that are told to a person without a traceback."""

@@ -22,6 +22,7 @@ from eqm.config import ALGORITHMS, Job, stage_config
 from eqm.disk import disk_errors
 from eqm.distributed import World
 from eqm.errors import (
+    EXIT_REFUSED,
     AwayError,
     ConfigError,
     DataError,
@@ -47,8 +48,6 @@ from eqm.storage import Store, open_store
 
 AWAY = " (The store was away.)"
 """Behind the message that a program leaves for whoever started it: trying again may help."""
-EXIT_REFUSED = 2
-"""Exit status when the reason is one that a person can mend; its message is on stderr."""
 
 LESS_MEMORY = {
     "latents": "lower encode.batch_size",
