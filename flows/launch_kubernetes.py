@@ -22,11 +22,14 @@ from eqm.records import to_json
 from eqm.stage import failure
 from flows.clusters import Kubernetes
 from flows.launch import SHUTDOWN_SECONDS, cluster_name, is_sealed
+from flows.pods import WAITING, ended, last_words, phase, said, what_holds_up
 
 GROUP = "trainer.kubeflow.org/v1alpha1"
 POLL_SECONDS = 5.0
 PATIENCE_SECONDS = 900.0
 """How long the API server may be out of reach: an upgrade of the control plane."""
+QUIET_SECONDS = 30.0
+"""Of waiting for pods, before it is asked what holds them up: images take a while."""
 GRACE_SECONDS = 180.0
 """For pods to end in: more than they are given in infra/k8s/base/runtime.yaml."""
 TIMEOUT_SECONDS = 30.0
@@ -39,6 +42,8 @@ LAST_WORDS = "/dev/termination-log"
 """What a container writes there, Kubernetes keeps in the status of its pod."""
 CONTAINER = "node"
 """Name that Kubeflow Trainer demands, of the replicated job and of its container."""
+JOB_SET = "jobset.sigs.k8s.io/jobset-name"
+"""Label that JobSet gives the pods of a TrainJob."""
 
 PLAIN = ("AWS_ENDPOINT_URL_S3", "AWS_DEFAULT_REGION", "MLFLOW_TRACKING_URI")
 SECRET_KEYS = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")
@@ -247,7 +252,7 @@ class KubernetesLauncher:
         there = self._create(self.api.train_jobs(), body)
         if there is None:
             there = self._found(name)
-            if there is not None and _ended(there) is None:
+            if there is not None and ended(there) is None:
                 self.say(f"{name}: is a TrainJob in {self.cluster.namespace} already, waiting")
             else:
                 # One that ended before the record was sealed: its place is taken.
@@ -293,19 +298,41 @@ class KubernetesLauncher:
 
     def _watch(self, job: Job, name: str) -> str | None:
         """None when it ended well, else why it did not."""
-        before = ""
+        told: set[str] = set()
+        before, since = "", time.monotonic()
         while True:
             there = self._found(name)
             if there is None:
                 return None if is_sealed(job) else "was deleted by somebody: run it again to go on"
-            phase = _phase(there)
-            if phase != before:
-                self.say(f"{name}: {phase}")
-            before = phase
-            ended = _ended(there)
-            if ended is not None:
-                return None if ended["type"] == "Complete" else _said(ended)
+            now = phase(there)
+            if now != before:
+                self.say(f"{name}: {now}")
+                before, since = now, time.monotonic()
+            elif now == WAITING and time.monotonic() - since >= QUIET_SECONDS:
+                # Each once: Kubernetes goes back and forth between trying and having failed.
+                new = [why for why in self._held_up(name, there) if why not in told]
+                told.update(new)
+                for why in new:
+                    self.say(f"{name}: {WAITING}: {why}")
+            end = ended(there)
+            if end is not None:
+                return None if end["type"] == "Complete" else said(end)
             time.sleep(POLL_SECONDS)
+
+    def _held_up(self, name: str, there: Mapping[str, Any]) -> list[str]:
+        """Why pods are not there or do not start, as far as the server lets us know."""
+        pods = self._listed("pods", labelSelector=f"{JOB_SET}={name}")
+        # Of the TrainJob and its JobSet, of the Job that makes the pods, of one pod for all.
+        places = [name, f"{name}-{CONTAINER}-0", *[pod["metadata"]["name"] for pod in pods[:1]]]
+        selectors = [f"involvedObject.name={place},type=Warning" for place in places]
+        events = [e for each in selectors for e in self._listed("events", fieldSelector=each)]
+        return what_holds_up(pods, events, since=there["metadata"].get("creationTimestamp", ""))
+
+    def _listed(self, kind: str, **query: str) -> list[dict[str, Any]]:
+        """Objects of a kind; none where we may not see them, or the server does not answer."""
+        with contextlib.suppress(StageError):
+            return self.api.call("GET", self.api.core(kind, **query)).get("items") or []
+        return []
 
     def _delete(self, name: str) -> None:
         """Delete a TrainJob, and see it and its pods go."""
@@ -318,15 +345,13 @@ class KubernetesLauncher:
                 time.sleep(min(1.0, POLL_SECONDS))
 
     def _why(self, name: str, why: str) -> str:
-        with contextlib.suppress(StageError):
-            label = f"jobset.sigs.k8s.io/jobset-name={name}"
-            pods = self.api.call("GET", self.api.core("pods", labelSelector=label))
-            words = [text for pod in pods.get("items", []) for text in _last_words(pod)]
-            if words:
-                return f"{name}: {words[0]}"
+        pods = self._listed("pods", labelSelector=f"{JOB_SET}={name}")
+        words = [text for pod in pods for text in last_words(pod)]
+        if words:
+            return f"{name}: {words[0]}"
         return (
             f"{name}: the TrainJob {why}; `kubectl logs --namespace {self.cluster.namespace} "
-            f"--selector jobset.sigs.k8s.io/jobset-name={name}` has its output"
+            f"--selector {JOB_SET}={name}` has its output"
         )
 
 
@@ -382,39 +407,3 @@ def _file_of(there: Mapping[str, Any]) -> str:
     [jobs] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
     [volume] = jobs["template"]["spec"]["template"]["spec"]["volumes"]
     return volume["configMap"]["name"]
-
-
-def _conditions(there: Mapping[str, Any]) -> list[dict[str, Any]]:
-    found = (there.get("status") or {}).get("conditions") or []
-    return [condition for condition in found if condition.get("status") == "True"]
-
-
-def _ended(there: Mapping[str, Any]) -> dict[str, Any] | None:
-    found = [c for c in _conditions(there) if c.get("type") in ("Complete", "Failed")]
-    return found[0] if found else None
-
-
-def _said(condition: Mapping[str, Any]) -> str:
-    return f"failed ({condition.get('reason', '')}: {condition.get('message', '')})"
-
-
-def _phase(there: Mapping[str, Any]) -> str:
-    """What a TrainJob is doing, in words."""
-    ended = _ended(there)
-    if ended is not None:
-        return "complete" if ended["type"] == "Complete" else _said(ended)
-    if any(condition.get("type") == "Suspended" for condition in _conditions(there)):
-        return "suspended: waiting for its turn"
-    jobs = (there.get("status") or {}).get("jobsStatus") or []
-    ready = sum(job.get("ready", 0) for job in jobs)
-    return "running" if ready else "waiting for its pods"
-
-
-def _last_words(pod: Mapping[str, Any]) -> list[str]:
-    """Termination messages of the containers of a pod that failed."""
-    states = [
-        status.get(when, {}).get("terminated") or {}
-        for status in (pod.get("status") or {}).get("containerStatuses") or []
-        for when in ("state", "lastState")
-    ]
-    return [s["message"].strip() for s in states if s.get("exitCode") and s.get("message")]

@@ -63,6 +63,11 @@ class Cluster:
         self.objects: dict[str, dict[str, Any]] = {}
         self.pods: dict[str, list[subprocess.Popen[bytes]]] = {}
         self.messages: list[dict[str, Any]] = []
+        self.events: list[dict[str, Any]] = []
+        self.blind = False
+        """Whether the flow's account may not list events."""
+        self.full = threading.Event()
+        """While it is set, no pod is created."""
         self.requests: list[str] = []
         self.environs: list[dict[str, str]] = []
         self.starts = 0
@@ -83,6 +88,8 @@ class Cluster:
             if where.path == f"{CORE}/pods":
                 assert "labelSelector" in parse_qs(where.query)
                 return {"kind": "PodList", "items": self.messages}
+            if where.path == f"{CORE}/events":
+                return {"kind": "EventList", "items": self.warnings(parse_qs(where.query))}
             if where.path not in self.objects:
                 raise Refused(404, f"{where.path} not found")
             if method == "DELETE":
@@ -106,6 +113,7 @@ class Cluster:
         for owner in body["metadata"].get("ownerReferences", []):
             assert owner["uid"] == self.objects[f"{TRAIN_JOBS}/{owner['name']}"]["metadata"]["uid"]
         body["metadata"]["uid"] = str(uuid.uuid4())
+        body["metadata"]["creationTimestamp"] = "2026-01-01T00:00:00Z"
         self.objects[name] = body
         if path == TRAIN_JOBS:
             body["status"] = {}
@@ -113,6 +121,14 @@ class Cluster:
             self.threads.append(thread)
             thread.start()
         return body
+
+    def warnings(self, query: dict[str, list[str]]) -> list[dict[str, Any]]:
+        if self.blind:
+            raise Refused(403, "events is forbidden")
+        named, kind = query["fieldSelector"][0].split(",")
+        assert kind == "type=Warning"
+        name = named.removeprefix("involvedObject.name=")
+        return [event for event in self.events if event["involvedObject"]["name"] == name]
 
     # -- the controller --
 
@@ -125,6 +141,8 @@ class Cluster:
             time.sleep(0.02)
         while not self.has_file(job, config) and not self.deleted(name):
             self.condition(name)
+            time.sleep(0.02)
+        while self.full.is_set() and not self.deleted(name):
             time.sleep(0.02)
         for attempt in range(self.restarts + 1):
             if self.deleted(name):
@@ -244,6 +262,7 @@ class Cluster:
     def close(self) -> None:
         self.away = True
         self.suspended.clear()
+        self.full.clear()
         for name in list(self.objects):
             if name.startswith(TRAIN_JOBS):
                 self.objects[name]["metadata"]["deletionTimestamp"] = "now"

@@ -100,6 +100,19 @@ def place(latents: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
                 thread.join()
 
 
+def event(
+    name: str, reason: str, message: str, when: str = "2026-01-01T00:00:07Z"
+) -> dict[str, Any]:
+    """A warning about an object, as controllers write it."""
+    return {
+        "involvedObject": {"name": name},
+        "type": "Warning",
+        "reason": reason,
+        "message": message,
+        "lastTimestamp": when,
+    }
+
+
 # -- to the sealed record -----------------------------------------------------------------------
 
 
@@ -162,6 +175,53 @@ def test_a_train_job_that_a_killed_flow_left_without_its_file_gets_it(place: Pla
     place.launcher.run(place.job)
     assert place.cluster.starts == 1
     assert is_sealed(place.job)
+
+
+def test_what_keeps_pods_from_running_is_said_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_kubernetes, "QUIET_SECONDS", 0.2)
+    quota = 'pods "it" is forbidden: exceeded quota: gpus, requested: 8, used: 8, limited: 8'
+    place.cluster.events = [
+        event(f"{place.name}-node-0", "FailedCreate", f"Error creating: {quota}"),
+        event(f"{place.name}-node-0", "FailedCreate", "of an earlier job", "2025-12-31T00:00:00Z"),
+        event("somebody-elses", "FailedCreate", "of another job"),
+    ]
+    place.cluster.full.set()
+    looks = f"GET {CORE}/events"
+    place.when(lambda: place.cluster.requests.count(looks) > 8, place.cluster.full.clear)
+    place.launcher.run(place.job)
+    why = [line for line in place.said if "FailedCreate" in line]
+    assert why == [
+        f"{place.name}: waiting for its pods: FailedCreate (Error creating: {quota})",
+    ]
+    assert is_sealed(place.job)
+
+
+def test_pods_are_waited_for_where_events_may_not_be_seen(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_kubernetes, "QUIET_SECONDS", 0.0)
+    monkeypatch.setattr(place.launcher, "_start", lambda *_: None)
+    place.cluster.blind = True
+    message = "0/3 nodes are available: 3 Insufficient nvidia.com/gpu."
+    placed = {"type": "PodScheduled", "status": "False", "reason": "Unschedulable"}
+    place.cluster.messages = [
+        {
+            "metadata": {"name": f"{place.name}-node-0-0-abcde"},
+            "status": {"conditions": [{**placed, "message": message}]},
+        }
+    ]
+    path = f"{TRAIN_JOBS}/{place.name}"
+    place.cluster.objects[path] = {"metadata": {}, "status": {}}
+    place.when(
+        lambda: place.cluster.requests.count(f"GET {CORE}/pods") > 2,
+        lambda: place.cluster.objects.pop(path),
+    )
+    with pytest.raises(StageError, match="was deleted by somebody"):
+        place.launcher.run(place.job)
+    [line] = [line for line in place.said if "Unschedulable" in line]
+    assert line == f"{place.name}: waiting for its pods: Unschedulable ({message})"
 
 
 # -- failure and cancellation, in words ---------------------------------------------------------
