@@ -6,6 +6,7 @@ Credentials are named, never sent. A program's last words are its container's te
 """
 
 import contextlib
+import http.client
 import json
 import secrets
 import ssl
@@ -22,7 +23,16 @@ from eqm.records import to_json
 from eqm.stage import failure
 from flows.clusters import Kubernetes
 from flows.launch import SHUTDOWN_SECONDS, cluster_name, is_sealed
-from flows.pods import WAITING, ended, last_words, phase, said, what_holds_up
+from flows.pods import (
+    WAITING,
+    ended,
+    fates_of,
+    is_going,
+    last_words,
+    phase,
+    said,
+    what_holds_up,
+)
 
 GROUP = "trainer.kubeflow.org/v1alpha1"
 POLL_SECONDS = 5.0
@@ -111,7 +121,8 @@ class Api:
                 return json.loads(answer.read())
         except urllib.error.HTTPError as error:
             raise ApiError(error.code, _refusal(self.cluster, method, path, error)) from None
-        except (OSError, ValueError) as error:
+        # A server that goes while it answers leaves half an answer.
+        except (OSError, ValueError, http.client.HTTPException) as error:
             reason = getattr(error, "reason", error)
             raise ApiError(
                 0,
@@ -252,10 +263,11 @@ class KubernetesLauncher:
         there = self._create(self.api.train_jobs(), body)
         if there is None:
             there = self._found(name)
-            if there is not None and ended(there) is None:
+            if there is not None and ended(there) is None and not is_going(there):
                 self.say(f"{name}: is a TrainJob in {self.cluster.namespace} already, waiting")
             else:
-                # One that ended before the record was sealed: its place is taken.
+                # One that ended before the record was sealed, or is being deleted by a flow that
+                # was cancelled: its place is taken.
                 self._delete(name)
                 there = self._create(self.api.train_jobs(), body)
                 if there is None:
@@ -349,6 +361,8 @@ class KubernetesLauncher:
         words = [text for pod in pods for text in last_words(pod)]
         if words:
             return f"{name}: {words[0]}"
+        fates = list(dict.fromkeys(fate for pod in pods for fate in fates_of(pod)))
+        why = f"{why}, a pod was {fates[0]}" if fates else why
         return (
             f"{name}: the TrainJob {why}; `kubectl logs --namespace {self.cluster.namespace} "
             f"--selector {JOB_SET}={name}` has its output"

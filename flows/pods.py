@@ -7,6 +7,8 @@ WAITING = "waiting for its pods"
 ON_ITS_WAY = frozenset(("ContainerCreating", "PodInitializing"))
 """What every container says before it starts."""
 
+MEMORY = "OOMKilled (it needed more memory than it may have: raise EQM_PROCESS_MEMORY)"
+
 
 def _conditions(there: Mapping[str, Any]) -> list[dict[str, Any]]:
     found = (there.get("status") or {}).get("conditions") or []
@@ -17,6 +19,11 @@ def ended(there: Mapping[str, Any]) -> dict[str, Any] | None:
     """The condition by which a TrainJob is over; None while it is not."""
     found = [c for c in _conditions(there) if c.get("type") in ("Complete", "Failed")]
     return found[0] if found else None
+
+
+def is_going(there: Mapping[str, Any]) -> bool:
+    """Whether an object is being deleted; it is there until what it owns has gone."""
+    return bool(there["metadata"].get("deletionTimestamp"))
 
 
 def said(condition: Mapping[str, Any]) -> str:
@@ -38,12 +45,22 @@ def phase(there: Mapping[str, Any]) -> str:
 
 def last_words(pod: Mapping[str, Any]) -> list[str]:
     """Termination messages of the containers of a pod that failed."""
-    states = [
-        status.get(when, {}).get("terminated") or {}
+    return [s["message"].strip() for s in _ends(pod) if s.get("exitCode") and s.get("message")]
+
+
+def fates_of(pod: Mapping[str, Any]) -> list[str]:
+    """What was done to a pod that had no last words: killed for its memory, evicted."""
+    status = pod.get("status") or {}
+    killed = [MEMORY for end in _ends(pod) if end.get("reason") == "OOMKilled"]
+    return killed + ([_reason(status)] if status.get("reason") else [])
+
+
+def _ends(pod: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [
+        (status.get(when) or {}).get("terminated") or {}
         for status in (pod.get("status") or {}).get("containerStatuses") or []
         for when in ("state", "lastState")
     ]
-    return [s["message"].strip() for s in states if s.get("exitCode") and s.get("message")]
 
 
 def what_holds_up(

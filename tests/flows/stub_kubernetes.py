@@ -73,6 +73,10 @@ class Cluster:
         self.starts = 0
         self.suspended = threading.Event()
         self.away = False
+        self.lingers = 0.0
+        """Seconds from a TrainJob's deletion to its going, beside those of its pods."""
+        self.dying = 0
+        """How many answers are cut off in the middle."""
         self.restarts = runtime()["spec"]["template"]["spec"]["failurePolicy"]["maxRestarts"]
         self.lock = threading.RLock()
         self.threads: list[threading.Thread] = []
@@ -152,12 +156,13 @@ class Cluster:
                 self.condition(name, "Complete", "JobsCompleted", "jobset completed successfully")
                 break
             if attempt == self.restarts and not self.deleted(name):
-                self.messages = [{"status": {"containerStatuses": [terminated(status, words)]}}]
+                self.messages = [pod(terminated(status, words))]
                 self.condition(name, "Failed", "ReachedMaxRestarts", "jobset failed due to that")
             else:
                 self.condition(name)
         while not self.deleted(name) and not self.away:
             time.sleep(0.02)
+        time.sleep(self.lingers)
         with self.lock:
             # Foreground: after its pods. What it owns goes when the collector comes by.
             self.objects.pop(name, None)
@@ -287,8 +292,15 @@ def mounted(job: dict[str, Any]) -> str:
     return volume["configMap"]["name"]
 
 
+def pod(container: dict[str, Any]) -> dict[str, Any]:
+    return {"metadata": {"name": "a-pod"}, "status": {"containerStatuses": [container]}}
+
+
 def terminated(status: int, words: str) -> dict[str, Any]:
-    return {"name": "node", "state": {"terminated": {"exitCode": status, "message": words}}}
+    # The test's pods know no limit of memory: what kills them is taken for one.
+    reason = "OOMKilled" if status == signal.SIGKILL else "Error"
+    state = {"exitCode": status, "reason": reason, "message": words}
+    return {"name": "node", "state": {"terminated": state}}
 
 
 def free_port() -> int:
@@ -317,6 +329,14 @@ class Handler(BaseHTTPRequestHandler):
         length = int(self.headers.get("Content-Length") or 0)
         body = json.loads(self.rfile.read(length)) if length else None
         try:
+            if self.server.cluster.dying:
+                self.server.cluster.dying -= 1
+                self.send_response(200)
+                self.send_header("Content-Length", "1000")
+                self.end_headers()
+                self.wfile.write(b'{"kind": ')
+                self.close_connection = True
+                return
             if self.server.cluster.away:
                 raise Refused(503, "the server is being upgraded")
             if self.headers["Authorization"] != f"Bearer {TOKEN}":

@@ -1,5 +1,6 @@
 """TrainJobs on an API server whose pods really run: a stage trains to its sealed record."""
 
+import contextlib
 import json
 import os
 import signal
@@ -256,7 +257,8 @@ def test_a_failure_without_words_is_told(place: Place) -> None:
         lambda: place.cluster.pods,
         lambda: [place.cluster.tell(name, signal.SIGKILL) for name in place.cluster.pods],
     )
-    with pytest.raises(StageError, match=r"failed \(ReachedMaxRestarts: .*`kubectl logs --namesp"):
+    told = r"failed \(ReachedMaxRestarts: .*a pod was OOMKilled \(.*`kubectl logs --namesp"
+    with pytest.raises(StageError, match=told):
         place.launcher.run(place.job)
 
 
@@ -276,6 +278,28 @@ def test_an_interrupt_deletes_the_train_job_and_sees_its_pods_go(place: Place) -
     wait_for(lambda: place.cluster.objects == {})
     assert all(pod.poll() is not None for pods in place.cluster.pods.values() for pod in pods)
     assert not is_sealed(place.job)
+
+
+def test_a_server_that_dies_while_it_answers_is_asked_again(place: Place) -> None:
+    place.cluster.dying = 2
+    place.launcher.run(place.job)
+    assert is_sealed(place.job)
+
+
+def test_a_train_job_that_is_being_deleted_is_waited_out(place: Place) -> None:
+    place.cluster.suspended.set()
+    with ThreadPoolExecutor() as beside:
+        # A flow that was cancelled, and killed before it had seen the pods go.
+        first = beside.submit(place.launcher.run, place.job)
+        wait_for(lambda: place.created() == 1)
+        path = f"{TRAIN_JOBS}/{place.name}"
+        place.cluster.lingers = 1.0
+        place.launcher.api.call("DELETE", path, {"propagationPolicy": "Foreground"})
+        place.cluster.suspended.clear()
+        place.launcher.run(place.job)
+        with contextlib.suppress(StageError):
+            first.result(120)
+    assert is_sealed(place.job)
 
 
 def test_what_the_server_refuses_is_told(place: Place) -> None:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from flows.pods import WAITING, phase, what_holds_up
+from flows.pods import WAITING, fates_of, phase, what_holds_up
 
 CREATED = "2026-01-01T00:00:00Z"
 PULL = 'Back-off pulling image "registry.example/eqm:1.0"'
@@ -64,3 +64,14 @@ def test_events_count_from_the_creation_on_the_newest_first() -> None:
 def test_what_was_just_created_has_no_status() -> None:
     assert what_holds_up([{"metadata": {"name": "it"}}], [], since=CREATED) == []
     assert phase({"metadata": {"name": "it"}}) == WAITING
+
+
+def test_the_fate_of_a_pod_without_words() -> None:
+    killed = {"terminated": {"exitCode": 137, "reason": "OOMKilled"}}
+    [fate] = fates_of({"status": {"containerStatuses": [{"state": {}, "lastState": killed}]}})
+    assert fate.startswith("OOMKilled (it needed more memory than it may have: raise EQM_PROC")
+    full = "Usage of EmptyDir volume exceeds the limit 50Gi."
+    evicted = {"status": {"phase": "Failed", "reason": "Evicted", "message": full}}
+    assert fates_of(evicted) == [f"Evicted ({full})"]
+    plain = {"terminated": {"exitCode": 1, "reason": "Error"}}
+    assert fates_of({"status": {"containerStatuses": [{"state": plain}]}}) == []
