@@ -135,6 +135,19 @@ class Cache:
             found = self.found(blob, remembered=True)
             return found or self._download(blob, download, where, unless_full=True)
 
+    def check(self, blob: Blob, download: Download, where: str) -> None:
+        """Verify a blob, as this machine would use it, and keep a copy where there is room.
+
+        What is larger than the room is read and hashed all the same. Raises as ``fetch``.
+        """
+        if self.found(blob) is not None:
+            return
+        with disk_errors(str(self.folder)), locked(self._lock(blob)):
+            found = self.found(blob) or self._download(blob, download, where, unless_full=True)
+        if found is None:
+            with open(os.devnull, "wb") as nowhere:
+                _transfer(lambda: nowhere, blob, download, where)
+
     def _lock(self, blob: Blob) -> Path:
         # Few lock files for many blobs: two that share one wait for each other, and that is all.
         return self.folder / "locks" / blob.sha256[:2]
@@ -151,31 +164,20 @@ class Cache:
                 file, aside = kept.enter_context(written_aside(path.parent))
                 # Takes its room at once: others count it before it is there.
                 file.truncate(blob.size_bytes)
-            self._fill(file, blob, download, where)
+
+            def begin() -> Any:
+                file.seek(0)
+                file.truncate(blob.size_bytes)
+                return file
+
+            _transfer(begin, blob, download, where)
+            file.flush()
+            os.fsync(file.fileno())
             aside.chmod(0o444)
             # Replaces a damaged copy; equal bytes otherwise.
             os.replace(aside, path)
             self.verified.remember(path, blob)
         return path
-
-    def _fill(self, file: Any, blob: Blob, download: Download, where: str) -> None:
-        """Download, durably, until the digest is right; raises after TRIES."""
-        for tries_left in reversed(range(TRIES)):
-            file.seek(0)
-            hashing = _Hashing(file)
-            try:
-                download(hashing)  # type: ignore[arg-type]
-            except TransferError:
-                if not tries_left:
-                    raise
-                continue
-            if (hashing.size_bytes, hashing.sha256) == (blob.size_bytes, blob.sha256):
-                file.flush()
-                os.fsync(file.fileno())
-                return
-            if not tries_left:
-                raise IntegrityError(damaged(blob, where, hashing.size_bytes, hashing.sha256))
-            file.truncate(blob.size_bytes)
 
     def _make_room(self, size_bytes: int) -> bool:
         """Delete what was used longest ago until so much fits; whether it does."""
@@ -193,6 +195,22 @@ class Cache:
             (self.verified.folder / path.name).unlink(missing_ok=True)
             used -= size
         return used + size_bytes <= self.limit_bytes
+
+
+def _transfer(begin: Callable[[], Any], blob: Blob, download: Download, where: str) -> None:
+    """Download to what ``begin`` gives, until the digest is right; raises after TRIES."""
+    for tries_left in reversed(range(TRIES)):
+        hashing = _Hashing(begin())
+        try:
+            download(hashing)  # type: ignore[arg-type]
+        except TransferError:
+            if not tries_left:
+                raise
+            continue
+        if (hashing.size_bytes, hashing.sha256) == (blob.size_bytes, blob.sha256):
+            return
+        if not tries_left:
+            raise IntegrityError(damaged(blob, where, hashing.size_bytes, hashing.sha256))
 
 
 def _copies(folder: Path) -> list[tuple[float, int, Path]]:

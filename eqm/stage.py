@@ -196,7 +196,7 @@ def verify(store: Store, record: Record) -> None:
                 f"{store.where(blob.key)}, named by {record.stage} {record.digest[:12]}, is gone "
                 "or of another size: restore it, or delete the record and run the stage again"
             )
-        store.fetch(blob)
+        store.check(blob)
 
 
 def main(

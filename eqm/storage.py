@@ -147,6 +147,13 @@ class Store(ABC):
         """As ``fetch`` with ``remembered``; None where the cache has no room for it."""
 
     @abstractmethod
+    def check(self, blob: Blob) -> None:
+        """Verify every byte of a blob as ``fetch`` does, also where the cache has no room for it.
+
+        Raises MissingError, IntegrityError.
+        """
+
+    @abstractmethod
     def read_range(self, blob: Blob, start: int, length: int) -> bytes:
         """Part of a blob, not verified: the caller has a CRC of it. Raises MissingError."""
 
@@ -410,6 +417,10 @@ class LocalStore(Store):
         """The file itself, verified."""
         return self.fetch(blob, remembered=True)
 
+    def check(self, blob: Blob) -> None:
+        """Verify the file. Raises MissingError, IntegrityError."""
+        self.fetch(blob)
+
     def read_range(self, blob: Blob, start: int, length: int) -> bytes:
         """Part of the file. Raises MissingError."""
         try:
@@ -551,6 +562,10 @@ class S3Store(Store):
     def fetch_unless_full(self, blob: Blob) -> Path | None:
         """Verified copy of a blob in the local cache, if there is room for it."""
         return self.cache.fetch_unless_full(blob, self._download(blob), self.where(blob.key))
+
+    def check(self, blob: Blob) -> None:
+        """Verify the copy of this machine, or what S3 sends."""
+        self.cache.check(blob, self._download(blob), self.where(blob.key))
 
     def touch(self, blob: Blob) -> None:
         """Mark the copy in the cache as used now."""

@@ -15,6 +15,7 @@
 | EQM_KUBERNETES_RUNTIME    | TrainingRuntime that jobs build on               | eqm              |
 | EQM_KUBERNETES_SECRET     | Secret with the S3 credentials, by its name      | no credentials   |
 | EQM_KUBERNETES_QUEUE      | queue of Kueue                                   | none             |
+| EQM_KUBERNETES_CACHE      | the most that a pod keeps of S3, GiB             | no limit         |
 | EQM_KUBERNETES_API        | https:// address of the API server               | the pod's own    |
 | EQM_KUBERNETES_NAMESPACE  | namespace                                        | the pod's own    |
 | EQM_KUBERNETES_TOKEN_FILE | file with a bearer token, read at every request  | the pod's own    |
@@ -44,6 +45,7 @@ VARIABLES = (
     "EQM_KUBERNETES_RUNTIME",
     "EQM_KUBERNETES_SECRET",
     "EQM_KUBERNETES_QUEUE",
+    "EQM_KUBERNETES_CACHE",
     "EQM_KUBERNETES_API",
     "EQM_KUBERNETES_NAMESPACE",
     "EQM_KUBERNETES_TOKEN_FILE",
@@ -112,6 +114,8 @@ class Kubernetes:
     runtime: str = "eqm"
     secret: str | None = None
     queue: str | None = None
+    cache_gib: int | None = None
+    """The most that a pod keeps of S3 in its volume; None: all that it has read."""
 
 
 Cluster = Slurm | Kubernetes
@@ -157,6 +161,7 @@ def _kubernetes(environ: Mapping[str, str], nodes: Nodes) -> Kubernetes:
             f"EQM_KUBERNETES_IMAGE is {image!r}, which is another image every week: name a version"
         )
     ca = known.get("EQM_KUBERNETES_CA_FILE")
+    cache = _checked(known, "EQM_KUBERNETES_CACHE", NUMBER)
     return Kubernetes(
         nodes=nodes,
         api=_api(known),
@@ -167,6 +172,7 @@ def _kubernetes(environ: Mapping[str, str], nodes: Nodes) -> Kubernetes:
         runtime=_checked(known, "EQM_KUBERNETES_RUNTIME", LABEL) or "eqm",
         secret=_checked(known, "EQM_KUBERNETES_SECRET", LABEL),
         queue=_checked(known, "EQM_KUBERNETES_QUEUE", LABEL),
+        cache_gib=int(cache) if cache else None,
     )
 
 

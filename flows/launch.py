@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Protocol
 
@@ -52,6 +52,16 @@ def cluster_name(job: Job) -> str:
     name = f"{job.stage}-{job_digest(job)[:16]}-{store}"
     shards = job.runtime.shards
     return name if shards is None else f"{name}-{shards[0]}-{shards[1]}"
+
+
+Leaves = Callable[[BaseException], bool]
+"""Whether what ends a flow is to leave its job on the cluster: the flow is started again and waits
+for it. None of this machine's programs is left."""
+
+
+def leaves_none(_: BaseException) -> bool:
+    """A flow that ends takes its job along: of flows that no worker has taken."""
+    return False
 
 
 def is_sealed(job: Job) -> bool:

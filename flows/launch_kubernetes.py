@@ -22,7 +22,7 @@ from eqm.errors import ConfigError, StageError
 from eqm.records import to_json
 from eqm.stage import failure
 from flows.clusters import Kubernetes
-from flows.launch import SHUTDOWN_SECONDS, cluster_name, is_sealed
+from flows.launch import SHUTDOWN_SECONDS, Leaves, cluster_name, is_sealed, leaves_none
 from flows.pods import (
     WAITING,
     ended,
@@ -158,11 +158,17 @@ class KubernetesLauncher:
     """TrainJobs in a namespace."""
 
     def __init__(
-        self, cluster: Kubernetes, *, environment: Mapping[str, str], say: Callable[[str], None]
+        self,
+        cluster: Kubernetes,
+        *,
+        environment: Mapping[str, str],
+        say: Callable[[str], None],
+        leaves: Leaves = leaves_none,
     ) -> None:
         self.cluster = cluster
         self.environment = dict(environment)
         self.say = say
+        self.leaves = leaves
         self.api = Api(cluster)
 
     def run(self, job: Job, *, processes: int = 1) -> None:
@@ -175,7 +181,10 @@ class KubernetesLauncher:
         except Exception:
             # The server is out of reach, or refuses: what runs there is not ours to end.
             raise
-        except BaseException:
+        except BaseException as error:
+            if self.leaves(error):
+                self.say(f"{name}: goes on; the flow that is started again waits for it")
+                raise
             # Cancelled or interrupted: the program ends before the flow does.
             self._delete(name)
             raise
@@ -237,7 +246,9 @@ class KubernetesLauncher:
         That may be so much later that the next TrainJob of the name is there by then: each has one
         of its own.
         """
-        runtime = replace(job.runtime, error_file=LAST_WORDS, cache=CACHE_FOLDER)
+        # EQM_CACHE_SIZE is of the machine that the flow is on, often a small one.
+        room = self.cluster.cache_gib * 2**30 if self.cluster.cache_gib else None
+        runtime = replace(job.runtime, error_file=LAST_WORDS, cache=CACHE_FOLDER, cache_bytes=room)
         return {
             "apiVersion": "v1",
             "kind": "ConfigMap",

@@ -296,11 +296,11 @@ def make_launcher(settings: Settings) -> Launcher:
         return LocalLauncher(folder=settings.home / "jobs", environment=environment)
     from flows.launch_kubernetes import KubernetesLauncher
     from flows.launch_slurm import SlurmLauncher
-    from flows.prefect_tools import logged
+    from flows.prefect_tools import is_moved, logged
 
     if isinstance(cluster, Slurm):
         return SlurmLauncher(cluster, environment=environment, say=logged)
-    return KubernetesLauncher(cluster, environment=environment, say=logged)
+    return KubernetesLauncher(cluster, environment=environment, say=logged, leaves=is_moved)
 
 
 # -- what each stage is asked -------------------------------------------------------------------

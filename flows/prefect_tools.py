@@ -16,7 +16,7 @@ from prefect import get_client, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun
-from prefect.exceptions import MissingContextError
+from prefect.exceptions import MissingContextError, TerminationSignal
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelling
 
@@ -97,6 +97,23 @@ def day_due() -> datetime.date:
 def run_id() -> UUID | None:
     """Id of the flow run that this is; None outside of one."""
     return UUID(flow_run.id) if flow_run.id else None
+
+
+def is_moved(error: BaseException) -> bool:
+    """Whether this process of a deployment's run is told to end, and the run itself is not.
+
+    A worker that is replaced, or whose node is drained, tells its runs by SIGTERM, and they are
+    started again. One that is cancelled is told the same way; its state says which. Of a server
+    that does not answer, the run goes on.
+    """
+    if not isinstance(error, TerminationSignal) or not is_deployed():
+        return False
+    try:
+        with get_client(sync_client=True) as client:
+            state = client.read_flow_run(UUID(flow_run.id)).state
+    except Exception:
+        return True
+    return state is None or state.type.value not in ("CANCELLING", "CANCELLED")
 
 
 UNFINISHED = ("SCHEDULED", "PENDING", "RUNNING", "PAUSED", "CANCELLING")

@@ -196,9 +196,15 @@ def _identity(environ: Mapping[str, str], home: Path) -> dict[str, str]:
 
 def _refuse_unknown(environ: Mapping[str, str]) -> None:
     for name in environ:
-        if name.startswith("EQM_") and name not in KNOWN:
+        if name.startswith("EQM_") and name not in KNOWN and not _is_of_a_service(name, environ):
             close = difflib.get_close_matches(name, KNOWN, n=1, cutoff=0.0)[0]
             raise ConfigError(f"environment variable {name} is unknown: did you mean {close}?")
+
+
+def _is_of_a_service(name: str, environ: Mapping[str, str]) -> bool:
+    """Whether Kubernetes told a pod of a Service, as EQM_S3_PORT of our eqm-s3."""
+    told = r"EQM_\w+_(SERVICE_HOST|SERVICE_PORT\w*|PORT|PORT_\d+_\w+)"
+    return "KUBERNETES_SERVICE_HOST" in environ and re.fullmatch(told, name) is not None
 
 
 def _address(environ: Mapping[str, str], name: str) -> str | None:

@@ -15,10 +15,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from infra.deployments import PrefectApi
-from infra.stack import POOL, ServiceError, digest_of
+from infra.stack import JOBS_POOL, POOL, ServiceError, digest_of
 
 WEBHOOK, PRIVATE = "EQM_ALARM_WEBHOOK", "EQM_ALARM_PRIVATE"
 BLOCK = "eqm-alarms"
+POOLS = [POOL, JOBS_POOL]
 ENDED_BADLY = ("prefect.flow-run.Failed", "prefect.flow-run.Crashed", "prefect.flow-run.TimedOut")
 FIELDS = {
     # What Slack and its like show.
@@ -42,7 +43,7 @@ class Alarm:
     resource: str
     """Id of what the events are about; ``*`` at its end stands for anything."""
     of_pool: bool = False
-    """Only events about runs of our work pool."""
+    """Only events about runs of our work pools."""
 
 
 ALARMS = (
@@ -119,7 +120,7 @@ def _check(target: Target) -> None:
 
 def alarms_digest(environ: Mapping[str, str]) -> str:
     """Changes when the automations would have to be made again."""
-    shape = json.dumps([vars(alarm) for alarm in ALARMS]) + PAYLOAD
+    shape = json.dumps([POOLS, *[vars(alarm) for alarm in ALARMS]]) + PAYLOAD
     return digest_of([shape, environ.get(WEBHOOK) or "", environ.get(PRIVATE) or ""])
 
 
@@ -145,7 +146,7 @@ def register(api: PrefectApi, target: Target | None) -> None:
 
 
 def _automation(alarm: Alarm, action: Mapping[str, Any]) -> dict[str, Any]:
-    pool = {"prefect.resource.role": "work-pool", "prefect.resource.name": POOL}
+    pool = {"prefect.resource.role": "work-pool", "prefect.resource.name": POOLS}
     return {
         "name": f"eqm: {alarm.name}",
         "description": alarm.description,

@@ -6,6 +6,7 @@ The server is asked over HTTP, so that looking costs milliseconds; registering i
 
 import base64
 import datetime
+import http.client
 import json
 import subprocess
 import sys
@@ -165,7 +166,8 @@ class PrefectApi:
                 f"Prefect at {self.url} refuses {path} ({error.code}): check PREFECT_API_URL and "
                 "PREFECT_API_KEY or PREFECT_API_AUTH_STRING"
             ) from error
-        except (OSError, ValueError) as error:
+        # A server that goes while it answers leaves half an answer.
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ServiceError(
                 f"Prefect at {self.url} cannot be reached ({error}): start it with `eqm up`, or "
                 "check PREFECT_API_URL"

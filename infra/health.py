@@ -1,5 +1,6 @@
 """Health checks of containers: ``python -m infra.health URL STATUS``. Needs no curl."""
 
+import http.client
 import sys
 import urllib.error
 import urllib.request
@@ -15,7 +16,7 @@ def status_of(url: str) -> int | None:
             return answer.status
     except urllib.error.HTTPError as error:
         return error.code
-    except OSError:
+    except (OSError, http.client.HTTPException):
         return None
 
 

@@ -17,6 +17,8 @@ S3, MLFLOW, PREFECT, WORKER = SERVICES = ("s3", "mlflow", "prefect", "worker")
 BUCKET = "eqm"
 REGION = "us-east-1"
 POOL = "eqm"
+JOBS_POOL = "eqm-jobs"
+"""Whose runs are Jobs of Kubernetes: infra/k8s/README.md."""
 
 LOOPBACK = ("127.0.0.1", "localhost")
 

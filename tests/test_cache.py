@@ -95,6 +95,24 @@ def test_what_is_in_use_stays_and_nothing_more_comes_in(tmp_path: Path) -> None:
     assert cache.fetch_unless_full(third, sends(three), "x") is not None
 
 
+def test_what_there_is_no_room_for_is_verified_all_the_same(tmp_path: Path) -> None:
+    cache, log = Cache(tmp_path, limit_bytes=1500), list[int]()
+    (one, first), (two, second) = a_blob(1), a_blob(2)
+    cache.check(first, sends(one, log), "x")
+    cache.check(first, sends(one, log), "x")
+    assert cache.path(first).exists()
+    cache.check(second, sends(two, log), "x")
+    assert log == [1000, 1000]
+    assert not cache.path(second).exists()
+    for wrong in (two[:-1], b"x" + two[1:], two + b"x", b""):
+        with pytest.raises(IntegrityError, match="s3://b/k is damaged"):
+            cache.check(second, sends(wrong), "s3://b/k")
+    # One that is larger than all of the room as well.
+    three, third = a_blob(3, 2000)
+    cache.check(third, sends(three), "x")
+    assert sum(path.stat().st_size for path in (tmp_path / "sha256").iterdir()) == 1000
+
+
 def test_a_transfer_that_breaks_off_is_tried_again(tmp_path: Path) -> None:
     data, blob = a_blob(1)
     tries: list[int] = []

@@ -302,6 +302,18 @@ def test_a_train_job_that_is_being_deleted_is_waited_out(place: Place) -> None:
     assert is_sealed(place.job)
 
 
+def test_a_flow_that_is_moved_leaves_its_train_job_to_the_next(place: Place) -> None:
+    place.launcher.leaves = lambda error: isinstance(error, KeyboardInterrupt)
+    place.when(place.has_checkpoint, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        place.launcher.run(place.job)
+    assert f"{TRAIN_JOBS}/{place.name}" in place.cluster.objects
+    assert place.said[-1] == f"{place.name}: goes on; the flow that is started again waits for it"
+    place.launcher.run(place.job)
+    assert (place.created(), place.cluster.starts) == (2, 1)
+    assert is_sealed(place.job)
+
+
 def test_what_the_server_refuses_is_told(place: Place) -> None:
     place.launcher.cluster.token_file.write_text("an old one")
     with pytest.raises(StageError, match=r"401 Unauthorized; the token of .*/token is not accept"):
@@ -336,6 +348,17 @@ def test_the_body_asks_for_what_the_settings_say(place: Place) -> None:
     assert "a-secret" not in json.dumps(body)
     # A name of JobSet's pods has 63 letters: ours, -node-0-NN and a suffix.
     assert len(body["metadata"]["name"]) < 45
+
+
+def test_what_a_pod_keeps_is_not_what_the_flow_keeps(place: Place) -> None:
+    job = replace(place.job, runtime=replace(place.job.runtime, cache_bytes=35 * 10**9))
+    owner = {**place.launcher.train_job(job, 1)}
+    owner["metadata"] = {**owner["metadata"], "uid": "1"}
+    for gib, room in ((None, None), (400, 400 * 2**30)):
+        cluster = replace(place.launcher.cluster, cache_gib=gib)
+        launcher = KubernetesLauncher(cluster, environment={}, say=place.said.append)
+        told = json.loads(launcher.job_file(job, owner)["data"]["job.json"])
+        assert told["runtime"]["cache_bytes"] == room
 
 
 def test_a_body_with_an_unknown_field_would_be_refused(place: Place) -> None:

@@ -66,6 +66,25 @@ def test_a_pod_knows_its_cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert found.ca_file == tmp_path / "ca.crt"
 
 
+def test_variables_of_services_are_no_misspelt_ones_of_ours(tmp_path: Path) -> None:
+    # What Kubernetes tells every pod of a namespace of Services named eqm-s3 and eqm-prefect.
+    told = {
+        "EQM_S3_SERVICE_HOST": "10.96.0.9",
+        "EQM_S3_SERVICE_PORT": "8333",
+        "EQM_S3_SERVICE_PORT_HTTP": "8333",
+        "EQM_S3_PORT": "tcp://10.96.0.9:8333",
+        "EQM_S3_PORT_8333_TCP": "tcp://10.96.0.9:8333",
+        "EQM_S3_PORT_8333_TCP_ADDR": "10.96.0.9",
+        "EQM_PREFECT_SERVICE_PORT": "4200",
+    }
+    here = {"EQM_HOME": str(tmp_path)}
+    read_settings({**here, **told, "KUBERNETES_SERVICE_HOST": "10.96.0.1"})
+    with pytest.raises(ConfigError, match="EQM_S3_SERVICE_HOST is unknown"):
+        read_settings({**here, **told})
+    with pytest.raises(ConfigError, match="EQM_STROE is unknown"):
+        read_settings({**here, "EQM_STROE": "x", "KUBERNETES_SERVICE_HOST": "10.96.0.1"})
+
+
 @pytest.mark.parametrize(
     ("name", "value", "why"),
     [

@@ -3,6 +3,7 @@
 import ast
 import datetime
 import inspect
+import signal
 from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
@@ -11,11 +12,14 @@ from typing import Any
 
 import pytest
 import yaml
+from prefect.exceptions import TerminationSignal
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 from prefect.states import Failed
 
 from eqm.errors import ConfigError, DataError, MissingError, StoreError, TrackingError
 from flows import clean, evaluate, prefect_tools, study, weekly
 from flows.encode import open_plan
+from infra.deployments import PrefectApi
 
 
 @pytest.mark.parametrize(
@@ -36,6 +40,35 @@ def test_only_a_service_that_is_away_is_waited_for(
     assert not condition(None, None, Failed(data=error)), "whoever watches is told at once"
     monkeypatch.setattr(prefect_tools, "is_deployed", lambda: True)
     assert condition(None, None, Failed(data=error)) == waits
+
+
+@pytest.mark.services
+@pytest.mark.timeout(200)
+def test_a_run_that_is_cancelled_and_one_whose_worker_goes_are_told_apart(
+    all_environment: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    api = PrefectApi(all_environment["PREFECT_API_URL"], all_environment)
+    [found] = [
+        one["id"] for one in api._post("/deployments/filter", {}) if one["name"] == "promote"
+    ]
+    far = {"scheduled_time": "2099-01-01T00:00:00+00:00"}
+    asked = {"state": {"type": "SCHEDULED", "state_details": far}}
+    run = api._post(f"/deployments/{found}/create_flow_run", asked)["id"]
+    monkeypatch.setattr(prefect_tools, "is_deployed", lambda: True)
+    monkeypatch.setattr(prefect_tools, "flow_run", SimpleNamespace(id=run))
+    settings = {
+        PREFECT_API_URL: all_environment["PREFECT_API_URL"],
+        PREFECT_API_AUTH_STRING: all_environment["PREFECT_API_AUTH_STRING"],
+    }
+    end = TerminationSignal(signal.SIGTERM)
+    with temporary_settings(settings):
+        api.set_state(run, kind="RUNNING", name="Running", message="")
+        assert prefect_tools.is_moved(end)
+        assert not prefect_tools.is_moved(KeyboardInterrupt())
+        api.set_state(run, kind="CANCELLING", name="Cancelling", message="")
+        assert not prefect_tools.is_moved(end)
+    monkeypatch.setattr(prefect_tools, "is_deployed", lambda: False)
+    assert not prefect_tools.is_moved(end), "whoever started it by hand is ending it"
 
 
 def test_a_day_is_that_on_which_a_run_was_due(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from infra.alarms import ALARMS, PRIVATE, WEBHOOK, Target, alarms_digest, register, target_of
 from infra.deployments import PrefectApi
-from infra.stack import ServiceError
+from infra.stack import JOBS_POOL, ServiceError
 
 
 @pytest.mark.parametrize(
@@ -114,11 +114,25 @@ def test_a_drift_and_a_failure_are_posted(all_environment: dict[str, str], hook:
             "prefect.flow-run.Failed",
             f"prefect.flow-run.{run}",
         )
+        # And of the pool whose runs are Jobs of Kubernetes, which nothing starts again.
+        run = api._post(f"/deployments/{in_pool(api, JOBS_POOL)}/create_flow_run", FAR)["id"]
+        api.set_state(run, kind="CRASHED", name="Crashed", message="")
+        told = json.loads(Hook.posted.get(timeout=60)[1])
+        assert told["resource"] == f"prefect.flow-run.{run}"
         home = Path(all_environment["EQM_HOME"])
         assert written(home, b"eqm.champion.drifted")
         assert written(home, b"T0/secret") == []
     finally:
         register(api, None)
+        api._send("DELETE", f"/work_pools/{JOBS_POOL}", None)
+
+
+def in_pool(api: PrefectApi, pool: str) -> str:
+    """A deployment of a pool, both new."""
+    api._post("/work_pools/", {"name": pool, "type": "process"}, accept=(409,))
+    flow = api._post("/flows/", {"name": "a-flow"})["id"]
+    body = {"name": "of-jobs", "flow_id": flow, "work_pool_name": pool, "entrypoint": "x.py:x"}
+    return api._post("/deployments/", body)["id"]
 
 
 def written(home: Path, secret: bytes) -> list[str]:

@@ -335,6 +335,8 @@ def test_pods_may_do_little(name: str, objects: dict[str, list[dict[str, Any]]])
         assert pod["securityContext"]["runAsNonRoot"] is True
         assert pod["securityContext"]["runAsUser"] > 0
         assert pod["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        # Services are named eqm-...: their variables would be taken for misspelt ones of ours.
+        assert pod["enableServiceLinks"] is False
         # A token of the API server only where it is used.
         assert pod.get("automountServiceAccountToken") is False or "serviceAccountName" in pod
     for container in containers(objects[name]):
@@ -361,6 +363,7 @@ def test_stages_are_let_into_restricted_namespaces_and_have_time_for_a_checkpoin
     pod = node["template"]["spec"]["template"]["spec"]
     asked = {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}}
     assert pod["securityContext"] == asked
+    assert pod["enableServiceLinks"] is False
     # Whoever is nearer to the program is the first to lose patience.
     assert launch.SHUTDOWN_SECONDS < launch.GRACE_SECONDS <= keeper.PROGRAMS_SECONDS
     ends = pod["terminationGracePeriodSeconds"], services.GRACE_SECONDS[services.WORKER]
@@ -508,6 +511,7 @@ def test_the_work_pool_makes_a_valid_job() -> None:
     job["spec"]["template"]["spec"]["containers"][0]["args"] = given["command"].split()
     kubernetes_validate.validate(job, NEWEST, strict=True)
     pod = job["spec"]["template"]["spec"]
+    assert pod["enableServiceLinks"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True
     (container,) = pod["containers"]
     assert container["securityContext"]["readOnlyRootFilesystem"] is True
