@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 import infra
 from eqm.config import PROGRAMS, Job, replace
@@ -23,7 +24,9 @@ from eqm.errors import ConfigError, StageError
 from eqm.records import to_json
 from eqm.stage import failure
 from flows.clusters import Slurm
-from flows.launch import SHUTDOWN_SECONDS, cluster_name, is_sealed
+from flows.launch import SHUTDOWN_SECONDS, Leaves, cluster_name, is_sealed, leaves_none
+
+T = TypeVar("T")
 
 TEMPLATE = Path(infra.__file__).parent / "slurm" / "job.sh"
 POLL_SECONDS = 10.0
@@ -39,11 +42,41 @@ ENDED = frozenset(
 UNSETTLED = frozenset(("PREEMPTED", "NODE_FAIL"))
 """Ends that Slurm may be about to undo by putting the job back into the queue."""
 SETTLED_LOOKS = 3
+"""Also at a queue that does not show a job whose submission had no answer."""
+HELD = "`scontrol release {id}` lets it go on"
 HINTS = {
     "PENDING": "waiting in the queue",
-    "REQUEUE_HOLD": "held after a requeue: `scontrol release {id}` lets it go on",
-    "SPECIAL_EXIT": "held after an exit: `scontrol release {id}` lets it go on",
+    "REQUEUE_HOLD": f"held after a requeue: {HELD}",
+    "SPECIAL_EXIT": f"held after an exit: {HELD}",
 }
+REASONS = {
+    "PartitionTimeLimit": "EQM_SLURM_TIME is longer than the partition allows",
+    "PartitionNodeLimit": "the partition has too few nodes for EQM_NODE_PROCESSES and processes",
+    "PartitionConfig": "the partition does not allow what is asked for",
+    "PartitionDown": "the partition is closed",
+    "PartitionInactive": "the partition is closed",
+    "BadConstraints": "no node is as asked for: see EQM_PROCESS_GPUS, _CPUS and _MEMORY",
+    "ReqNodeNotAvail": "nodes are down or reserved: a shorter EQM_SLURM_TIME may fit in before",
+    "Reservation": "it waits for its reservation",
+    "JobHeldUser": HELD,
+    "JobHeldAdmin": "an administrator holds it",
+    "JobHoldMaxRequeue": f"it was requeued too often; {HELD}",
+    "launch": f"it could not be started; {HELD}",
+}
+"""Why a job waits, by the first word that Slurm has for it, where more than time is needed."""
+LIMITS = ("QOS", "Assoc", "MaxCpuPerAccount", "MaxJobsPerAccount")
+"""Beginnings of the names of limits."""
+AWAY = (
+    "Unable to contact slurm controller",
+    "Socket timed out",
+    "Connection refused",
+    "Connection reset",
+    "Transport endpoint is not connected",
+    "Zero Bytes were transmitted or received",
+    "communication connection failure",
+    "backup controller in standby mode",
+)
+"""What commands say of a controller that is away or busy; anything else is its answer."""
 WHY = {
     "TIMEOUT": "ran out of time before it could make a checkpoint: raise EQM_SLURM_TIME",
     "OUT_OF_MEMORY": "ran out of memory: choose another EQM_SLURM_PARTITION or a smaller batch",
@@ -82,15 +115,25 @@ def carried(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+class _AwayError(StageError):
+    """The controller did not answer; what was asked may have been done all the same."""
+
+
 class SlurmLauncher:
     """Jobs of a Slurm cluster."""
 
     def __init__(
-        self, cluster: Slurm, *, environment: Mapping[str, str], say: Callable[[str], None]
+        self,
+        cluster: Slurm,
+        *,
+        environment: Mapping[str, str],
+        say: Callable[[str], None],
+        leaves: Leaves = leaves_none,
     ) -> None:
         self.cluster = cluster
         self.environment = dict(environment)
         self.say = say
+        self.leaves = leaves
 
     def run(self, job: Job, *, processes: int = 1) -> None:
         """Run a program to its end. Raises as :class:`flows.launch.Launcher`."""
@@ -102,7 +145,10 @@ class SlurmLauncher:
         except Exception:
             # Slurm is out of reach: the job is not ours to end.
             raise
-        except BaseException:
+        except BaseException as error:
+            if self.leaves(error):
+                self.say(f"{name}: goes on; the flow that is started again waits for it")
+                raise
             # Cancelled or interrupted: the program ends before the flow does.
             self._cancel(name, number)
             raise
@@ -118,21 +164,73 @@ class SlurmLauncher:
         self.cluster.folder.mkdir(parents=True, exist_ok=True)
         # Two flows would both find no job, and both start one.
         with locked(self._file(name, "lock")):
-            found = _ask("squeue", "--noheader", "--me", f"--name={name}", "--format=%i").split()
-            if found:
-                self.say(f"{name}: is job {found[0]} of Slurm already, waiting for it")
-                return found[0]
+            there = self._patient(name, lambda: self._there(job, name))
+            if there is not None:
+                self.say(f"{name}: is job {there} of Slurm already, waiting for it")
+                return there
             self._write(job, name, processes)
             try:
-                told = _ask("sbatch", "--parsable", str(self._file(name, "sh")))
+                number = self._patient(name, lambda: self._submitted(name))
+            except _AwayError as error:
+                # It may be in the queue, and is nothing without its environment.
+                raise StageError(
+                    f"{name}: whether it was submitted is not known: run it again when `squeue` "
+                    f"answers ({error})"
+                ) from error
             except (StageError, ConfigError):
                 self._file(name, "env").unlink()
                 raise
+        self.say(f"{name}: job {number} of Slurm, output in {self._file(name, 'log')}")
+        return number
+
+    def _there(self, job: Job, name: str) -> str | None:
+        """Number of the job of a name; None if there is none. One that is ending is waited out."""
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            line = ("--noheader", "--me", f"--name={name}", "--format=%i %T")
+            found = [told.split() for told in _ask("squeue", *line).splitlines()]
+            going = [number for number, state in found if state == "COMPLETING"]
+            if len(going) < len(found):
+                return next(number for number, state in found if state != "COMPLETING")
+            if not going:
+                return None
+            if time.monotonic() > deadline:
+                raise StageError(f"{name}: job {going[0]} of Slurm does not end: see `squeue`")
+            time.sleep(POLL_SECONDS)
+            if is_sealed(job):
+                # It was ending because it was done.
+                return going[0]
+
+    def _submitted(self, name: str) -> str:
+        """Number of the job that was submitted now, or by a question whose answer was lost."""
+        try:
+            told = _ask("sbatch", "--parsable", str(self._file(name, "sh")))
+        except _AwayError:
+            for _ in range(SETTLED_LOOKS):
+                time.sleep(POLL_SECONDS)
+                line = ("--noheader", "--me", f"--name={name}", "--format=%i")
+                found = self._patient(name, lambda line=line: _ask("squeue", *line)).split()
+                if found:
+                    return found[0]
+            raise
         number = told.strip().split(";")[0]
         if not number.isdecimal():
             raise StageError(f"{name}: sbatch answered {told!r} and not with a number of a job")
-        self.say(f"{name}: job {number} of Slurm, output in {self._file(name, 'log')}")
         return number
+
+    def _patient(self, name: str, ask: Callable[[], T]) -> T:
+        """Ask again for as long as a controller may be away."""
+        deadline, told = time.monotonic() + PATIENCE_SECONDS, False
+        while True:
+            try:
+                return ask()
+            except _AwayError as error:
+                if time.monotonic() > deadline:
+                    raise
+                if not told:
+                    self.say(f"{name}: waiting for Slurm: {error}")
+                told = True
+                time.sleep(POLL_SECONDS)
 
     def _write(self, job: Job, name: str, processes: int) -> None:
         self._file(name, "error").unlink(missing_ok=True)
@@ -188,18 +286,22 @@ class SlurmLauncher:
     def _watch(self, number: str, name: str) -> str:
         """The state in which a job ended; GONE if nobody knows it any more."""
         before, looks, reached = "", 0, time.monotonic()
+        told: set[str] = set()
         while True:
             try:
-                state = _state(number)
+                state, reason = _state(number)
                 reached = time.monotonic()
             except StageError as error:
                 if time.monotonic() - reached > PATIENCE_SECONDS:
                     raise StageError(f"{name}: job {number} is left running: {error}") from error
-                state = before
+                state, reason = before, ""
             looks = looks + 1 if state == before else 1
             if state != before:
-                hint = HINTS.get(state, "").format(id=number)
-                self.say(f"{name}: job {number} is {state}" + (f", {hint}" if hint else ""))
+                told = set()
+            # Each reason once a wait: they go back and forth.
+            if state != before or (reason and reason not in told):
+                self.say(f"{name}: job {number} is {_in_words(state, reason, number)}")
+            told.add(reason)
             before = state
             if state in ENDED or (state in (*UNSETTLED, "GONE") and looks >= SETTLED_LOOKS):
                 return state
@@ -212,7 +314,7 @@ class SlurmLauncher:
             _ask("scancel", *which)
             deadline = time.monotonic() + GRACE_SECONDS
             while number and time.monotonic() < deadline:
-                if _state(number) in (*ENDED, *UNSETTLED, "GONE"):
+                if _state(number)[0] in (*ENDED, *UNSETTLED, "GONE"):
                     self._file(name, "env").unlink(missing_ok=True)
                     return
                 time.sleep(min(1.0, POLL_SECONDS))
@@ -230,22 +332,34 @@ class SlurmLauncher:
         return f"{name}: job {number} of Slurm {why}{said}; its output is in {log}"
 
 
-def _state(number: str) -> str:
-    """State of a job as the queue, else the accounts, know it. Raises StageError."""
+def _in_words(state: str, reason: str, number: str) -> str:
+    word = reason.partition(" ")[0].strip(",")
+    limit = "a limit of your account or QOS" if word.startswith(LIMITS) else ""
+    hint = (REASONS.get(word) or limit or HINTS.get(state, "")).format(id=number)
+    return state + (f" ({reason})" if reason else "") + (f", {hint}" if hint else "")
+
+
+def _state(number: str) -> tuple[str, str]:
+    """State of a job as the queue, else the accounts, know it, and why it waits, if it does.
+
+    Raises StageError.
+    """
     try:
-        line = ("--noheader", "--states=all", f"--jobs={number}", "--format=%T")
-        told = _ask("squeue", *line).split()
+        line = ("--noheader", "--states=all", f"--jobs={number}", "--format=%T %r")
+        told = _ask("squeue", *line).split(maxsplit=1)
     except StageError as error:
         if "Invalid job id" not in str(error):
             raise
         told = []
-    if not told:
-        # Ended some minutes ago. A site without accounts answers with an error.
-        asked = ("--noheader", "--parsable2", "--allocations", f"--jobs={number}", "--format=State")
-        with contextlib.suppress(StageError):
-            # "CANCELLED by 1000"
-            told = _ask("sacct", *asked).split()
-    return told[0] if told else "GONE"
+    if told:
+        reason = told[1].strip() if len(told) > 1 and told[0] == "PENDING" else ""
+        return told[0], "" if reason == "None" else reason
+    # Ended some minutes ago. A site without accounts answers with an error.
+    asked = ("--noheader", "--parsable2", "--allocations", f"--jobs={number}", "--format=State")
+    with contextlib.suppress(StageError):
+        # "CANCELLED by 1000"
+        told = _ask("sacct", *asked).split()
+    return (told[0] if told else "GONE"), ""
 
 
 def _ask(program: str, *words: str) -> str:
@@ -262,7 +376,8 @@ def _ask(program: str, *words: str) -> str:
         ) from None
     if ended.returncode != 0:
         said = ended.stderr.strip() or f"status {ended.returncode}"
-        raise StageError(f"{program} refused ({said}): see that Slurm is well with `sinfo`")
+        kind = _AwayError if any(words in said for words in AWAY) else StageError
+        raise kind(f"{program} refused ({said}): see that Slurm is well with `sinfo`")
     return ended.stdout
 
 

@@ -299,7 +299,7 @@ def make_launcher(settings: Settings) -> Launcher:
     from flows.prefect_tools import is_moved, logged
 
     if isinstance(cluster, Slurm):
-        return SlurmLauncher(cluster, environment=environment, say=logged)
+        return SlurmLauncher(cluster, environment=environment, say=logged, leaves=is_moved)
     return KubernetesLauncher(cluster, environment=environment, say=logged, leaves=is_moved)
 
 

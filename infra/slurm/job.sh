@@ -14,6 +14,10 @@
 # Nothing is exported by sbatch: what the program needs, secrets too, is in a file that only its
 # owner can read, not in the controller's spool.
 unset SLURM_EXPORT_ENV
+if [ ! -r @ENVIRONMENT@ ]; then
+    echo "@ENVIRONMENT@ is gone, and credentials with it: run the flow again" | tee @ERROR@ >&2
+    exit 2
+fi
 set -a
 . @ENVIRONMENT@
 set +a
@@ -52,8 +56,13 @@ if [ -n "$out_of_time" ]; then
     state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
     # A job that is being cancelled is told to end as well, and is not to come back.
     if [ "$status" -ne 0 ] && [ "$state" = RUNNING ]; then
-        scontrol requeue "$SLURM_JOB_ID"
-        exit 0
+        scontrol requeue "$SLURM_JOB_ID" && exit 0
+        echo "Slurm did not requeue the job: run it again to go on" | tee -a @ERROR@ >&2
     fi
+fi
+# What Slurm takes from its nodes may come back, and needs its environment then.
+if [ "$status" -eq 0 ] || [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]
+then
+    rm -f @ENVIRONMENT@
 fi
 exit "$status"

@@ -1,10 +1,11 @@
 """sbatch, squeue, sacct, scancel, scontrol and srun for tests: this file under those names.
 
 It starts what it is given, as processes of this machine, and obeys files that a test puts beside
-its state (``hold``, ``purge``, ``no-accounts``, ``ID.preempt``, ``ID.timeout``). What Slurm is
-known to do is done here too: a job starts with an environment of its own, the signal of
-``--signal=B:`` reaches the batch shell alone, a requeued job starts its script from the beginning,
-and a job that ended is soon forgotten by the queue.
+its state (``hold``, ``reason``, ``down``, ``purge``, ``no-accounts``, ``no-requeue``,
+``sbatch.away``, ``sbatch.lost``, ``ID.preempt``, ``ID.timeout``). What Slurm is known to do is done
+here too: a job starts with an environment of its own, the signal of ``--signal=B:`` reaches the
+batch shell alone, a requeued job starts its script from the beginning, and a job that ended is soon
+forgotten by the queue.
 """
 
 import json
@@ -19,6 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).absolute().parent
 STATE = HERE / "state"
 NAMES = ("sbatch", "squeue", "sacct", "scancel", "scontrol", "srun")
+FAILED = "sbatch: error: Batch job submission failed:"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
 
 
@@ -78,6 +80,8 @@ def sbatch(words):
     given = options(re.findall(r"^#SBATCH (--\S+)$", script, re.MULTILINE))
     if given.get("partition") == "closed":
         return refuse("sbatch: error: invalid partition specified: closed")
+    if taken("sbatch", "away"):
+        return refuse(f"{FAILED} Unable to contact slurm controller (connect failure)")
     number = max(jobs(), default=int((STATE / "first").read_text()) - 1) + 1
     write(number, state="PENDING", name=given["job-name"], options=given, script=script, restarts=0)
     with (STATE / "submissions").open("a") as file:
@@ -85,6 +89,8 @@ def sbatch(words):
     line = [sys.executable, __file__, "slurmd", str(number)]
     quiet = subprocess.DEVNULL
     subprocess.Popen(line, start_new_session=True, stdin=quiet, stdout=quiet, stderr=quiet)
+    if taken("sbatch", "lost"):
+        return refuse(f"{FAILED} Socket timed out on send/recv operation")
     sys.stdout.write(f"{number};a-cluster\n")
     return 0
 
@@ -102,12 +108,16 @@ def squeue(words):
             return refuse("slurm_load_jobs error: Invalid job id specified")
         if "states" not in given and read(number)["state"] in ENDED:
             return 0
-        sys.stdout.write(read(number)["state"] + "\n")
+        state, reason = read(number)["state"], "None"
+        if state == "PENDING" and (STATE / "reason").exists():
+            reason = (STATE / "reason").read_text()
+        sys.stdout.write(f"{state} {reason}\n" if given["format"] == "%T %r" else f"{state}\n")
         return 0
     for number in jobs():
         job = read(number)
         if job["name"] == given["name"] and job["state"] not in ENDED:
-            sys.stdout.write(f"{number}\n")
+            state = f" {job['state']}" if given["format"] == "%i %T" else ""
+            sys.stdout.write(f"{number}{state}\n")
     return 0
 
 
@@ -138,6 +148,8 @@ def scontrol(words):
         sys.stdout.write("\n".join(words[2].split(",")) + "\n")
         return 0
     assert words[0] == "requeue", words
+    if (STATE / "no-requeue").exists():
+        return refuse("scontrol: error: Requested operation is presently disabled")
     (STATE / f"{words[1]}.requeue").touch()
     return 0
 
@@ -241,8 +253,9 @@ def asked(number, shell, given):
         os.kill(shell, signal.SIGTERM)
     for kind, state in (("cancel", "CANCELLED"), ("preempt", "REQUEUED"), ("lose", "NODE_FAIL")):
         if taken(number, kind):
-            if kind == "cancel":
+            if kind != "lose":
                 write(number, state="COMPLETING")
+            if kind == "cancel":
                 # The script is told as well; it must not requeue what is being cancelled.
                 os.kill(shell, signal.SIGTERM)
             hard = signal.SIGKILL if kind == "lose" else signal.SIGTERM

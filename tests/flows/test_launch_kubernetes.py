@@ -280,12 +280,14 @@ def test_an_interrupt_deletes_the_train_job_and_sees_its_pods_go(place: Place) -
     assert not is_sealed(place.job)
 
 
+@pytest.mark.slow
 def test_a_server_that_dies_while_it_answers_is_asked_again(place: Place) -> None:
     place.cluster.dying = 2
     place.launcher.run(place.job)
     assert is_sealed(place.job)
 
 
+@pytest.mark.slow
 def test_a_train_job_that_is_being_deleted_is_waited_out(place: Place) -> None:
     place.cluster.suspended.set()
     with ThreadPoolExecutor() as beside:
@@ -302,6 +304,7 @@ def test_a_train_job_that_is_being_deleted_is_waited_out(place: Place) -> None:
     assert is_sealed(place.job)
 
 
+@pytest.mark.slow
 def test_a_flow_that_is_moved_leaves_its_train_job_to_the_next(place: Place) -> None:
     place.launcher.leaves = lambda error: isinstance(error, KeyboardInterrupt)
     place.when(place.has_checkpoint, lambda: os.kill(os.getpid(), signal.SIGINT))

@@ -1,5 +1,6 @@
 """Jobs of a Slurm that really starts them: a stage trains to its sealed record, whatever comes."""
 
+import contextlib
 import json
 import os
 import random
@@ -8,6 +9,7 @@ import signal
 import stat
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -231,6 +233,99 @@ def test_a_controller_that_is_away_for_a_while_is_waited_for(place: Place) -> No
     assert is_sealed(place.job)
 
 
+def test_why_a_job_waits_is_said_once(place: Place) -> None:
+    (place.state / "hold").touch()
+    (place.state / "reason").write_text("Priority")
+
+    def said(word: str) -> bool:
+        return any(word in line for line in place.said)
+
+    def goes_on() -> None:
+        for reason in ("PartitionTimeLimit", "Priority", "QOSMaxGRESPerUser"):
+            (place.state / "new").write_text(reason)
+            (place.state / "new").replace(place.state / "reason")
+            wait_for(lambda reason=reason: said(reason))
+            time.sleep(0.3)
+        (place.state / "hold").unlink()
+
+    waiting = place.when(lambda: said("(Priority)"), goes_on)
+    place.launcher.run(place.job)
+    waiting.join()
+    job = f"{place.name}: job {place.number} is"
+    assert [line for line in place.said if "PENDING" in line] == [
+        f"{job} PENDING (Priority), waiting in the queue",
+        f"{job} PENDING (PartitionTimeLimit), EQM_SLURM_TIME is longer than the partition allows",
+        f"{job} PENDING (QOSMaxGRESPerUser), a limit of your account or QOS",
+    ]
+
+
+def test_a_job_whose_submission_had_no_answer_is_found_and_has_its_secrets(place: Place) -> None:
+    (place.state / "sbatch.lost").touch()
+    place.launcher.run(place.job)
+    assert place.submissions() == 1
+    assert is_sealed(place.job)
+
+
+@pytest.mark.slow
+def test_a_controller_that_is_away_at_the_start_is_waited_for(place: Place) -> None:
+    (place.state / "down").touch()
+    (place.state / "sbatch.away").touch()
+    back = place.when(
+        lambda: any("waiting for Slurm" in line for line in place.said),
+        (place.state / "down").unlink,
+    )
+    place.launcher.run(place.job)
+    back.join()
+    assert place.submissions() == 1
+    assert is_sealed(place.job)
+
+
+@pytest.mark.slow
+def test_a_controller_that_stays_away_leaves_what_may_have_been_submitted(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_slurm, "PATIENCE_SECONDS", 1.0)
+    (place.state / "hold").touch()
+    (place.state / "sbatch.lost").touch()
+    away = place.when(lambda: place.submissions() == 1, (place.state / "down").touch)
+    with pytest.raises(StageError, match="whether it was submitted is not known: run it again"):
+        place.launcher.run(place.job)
+    away.join()
+    assert place.file("env").exists()
+    (place.state / "down").unlink()
+    (place.state / "hold").unlink()
+    place.launcher.run(place.job)
+    assert place.submissions() == 1
+    assert is_sealed(place.job)
+
+
+@pytest.mark.slow
+def test_a_job_that_is_ending_is_waited_out(place: Place) -> None:
+    # Of a flow that was cancelled, and killed before it had seen the end.
+    with ThreadPoolExecutor() as beside:
+        first = beside.submit(place.launcher.run, place.job)
+        wait_for(place.has_step)
+        wait_for(place.has_checkpoint)
+        (place.state / f"{place.number}.cancel").touch()
+        wait_for(lambda: place.slurm()["state"] in ("COMPLETING", "CANCELLED"))
+        place.launcher.run(place.job)
+        with contextlib.suppress(StageError):
+            first.result(120)
+    assert is_sealed(place.job)
+    assert not any("already, waiting" in line for line in place.said)
+
+
+def test_no_credentials_stay_where_the_flow_was_killed(place: Place) -> None:
+    number = place.launcher._started(place.job, place.name, 1)
+    wait_for(lambda: launch_slurm._state(number)[0] == "COMPLETED")
+    assert is_sealed(place.job)
+    assert not place.file("env").exists()
+    # Nothing starts without them: a run that could reach nothing would say so in other words.
+    subprocess.run(["sbatch", "--parsable", str(place.file("sh"))], check=True)
+    wait_for(lambda: launch_slurm._state(str(place.number + 1))[0] == "FAILED")
+    assert "env is gone, and credentials with it: run the flow" in place.file("error").read_text()
+
+
 # -- failure and cancellation, in words ---------------------------------------------------------
 
 
@@ -241,7 +336,7 @@ def test_the_message_of_the_program_is_the_message(place: Place) -> None:
         place.launcher.run(place.job)
     # The queue has forgotten it; the accounts have not.
     (place.state / "purge").touch()
-    assert launch_slurm._state(str(place.number)) == "FAILED"
+    assert launch_slurm._state(str(place.number)) == ("FAILED", "")
 
 
 def test_a_program_whose_store_was_away_may_be_tried_again(
@@ -281,6 +376,26 @@ def test_an_interrupt_cancels_the_job(place: Place) -> None:
     interrupts.join()
     assert place.slurm()["state"] == "CANCELLED"
     assert not place.file("env").exists()
+
+
+def test_a_requeue_that_is_refused_is_a_failure(place: Place) -> None:
+    (place.state / "no-requeue").touch()
+    late = place.when(place.has_checkpoint, (place.state / f"{place.number}.timeout").touch)
+    with pytest.raises(StageError, match="Slurm did not requeue the job: run it again to go on"):
+        place.launcher.run(place.job)
+    late.join()
+    assert not place.file("env").exists()
+
+
+def test_a_flow_that_is_moved_leaves_its_job_to_the_next(place: Place) -> None:
+    place.launcher.leaves = lambda error: isinstance(error, KeyboardInterrupt)
+    interrupts = place.when(place.has_step, lambda: os.kill(os.getpid(), signal.SIGINT))
+    with pytest.raises(KeyboardInterrupt):
+        place.launcher.run(place.job)
+    interrupts.join()
+    place.launcher.run(place.job)
+    assert place.submissions() == 1
+    assert is_sealed(place.job)
 
 
 def test_what_sbatch_refuses_is_told(place: Place) -> None:
