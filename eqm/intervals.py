@@ -28,7 +28,7 @@ LEAST_SAMPLES = 8 * GROUPS
 """With fewer, groups are too small for their variance to mean anything."""
 LEAST_A_DIMENSION = 2
 """With fewer samples a dimension there is no extrapolated distance. Halves of them have singular
-covariances, where the curve over 1/N turns: of an even spectrum, one sample a dimension, 85 % of
+covariances, where the curve over 1/N turns: of an even spectrum, one sample a dimension, 90 % of
 the bias is left."""
 
 
