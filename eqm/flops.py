@@ -22,6 +22,7 @@ PEAKS_BFLOAT16: tuple[tuple[frozenset[str], float], ...] = (
     (frozenset({"H100", "PCIe"}), 756e12),
     (frozenset({"H100", "NVL"}), 835e12),
     (frozenset({"H100"}), 989e12),
+    (frozenset({"H800", "PCIe"}), 756e12),
     (frozenset({"H800"}), 989e12),
     (frozenset({"A100"}), 312e12),
     (frozenset({"A800"}), 312e12),

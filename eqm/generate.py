@@ -64,6 +64,9 @@ def program(context: Context) -> Outcome | None:
     trained = model.from_record(context.store, context.input("train")).to(context.world.device)
     extractors = load_extractors(context.job.inputs, context.store, context.world.device)
     held = starts.held_out_of(context.store, context.input("train"), config.noise_level)
+    told = starts.told_of_repeats(held, config.samples, config.noise_level)
+    if told is not None and context.world.is_first:
+        sys.stderr.write(f"warning: {told}\n")
     parts = parts_of(config)
     mine = parts[context.world.rank :: context.world.size]
     missing = [part for part in mine if committed(context, part) is None]

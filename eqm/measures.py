@@ -91,12 +91,23 @@ def measure(
 
 
 def distances(samples: Samples, reference: Reference) -> dict[str, Metric]:
-    """Frechet distances to both sides, and to the training images without bias."""
+    """Frechet distances to both sides, and to the training images without bias.
+
+    The last only where eqm.intervals has it; the note of the first says where it has not.
+    """
     train, held = reference.training, reference.held_out
     name = title("FD", reference.extractor, len(samples))
     real = train.gaussian()
     found = intervals.frechet_intervals(samples.features, real)
+    endless = found.endless if found else None
     made = Gaussian.of(samples.features)
+    note = (
+        f"Fréchet distance to the {train.count} training images; held-out images: {held.count}, "
+        "and fewer images make it larger"
+    )
+    if found and endless is None:
+        least = intervals.LEAST_A_DIMENSION
+        note += f"; {_endless_title(reference)} takes {least} samples a dimension, there are fewer"
     metrics = {
         "distance": _within(
             found.plain if found else None,
@@ -104,8 +115,7 @@ def distances(samples: Samples, reference: Reference) -> dict[str, Metric]:
                 name=name,
                 value=found.plain.value if found else made.distance(real),
                 beside=held.gaussian().distance(real),
-                note=f"Fréchet distance to the {train.count} training images; held-out images: "
-                f"{held.count}, and fewer images make it larger",
+                note=note,
             ),
         ),
         "distance_held_out": Metric(
@@ -114,20 +124,25 @@ def distances(samples: Samples, reference: Reference) -> dict[str, Metric]:
             note="Fréchet distance to the held-out images",
         ),
     }
-    if found is not None:
+    if endless is not None:
         floor = intervals.frechet_intervals(held.features, real)
-        of = reference.extractor
+        beside = floor.endless if floor else None
         metrics["distance_endless"] = _within(
-            found.endless,
+            endless,
             Metric(
-                name="FID-infinity" if of == INCEPTION else f"FD-infinity[{of}]",
-                value=found.endless.value,
-                beside=floor.endless.value if floor else None,
+                name=_endless_title(reference),
+                value=endless.value,
+                beside=beside.value if beside else None,
                 note="where the curve over 1/N ends: the distance that endless samples would have; "
-                "unbiased, so it may be slightly negative",
+                "almost unbiased, so it may be slightly negative",
             ),
         )
     return metrics
+
+
+def _endless_title(reference: Reference) -> str:
+    of = reference.extractor
+    return "FID-infinity" if of == INCEPTION else f"FD-infinity[{of}]"
 
 
 def _spatial_distance(samples: Samples, reference: Reference) -> dict[str, Metric]:

@@ -38,6 +38,20 @@ def held_out_of(store: Store, trained: Record, level: float) -> LatentSet | None
     return latents
 
 
+def told_of_repeats(held: LatentSet | None, samples: int, level: float) -> str | None:
+    """What to tell people of so many samples where images start twice; None where none does."""
+    if held is None or samples <= len(held.held_out_numbers):
+        return None
+    alike = "exact copies" if level == 0 else "alike"
+    images = len(held.held_out_numbers)
+    return (
+        f"generate.samples is {samples}, and there are {images} held-out images to start at: "
+        f"samples that start at the same one are {alike}, so distances are too large, KID is not "
+        "unbiased, and intervals, which take samples for independent, may be too narrow. Set "
+        "generate.samples to no more, or hold out more images (source.held_out_fraction)"
+    )
+
+
 def labels_of_held_out(latents: LatentSet, seeds: Sequence[int]) -> Tensor:
     """Labels (B,) int64 of the images that samples start at."""
     return torch.from_numpy(latents.labels[_numbers(latents, seeds)].astype(np.int64))
@@ -47,7 +61,8 @@ def partly_noised(latents: LatentSet, model: Model, seeds: Sequence[int], level:
     """Starts (B, C, H, W) of samples: ``level`` parts of noise, the rest an image.
 
     Sample s has held-out image s, modulo their number, as its mean latent; its noise is the one
-    that it would start from alone.
+    that it would start from alone. With more samples than images some are alike, at level 0 the
+    same (:func:`told_of_repeats`).
     """
     moments = torch.from_numpy(latents.moments(_numbers(latents, seeds)))
     x = mean_latents(moments, latents.manifest.spec).to(model.device, model.dtype)

@@ -86,6 +86,21 @@ def test_distances_of_enough_samples_have_intervals_and_an_end() -> None:
     assert found["distance_endless"].name == "FID-infinity"
 
 
+def test_too_few_samples_a_dimension_have_no_end_and_say_so() -> None:
+    generator = np.random.default_rng(1)
+    train, held = (generator.normal(size=(count, 70)) for count in (300, 130))
+    reference: Any = Real(training=side(train), held_out=side(held), extractor="some")
+    found = measures.distances(samples(generator.normal(size=(139, 70))), reference)
+    assert set(found) == {"distance", "distance_held_out"}
+    assert found["distance"].low is not None
+    why = "FD-infinity[some] takes 2 samples a dimension, there are fewer"
+    assert found["distance"].note.endswith(why)
+    found = measures.distances(samples(generator.normal(size=(140, 70))), reference)
+    assert why not in found["distance"].note
+    # There are fewer held-out images than that.
+    assert found["distance_endless"].beside is None
+
+
 def test_samples_that_are_training_images_are_perfect() -> None:
     """The numbers themselves, on an answer that is known."""
     source = open_source(SourceConfig(image_size_px=8), None)

@@ -61,6 +61,27 @@ def test_the_stage_starts_there_and_makes_samples_again_to_the_bit(
     assert not torch.equal(sealed["gradient_norms"], noise_alone["gradient_norms"])
 
 
+def test_samples_that_start_at_the_same_image_are_told_of(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture
+) -> None:
+    held = starts.held_out_of(tiny.store, tiny["train"], 0.25)
+    assert held is not None
+    count = len(held.held_out_numbers)
+    assert starts.told_of_repeats(held, count, 0.25) is None
+    assert starts.told_of_repeats(None, count + 1, 1.0) is None
+    told = starts.told_of_repeats(held, count + 1, 0.0)
+    assert told is not None
+    assert f"samples is {count + 1}, and there are {count} held-out images" in told
+    assert "are exact copies" in told
+    # The stage says so, and goes on.
+    config = with_settings(tiny.config, {"generate.noise_level": 0.25})
+    held.held_out_numbers = held.held_out_numbers[: config.generate.samples - 1]
+    monkeypatch.setattr(starts, "open_manifest", lambda record, store: held)
+    store = chain.copied(tiny, tmp_path / "store", without=("samples", "evaluation"))
+    chain.run(chain.job(config, store, "samples", tiny.records))
+    assert "warning: generate.samples is" in capfd.readouterr().err
+
+
 def test_a_set_without_held_out_images_is_refused(
     tiny: chain.Chain, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -64,7 +64,8 @@ class GenerateConfig:
     as of images of classes that are equally frequent."""
     noise_level: float = 1.0
     """Of the starts: 1 is noise; below, the rest is held-out images, each with its own label, as
-    the paper's Figure 10 starts from partly noised images (eqm.starts)."""
+    the paper's Figure 10 starts from partly noised images (eqm.starts). More samples than such
+    images repeat them, which makes distances too large."""
     sampler: SamplerConfig = field(default_factory=SamplerConfig)
     keep_images: int = 10_000
     """The first so many images are sealed beside the features of all, part by part."""
