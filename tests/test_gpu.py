@@ -67,6 +67,8 @@ IMAGES = 9_600
 @pytest.fixture(autouse=True)
 def _ieee() -> Iterator[None]:
     choose_products("float32", GPU)
+    # Blocks compiled by tests before would count against those of this one.
+    torch.compiler.reset()
     with deterministic():
         yield
 
