@@ -23,14 +23,16 @@ IMPLICIT = ObjectiveConfig()
 WIDTHS = [(5, 24), (33, 40)]
 """Tokens and channels: neither a power of two, and one walk and several."""
 ATTENTIONS = [
-    (21, 8, (16, 16), torch.float32),
-    (37, 24, (16, 32), torch.float32),
-    (64, 72, (32, 64), torch.float32),
-    (64, 72, (32, 64), torch.float16),
-    (70, 64, (64, 16), torch.float32),
+    (21, 8, (16, 16), torch.float32, 0.0),
+    (37, 24, (16, 32), torch.float32, 0.0),
+    (64, 72, (32, 64), torch.float32, 0.0),
+    (64, 72, (32, 64), torch.float16, 0.0),
+    (70, 64, (64, 16), torch.float32, 0.0),
+    (96, 16, (32, 64), torch.float32, -100.0),
 ]
-"""Tokens, channels of a head, queries and keys at once, number type: one tile and several, whole
-ones and not, of heads that are a power of two, more than one, and less than a product takes."""
+"""Tokens, channels of a head, queries and keys at once, number type, and what all logits are moved
+by: one tile and several, whole ones and not, of heads that are a power of two, more than one, and
+less than a product takes; and logits of which exp(-logit) is no float32."""
 SHARED_BYTES = 227 * 2**10
 """Of an H100, that one program can have."""
 NETWORKS: list[tuple[bool, dict[str, object], dict[str, object]]] = [
@@ -177,12 +179,19 @@ def check_adaln(tokens: int, width: int) -> None:
         near(*found, 1e-6)
 
 
-def check_mixing(tokens: int, head: int, tiles: tuple[int, int], dtype: torch.dtype) -> None:
+def check_mixing(
+    tokens: int, head: int, tiles: tuple[int, int], dtype: torch.dtype, offset: float
+) -> None:
     """Against autograd through the formula in float64, of the same numbers; two heads."""
     from eqm.kernels import attention as kernels
 
     kernels.FORWARD = kernels.BACKWARD = kernels.Tiles(*tiles, warps=1, stages=1)
-    qkv = draw(2, tokens, 6 * head).detach().to(dtype).requires_grad_()
+    qkv = draw(2, tokens, 6 * head).detach()
+    if offset:
+        # One channel of each head, of q and of k, gives it to all of a head's logits.
+        each = qkv.view(2, tokens, 3, 2, head)
+        each[:, :, 0, :, 0], each[:, :, 1, :, 0] = offset, head**0.5
+    qkv = qkv.to(dtype).requires_grad_()
     bias, slope = draw(6 * head, seed=1), draw(2, tokens, 2 * head, seed=2).to(dtype).detach()
 
     def plain(qkv: Tensor, bias: Tensor, heads: int) -> Tensor:
@@ -195,7 +204,8 @@ def check_mixing(tokens: int, head: int, tiles: tuple[int, int], dtype: torch.dt
     for way in (kernels.attention, plain):
         out = way(qkv, bias, 2)
         found.append([out, *torch.autograd.grad((out * slope.to(out.dtype)).sum(), (qkv, bias))])
-    near(*found, 2e-6 if dtype == torch.float32 else 2e-3)
+    # What the last digit of a large logit is worth, exp makes a share of its weight.
+    near(*found, (2e-6 if dtype == torch.float32 else 2e-3) * max(1.0, abs(offset) / 10))
 
 
 def check_gelu(rows: int, width: int) -> None:
@@ -272,8 +282,8 @@ def check_half() -> None:
 def main() -> None:
     for tokens, width in WIDTHS:
         check_adaln(tokens, width)
-    for tokens, head, tiles, dtype in ATTENTIONS:
-        check_mixing(tokens, head, tiles, dtype)
+    for case in ATTENTIONS:
+        check_mixing(*case)
     check_gelu(rows=70, width=260)
     for compiled, changes, asked in NETWORKS:
         check_network(compiled, changes, asked)
