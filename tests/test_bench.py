@@ -1,9 +1,15 @@
 """Benchmarks that are run on the one day when there is a GPU do not fail then for what can be seen
 here."""
 
+import contextlib
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 
@@ -34,3 +40,53 @@ def test_each_measurement_of_a_gpu_is_shown_as_it_is_made(
     assert set(others) == {1}
     with pytest.raises(SystemExit, match="no size 'Q'; there are S, B on this machine"):
         train.main("Q")
+
+
+def test_kernels_are_measured_without_an_error() -> None:
+    """Of few numbers, in a process whose Triton interprets."""
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", __file__],
+        env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    titles = [line for line in done.stdout.splitlines() if line.startswith("-- ")]
+    assert [title.partition(", ")[2].partition(",")[0] for title in titles] == [
+        *("attention", "GELU", "norm"),
+        *("attention's FORWARD", "attention's BACKWARD"),
+        *("adaLN's forward", "adaLN's backward"),
+    ]
+    # What is set is among what was tried, and nothing that was tried failed.
+    assert done.stdout.count("<-") == 4
+    assert done.stdout.count(": ") == 2 * 2 + 2 * 2
+
+
+# -- in the process that interprets -------------------------------------------------------------
+
+
+def few(kernels: ModuleType) -> None:
+    """So little of all that it takes seconds here, by kernels that torch has for a CPU."""
+    from eqm.kernels import adaln, attention
+
+    kernels.IMAGES, kernels.TOKENS, kernels.ROUNDS, kernels.TIMES = 1, 5, 1, 1
+    kernels.SIZES = {"XL": (1, 24)}
+    usual = (attention.FORWARD, attention.BACKWARD)
+    kernels.TILES = [(tiles.queries, tiles.keys, tiles.warps, tiles.stages) for tiles in usual]
+    kernels.WALKS = [(8, 4), (adaln.WALK, adaln.WARPS)]
+    kernels.compiled = lambda way: way
+    kernels.sdpa_kernel = lambda _: contextlib.nullcontext()
+    torch.manual_seed(0)
+
+
+def main() -> None:
+    from bench import kernels
+
+    few(kernels)
+    for part in (kernels.compare, kernels.tile):
+        part("XL")
+
+
+if __name__ == "__main__":
+    main()
