@@ -4,7 +4,7 @@ Each forward and backward, as a block of XL/2 and B/2 at 256 tokens has them in 
 what stands around them in a step: attention from qkv to the gradient of qkv and of its bias, GELU
 with its bias's gradient, norm and residual with theirs. Compiled as training is. Then what a
 program of attention's and of adaLN's kernels could compute at once: what eqm.kernels is set to
-should be the quickest.
+should be the quickest. And, of XL/2's products, ways to add the gradient of weights to its sum.
 """
 
 import dataclasses
@@ -151,6 +151,67 @@ def tile(size: str) -> None:
     choose(title, adaln, ("WALK", "WARPS"), WALKS, lambda: adaln._backward(*given))
 
 
+def accumulate(size: str) -> None:
+    """Print what it takes to add a block's weight gradients, dy^T x, to their float32 sums.
+
+    As training does, a product in bfloat16 is made float32 and then added; or it is added as it is;
+    or the product itself adds to the sum, and rounds nothing to bfloat16. Torch has that for GPUs
+    alone, and newer ones: others refuse a float32 sum, and say so here.
+    """
+    heads, head = SIZES[size]
+    width, rows = heads * head, IMAGES * TOKENS
+    triples = [
+        (
+            torch.zeros(outputs, inputs, device=DEVICE),
+            draw(rows, outputs).detach(),
+            draw(rows, inputs).detach(),
+        )
+        for outputs, inputs in (
+            *((3 * width, width), (width, width)),
+            *((4 * width, width), (width, 4 * width)),
+        )
+    ]
+    ways: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
+        "product, float32, sum": lambda onto, dy, x: onto.add_((dy.t() @ x).float()),
+        "product, sum": lambda onto, dy, x: onto.add_(dy.t() @ x),
+        "one product": add_product,
+    }
+    print(f"-- {size}/2, gradients of a block's weights of {IMAGES} images, added to their sums")
+    runs = {}
+    for name, way in ways.items():
+        run = over(way, triples)
+        try:
+            run()
+        except (NotImplementedError, RuntimeError) as error:
+            print(f"   {name}: {str(error).splitlines()[0][:70]}")
+        else:
+            runs[name] = run
+    base, *_ = runs
+    show(alternate(runs, rounds=ROUNDS), base=base, unit="ms", scale=1e3 / TIMES)
+
+
+def add_product(onto: Tensor, dy: Tensor, x: Tensor) -> None:
+    """onto (O, I) float32 + dy (T, O)^T x (T, I), in place; in float32 on a CPU."""
+    if onto.is_cpu:
+        onto.addmm_(dy.t().float(), x.float())
+    else:
+        torch.addmm(onto, dy.t(), x, out_dtype=torch.float32, out=onto)
+
+
+def over(
+    way: Callable[[Tensor, Tensor, Tensor], object], triples: Sequence[tuple[Tensor, ...]]
+) -> Callable[[], None]:
+    """A way of all triples, TIMES over, until the GPU is done."""
+
+    def run() -> None:
+        for _ in range(TIMES):
+            for triple in triples:
+                way(*triple)
+        wait()
+
+    return run
+
+
 def choose(
     title: str,
     kernels: ModuleType,
@@ -203,6 +264,7 @@ def main() -> None:
         torch.compiler.reset()
         compare(size)
         tile(size)
+    accumulate("XL")
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ def test_each_measurement_of_a_gpu_is_shown_as_it_is_made(
         train.main("Q")
 
 
+@pytest.mark.slow
 def test_kernels_are_measured_without_an_error() -> None:
     """Of few numbers, in a process whose Triton interprets."""
     done = subprocess.run(
@@ -57,10 +58,28 @@ def test_kernels_are_measured_without_an_error() -> None:
         *("attention", "GELU", "norm"),
         *("attention's FORWARD", "attention's BACKWARD"),
         *("adaLN's forward", "adaLN's backward"),
+        "gradients of a block's weights of 1 images",
     ]
+    assert "one product  " in done.stdout
     # What is set is among what was tried, and nothing that was tried failed.
     assert done.stdout.count("<-") == 4
     assert done.stdout.count(": ") == 2 * 2 + 2 * 2
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_product_adds_to_its_sum(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    """On a CPU the numbers; by the GPU's call, that torch knows it by these arguments."""
+    monkeypatch.syspath_prepend(ROOT)
+    from bench.kernels import add_product
+
+    torch.manual_seed(0)
+    dy, x, onto = (torch.randn(*s, device=device) for s in ((7, 3), (7, 5), (3, 5)))
+    dy, x = dy.bfloat16(), x.bfloat16()
+    wanted = onto.double() + dy.double().t() @ x.double()
+    add_product(onto, dy, x)
+    assert (onto.dtype, onto.shape) == (torch.float32, wanted.shape)
+    if device == "cpu":
+        assert torch.allclose(onto.double(), wanted, atol=1e-5)
 
 
 # -- in the process that interprets -------------------------------------------------------------
@@ -84,7 +103,7 @@ def main() -> None:
     from bench import kernels
 
     few(kernels)
-    for part in (kernels.compare, kernels.tile):
+    for part in (kernels.compare, kernels.tile, kernels.accumulate):
         part("XL")
 
 
