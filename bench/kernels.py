@@ -2,20 +2,25 @@
 
 Each forward and backward, as a block of XL/2 and B/2 at 256 tokens has them in bfloat16, with
 what stands around them in a step: attention from qkv to the gradient of qkv and of its bias, GELU
-with its bias's gradient, norm and residual with theirs. Compiled where torch is. Then the tiles
-that attention could have: what eqm.kernels.attention is set to should be the quickest.
+with its bias's gradient, norm and residual with theirs. Compiled as training is. Then what a
+program of attention's and of adaLN's kernels could compute at once: what eqm.kernels is set to
+should be the quickest. And, of XL/2's products, ways to add the gradient of weights to its sum.
 """
 
 import dataclasses
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from bench.energies import DEVICE
 from bench.timing import alternate, show
+from eqm.compute import compiled
 from eqm.network import layer_norm, modulate
 
 IMAGES, TOKENS, ROUNDS, TIMES = 128, 256, 5, 10
@@ -28,23 +33,36 @@ TILES = [
     *((32, 128, 8, 1), (32, 128, 8, 2), (32, 64, 4, 1), (32, 64, 4, 2), (32, 128, 4, 1)),
 ]
 """Queries, keys, warps, stages."""
+WALKS = [(walk, warps) for walk in (8, 16, 32, 64) for warps in (2, 4, 8)]
+"""Tokens of a program, warps."""
 
-Way = Callable[..., Tensor]
+Way = Callable[..., Tensor | tuple[Tensor, ...]]
 
 
 def draw(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
     """Noise that wants a gradient."""
-    return torch.randn(*shape, device="cuda", dtype=dtype).requires_grad_()
+    return torch.randn(*shape, device=DEVICE, dtype=dtype).requires_grad_()
+
+
+def wait() -> None:
+    """Until the GPU is done."""
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
 
 
 def both_ways(way: Way, *leaves: Tensor) -> Callable[[], None]:
-    """Forward and backward, TIMES over, until the GPU is done."""
-    slope = torch.randn_like(way(*leaves))
+    """Forward and backward, TIMES over, until the GPU is done; of all that comes out."""
+
+    def outputs() -> tuple[Tensor, ...]:
+        found = way(*leaves)
+        return (found,) if isinstance(found, Tensor) else found
+
+    slopes = [torch.randn_like(found) for found in outputs()]
 
     def run() -> None:
         for _ in range(TIMES):
-            torch.autograd.grad(way(*leaves), leaves, slope)
-        torch.cuda.synchronize()
+            torch.autograd.grad(outputs(), leaves, slopes)
+        wait()
 
     return run
 
@@ -77,27 +95,28 @@ def compare(size: str) -> None:
     def our_gelu(u: Tensor, bias: Tensor) -> Tensor:
         return gelu(u + bias.detach(), bias)
 
-    def plain_norm(x: Tensor, y: Tensor, bias: Tensor, parts: Tensor) -> Tensor:
+    # Both leave x' and h to whoever reads them, the residual and the next product.
+    def plain_norm(x: Tensor, y: Tensor, bias: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
         gate, shift, scale = parts.unsqueeze(1).chunk(3, dim=2)
         x = x + gate * (y + bias)
-        return torch.cat((x, modulate(layer_norm(x), shift, scale)), dim=2)
+        return x, modulate(layer_norm(x), shift, scale).to(parts.dtype)
 
-    def our_norm(x: Tensor, y: Tensor, bias: Tensor, parts: Tensor) -> Tensor:
-        return torch.cat(adaln(x, y + bias.detach(), bias, *parts.chunk(3, dim=1)), dim=2)
+    def our_norm(x: Tensor, y: Tensor, bias: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+        return adaln(x, y + bias.detach(), bias, *parts.chunk(3, dim=1))
 
     def backed(backend: SDPBackend) -> Callable[[], None]:
         def way(qkv: Tensor, bias: Tensor) -> Tensor:
             with sdpa_kernel(backend):
                 return by_torch(qkv, bias, heads)
 
-        return both_ways(torch.compile(way), qkv, bias)
+        return both_ways(compiled(way), qkv, bias)
 
     for name, leaves, sides in (
         ("attention", (qkv, bias), {"ours": ours}),
         ("GELU", (u, up), {"torch": plain_gelu, "ours": our_gelu}),
         ("norm", (x, y, out, parts), {"torch": plain_norm, "ours": our_norm}),
     ):
-        runs = {side: both_ways(torch.compile(way), *leaves) for side, way in sides.items()}
+        runs = {side: both_ways(compiled(way), *leaves) for side, way in sides.items()}
         if name == "attention":
             kinds = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
             runs = {kind: backed(backend) for kind, backend in kinds.items()} | runs
@@ -106,42 +125,134 @@ def compare(size: str) -> None:
 
 
 def tile(size: str) -> None:
-    """Print what attention's two kernels take by tiles."""
+    """Print what kernels take by what one of their programs computes at once."""
+    from eqm.kernels import adaln
     from eqm.kernels import attention as kernels
 
     heads, head = SIZES[size]
-    qkv = draw(IMAGES, TOKENS, 3 * heads * head).detach()
+    width = heads * head
+    qkv = draw(IMAGES, TOKENS, 3 * width).detach()
     out, mass = kernels._forward(qkv, heads)
-    ways = {
-        "FORWARD": lambda: kernels._forward(qkv, heads),
-        "BACKWARD": lambda: kernels._backward(out, qkv, out, mass, heads),
+    of = "by (queries, keys, warps, stages)"
+    tiles = [(kernels.Tiles(*numbers),) for numbers in TILES]
+    for name, way in (
+        ("FORWARD", lambda: kernels._forward(qkv, heads)),
+        ("BACKWARD", lambda: kernels._backward(out, qkv, out, mass, heads)),
+    ):
+        choose(f"{size}/2, attention's {name}, ms {of}", kernels, (name,), tiles, way)
+    x = draw(IMAGES, TOKENS, width, dtype=torch.float32).detach()
+    parts = draw(IMAGES, 3 * width).detach().chunk(3, dim=1)
+    sums, h, mean, rstd = adaln._forward(x, out, *parts)
+    warps = sorted({(warps,) for _, warps in WALKS})
+    title = f"{size}/2, adaLN's forward, ms by (warps)"
+    choose(title, adaln, ("WARPS",), warps, lambda: adaln._forward(x, out, *parts))
+    title = f"{size}/2, adaLN's backward, ms by (tokens, warps)"
+    given = h, x, sums, out, parts[0], parts[2], mean, rstd
+    choose(title, adaln, ("WALK", "WARPS"), WALKS, lambda: adaln._backward(*given))
+
+
+def accumulate(size: str) -> None:
+    """Print what it takes to add a block's weight gradients, dy^T x, to their float32 sums.
+
+    As training does, a product in bfloat16 is made float32 and then added; or it is added as it is;
+    or the product itself adds to the sum, and rounds nothing to bfloat16. Torch has that for GPUs
+    alone, and newer ones: others refuse a float32 sum, and say so here.
+    """
+    heads, head = SIZES[size]
+    width, rows = heads * head, IMAGES * TOKENS
+    triples = [
+        (
+            torch.zeros(outputs, inputs, device=DEVICE),
+            draw(rows, outputs).detach(),
+            draw(rows, inputs).detach(),
+        )
+        for outputs, inputs in (
+            *((3 * width, width), (width, width)),
+            *((4 * width, width), (width, 4 * width)),
+        )
+    ]
+    ways: dict[str, Callable[[Tensor, Tensor, Tensor], object]] = {
+        "product, float32, sum": lambda onto, dy, x: onto.add_((dy.t() @ x).float()),
+        "product, sum": lambda onto, dy, x: onto.add_(dy.t() @ x),
+        "one product": add_product,
     }
+    print(f"-- {size}/2, gradients of a block's weights of {IMAGES} images, added to their sums")
+    runs = {}
     for name, way in ways.items():
-        usual, found = getattr(kernels, name), {}
-        for numbers in TILES:
-            tiles = kernels.Tiles(*numbers)
-            setattr(kernels, name, tiles)
-            try:
-                found[tiles] = milliseconds(way)
-            except Exception as error:
-                print(f"   {dataclasses.astuple(tiles)}: {str(error).splitlines()[0][:70]}")
-        setattr(kernels, name, usual)
-        print(f"-- {size}/2, attention's {name}, ms by (queries, keys, warps, stages)")
-        for tiles, value in sorted(found.items(), key=lambda pair: pair[1]):
-            print(f"   {dataclasses.astuple(tiles)}: {value:.3f}{' <-' if tiles == usual else ''}")
+        run = over(way, triples)
+        try:
+            run()
+        except (NotImplementedError, RuntimeError) as error:
+            print(f"   {name}: {str(error).splitlines()[0][:70]}")
+        else:
+            runs[name] = run
+    base, *_ = runs
+    show(alternate(runs, rounds=ROUNDS), base=base, unit="ms", scale=1e3 / TIMES)
+
+
+def add_product(onto: Tensor, dy: Tensor, x: Tensor) -> None:
+    """onto (O, I) float32 + dy (T, O)^T x (T, I), in place; in float32 on a CPU."""
+    if onto.is_cpu:
+        onto.addmm_(dy.t().float(), x.float())
+    else:
+        torch.addmm(onto, dy.t(), x, out_dtype=torch.float32, out=onto)
+
+
+def over(
+    way: Callable[[Tensor, Tensor, Tensor], object], triples: Sequence[tuple[Tensor, ...]]
+) -> Callable[[], None]:
+    """A way of all triples, TIMES over, until the GPU is done."""
+
+    def run() -> None:
+        for _ in range(TIMES):
+            for triple in triples:
+                way(*triple)
+        wait()
+
+    return run
+
+
+def choose(
+    title: str,
+    kernels: ModuleType,
+    names: Sequence[str],
+    tried: Sequence[tuple[object, ...]],
+    way: Callable[[], object],
+) -> None:
+    """Print what a way takes by the values of some names of a module, the quickest first."""
+    usual, found = tuple(getattr(kernels, name) for name in names), {}
+    for values in tried:
+        _set(kernels, names, values)
+        try:
+            found[values] = milliseconds(way)
+        except Exception as error:
+            print(f"   {_numbers(values)}: {str(error).splitlines()[0][:70]}")
+    _set(kernels, names, usual)
+    print(f"-- {title}")
+    for values, value in sorted(found.items(), key=lambda pair: pair[1]):
+        print(f"   {_numbers(values)}: {value:.3f}{' <-' if values == usual else ''}", flush=True)
+
+
+def _set(kernels: ModuleType, names: Sequence[str], values: Sequence[object]) -> None:
+    for name, value in zip(names, values, strict=True):
+        setattr(kernels, name, value)
+
+
+def _numbers(values: Sequence[object]) -> tuple[object, ...]:
+    (first, *others) = values
+    return (first, *others) if isinstance(first, int) else dataclasses.astuple(first)  # type: ignore[call-overload]
 
 
 def milliseconds(way: Callable[[], object]) -> float:
     """Of one call, in the mean of some after two."""
     way()
     way()
-    began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    began.record()  # type: ignore[no-untyped-call]
+    wait()
+    began = time.perf_counter()
     for _ in range(TIMES):
         way()
-    ended.record()  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    return began.elapsed_time(ended) / TIMES
+    wait()
+    return (time.perf_counter() - began) / TIMES * 1e3
 
 
 def main() -> None:
@@ -149,8 +260,11 @@ def main() -> None:
     if not torch.cuda.is_available():
         sys.exit("error: these kernels are for a GPU of NVIDIA, and torch finds none here")
     for size in SIZES:
+        # Shapes of one size are no versions of the other's.
+        torch.compiler.reset()
         compare(size)
         tile(size)
+    accumulate("XL")
 
 
 if __name__ == "__main__":

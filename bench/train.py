@@ -5,11 +5,12 @@ default optimiser, one EMA call a weight, ``loss.item()`` at every step. Both si
 network on the same latents; ours draws its noise by image number, which the plain one does not.
 That both have one loss is seen in float64 first. On a CPU, S/2 and B/2 at 256 tokens, batches
 alike, each side in a process of its own, which are asked for a step in turn: how a process keeps
-freed memory is part of ours. With a GPU, B/2 and XL/2: the plain side in TF32 with the largest
-batch that fits, ours with 256 images an update, with kernels that add in a fixed order and with the
-quickest. FLOPs are those of matrix products and attention, 2 a multiply-add, three forwards a step,
-nothing recomputed; a CPU's peak is what its own matrix products reach here in float32, a GPU's what
-its data sheet says of bfloat16.
+freed memory is part of ours. With a GPU, XL/2 and B/2, or the one that ``--size`` names: the plain
+side in TF32 with the largest batch that fits, ours with 256 images an update, with kernels that add
+in a fixed order and with the quickest; what was measured is shown at once. FLOPs are those of
+matrix products and attention, 2 a multiply-add, three forwards a step, nothing recomputed; a CPU's
+peak is what its own matrix products reach here in float32, a GPU's what its data sheet says of
+bfloat16.
 """
 
 import copy
@@ -40,7 +41,7 @@ from eqm.precision import choose_deterministic, choose_products
 from eqm.randomness import Stream, normal
 
 ON_GPU = DEVICE.type == "cuda"
-CASES = {"B": 256, "XL": 256} if ON_GPU else {"S": 16, "B": 8}
+CASES = {"XL": 256, "B": 256} if ON_GPU else {"S": 16, "B": 8}
 """Size -> batch of ours. On a GPU the plain side takes the largest that fits."""
 MICRO_BATCH = {"XL": 128}
 """Size -> images of one backward, where not all of the batch fit: on GPUs of less than ROOMY."""
@@ -314,16 +315,36 @@ def largest(make: Make, size: str) -> int:
     raise MemoryError(f"not even {LARGEST[size][-1]} images of {size}/2 fit")
 
 
+def keep_versions() -> None:
+    """Drop what was compiled of another size, and keep what every side compiles of this one.
+
+    Sides share a block's code, and the compiler keeps 8 versions of a code.
+    """
+    import torch._dynamo
+
+    torch.compiler.reset()
+    torch._dynamo.config.recompile_limit = 8 * len(SIDES)
+
+
 def compare_on_gpu(size: str, batch: int, peak: float) -> None:
-    """Measure all sides in turn, ROUNDS times, and print. They do not fit beside each other."""
+    """Measure all sides in turn, ROUNDS times, and print. They do not fit beside each other.
+
+    Each measurement is printed as it is made: who cuts this short has those.
+    """
+    keep_versions()
     found = {name: Found(batch, []) for name in SIDES}
     base, *_ = SIDES
     found[base].batch = largest(SIDES[base], size)
-    for _ in range(ROUNDS):
+    for number in range(ROUNDS):
         for name, make in SIDES.items():
-            seconds, held = timed(make, size, found[name].batch)
-            found[name].seconds.append(seconds)
-            found[name].peak_bytes = held
+            side = found[name]
+            seconds, side.peak_bytes = timed(make, size, side.batch)
+            side.seconds.append(seconds)
+            print(
+                f"   round {number + 1}: {name:28} batch {side.batch:3}  "
+                f"{side.batch / seconds:7.1f} images/s  {side.peak_bytes / 2**30:.1f} GiB",
+                flush=True,
+            )
     reference = found[base].batch / statistics.median(found[base].seconds)
     for name, side in found.items():
         rates = sorted(side.batch / s for s in side.seconds)
@@ -336,11 +357,13 @@ def compare_on_gpu(size: str, batch: int, peak: float) -> None:
         )
 
 
-def main() -> None:
-    """Measure and print."""
+def main(only: str | None = None) -> None:
+    """Measure and print, of all sizes or one."""
+    if only is not None and only not in CASES:
+        sys.exit(f"error: no size {only!r}; there are {', '.join(CASES)} on this machine")
     peak = machine_flops()
     name = torch.cuda.get_device_name() if ON_GPU else "this processor"
-    print(f"{name}: peak {peak / 1e12:,.3f} TFLOP/s, torch {torch.__version__}")
+    print(f"{name}: peak {peak / 1e12:,.3f} TFLOP/s, torch {torch.__version__}", flush=True)
     if not ON_GPU:
         says = "has" if HAS_BF16 else "has no"
         print(
@@ -348,6 +371,8 @@ def main() -> None:
             "times as long as in float32"
         )
     for size, batch in CASES.items():
+        if only not in (None, size):
+            continue
         print(f"-- {size}/2, losses apart by {same_loss(size):.1e} in float64", flush=True)
         (compare_on_gpu if ON_GPU else compare_on_cpu)(size, batch, peak)
 

@@ -97,7 +97,10 @@ def _compiled(forward: Forward, deterministic: bool) -> Any:
         # The compiler's own: precision.choose_deterministic does not load it.
         "deterministic": deterministic,
     }
-    return torch.compile(forward, dynamic=False, options=options)
+    # The whole block or an error. Else a block of more shapes than the compiler keeps versions of
+    # would run uncompiled, which a warning alone tells; a setting of the compiler's against that
+    # is of one thread, and on a GPU blocks are computed again in one of autograd's.
+    return torch.compile(forward, dynamic=False, fullgraph=True, options=options)
 
 
 def check_kernels(network: nn.Module, compute: ComputeConfig, device: torch.device) -> None:

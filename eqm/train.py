@@ -79,6 +79,9 @@ def setup(context: Context, mine: lease.Held | None = None) -> Run:
     # What a run goes on from is in its checkpoint: the file that it began from may be gone.
     network = spec.build() if begun else first_network(stage, spec, context.store)
     network.to(device)
+    if compute.compile:
+        # Versions of blocks trained earlier in this process would count against these.
+        torch.compiler.reset()
     prepare(network, compute, stage.objective, device)
     shards = sharded(network, stage, context) if compute.parallel == "fsdp2" else None
     run = Run(

@@ -189,6 +189,26 @@ def test_compiled_blocks_give_the_same_gradient(checkpointing):
     assert float((compiled - whole).norm() / whole.norm()) < 1e-5
 
 
+def test_blocks_of_more_shapes_than_the_compiler_keeps_versions_of_do_not_run_uncompiled(
+    monkeypatch,
+):
+    import torch._dynamo
+
+    really = torch.compile
+    # What is traced is what counts: no kernels are made of it.
+    monkeypatch.setattr(
+        "torch.compile", lambda forward, options, **asked: really(forward, backend="eager", **asked)
+    )
+    monkeypatch.setattr(compute, "_compiled", compute._compiled.__wrapped__)
+    network = learner(compute=ComputeConfig(compile=True)).network
+    x, labels = torch.ones(BATCH, 1, 8, 8), torch.arange(BATCH)
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=1), torch.no_grad():
+        network(x, labels)
+        with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+            network(x[1:], labels[1:])
+
+
 @pytest.mark.parametrize("name", ["compile", "checkpointing"])
 def test_blocks_that_a_double_backward_goes_through_stay_as_they_are(name):
     with pytest.raises(ConfigError, match=rf"compute\.{name} is true, .*'directional'"):

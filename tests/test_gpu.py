@@ -1,7 +1,7 @@
 """What only a GPU can show: ``pytest --noconftest -m gpu tests/test_gpu.py``.
 
-Needs torch, numpy, safetensors, isal and scikit-learn alone. Without a GPU these tests fail: they
-are asked for by name.
+Needs torch, numpy, safetensors, isal, Pillow and scikit-learn alone. Without a GPU these tests
+fail: they are asked for by name.
 """
 
 import contextlib
@@ -67,6 +67,8 @@ IMAGES = 9_600
 @pytest.fixture(autouse=True)
 def _ieee() -> Iterator[None]:
     choose_products("float32", GPU)
+    # Blocks compiled by tests before would count against those of this one.
+    torch.compiler.reset()
     with deterministic():
         yield
 

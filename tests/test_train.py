@@ -28,9 +28,9 @@ import torch
 from chain import store_of, untrained
 from safetensors.torch import load_file, save_file
 
-from eqm import checkpoint, lease, train
+from eqm import checkpoint, compute, lease, train
 from eqm.batches import read_batch
-from eqm.config import Job, TrainConfig, TrainStage, replace, stage_config
+from eqm.config import ComputeConfig, Job, TrainConfig, TrainStage, replace, stage_config
 from eqm.distributed import World
 from eqm.ema import EMA, sigma_rel_to_gamma
 from eqm.errors import (
@@ -544,6 +544,24 @@ def test_gradients_of_the_ranks_add_up(tiny: chain.Chain, tmp_path: Path, size: 
         for start in range(0, BATCH, BATCH // size)
     ]
     assert torch.allclose(torch.cat(shares), whole, rtol=1e-5)
+
+
+def test_each_training_of_a_process_has_all_versions_that_the_compiler_keeps(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch._dynamo
+
+    really = torch.compile
+    # What is traced is what counts: no kernels are made of it.
+    monkeypatch.setattr(
+        "torch.compile", lambda forward, options, **asked: really(forward, backend="eager", **asked)
+    )
+    monkeypatch.setattr(compute, "_compiled", compute._compiled.__wrapped__)
+    job = untrained(tiny, tmp_path, compute=ComputeConfig(compile=True))
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for patch in (1, 2):
+            run = set_up(asking(job, network={"patch": patch}))
+            run.learner.network(torch.zeros(2, *run.spec.latent.shape), torch.zeros(2).long())
 
 
 # -- what is refused ----------------------------------------------------------------------------

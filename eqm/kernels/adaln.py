@@ -5,6 +5,9 @@ over a token's channels, and once for those over an image's tokens, which are th
 shift, scale and gate, and of the bias of the product y. Here a program walks through some tokens of
 one image and does both. Sums over tokens are kept for each walk and added afterwards.
 
+A row is taken in two parts, each as long as a power of two: of 1152 channels, 1024 and 128. As one
+power of two it would be 2048, with threads that hold nothing, and a mask at every access.
+
     x'  = x + gate y                       y a branch's output; without one, x' = x
     h   = norm(x') (1 + scale) + shift     norm without weights, over D
 
@@ -24,34 +27,88 @@ from eqm.network import NORM_EPS
 WALK = 32
 """Tokens that one program of the backward walks through."""
 WARPS = 2
-"""Of 2, 4 and 8, and walks of 8, 16 and 32, the quickest on an H100 at D = 1152."""
+"""Of 2, 4 and 8, and walks of 8, 16 and 32, the quickest on an H100 at D = 1152, when a row was one
+power of two."""
+TOGETHER = 4
+"""Numbers that a thread takes at once, of any type: 16 bytes of float32. Of bfloat16 16 bytes would
+be 8, and numbers would change threads, through shared memory, wherever both types meet."""
+_TOGETHER = tl.constexpr(TOGETHER)
+
+
+@triton.jit
+def _columns(WIDE: tl.constexpr, REST: tl.constexpr):
+    wide = tl.max_contiguous(tl.arange(0, WIDE), _TOGETHER)
+    return wide, WIDE + tl.max_contiguous(tl.arange(0, REST), _TOGETHER)
+
+
+@triton.jit
+def _load(at, WIDTH: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr):
+    """A row as float32, in two parts; zeros beyond its width."""
+    column, further = _columns(WIDE, REST)  # pyright: ignore[reportGeneralTypeIssues]
+    wide = tl.load(at + column)
+    if WIDE + REST == WIDTH:
+        rest = tl.load(at + further)
+    else:
+        rest = tl.load(at + further, mask=further < WIDTH, other=0.0)
+    return wide.to(tl.float32), rest.to(tl.float32)
+
+
+@triton.jit
+def _store(at, wide, rest, WIDTH: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr):
+    column, further = _columns(WIDE, REST)  # pyright: ignore[reportGeneralTypeIssues]
+    tl.store(at + column, wide.to(at.dtype.element_ty))
+    if WIDE + REST == WIDTH:
+        tl.store(at + further, rest.to(at.dtype.element_ty))
+    else:
+        tl.store(at + further, rest.to(at.dtype.element_ty), mask=further < WIDTH)
+
+
+@triton.jit
+def _zeros(WIDE: tl.constexpr, REST: tl.constexpr):
+    return tl.zeros([WIDE], dtype=tl.float32), tl.zeros([REST], dtype=tl.float32)
+
+
+@triton.jit
+def _add_pairs(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _means(a, b, a_rest, b_rest, WIDTH: tl.constexpr):
+    """Of a and of b, each in two parts: threads wait for each other once for both."""
+    a, b = tl.reduce((a, b), 0, _add_pairs)
+    a_rest, b_rest = tl.reduce((a_rest, b_rest), 0, _add_pairs)
+    return (a + a_rest) / WIDTH, (b + b_rest) / WIDTH
 
 
 @triton.jit
 def _forward_kernel(
     x_at, y_at, gate_at, shift_at, scale_at, sum_at, h_at, mean_at, rstd_at,
     tokens, gate_row, shift_row, scale_row, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr,
+    WIDTH: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, GATED: tl.constexpr,
 ):  # fmt: skip
     """One token: x (B N, D) -> x' and h; rows of gate, shift and scale lie so far apart."""
     token = tl.program_id(0).to(tl.int64)
     image = token // tokens
-    column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    here = token * WIDTH + column
-    x = tl.load(x_at + here, mask=inside, other=0.0).to(tl.float32)
+    here = token * WIDTH
+    x, x_rest = _load(x_at + here, WIDTH, WIDE, REST)  # pyright: ignore[reportGeneralTypeIssues]
     if GATED:
-        y = tl.load(y_at + here, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(gate_at + image * gate_row + column, mask=inside, other=0.0).to(tl.float32)
-        x += gate * y
-        tl.store(sum_at + here, x.to(sum_at.dtype.element_ty), mask=inside)
-    mean = tl.sum(x, axis=0) / WIDTH
-    centred = tl.where(inside, x - mean, 0.0)
-    rstd = 1 / tl.sqrt(tl.sum(centred * centred, axis=0) / WIDTH + eps)
-    shift = tl.load(shift_at + image * shift_row + column, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.load(scale_at + image * scale_row + column, mask=inside, other=0.0).to(tl.float32)
-    h = centred * rstd * (1 + scale) + shift
-    tl.store(h_at + here, h.to(h_at.dtype.element_ty), mask=inside)
+        y, y_rest = _load(y_at + here, WIDTH, WIDE, REST)
+        gate, gate_rest = _load(gate_at + image * gate_row, WIDTH, WIDE, REST)
+        x, x_rest = x + gate * y, x_rest + gate_rest * y_rest
+        _store(sum_at + here, x, x_rest, WIDTH, WIDE, REST)
+    scale, scale_rest = _load(scale_at + image * scale_row, WIDTH, WIDE, REST)
+    shift, shift_rest = _load(shift_at + image * shift_row, WIDTH, WIDE, REST)
+    mean = (tl.sum(x, axis=0) + tl.sum(x_rest, axis=0)) / WIDTH
+    x, x_rest = x - mean, x_rest - mean
+    if WIDE + REST != WIDTH:
+        _, further = _columns(WIDE, REST)
+        x_rest = tl.where(further < WIDTH, x_rest, 0.0)
+    # Not in one pass with the mean: squares of numbers far from 0 lose what differs in them.
+    variance = (tl.sum(x * x, axis=0) + tl.sum(x_rest * x_rest, axis=0)) / WIDTH
+    rstd = 1 / tl.sqrt(variance + eps)
+    h, h_rest = x * rstd * (1 + scale) + shift, x_rest * rstd * (1 + scale_rest) + shift_rest
+    _store(h_at + here, h, h_rest, WIDTH, WIDE, REST)
     tl.store(mean_at + token, mean)
     tl.store(rstd_at + token, rstd)
 
@@ -61,47 +118,61 @@ def _backward_kernel(
     dh_at, dsum_at, sum_at, y_at, gate_at, scale_at, mean_at, rstd_at,
     dx_at, dy_at, dshift_at, dscale_at, dgate_at, dbias_at,
     tokens, gate_row, scale_row,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, GATED: tl.constexpr, WALK: tl.constexpr,
+    WIDTH: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
+    GATED: tl.constexpr, WALK: tl.constexpr,
 ):  # fmt: skip
-    """WALK tokens of an image: gradients of h and x' -> those of x and y, and sums over tokens."""
+    """WALK tokens of an image: gradients of h and x' -> those of x and y, and sums over tokens.
+
+    What is computed beyond the width, of zeros, is summed nowhere.
+    """
     walk, image = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    inside = column < WIDTH
-    scale = tl.load(scale_at + image * scale_row + column, mask=inside, other=0.0)
-    slope = 1 + scale.to(tl.float32)
-    dshift = tl.zeros([BLOCK], dtype=tl.float32)
-    dscale = tl.zeros([BLOCK], dtype=tl.float32)
-    dgate = tl.zeros([BLOCK], dtype=tl.float32)
-    total = tl.zeros([BLOCK], dtype=tl.float32)
+    scale, scale_rest = _load(scale_at + image * scale_row, WIDTH, WIDE, REST)  # pyright: ignore[reportGeneralTypeIssues]
+    dshift, dshift_rest = _zeros(WIDE, REST)
+    dscale, dscale_rest = _zeros(WIDE, REST)
+    dgate, dgate_rest = _zeros(WIDE, REST)
+    total, total_rest = _zeros(WIDE, REST)
     if GATED:
-        gate = tl.load(gate_at + image * gate_row + column, mask=inside, other=0.0).to(tl.float32)
-    for step in range(WALK):
-        number = walk * WALK + step
-        if number < tokens:
-            token = image * tokens + number
-            here = token * WIDTH + column
-            dh = tl.load(dh_at + here, mask=inside, other=0.0).to(tl.float32)
-            x = tl.load(sum_at + here, mask=inside, other=0.0).to(tl.float32)
-            dx = tl.load(dsum_at + here, mask=inside, other=0.0).to(tl.float32)
-            rstd = tl.load(rstd_at + token)
-            unit = tl.where(inside, (x - tl.load(mean_at + token)) * rstd, 0.0)
-            dshift += dh
-            dscale += dh * unit
-            g = dh * slope
-            along = tl.sum(g * unit, axis=0) / WIDTH
-            dx += (g - tl.sum(g, axis=0) / WIDTH - unit * along) * rstd
-            tl.store(dx_at + here, dx.to(dx_at.dtype.element_ty), mask=inside)
-            if GATED:
-                y = tl.load(y_at + here, mask=inside, other=0.0).to(tl.float32)
-                dgate += dx * y
-                total += dx
-                tl.store(dy_at + here, (dx * gate).to(dy_at.dtype.element_ty), mask=inside)
-    kept = (image * tl.num_programs(0) + walk) * WIDTH + column
-    tl.store(dshift_at + kept, dshift, mask=inside)
-    tl.store(dscale_at + kept, dscale, mask=inside)
+        gate, gate_rest = _load(gate_at + image * gate_row, WIDTH, WIDE, REST)
+    first = walk * WALK
+    for number in range(first, tl.minimum(first + WALK, tokens)):
+        token = image * tokens + number
+        here = token * WIDTH
+        # All that is read of a token is asked for before anything waits.
+        dh, dh_rest = _load(dh_at + here, WIDTH, WIDE, REST)
+        x, x_rest = _load(sum_at + here, WIDTH, WIDE, REST)
+        dx, dx_rest = _load(dsum_at + here, WIDTH, WIDE, REST)
+        if GATED:
+            y, y_rest = _load(y_at + here, WIDTH, WIDE, REST)
+        mean, rstd = tl.load(mean_at + token), tl.load(rstd_at + token)
+        unit, unit_rest = (x - mean) * rstd, (x_rest - mean) * rstd
+        dshift, dshift_rest = dshift + dh, dshift_rest + dh_rest
+        dscale, dscale_rest = dscale + dh * unit, dscale_rest + dh_rest * unit_rest
+        g, g_rest = dh * (1 + scale), dh_rest * (1 + scale_rest)
+        along, middle = _means(g * unit, g, g_rest * unit_rest, g_rest, WIDTH)
+        dx += (g - middle - unit * along) * rstd
+        dx_rest += (g_rest - middle - unit_rest * along) * rstd
+        _store(dx_at + here, dx, dx_rest, WIDTH, WIDE, REST)
+        if GATED:
+            dgate, dgate_rest = dgate + dx * y, dgate_rest + dx_rest * y_rest
+            total, total_rest = total + dx, total_rest + dx_rest
+            _store(dy_at + here, dx * gate, dx_rest * gate_rest, WIDTH, WIDE, REST)
+    kept = (image * tl.num_programs(0) + walk) * WIDTH
+    _store(dshift_at + kept, dshift, dshift_rest, WIDTH, WIDE, REST)
+    _store(dscale_at + kept, dscale, dscale_rest, WIDTH, WIDE, REST)
     if GATED:
-        tl.store(dgate_at + kept, dgate, mask=inside)
-        tl.store(dbias_at + kept, total * gate, mask=inside)
+        _store(dgate_at + kept, dgate, dgate_rest, WIDTH, WIDE, REST)
+        _store(dbias_at + kept, total * gate, total_rest * gate_rest, WIDTH, WIDE, REST)
+
+
+def _shapes(width: int) -> dict[str, int]:
+    """What kernels are compiled for: a row's two parts, of which the second may be less than full.
+
+    Both are as long as a power of two, and no shorter than what a thread takes at once.
+    """
+    assert width >= TOGETHER, "the first part of a row is full"
+    wide = max(TOGETHER, 2 ** (width - 1).bit_length() // 2)
+    rest = max(TOGETHER, 2 ** max(0, width - wide - 1).bit_length())
+    return {"WIDTH": width, "WIDE": wide, "REST": rest}
 
 
 # Opaque to torch.compile, which calls them where they stand.
@@ -118,7 +189,7 @@ def _forward(
     cast(Any, _forward_kernel)[(batch * tokens,)](
         x, y if gated else x, gate if gated else shift, shift, scale, sums, h, mean, rstd,
         tokens, _row(gate), _row(shift), _row(scale), NORM_EPS,
-        WIDTH=width, BLOCK=triton.next_power_of_2(width), GATED=gated, num_warps=WARPS,
+        **_shapes(width), GATED=gated, num_warps=WARPS,
     )  # fmt: skip
     return sums, h, mean, rstd
 
@@ -154,7 +225,7 @@ def _backward(
     cast(Any, _backward_kernel)[(found[2].shape[1], batch)](
         dh, dsums, sums, y if gated else sums, gate if gated else scale, scale, mean, rstd,
         *found, tokens, _row(gate), _row(scale),
-        WIDTH=width, BLOCK=triton.next_power_of_2(width), GATED=gated, WALK=WALK, num_warps=WARPS,
+        **_shapes(width), GATED=gated, WALK=WALK, num_warps=WARPS,
     )  # fmt: skip
     return found
 

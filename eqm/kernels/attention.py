@@ -171,9 +171,11 @@ def _backward_kernel(  # noqa: PLR0915 - what it saves is to go once over what i
                 delta += tl.sum(dout_rest.to(tl.float32) * out_rest.to(tl.float32), axis=1)
             scores = _over_channels(k, k_rest, q, q_rest, HEAD, WIDE)
             dp = _over_channels(v, v_rest, dout, dout_rest, HEAD, WIDE)
-            # Beyond the tokens, what queries weigh meets zeros in dout and q, what keys do in k.
+            # Beyond the tokens, queries weigh 1 and meet zeros in dout and q. Keys there weigh
+            # nothing: of score 0 they would, of a query with low scores, infinity, times 0 in k.
             mass = tl.load(mass_at + query, mask=query < tokens, other=0.0)
-            p = tl.exp2(scores * slope - mass[None, :])
+            scores = tl.where((key < tokens)[:, None], scores * slope, -float("inf"))
+            p = tl.exp2(scores - mass[None, :])
             ds = p * (dp - delta[None, :])
             pull += tl.sum(ds, axis=1)
             p, ds = p.to(dout.dtype), ds.to(q.dtype)
@@ -192,9 +194,8 @@ def _backward_kernel(  # noqa: PLR0915 - what it saves is to go once over what i
         # The sum over queries of their gradients, ds k, is that of (sum of ds) k.
         q_sum += tl.sum(k.to(tl.float32) * pull[:, None], axis=0, keep_dims=True)
         q_sum_rest += tl.sum(k_rest.to(tl.float32) * pull[:, None], axis=0, keep_dims=True)
-        inside = (key < tokens)[:, None]
-        v_sum += tl.sum(tl.where(inside, dv, 0.0), axis=0, keep_dims=True)
-        v_sum_rest += tl.sum(tl.where(inside, dv_rest, 0.0), axis=0, keep_dims=True)
+        v_sum += tl.sum(dv, axis=0, keep_dims=True)
+        v_sum_rest += tl.sum(dv_rest, axis=0, keep_dims=True)
         dk, dk_rest = dk * scale, dk_rest * scale
         _store(dqkv_at + width, key, row, tokens, dk, dk_rest, HEAD, WIDE, REST)
         _store(dqkv_at + 2 * width, key, row, tokens, dv, dv_rest, HEAD, WIDE, REST)
