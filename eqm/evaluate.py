@@ -286,13 +286,13 @@ def read(source: ImageSource, numbers: Sequence[int]) -> Split:
 
 
 def grid_of(split: Split, classes: int, rows: int) -> Tensor:
-    """The first images of each class, uint8 (K, R, C, H, W); R is what every class has.
+    """The first images of each class, uint8 (K, R, C, H, W); R is what each that has any has.
 
-    R is 1 at least: a class of which there is no image shows a black one.
+    R is 1 at least: a class of which there is no image has black ones.
     """
     labels = split.labels[: len(split.images)]
     chosen = [np.flatnonzero(labels == k)[:rows] for k in range(classes)]
-    full = max(1, min(len(numbers) for numbers in chosen))
+    full = min((len(numbers) for numbers in chosen if len(numbers)), default=1)
     grid = np.zeros((classes, full, *split.images.shape[1:]), dtype=np.uint8)
     for row, numbers in zip(grid, chosen, strict=True):
         row[: len(numbers)] = split.images[numbers[:full]]

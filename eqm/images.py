@@ -370,5 +370,5 @@ def _check_split(config: SourceConfig, named: Named) -> None:
     if config.held_out_fraction > 0 and training.sum() == total.sum():
         raise DataError(
             f"source.held_out_fraction is {config.held_out_fraction}, but none of the "
-            f"{total.sum()} images falls on the held-out side: add images, or set it to 0"
+            f"{total.sum()} images falls on the held-out side: add images, or set it higher"
         )

@@ -167,7 +167,10 @@ def _samples(report: ReportInput) -> page.Html:
             ),
             page.picture(
                 strip_png(real, cell_px=CELL_PX), f"{len(real)} real images of class {name}"
-            ),
+            )
+            # Black ones stand for none: eqm.evaluate.grid_of.
+            if real.any()
+            else page.el("p", "none is held out", class_="small"),
         )
         for number, (name, made, real) in enumerate(triples)
     ]

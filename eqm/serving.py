@@ -174,6 +174,12 @@ class Endpoint:
             guidance_channels=sampler.guidance_channels,
             stop=stop_of(sampler),
         )
+        diverged = int(found.diverged.sum())
+        if diverged:
+            raise DataError(
+                f"{diverged} of {counted(len(seeds), 'sample')} diverged: lower step_size "
+                f"({sampler.step_size:g}) or guidance ({sampler.guidance:g})"
+            )
         return found.images().cpu().numpy()
 
     def _check_labels(self, labels: list[int] | None, seeds: int) -> None:

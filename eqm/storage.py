@@ -274,7 +274,13 @@ class LocalStore(Store):
         with disk_errors(str(self.root)):
             if path.exists():
                 return False
-            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            except (FileExistsError, FileNotFoundError) as error:
+                raise StoreError(
+                    f"store {self.root}: {error.filename} cannot be made ({error.strerror}): a "
+                    "file, or a link to a disk that is not there, is in its place"
+                ) from error
             self._sweep_once(path.parent)
             with written_aside(path.parent) as (file, aside):
                 _fill(file, aside, data)

@@ -1,6 +1,7 @@
 """How a command runs a flow: in this process, once its config is right and Prefect answers."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from typing import Any
 
@@ -10,6 +11,17 @@ from rich.console import Console
 from flows import settings
 
 err = Console(stderr=True)
+
+
+@contextlib.contextmanager
+def interrupts_told() -> Iterator[None]:
+    """Say what Ctrl-C leaves of the stages that run inside, and exit as shells expect."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        told = "interrupted: what is done is kept, and the same command goes on from there"
+        err.print(told, highlight=False)
+        raise typer.Exit(130) from None
 
 
 def run_flow(module: str, name: str, config: str, changes: dict[str, Any], /, **more: Any) -> Any:
@@ -28,10 +40,8 @@ def run_flow(module: str, name: str, config: str, changes: dict[str, Any], /, **
     settings.check_prefect()
     flow: Callable[..., Any] = getattr(import_module(module), name)
     try:
-        return flow(config=config, changes=changes, **more)
-    except KeyboardInterrupt:
-        err.print("interrupted: the same command goes on where this one was", highlight=False)
-        raise typer.Exit(130) from None
+        with interrupts_told():
+            return flow(config=config, changes=changes, **more)
     except httpx.TransportError as error:
         # Of all that flows talk to, Prefect alone is asked by httpx; its client has waited by now.
         where = settings.current_settings().prefect_api_url or "its address before"

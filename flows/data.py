@@ -14,6 +14,7 @@ from rich.markup import escape
 
 from eqm.words import counted
 from flows.addresses import sealed_by_digits, sealed_digests
+from flows.calling import interrupts_told
 from flows.options import changes_of, check_folder
 from flows.terminal import show
 from flows.terminal import table as table_of
@@ -85,7 +86,7 @@ def encode(
         list[str] | None, typer.Option("--set", help="Any other setting, as in a config file.")
     ] = None,
 ) -> None:
-    """Encode images into sealed shards of latents; interrupted, it goes on where it was."""
+    """Encode images into sealed shards of latents; interrupted, it goes on with what is left."""
     from eqm.records import to_json
     from eqm.stage import open_ref
     from flows.plan import autoencoder_job, ensure, latents_job, read_config
@@ -115,14 +116,15 @@ def encode(
     config = read_config(table, changes_of(set_))
     plan = _plan(config, to)
     known = None if earlier is None else _earlier(plan.store, earlier, autoencoder)
-    _say(f"listing {source}")
-    listed = _listed(plan)
-    if known is None:
-        made = ensure(plan, autoencoder_job(plan, listed), say=_say)
-    else:
-        made = open_ref(plan.store, known.inputs["autoencoder"])
-    job = latents_job(plan, listed, made, known)
-    record = ensure(plan, job, say=_say, processes=plan.processes)
+    with interrupts_told():
+        _say(f"listing {source}")
+        listed = _listed(plan)
+        if known is None:
+            made = ensure(plan, autoencoder_job(plan, listed), say=_say)
+        else:
+            made = open_ref(plan.store, known.inputs["autoencoder"])
+        job = latents_job(plan, listed, made, known)
+        record = ensure(plan, job, say=_say, processes=plan.processes)
     values = to_json(record.values)
     out.print(
         f"{counted(values['images'], 'image')} of {counted(values['classes'], 'class', 'classes')} "

@@ -13,7 +13,7 @@ from prefect import flow
 
 from eqm import champion, dossier, drift, gate, image_sets
 from eqm.config import Job, demo_policy, replace
-from eqm.errors import DataError
+from eqm.errors import ConfigError, DataError
 from eqm.names import further_inputs
 from eqm.records import Decision, Evaluation, Reason, Record, Ref, from_json, to_json
 from eqm.registry import Registry
@@ -85,10 +85,26 @@ def find_champion(plan: Plan) -> Standing | None:
 
 @stage
 def check_sets(plan: Plan) -> None:
-    """See that the sets which scores are tested on are what they should be, before a training.
+    """Refuse before a training what its evaluation would refuse. Raises ConfigError, DataError.
 
-    Tells as well of a policy that asks for more samples than are made, or that is the demo's.
+    Sets that scores are tested on and that are not what they should be, no held-out images, too few
+    samples. Tells as well of a policy that asks for more samples than are made, or that is the
+    demo's.
     """
+    source = plan.config.source
+    # ImageNet's own validation images are held out then.
+    if source.held_out_fraction == 0 and source.kind != "imagenet":
+        raise ConfigError(
+            "source.held_out_fraction is 0, which leaves no image to measure a model against: set "
+            "it higher (0.1), or use `eqm train`, which measures nothing"
+        )
+    least = plan.config.evaluate.neighbours + 1
+    if plan.config.generate.samples < least:
+        raise ConfigError(
+            f"generate.samples is {plan.config.generate.samples}, and each sample has "
+            f"evaluate.neighbours ({least - 1}) others beside it: generate {least} at least, and "
+            "thousands to tell models apart"
+        )
     for one in plan.config.evaluate.ood.sets:
         image_sets.check_set(one)
         if one.sha256 is not None:

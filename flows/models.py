@@ -22,7 +22,9 @@ def sample(
     labels: Annotated[
         str | None, typer.Option(help="Class numbers, as 0,1,2 or 0-9; all unless given.")
     ] = None,
-    seeds: Annotated[str, typer.Option(help="Seeds for each label, as 0-7.")] = "0-7",
+    seeds: Annotated[
+        str, typer.Option(help="Columns, as 0-7. Each label has seeds of its own, which are told.")
+    ] = "0-7",
     guidance: Annotated[float | None, typer.Option(min=0, help=f"Guidance scale. {JUDGED}")] = None,
     updates: Annotated[int | None, typer.Option(min=1, help=f"Descent updates. {JUDGED}")] = None,
     step_size: Annotated[
@@ -41,6 +43,7 @@ def sample(
 
     activate()
     import eqm
+    from eqm.errors import DivergedError
     from eqm.figures import sample_grid
     from eqm.sampling import rule_of, stop_of
 
@@ -71,6 +74,14 @@ def sample(
     out.print(
         f"{to}: {counted(len(images), 'sample')}, {counted(round(cost), 'field evaluation')} each"
     )
+    if loaded.spec.classes:
+        out.print(f"seed of label k in column s: {len(loaded.spec.classes)} s + k", highlight=False)
+    diverged = int(found.diverged.sum())
+    if diverged:
+        raise DivergedError(
+            f"{diverged} of {counted(len(images), 'sample')} diverged, which {to} shows as they "
+            f"are: lower --step-size ({sampler.step_size:g}) or --guidance ({sampler.guidance:g})"
+        )
 
 
 def serve(

@@ -88,6 +88,11 @@ def test_a_class_without_images_is_black() -> None:
     pixels = np.full((3, 1, 2, 2), 9, dtype=np.uint8)
     split = Split(pixels, np.array([0, 0, 2]))
     assert grid_of(split, classes=3, rows=5)[:, :, 0, 0, 0].tolist() == [[9], [0], [9]]
+    # And costs the other classes nothing.
+    split = Split(np.full((4, 1, 2, 2), 9, dtype=np.uint8), np.array([0, 0, 2, 2]))
+    found = grid_of(split, classes=3, rows=5)[:, :, 0, 0, 0].tolist()
+    assert found == [[9, 9], [0, 0], [9, 9]]
+    split = Split(pixels, np.array([0, 0, 2]))
     none = Split(pixels[:0], split.labels)
     assert tuple(grid_of(none, classes=3, rows=5).shape) == (3, 1, 1, 2, 2)
     assert not grid_of(none, classes=3, rows=5).any()

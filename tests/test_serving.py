@@ -137,6 +137,10 @@ def test_images_are_those_of_the_library(trained: chain.Chain, served: str) -> N
             {"inputs": {"labels": [1], "seeds": [0]}, "params": {"step_size": -1.0}},
             "sampler.step_size is -1.0",
         ),
+        (
+            {"inputs": {"labels": [1], "seeds": [0]}, "params": {"step_size": 1e30}},
+            "1 of 1 sample diverged: lower step_size (1e+30) or guidance (1)",
+        ),
     ],
 )
 def test_what_cannot_be_answered_is_said(served: str, body: Any, said: str) -> None:

@@ -115,6 +115,13 @@ def test_folders_are_told_without_what_lies_in_them(store: Store) -> None:
     assert store.folders("") == ["blobs", "train"]
 
 
+def test_a_store_on_a_disk_that_is_not_there_says_so(tmp_path: Path) -> None:
+    (tmp_path / "usb").symlink_to(tmp_path / "gone")
+    for place in ("usb", "usb/store"):
+        with pytest.raises(StoreError, match=r"cannot be made .* link to a disk that is not there"):
+            LocalStore(tmp_path / place).put(b"bytes")
+
+
 class Shallow(LocalStore):
     """A store whose trainings are too large to be looked through."""
 

@@ -32,7 +32,7 @@ import eqm
 from eqm import champion
 from eqm.autoencoder import identity
 from eqm.config import NetworkConfig, SourceConfig
-from eqm.errors import DataError
+from eqm.errors import ConfigError, DataError
 from eqm.events import EventLog
 from eqm.images import open_source
 from eqm.model import reconstructed
@@ -731,6 +731,32 @@ def test_samples_of_models_with_labels_and_without(run, classes: int | None) -> 
     wrong = run("sample", "model", "--labels", "2", "--updates", "2", "--to", "other.png")
     refused(wrong, "leave it out" if classes is None else "asks for 2; this model has 0 to 1")
     assert not Path("other.png").exists()
+
+
+def test_samples_that_run_off_are_no_success(run) -> None:
+    net = eqm.Transformer(NetworkConfig(width=16, depth=1), size=8, channels=1, classes=2)
+    for weights in net.parameters():
+        torch.nn.init.normal_(weights, std=0.5)
+    autoencoder = identity(SourceConfig(image_size_px=8))
+    eqm.Model.of(net, objective=eqm.ObjectiveConfig(), autoencoder=autoencoder).save("model")
+    told = run("sample", "model", "--step-size", "1e30", "--seeds", "0-1", "--to", "grid.png")
+    assert told.status != 0
+    assert "4 of 4 samples diverged, which grid.png shows as they are: lower --step-" in told.err
+    assert Path("grid.png").exists()
+
+
+def test_what_no_evaluation_could_measure_is_refused_before_a_training() -> None:
+    from flows import evaluate
+
+    for change, why in (
+        ({"source.held_out_fraction": 0}, "source.held_out_fraction is 0, which leaves no image"),
+        ({"generate.samples": 3}, "generate.samples is 3, and each sample has evaluate.neigh"),
+    ):
+        config = read_config("demo", change)
+        with pytest.raises(ConfigError, match=why):
+            evaluate.check_sets.fn(SimpleNamespace(config=config))
+    # Of ImageNet the validation images are held out.
+    evaluate.check_sets.fn(SimpleNamespace(config=read_config("b2-256")))
 
 
 def test_a_model_that_cannot_be_decoded_is_told_before_its_descent(run, monkeypatch) -> None:
