@@ -314,6 +314,14 @@ def test_pictures_have_words():
     assert len(parsed.of("caption")) == len(parsed.of("table"))
 
 
+def test_a_class_without_held_out_images_says_so():
+    assert "none is held out" not in Page(render_html(report())).text
+    real = images(2, 3, 1, 8, 8)
+    real[1] = 0
+    parsed = Page(render_html(report(real_images=real)))
+    assert "none is held out" in "".join(parsed.text)
+
+
 def test_json_round_trip():
     content = report()
     data = render_json(content)
