@@ -144,7 +144,7 @@ class Api:
 def _refusal(cluster: Kubernetes, method: str, path: str, error: urllib.error.HTTPError) -> str:
     try:
         said = str(json.loads(error.read())["message"])
-    except (ValueError, KeyError, TypeError, OSError):
+    except (ValueError, KeyError, TypeError, OSError, http.client.HTTPException):
         said = str(error.reason)
     remedy = {
         401: f"; the token of {cluster.token_file} is not accepted: renew it",

@@ -67,12 +67,14 @@ REASONS = {
 LIMITS = ("QOS", "Assoc", "MaxCpuPerAccount", "MaxJobsPerAccount")
 """Beginnings of the names of limits."""
 AWAY = (
-    "Unable to contact slurm controller",
-    "Socket timed out",
-    "Connection refused",
-    "Connection reset",
-    "Transport endpoint is not connected",
-    "Zero Bytes were transmitted or received",
+    "unable to contact slurm controller",
+    "socket timed out",
+    "connection timed out",
+    "connection refused",
+    "connection reset",
+    "transport endpoint is not connected",
+    "zero bytes were transmitted or received",
+    "rate limit exceeded",
     "communication connection failure",
     "backup controller in standby mode",
 )
@@ -294,7 +296,9 @@ class SlurmLauncher:
             except StageError as error:
                 if time.monotonic() - reached > PATIENCE_SECONDS:
                     raise StageError(f"{name}: job {number} is left running: {error}") from error
-                state, reason = before, ""
+                # No look at all: what is unsettled is no more settled by it.
+                time.sleep(POLL_SECONDS)
+                continue
             looks = looks + 1 if state == before else 1
             if state != before:
                 told = set()
@@ -376,7 +380,7 @@ def _ask(program: str, *words: str) -> str:
         ) from None
     if ended.returncode != 0:
         said = ended.stderr.strip() or f"status {ended.returncode}"
-        kind = _AwayError if any(words in said for words in AWAY) else StageError
+        kind = _AwayError if any(words in said.lower() for words in AWAY) else StageError
         raise kind(f"{program} refused ({said}): see that Slurm is well with `sinfo`")
     return ended.stdout
 

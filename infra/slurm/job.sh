@@ -60,9 +60,8 @@ if [ -n "$out_of_time" ]; then
         echo "Slurm did not requeue the job: run it again to go on" | tee -a @ERROR@ >&2
     fi
 fi
-# What Slurm takes from its nodes may come back, and needs its environment then.
-if [ "$status" -eq 0 ] || [ "$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)" = RUNNING ]
-then
+# One that failed may have been preempted, and comes back then: it needs its environment.
+if [ "$status" -eq 0 ]; then
     rm -f @ENVIRONMENT@
 fi
 exit "$status"
