@@ -58,13 +58,20 @@ REASONS = {
     "BadConstraints": "no node is as asked for: see EQM_PROCESS_GPUS, _CPUS and _MEMORY",
     "ReqNodeNotAvail": "nodes are down or reserved: a shorter EQM_SLURM_TIME may fit in before",
     "Reservation": "it waits for its reservation",
+    "AccountNotAllowed": "the partition does not take EQM_SLURM_ACCOUNT",
+    "InvalidAccount": "Slurm does not know EQM_SLURM_ACCOUNT",
+    "InvalidQOS": "Slurm does not know SBATCH_QOS",
+    "QOSNotAllowed": "the account or the partition does not allow SBATCH_QOS",
+    "MaxMemPerLimit": "EQM_PROCESS_MEMORY is more than the site gives",
     "JobHeldUser": HELD,
     "JobHeldAdmin": "an administrator holds it",
     "JobHoldMaxRequeue": f"it was requeued too often; {HELD}",
+    # "launch failed requeued held", "job requeued in held state"
     "launch": f"it could not be started; {HELD}",
+    "job": f"it was requeued and held; {HELD}",
 }
 """Why a job waits, by the first word that Slurm has for it, where more than time is needed."""
-LIMITS = ("QOS", "Assoc", "MaxCpuPerAccount", "MaxJobsPerAccount")
+LIMITS = ("QOS", "Assoc", "Max", "AccountingPolicy")
 """Beginnings of the names of limits."""
 AWAY = (
     "unable to contact slurm controller",
@@ -74,11 +81,20 @@ AWAY = (
     "connection reset",
     "transport endpoint is not connected",
     "zero bytes were transmitted or received",
-    "rate limit exceeded",
     "communication connection failure",
+    "communication shutdown failure",
+    "message send failure",
+    "message receive failure",
     "backup controller in standby mode",
+    "process is shutting down",
+    # Of a controller that is there, and asks to be asked again.
+    "rate limit exceeded",
+    "temporarily unable to accept job",
 )
-"""What commands say of a controller that is away or busy; anything else is its answer."""
+"""What commands say of a controller that is away or busy, in small letters; anything else is its
+answer. They are what Slurm's slurm_errno.c says for SLURM_COMMUNICATIONS_*, for
+SLURMCTLD_COMMUNICATIONS_*, for SLURM_PROTOCOL_SOCKET_* and for ESLURM_IN_STANDBY_MODE, and what
+Linux says of sockets. Whatever is refused, as ESLURM_INVALID_PARTITION_NAME, has other words."""
 WHY = {
     "TIMEOUT": "ran out of time before it could make a checkpoint: raise EQM_SLURM_TIME",
     "OUT_OF_MEMORY": "ran out of memory: choose another EQM_SLURM_PARTITION or a smaller batch",
@@ -302,10 +318,11 @@ class SlurmLauncher:
             looks = looks + 1 if state == before else 1
             if state != before:
                 told = set()
-            # Each reason once a wait: they go back and forth.
-            if state != before or (reason and reason not in told):
+            # Each reason once a wait: they go back and forth, and with them the names of nodes.
+            word = _word(reason)
+            if state != before or (word and word not in told):
                 self.say(f"{name}: job {number} is {_in_words(state, reason, number)}")
-            told.add(reason)
+            told.add(word)
             before = state
             if state in ENDED or (state in (*UNSETTLED, "GONE") and looks >= SETTLED_LOOKS):
                 return state
@@ -337,10 +354,15 @@ class SlurmLauncher:
 
 
 def _in_words(state: str, reason: str, number: str) -> str:
-    word = reason.partition(" ")[0].strip(",")
+    word = _word(reason)
     limit = "a limit of your account or QOS" if word.startswith(LIMITS) else ""
     hint = (REASONS.get(word) or limit or HINTS.get(state, "")).format(id=number)
     return state + (f" ({reason})" if reason else "") + (f", {hint}" if hint else "")
+
+
+def _word(reason: str) -> str:
+    """What a reason is known by: "ReqNodeNotAvail, UnavailableNodes:n[1-3]" names nodes too."""
+    return reason.partition(" ")[0].strip(",")
 
 
 def _state(number: str) -> tuple[str, str]:

@@ -2,10 +2,10 @@
 
 It starts what it is given, as processes of this machine, and obeys files that a test puts beside
 its state (``hold``, ``reason``, ``down``, ``purge``, ``no-accounts``, ``no-requeue``,
-``sbatch.away``, ``sbatch.lost``, ``ID.preempt``, ``ID.timeout``). What Slurm is known to do is done
-here too: a job starts with an environment of its own, the signal of ``--signal=B:`` reaches the
-batch shell alone, a requeued job starts its script from the beginning, and a job that ended is soon
-forgotten by the queue.
+``sbatch.says``, ``sbatch.away``, ``sbatch.lost``, ``ID.preempt``, ``ID.timeout``). What Slurm is
+known to do is done here too: a job starts with an environment of its own, the signal of
+``--signal=B:`` reaches the batch shell alone, a requeued job starts its script from the beginning,
+and a job that ended is soon forgotten by the queue.
 """
 
 import json
@@ -80,6 +80,8 @@ def sbatch(words):
     given = options(re.findall(r"^#SBATCH (--\S+)$", script, re.MULTILINE))
     if given.get("partition") == "closed":
         return refuse("sbatch: error: invalid partition specified: closed")
+    if (STATE / "sbatch.says").exists():
+        return refuse(f"{FAILED} {(STATE / 'sbatch.says').read_text()}")
     if taken("sbatch", "away"):
         return refuse(f"{FAILED} Unable to contact slurm controller (connect failure)")
     number = max(jobs(), default=int((STATE / "first").read_text()) - 1) + 1

@@ -259,6 +259,73 @@ def test_why_a_job_waits_is_said_once(place: Place) -> None:
     ]
 
 
+def test_a_reason_is_said_once_whatever_nodes_it_names(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nodes = "ReqNodeNotAvail, UnavailableNodes:"
+    held = "job requeued in held state"
+    reasons = ["", f"{nodes}n1", "Priority", f"{nodes}n[1-2]", "Priority", held]
+    looks = iter([*(("PENDING", reason) for reason in reasons), ("COMPLETED", "")])
+    monkeypatch.setattr(launch_slurm, "_state", lambda _: next(looks))
+    monkeypatch.setattr(launch_slurm, "POLL_SECONDS", 0.0)
+    assert place.launcher._watch("7", "NAME") == "COMPLETED"
+    assert [line.removeprefix("NAME: job 7 is ") for line in place.said] == [
+        "PENDING, waiting in the queue",
+        f"PENDING ({nodes}n1), nodes are down or reserved: a shorter EQM_SLURM_TIME may fit in "
+        "before",
+        "PENDING (Priority), waiting in the queue",
+        f"PENDING ({held}), it was requeued and held; `scontrol release 7` lets it go on",
+        "COMPLETED",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("reason", "hint"),
+    [
+        ("MaxGRESPerAccount", "a limit of your account or QOS"),
+        ("AssocGrpGRES", "a limit of your account or QOS"),
+        ("MaxMemPerLimit", "EQM_PROCESS_MEMORY is more than the site gives"),
+        ("InvalidAccount", "Slurm does not know EQM_SLURM_ACCOUNT"),
+        ("QOSNotAllowed", "the account or the partition does not allow SBATCH_QOS"),
+        (
+            "launch failed requeued held",
+            "it could not be started; `scontrol release 7` lets it go on",
+        ),
+        # It passes by itself.
+        ("Nodes required for job are DOWN, DRAINED or reserved", "waiting in the queue"),
+    ],
+)
+def test_what_keeps_a_job_waiting_has_a_hint(reason: str, hint: str) -> None:
+    assert launch_slurm._in_words("PENDING", reason, "7") == f"PENDING ({reason}), {hint}"
+
+
+@pytest.mark.parametrize(
+    ("said", "away"),
+    [
+        ("Unable to contact slurm controller (connect failure)", True),
+        ("Socket timed out on send/recv operation", True),
+        ("Connection timed out establishing", True),
+        ("Communication connection failure", True),
+        ("Message receive failure", True),
+        ("Rate limit exceeded, please retry momentarily", True),
+        ("Slurm backup controller in standby mode", True),
+        ("Invalid partition name specified", False),
+        ("Invalid job id specified", False),
+        ("Requested time limit is invalid (missing or exceeds some limit)", False),
+        ("Requested operation is presently disabled", False),
+    ],
+)
+def test_a_controller_that_is_away_is_told_from_one_that_refuses(
+    said: str, away: bool, place: Place
+) -> None:
+    (place.state / "sbatch.says").write_text(said)
+    place.launcher.cluster.folder.mkdir()
+    place.file("sh").write_text("")
+    with pytest.raises(StageError, match=re.escape(said)) as caught:
+        launch_slurm._ask("sbatch", "--parsable", str(place.file("sh")))
+    assert isinstance(caught.value, launch_slurm._AwayError) == away
+
+
 def test_a_job_whose_submission_had_no_answer_is_found_and_has_its_secrets(place: Place) -> None:
     (place.state / "sbatch.lost").touch()
     place.launcher.run(place.job)
