@@ -6,6 +6,7 @@ leaves it, and the next one finds it.
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import re
@@ -137,6 +138,10 @@ class _AwayError(StageError):
     """The controller did not answer; what was asked may have been done all the same."""
 
 
+class _UnknownError(StageError):
+    """Nobody says whether a job was submitted."""
+
+
 class SlurmLauncher:
     """Jobs of a Slurm cluster."""
 
@@ -170,7 +175,7 @@ class SlurmLauncher:
             # Cancelled or interrupted: the program ends before the flow does.
             self._cancel(name, number)
             raise
-        self._file(name, "env").unlink(missing_ok=True)
+        self._forget(name)
         if state == "GONE" and is_sealed(job):
             return
         if state != "COMPLETED":
@@ -186,14 +191,16 @@ class SlurmLauncher:
             if there is not None:
                 self.say(f"{name}: is job {there} of Slurm already, waiting for it")
                 return there
+            before = self._patient(name, lambda: _numbers(name, "--states=all"))
             self._write(job, name, processes)
             try:
-                number = self._patient(name, lambda: self._submitted(name))
-            except _AwayError as error:
+                number = self._patient(name, lambda: self._submitted(name, before))
+            except _UnknownError as error:
                 # It may be in the queue, and is nothing without its environment.
                 raise StageError(
-                    f"{name}: whether it was submitted is not known: run it again when `squeue` "
-                    f"answers ({error})"
+                    f"{name}: whether it was submitted is not known, so "
+                    f"{self._file(name, 'env')} with its credentials is kept: run it again when "
+                    f"`squeue` answers ({error})"
                 ) from error
             except (StageError, ConfigError):
                 self._file(name, "env").unlink()
@@ -219,22 +226,34 @@ class SlurmLauncher:
                 # It was ending because it was done.
                 return going[0]
 
-    def _submitted(self, name: str) -> str:
-        """Number of the job that was submitted now, or by a question whose answer was lost."""
+    def _submitted(self, name: str, before: set[str]) -> str:
+        """Number of the job that was submitted now, or by a question whose answer was lost.
+
+        ``before``: numbers that the name had already. Raises _AwayError where the job is not
+        there and may be asked for again, _UnknownError where nobody knows, StageError if refused.
+        """
         try:
             told = _ask("sbatch", "--parsable", str(self._file(name, "sh")))
-        except _AwayError:
-            for _ in range(SETTLED_LOOKS):
-                time.sleep(POLL_SECONDS)
-                line = ("--noheader", "--me", f"--name={name}", "--format=%i")
-                found = self._patient(name, lambda line=line: _ask("squeue", *line)).split()
-                if found:
-                    return found[0]
+            number = told.strip().split(";")[0]
+            if not number.isdecimal():
+                raise StageError(f"{name}: sbatch answered {told!r} and not with a number of a job")
+            return number
+        except StageError as error:
+            # A busy controller may do later what it was asked; what it refuses it never does.
+            away = isinstance(error, _AwayError)
+            for _ in range(SETTLED_LOOKS if away else 1):
+                if away:
+                    time.sleep(POLL_SECONDS)
+                # One that has ended since is found as well, and not started twice.
+                if found := self._looked_for(name) - before:
+                    return max(found, key=int)
             raise
-        number = told.strip().split(";")[0]
-        if not number.isdecimal():
-            raise StageError(f"{name}: sbatch answered {told!r} and not with a number of a job")
-        return number
+
+    def _looked_for(self, name: str) -> set[str]:
+        try:
+            return self._patient(name, lambda: _numbers(name, "--states=all"))
+        except _AwayError as error:
+            raise _UnknownError(str(error)) from error
 
     def _patient(self, name: str, ask: Callable[[], T]) -> T:
         """Ask again for as long as a controller may be away."""
@@ -331,14 +350,36 @@ class SlurmLauncher:
     def _cancel(self, name: str, number: str | None) -> None:
         """End a job, also one that may or may not have been submitted."""
         which = [number] if number else ["--me", f"--name={name}"]
-        with contextlib.suppress(StageError):
+        try:
             _ask("scancel", *which)
             deadline = time.monotonic() + GRACE_SECONDS
-            while number and time.monotonic() < deadline:
-                if _state(number)[0] in (*ENDED, *UNSETTLED, "GONE"):
-                    self._file(name, "env").unlink(missing_ok=True)
+            while time.monotonic() < deadline:
+                over = _is_over(number) if number else not _numbers(name)
+                if over:
+                    self._forget(name)
                     return
                 time.sleep(min(1.0, POLL_SECONDS))
+        except StageError as error:
+            self.say(f"{name}: may go on, it could not be cancelled: {error}")
+
+    def _forget(self, name: str) -> None:
+        """Delete the environment of a job that is over, unless it is the next one's by now."""
+        file = self._file(name, "env")
+        if not file.exists():
+            return
+        try:
+            with self._file(name, "lock").open("ab") as lock:
+                # Held by a flow that is starting the next one: the file is that flow's.
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if not _numbers(name):
+                    file.unlink(missing_ok=True)
+        except BlockingIOError:
+            return
+        except StageError as error:
+            self.say(
+                f"{name}: {file} with its credentials is kept, as another job may need it: "
+                f"delete it if none does ({error})"
+            )
 
     def _why(self, name: str, number: str, state: str) -> str:
         error = self._file(name, "error")
@@ -363,6 +404,17 @@ def _in_words(state: str, reason: str, number: str) -> str:
 def _word(reason: str) -> str:
     """What a reason is known by: "ReqNodeNotAvail, UnavailableNodes:n[1-3]" names nodes too."""
     return reason.partition(" ")[0].strip(",")
+
+
+def _is_over(number: str) -> bool:
+    return _state(number)[0] in (*ENDED, *UNSETTLED, "GONE")
+
+
+def _numbers(name: str, *which: str) -> set[str]:
+    """Numbers of the jobs of a name in the queue. Raises StageError."""
+    return set(
+        _ask("squeue", "--noheader", "--me", f"--name={name}", "--format=%i", *which).split()
+    )
 
 
 def _state(number: str) -> tuple[str, str]:
@@ -402,7 +454,7 @@ def _ask(program: str, *words: str) -> str:
         ) from None
     if ended.returncode != 0:
         said = ended.stderr.strip() or f"status {ended.returncode}"
-        kind = _AwayError if any(words in said.lower() for words in AWAY) else StageError
+        kind = _AwayError if any(told in said.lower() for told in AWAY) else StageError
         raise kind(f"{program} refused ({said}): see that Slurm is well with `sinfo`")
     return ended.stdout
 

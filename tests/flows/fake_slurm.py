@@ -5,7 +5,8 @@ its state (``hold``, ``reason``, ``down``, ``purge``, ``no-accounts``, ``no-requ
 ``sbatch.says``, ``sbatch.away``, ``sbatch.lost``, ``ID.preempt``, ``ID.timeout``). What Slurm is
 known to do is done here too: a job starts with an environment of its own, the signal of
 ``--signal=B:`` reaches the batch shell alone, a requeued job starts its script from the beginning,
-and a job that ended is soon forgotten by the queue.
+a job that is ended from outside is COMPLETING until its processes are gone, ``--states=all`` shows
+jobs that have ended, and these are soon forgotten by the queue.
 """
 
 import json
@@ -91,8 +92,10 @@ def sbatch(words):
     line = [sys.executable, __file__, "slurmd", str(number)]
     quiet = subprocess.DEVNULL
     subprocess.Popen(line, start_new_session=True, stdin=quiet, stdout=quiet, stderr=quiet)
+    lost = STATE / "sbatch.lost"
+    said = lost.read_text() if lost.exists() else ""
     if taken("sbatch", "lost"):
-        return refuse(f"{FAILED} Socket timed out on send/recv operation")
+        return refuse(f"{FAILED} {said or 'Socket timed out on send/recv operation'}")
     sys.stdout.write(f"{number};a-cluster\n")
     return 0
 
@@ -117,7 +120,8 @@ def squeue(words):
         return 0
     for number in jobs():
         job = read(number)
-        if job["name"] == given["name"] and job["state"] not in ENDED:
+        seen = job["state"] not in ENDED or ("states" in given and not (STATE / "purge").exists())
+        if job["name"] == given["name"] and seen:
             state = f" {job['state']}" if given["format"] == "%i %T" else ""
             sys.stdout.write(f"{number}{state}\n")
     return 0

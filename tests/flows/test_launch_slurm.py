@@ -23,6 +23,7 @@ from waiting import UPDATES, wait_for, when
 
 import infra
 from eqm.config import Job, replace
+from eqm.disk import locked
 from eqm.errors import AwayError, ConfigError, StageError
 from eqm.records import Record
 from eqm.stage import AWAY, job_digest
@@ -333,6 +334,99 @@ def test_a_job_whose_submission_had_no_answer_is_found_and_has_its_secrets(place
     assert is_sealed(place.job)
 
 
+def test_a_job_that_ended_before_it_was_looked_for_is_not_submitted_twice(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ask = launch_slurm._ask
+
+    def late(program: str, *words: str) -> str:
+        try:
+            return ask(program, *words)
+        finally:
+            if program == "sbatch":
+                wait_for(lambda: place.slurm()["state"] in fake_slurm.ENDED)
+
+    monkeypatch.setattr(launch_slurm, "_ask", late)
+    (place.state / "sbatch.lost").touch()
+    (place.store.root / "latents").rename(place.store.root / "elsewhere")
+    with pytest.raises(StageError, match=rf"^{place.name}: latents .* is not sealed"):
+        place.launcher.run(place.job)
+    assert place.submissions() == 1
+
+
+def test_a_job_is_taken_whatever_sbatch_says_of_it(place: Place) -> None:
+    (place.state / "hold").touch()
+    (place.state / "sbatch.lost").write_text("Unspecified error")
+    assert place.launcher._started(place.job, place.name, 1) == str(place.number)
+    assert place.submissions() == 1
+    assert place.file("env").exists()
+
+
+def test_no_credentials_stay_of_a_job_that_is_certain_not_to_be_there(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch_slurm, "PATIENCE_SECONDS", 0.1)
+    (place.state / "sbatch.says").write_text("Socket timed out on send/recv operation")
+    with pytest.raises(StageError, match=r"sbatch refused .*Socket timed out"):
+        place.launcher.run(place.job)
+    assert place.submissions() == 0
+    assert not place.file("env").exists()
+
+
+def test_a_cancelled_flow_leaves_no_credentials_of_a_job_whose_number_it_does_not_know(
+    place: Place,
+) -> None:
+    (place.state / "hold").touch()
+    place.launcher._started(place.job, place.name, 1)
+    place.launcher._cancel(place.name, None)
+    assert place.slurm()["state"] == "CANCELLED"
+    assert not place.file("env").exists()
+
+
+def test_a_flow_that_cannot_cancel_says_so_and_keeps_what_the_job_needs(place: Place) -> None:
+    (place.state / "hold").touch()
+    number = place.launcher._started(place.job, place.name, 1)
+    (place.state / "down").touch()
+    place.launcher._cancel(place.name, number)
+    (place.state / "down").unlink()
+    assert place.file("env").exists()
+    assert f"{place.name}: may go on, it could not be cancelled: squeue refused" in place.said[-1]
+
+
+def test_who_watched_a_job_leaves_the_next_one_its_credentials(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place.state / "hold").touch()
+    before = place.launcher._started(place.job, place.name, 1)
+    subprocess.run(["scancel", before], check=True)
+    wait_for(lambda: launch_slurm._state(before)[0] == "CANCELLED")
+    place.launcher._started(place.job, place.name, 1)
+    late = SlurmLauncher(place.launcher.cluster, environment={}, say=place.said.append)
+    monkeypatch.setattr(late, "_started", lambda *_: before)
+    with pytest.raises(StageError, match="was cancelled"):
+        late.run(place.job)
+    assert place.file("env").exists()
+    (place.state / "hold").unlink()
+    place.launcher.run(place.job)
+    assert place.submissions() == 2
+    assert is_sealed(place.job)
+
+
+def test_the_credentials_of_a_flow_that_is_at_its_start_are_its_own(place: Place) -> None:
+    place.launcher.cluster.folder.mkdir()
+    place.file("env").touch()
+    with locked(place.file("lock")):
+        place.launcher._forget(place.name)
+        assert place.file("env").exists()
+    (place.state / "down").touch()
+    place.launcher._forget(place.name)
+    assert place.file("env").exists()
+    assert "with its credentials is kept, as another job may need it" in place.said[-1]
+    (place.state / "down").unlink()
+    place.launcher._forget(place.name)
+    assert not place.file("env").exists()
+
+
 @pytest.mark.slow
 def test_a_controller_that_is_away_at_the_start_is_waited_for(place: Place) -> None:
     (place.state / "down").touch()
@@ -355,7 +449,8 @@ def test_a_controller_that_stays_away_leaves_what_may_have_been_submitted(
     (place.state / "hold").touch()
     (place.state / "sbatch.lost").touch()
     away = place.when(lambda: place.submissions() == 1, (place.state / "down").touch)
-    with pytest.raises(StageError, match="whether it was submitted is not known: run it again"):
+    kept = rf"submitted is not known, so {place.file('env')} with its credentials is kept: run it"
+    with pytest.raises(StageError, match=kept):
         place.launcher.run(place.job)
     away.join()
     assert place.file("env").exists()
@@ -364,6 +459,20 @@ def test_a_controller_that_stays_away_leaves_what_may_have_been_submitted(
     place.launcher.run(place.job)
     assert place.submissions() == 1
     assert is_sealed(place.job)
+
+
+@pytest.mark.parametrize(
+    ("looks", "there"),
+    [(["7 COMPLETING", "7 COMPLETING", ""], None), (["7 COMPLETING", "7 PENDING"], "7")],
+)
+def test_an_ending_job_is_not_there_unless_it_comes_back(
+    looks: list[str], there: str | None, place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = iter(looks)
+    monkeypatch.setattr(launch_slurm, "_ask", lambda *_: next(told))
+    monkeypatch.setattr(launch_slurm, "POLL_SECONDS", 0.0)
+    assert place.launcher._there(place.job, place.name) == there
+    assert not list(told)
 
 
 @pytest.mark.slow
