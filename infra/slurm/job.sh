@@ -57,7 +57,9 @@ if [ -n "$out_of_time" ]; then
     # A job that is being cancelled is told to end as well, and is not to come back.
     if [ "$status" -ne 0 ] && [ "$state" = RUNNING ]; then
         scontrol requeue "$SLURM_JOB_ID" && exit 0
-        echo "Slurm did not requeue the job: run it again to go on" | tee -a @ERROR@ >&2
+        # On a line of its own: the program has left words there without an end of line.
+        echo "
+Slurm did not requeue the job: run it again to go on" | tee -a @ERROR@ >&2
     fi
 fi
 # One that failed may have been preempted, and comes back then: it needs its environment.

@@ -557,7 +557,7 @@ def test_an_interrupt_cancels_the_job(place: Place) -> None:
 def test_a_requeue_that_is_refused_is_a_failure(place: Place) -> None:
     (place.state / "no-requeue").touch()
     late = place.when(place.has_checkpoint, (place.state / f"{place.number}.timeout").touch)
-    with pytest.raises(StageError, match="Slurm did not requeue the job: run it again to go on"):
+    with pytest.raises(StageError, match="\nSlurm did not requeue the job: run it again to go on"):
         place.launcher.run(place.job)
     late.join()
     assert not place.file("env").exists()
