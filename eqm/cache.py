@@ -126,13 +126,15 @@ class Cache:
             assert found is not None
             return found
 
-    def fetch_unless_full(self, blob: Blob, download: Download, where: str) -> Path | None:
+    def fetch_unless_full(
+        self, blob: Blob, download: Download, where: str, *, remembered: bool = True
+    ) -> Path | None:
         """As ``fetch``; None where there is no room for it."""
-        found = self.found(blob, remembered=True)
+        found = self.found(blob, remembered=remembered)
         if found is not None:
             return found
         with disk_errors(str(self.folder)), locked(self._lock(blob)):
-            found = self.found(blob, remembered=True)
+            found = self.found(blob, remembered=remembered)
             return found or self._download(blob, download, where, unless_full=True)
 
     def check(self, blob: Blob, download: Download, where: str) -> None:
@@ -140,11 +142,7 @@ class Cache:
 
         What is larger than the room is read and hashed all the same. Raises as ``fetch``.
         """
-        if self.found(blob) is not None:
-            return
-        with disk_errors(str(self.folder)), locked(self._lock(blob)):
-            found = self.found(blob) or self._download(blob, download, where, unless_full=True)
-        if found is None:
+        if self.fetch_unless_full(blob, download, where, remembered=False) is None:
             with open(os.devnull, "wb") as nowhere:
                 _transfer(lambda: nowhere, blob, download, where)
 
@@ -155,6 +153,9 @@ class Cache:
     def _download(
         self, blob: Blob, download: Download, where: str, *, unless_full: bool = False
     ) -> Path | None:
+        if unless_full and self.limit_bytes is not None and blob.size_bytes > self.limit_bytes:
+            # Nor would there be if all others went.
+            return None
         path = self.path(blob)
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as kept:

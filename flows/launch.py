@@ -64,6 +64,25 @@ def leaves_none(_: BaseException) -> bool:
     return False
 
 
+@contextlib.contextmanager
+def ended_with_flow(
+    name: str, end: Callable[[], None], *, leaves: Leaves, say: Callable[[str], None]
+) -> Iterator[None]:
+    """What runs on a cluster ends with the flow that waits for it inside, if that is cancelled."""
+    try:
+        yield
+    except Exception:
+        # The cluster is out of reach, or refuses: what runs there is not ours to end.
+        raise
+    except BaseException as error:
+        # Cancelled or interrupted: the program ends before the flow does.
+        if leaves(error):
+            say(f"{name}: goes on without this flow; the same flow, started again, waits for it")
+        else:
+            end()
+        raise
+
+
 def is_sealed(job: Job) -> bool:
     """Whether the record of a job is in its store."""
     return open_store(job.runtime.store).record(job.stage, job_digest(job)) is not None

@@ -6,6 +6,7 @@ Credentials are named, never sent. A program's last words are its container's te
 """
 
 import contextlib
+import functools
 import http.client
 import json
 import secrets
@@ -22,7 +23,14 @@ from eqm.errors import ConfigError, StageError
 from eqm.records import to_json
 from eqm.stage import failure
 from flows.clusters import Kubernetes
-from flows.launch import SHUTDOWN_SECONDS, Leaves, cluster_name, is_sealed, leaves_none
+from flows.launch import (
+    SHUTDOWN_SECONDS,
+    Leaves,
+    cluster_name,
+    ended_with_flow,
+    is_sealed,
+    leaves_none,
+)
 from flows.pods import (
     WAITING,
     ended,
@@ -39,7 +47,8 @@ POLL_SECONDS = 5.0
 PATIENCE_SECONDS = 900.0
 """How long the API server may be out of reach: an upgrade of the control plane."""
 QUIET_SECONDS = 30.0
-"""Of waiting for pods, before it is asked what holds them up: images take a while."""
+"""Of waiting for pods, before it is asked what holds them up, and from then on between two looks:
+images take a while, and quotas hours."""
 GRACE_SECONDS = 180.0
 """For pods to end in: more than they are given in infra/k8s/base/runtime.yaml."""
 TIMEOUT_SECONDS = 30.0
@@ -175,19 +184,10 @@ class KubernetesLauncher:
         """Run a program to its end. Raises as :class:`flows.launch.Launcher`."""
         name = cluster_name(job)
         body = self.train_job(job, processes)
-        try:
+        end = functools.partial(self._delete, name)
+        with ended_with_flow(name, end, leaves=self.leaves, say=self.say):
             self._start(job, name, body)
             why = self._watch(job, name)
-        except Exception:
-            # The server is out of reach, or refuses: what runs there is not ours to end.
-            raise
-        except BaseException as error:
-            if self.leaves(error):
-                self.say(f"{name}: goes on; the flow that is started again waits for it")
-                raise
-            # Cancelled or interrupted: the program ends before the flow does.
-            self._delete(name)
-            raise
         if why is not None:
             # It stays for a look at its logs, and the next start replaces it.
             raise failure(self._why(name, why))
@@ -332,6 +332,7 @@ class KubernetesLauncher:
                 self.say(f"{name}: {now}")
                 before, since = now, time.monotonic()
             elif now == WAITING and time.monotonic() - since >= QUIET_SECONDS:
+                since = time.monotonic()
                 # Each once: Kubernetes goes back and forth between trying and having failed.
                 new = [why for why in self._held_up(name, there) if why not in told]
                 told.update(new)

@@ -6,7 +6,6 @@ leaves it, and the next one finds it.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -25,7 +24,14 @@ from eqm.errors import ConfigError, StageError
 from eqm.records import to_json
 from eqm.stage import failure
 from flows.clusters import Slurm
-from flows.launch import SHUTDOWN_SECONDS, Leaves, cluster_name, is_sealed, leaves_none
+from flows.launch import (
+    SHUTDOWN_SECONDS,
+    Leaves,
+    cluster_name,
+    ended_with_flow,
+    is_sealed,
+    leaves_none,
+)
 
 T = TypeVar("T")
 
@@ -162,19 +168,13 @@ class SlurmLauncher:
         """Run a program to its end. Raises as :class:`flows.launch.Launcher`."""
         name = cluster_name(job)
         number = None
-        try:
+
+        def end() -> None:
+            self._cancel(name, number)
+
+        with ended_with_flow(name, end, leaves=self.leaves, say=self.say):
             number = self._started(job, name, processes)
             state = self._watch(number, name)
-        except Exception:
-            # Slurm is out of reach: the job is not ours to end.
-            raise
-        except BaseException as error:
-            if self.leaves(error):
-                self.say(f"{name}: goes on; the flow that is started again waits for it")
-                raise
-            # Cancelled or interrupted: the program ends before the flow does.
-            self._cancel(name, number)
-            raise
         self._forget(name)
         if state == "GONE" and is_sealed(job):
             return
@@ -210,10 +210,10 @@ class SlurmLauncher:
 
     def _there(self, job: Job, name: str) -> str | None:
         """Number of the job of a name; None if there is none. One that is ending is waited out."""
-        deadline = time.monotonic() + PATIENCE_SECONDS
+        deadline, told = time.monotonic() + PATIENCE_SECONDS, False
         while True:
-            line = ("--noheader", "--me", f"--name={name}", "--format=%i %T")
-            found = [told.split() for told in _ask("squeue", *line).splitlines()]
+            asked = ("--noheader", "--me", f"--name={name}", "--format=%i %T")
+            found = [line.split() for line in _ask("squeue", *asked).splitlines()]
             going = [number for number, state in found if state == "COMPLETING"]
             if len(going) < len(found):
                 return next(number for number, state in found if state != "COMPLETING")
@@ -221,6 +221,9 @@ class SlurmLauncher:
                 return None
             if time.monotonic() > deadline:
                 raise StageError(f"{name}: job {going[0]} of Slurm does not end: see `squeue`")
+            if not told:
+                self.say(f"{name}: job {going[0]} of Slurm is ending, waiting for that")
+            told = True
             time.sleep(POLL_SECONDS)
             if is_sealed(job):
                 # It was ending because it was done.
@@ -368,12 +371,11 @@ class SlurmLauncher:
         if not file.exists():
             return
         try:
-            with self._file(name, "lock").open("ab") as lock:
-                # Held by a flow that is starting the next one: the file is that flow's.
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with locked(self._file(name, "lock"), wait=False):
                 if not _numbers(name):
                     file.unlink(missing_ok=True)
         except BlockingIOError:
+            # Held by a flow that is starting the next one: the file is that flow's.
             return
         except StageError as error:
             self.say(

@@ -23,7 +23,8 @@ def sample(
         str | None, typer.Option(help="Class numbers, as 0,1,2 or 0-9; all unless given.")
     ] = None,
     seeds: Annotated[
-        str, typer.Option(help="Columns, as 0-7. Each label has seeds of its own, which are told.")
+        str,
+        typer.Option(help="Columns, as 0-7. No two labels share noise; seeds elsewhere are told."),
     ] = "0-7",
     guidance: Annotated[float | None, typer.Option(min=0, help=f"Guidance scale. {JUDGED}")] = None,
     updates: Annotated[int | None, typer.Option(min=1, help=f"Descent updates. {JUDGED}")] = None,
@@ -75,7 +76,8 @@ def sample(
         f"{to}: {counted(len(images), 'sample')}, {counted(round(cost), 'field evaluation')} each"
     )
     if loaded.spec.classes:
-        out.print(f"seed of label k in column s: {len(loaded.spec.classes)} s + k", highlight=False)
+        told = f"elsewhere, label k of seed s has seed {len(loaded.spec.classes)} s + k"
+        out.print(told, highlight=False)
     diverged = int(found.diverged.sum())
     if diverged:
         raise DivergedError(

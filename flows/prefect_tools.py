@@ -111,7 +111,8 @@ def is_moved(error: BaseException) -> bool:
     try:
         with get_client(sync_client=True) as client:
             state = client.read_flow_run(UUID(flow_run.id)).state
-    except Exception:
+    except Exception as unanswered:
+        logged(f"warning: Prefect does not say whether this run was cancelled ({unanswered})")
         return True
     return state is None or state.type.value not in ("CANCELLING", "CANCELLED")
 

@@ -107,8 +107,9 @@ def test_what_there_is_no_room_for_is_verified_all_the_same(tmp_path: Path) -> N
     for wrong in (two[:-1], b"x" + two[1:], two + b"x", b""):
         with pytest.raises(IntegrityError, match="s3://b/k is damaged"):
             cache.check(second, sends(wrong), "s3://b/k")
-    # One that is larger than all of the room as well.
+    # One that is larger than all of the room as well, and no other goes for it.
     three, third = a_blob(3, 2000)
+    age(cache, first, caching.IN_USE_SECONDS + 1)
     cache.check(third, sends(three), "x")
     assert sum(path.stat().st_size for path in (tmp_path / "sha256").iterdir()) == 1000
 

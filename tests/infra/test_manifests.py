@@ -33,7 +33,7 @@ from flows.settings import read_settings
 from infra import cluster, health, keeper, services
 from infra.credentials import environment_file, make_credentials
 from infra.ports import PREFERRED
-from infra.stack import ServiceError, Stack
+from infra.stack import JOBS_POOL, ServiceError, Stack
 
 INFRA = Path(__file__).parents[2] / "infra"
 PROJECT = INFRA.parent
@@ -494,6 +494,12 @@ def test_what_hangs_is_started_again(name: str, objects: dict[str, list[dict[str
 
 
 # -- work pool ----------------------------------------------------------------------------------
+
+
+def test_alarms_know_the_pool_whose_runs_are_jobs(objects: dict[str, list[dict[str, Any]]]) -> None:
+    commands = [one["command"] for one in containers(objects["overlays/jobs"]) if "command" in one]
+    asked = {word for command in commands for word in command if word.startswith("--pool=")}
+    assert f"--pool={JOBS_POOL}" in asked
 
 
 def test_the_work_pool_makes_a_valid_job() -> None:
