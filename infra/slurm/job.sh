@@ -37,8 +37,21 @@ end_in_time() {
 trap end_in_time TERM
 
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# Below 32768, from where on Linux gives ports to whoever connects to something.
-port=$((20000 + SLURM_JOB_ID % 12000))
+# Below 32768, from where on Linux gives ports to whoever connects to something. This script is on
+# the first node, so that it can pass by a port at which something listens there.
+port=$(@PYTHON@ -c '
+import socket
+import sys
+
+for step in range(12000):
+    port = 20000 + (int(sys.argv[1]) + step) % 12000
+    try:
+        socket.create_server(("", port)).close()
+    except OSError:
+        continue
+    print(port)
+    break
+' "$SLURM_JOB_ID")
 # Torchrun would kill after 30 s what is still writing a checkpoint.
 srun --export=ALL --kill-on-bad-exit=1 @CORES@ \
     @PYTHON@ -m torch.distributed.run --nnodes=@NODES@ --nproc-per-node=@PROCESSES@ \

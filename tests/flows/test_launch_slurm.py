@@ -5,9 +5,12 @@ import json
 import os
 import random
 import re
+import shlex
 import signal
+import socket
 import stat
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -93,7 +96,6 @@ class Place:
 @pytest.fixture
 def place(latents: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Place]:
     monkeypatch.setattr(launch_slurm, "POLL_SECONDS", 0.1)
-    # The port of a rendezvous follows the number: sessions beside each other must not meet.
     first = random.randrange(10**5, 10**6)
     fake_slurm.install(tmp_path / "bin", first)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
@@ -207,18 +209,41 @@ def test_the_record_decides_where_nobody_knows_the_job(place: Place) -> None:
     assert is_sealed(place.job)
 
 
-@pytest.mark.parametrize("number", [0, 11_999, 18_938, 458_938, 2**31 - 1])
-def test_ranks_meet_at_a_port_that_linux_gives_to_nobody(number: int) -> None:
+def port_of(number: int) -> int:
+    """Where ranks of a job meet on this machine, as the script of the job decides it."""
     script = (Path(infra.__file__).parent / "slurm" / "job.sh").read_text()
-    (line,) = [line for line in script.splitlines() if line.startswith("port=")]
+    (lines,) = re.findall(r"^port=.*?^' \"\$SLURM_JOB_ID\"\)$", script, re.MULTILINE | re.DOTALL)
+    lines = lines.replace("@PYTHON@", shlex.quote(sys.executable))
     told = subprocess.run(
-        ["bash", "-c", f"{line}; echo $port"],
+        ["bash", "-c", f"{lines}\necho $port"],
         env={**os.environ, "SLURM_JOB_ID": str(number)},
         capture_output=True,
         text=True,
         check=True,
     )
-    assert 20_000 <= int(told.stdout) < 32_768
+    return int(told.stdout)
+
+
+@pytest.mark.parametrize("number", [0, 11_999, 18_938, 458_938, 2**31 - 1])
+def test_ranks_meet_at_a_port_that_linux_gives_to_nobody(number: int) -> None:
+    assert 20_000 <= port_of(number) < 32_768
+
+
+@pytest.mark.parametrize("host", ["", "127.0.0.1"])
+def test_ranks_do_not_meet_where_something_else_listens(host: str) -> None:
+    number = random.randrange(10**5, 10**6)
+    port = port_of(number)
+    with socket.create_server((host, port)):
+        other = port_of(number)
+    assert other != port
+    assert 20_000 <= other < 32_768
+
+
+def test_a_job_whose_port_is_taken_trains_all_the_same(place: Place) -> None:
+    with socket.create_server(("", port_of(place.number))):
+        place.launcher.run(place.job)
+    assert is_sealed(place.job)
+    assert "address already in use" not in place.file("log").read_text().lower()
 
 
 @pytest.mark.slow
