@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from flows.options import check_folder
+from flows.options import check_file
 from flows.terminal import show
 from flows.terminal import table as table_of
 
@@ -47,7 +47,7 @@ def curves(
     from eqm.errors import require
     from eqm.figures import panels_png
 
-    check_folder("--to", to)
+    check_file("--to", to)
     events = events_of(training)
     points = [event for event in events if event.kind in ("metrics", "samples")]
     require(bool(points), "training", training, "one that has logged something: wait a little")

@@ -15,7 +15,7 @@ from rich.markup import escape
 from eqm.words import counted
 from flows.addresses import sealed_by_digits, sealed_digests
 from flows.calling import interrupts_told
-from flows.options import changes_of, check_folder
+from flows.options import changes_of, check_file
 from flows.terminal import show
 from flows.terminal import table as table_of
 
@@ -203,7 +203,7 @@ def preview(
     from eqm.inspection import preview as drawn
     from eqm.latent_set import open_manifest
 
-    check_folder("--out", to)
+    check_file("--out", to)
     store, record = _opened(latents)
     data = open_manifest(record, store)
     to.write_bytes(drawn(data, record, store))

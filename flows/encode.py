@@ -27,6 +27,7 @@ from flows.plan import (
     Changes,
     Plan,
     autoencoder_job,
+    check_foreseen,
     check_trainable,
     ensure,
     latents_job,
@@ -74,9 +75,15 @@ def left_out(skipped: Sequence[str]) -> str:
 
 
 @stage
-def fit_autoencoder(plan: Plan, source: Ref) -> Record:
-    """Fit the autoencoder on the training images, or seal the one that is given."""
-    return ensure(plan, autoencoder_job(plan, source), say=logged)
+def fit_autoencoder(plan: Plan, source: Ref, *, to_train: bool = True) -> Record:
+    """Fit the autoencoder on the training images, or seal the one that is given.
+
+    ``to_train``: what could not be trained on its latents is refused before.
+    """
+    job = autoencoder_job(plan, source)
+    if to_train:
+        check_foreseen(plan, job)
+    return ensure(plan, job, say=logged)
 
 
 @stage
@@ -103,7 +110,7 @@ def encode_images(
 def fit(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | None = None) -> str:
     """Fit the autoencoder of a config; returns the address of its record."""
     plan = make_plan(config, changes, tracked=False)
-    made = fit_autoencoder(plan, list_images(plan))
+    made = fit_autoencoder(plan, list_images(plan), to_train=False)
     return plan.store.where(f"autoencoder/{made.digest}")
 
 
@@ -131,7 +138,7 @@ def encode(
         raise ConfigError(f"workers is {workers}; it must be 1 or greater")
     plan = make_plan(config, changes, tracked=False)
     source = list_images(plan)
-    made = fit_autoencoder(plan, source)
+    made = fit_autoencoder(plan, source, to_train=False)
     if workers > 1:
         fan_out(plan, source, made, config, changes, workers)
     latents = encode_images(plan, source, made, to_train=False)

@@ -12,14 +12,16 @@ from typing import Any
 from prefect import flow
 
 from eqm import champion, dossier, drift, gate, image_sets
-from eqm.config import Job, demo_policy, replace
+from eqm.config import Job, PipelineConfig, demo_policy, replace
 from eqm.errors import ConfigError, DataError
+from eqm.images import ImageSource
 from eqm.names import further_inputs
 from eqm.records import Decision, Evaluation, Reason, Record, Ref, from_json, to_json
 from eqm.registry import Registry
 from eqm.report import render_json, report_key
 from eqm.report_page import render_html
 from eqm.stage import open_ref
+from eqm.words import counted
 from flows.encode import encode_images, fit_autoencoder, list_images, open_plan
 from flows.plan import (
     Plan,
@@ -27,6 +29,7 @@ from flows.plan import (
     ensure,
     evaluation_job,
     extractor_job,
+    listed,
     make_plan,
     reference_job,
     require_sealed,
@@ -84,27 +87,16 @@ def find_champion(plan: Plan) -> Standing | None:
 
 
 @stage
-def check_sets(plan: Plan) -> None:
+def check_sets(plan: Plan, source: Ref | None = None) -> None:
     """Refuse before a training what its evaluation would refuse. Raises ConfigError, DataError.
 
     Sets that scores are tested on and that are not what they should be, no held-out images, too few
-    samples. Tells as well of a policy that asks for more samples than are made, or that is the
-    demo's.
+    samples, an extractor that would tell the classes of a ``source`` apart that has only one. Tells
+    as well of a policy that asks for more samples than are made, or that is the demo's.
     """
-    source = plan.config.source
-    # ImageNet's own validation images are held out then.
-    if source.held_out_fraction == 0 and source.kind != "imagenet":
-        raise ConfigError(
-            "source.held_out_fraction is 0, which leaves no image to measure a model against: set "
-            "it higher (0.1), or use `eqm train`, which measures nothing"
-        )
-    least = plan.config.evaluate.neighbours + 1
-    if plan.config.generate.samples < least:
-        raise ConfigError(
-            f"generate.samples is {plan.config.generate.samples}, and each sample has "
-            f"evaluate.neighbours ({least - 1}) others beside it: generate {least} at least, and "
-            "thousands to tell models apart"
-        )
+    _check_counts(plan.config)
+    if source is not None:
+        _check_images(plan.config, listed(plan, source))
     for one in plan.config.evaluate.ood.sets:
         image_sets.check_set(one)
         if one.sha256 is not None:
@@ -119,6 +111,42 @@ def check_sets(plan: Plan) -> None:
         logged(
             "warning: policy.name is 'demo', the policy of the preset, whose thresholds were made "
             "for its digits: set those of [policy] for these images, and a name"
+        )
+
+
+def _check_counts(config: PipelineConfig) -> None:
+    source = config.source
+    # ImageNet's own validation images are held out then.
+    if source.held_out_fraction == 0 and source.kind != "imagenet":
+        raise ConfigError(
+            "source.held_out_fraction is 0, which leaves no image to measure a model against: set "
+            "it higher (0.1), or use `eqm train`, which measures nothing"
+        )
+    least = config.evaluate.neighbours + 1
+    if config.generate.samples < least:
+        raise ConfigError(
+            f"generate.samples is {config.generate.samples}, and each sample has "
+            f"evaluate.neighbours ({least - 1}) others beside it: generate {least} at least, and "
+            "thousands to tell models apart"
+        )
+
+
+def _check_images(config: PipelineConfig, found: ImageSource) -> None:
+    held = int(found.entries.held_out.sum())
+    if held < image_sets.LEAST_IMAGES:
+        raise DataError(
+            f"of {counted(len(found.entries), 'image')} only {held} is held out, and a model is "
+            f"measured against {image_sets.LEAST_IMAGES} at least: set source.held_out_fraction "
+            f"({config.source.held_out_fraction:g}) higher, or add images"
+        )
+    extractors = {"extractor": config.extractor} | {
+        f"further.{name}.extractor": one.extractor for name, one in config.further.items()
+    }
+    fitted = [name for name, one in extractors.items() if one.kind == "fit"]
+    if fitted and len(found.classes) < 2:
+        raise DataError(
+            f"{fitted[0]}.kind is 'fit', which tells classes apart, and the source has only "
+            f"{', '.join(found.classes)}: set it to 'inception', or add a class"
         )
 
 
@@ -379,7 +407,7 @@ def evaluate(config: str | dict[str, Any] = "demo", changes: dict[str, Any] | No
     """Train what is missing, evaluate, judge and report; promotes nothing."""
     plan = make_plan(config, changes)
     source = list_images(plan)
-    check_sets(plan)
+    check_sets(plan, source)
     latents = encode_images(plan, source, fit_autoencoder(plan, source))
     trained = train_model(plan, latents)
     register_model(plan, trained)

@@ -7,11 +7,13 @@ import typer
 from rich.console import Console
 
 from eqm.words import counted
-from flows.options import check_folder, check_new_folder
+from flows.options import check_file, check_new_folder
 
 out = Console()
 err = Console(stderr=True)
 
+MOST_NUMBERS = 1000
+"""Rows or columns of a picture."""
 JUDGED = "As for the champion's evaluation unless given; else the paper's."
 
 
@@ -50,7 +52,7 @@ def sample(
 
     columns = _numbers("seeds", seeds)
     asked = None if labels is None else _numbers("labels", labels)
-    check_folder("--to", to)
+    check_file("--to", to)
     mlflow_uri = current_settings().mlflow_uri
     asked_for = {"guidance": guidance, "updates": updates, "step_size": step_size}
     sampler = _sampler(model, mlflow_uri, {**asked_for, "momentum": momentum})
@@ -300,7 +302,7 @@ def export_official(
 
     if to.suffix.lower() != ".pt":
         raise ConfigError(f"--to is {to}; the official code loads .pt files: name it so")
-    check_folder("--to", to)
+    check_file("--to", to)
     loaded = eqm.load(model, mlflow_uri=current_settings().mlflow_uri, device="cpu")
     write_official(to, to_official(loaded.network))
     out.print(f"{to}: {_size(loaded)}. Heads are in no file: remember them", soft_wrap=True)
@@ -318,10 +320,16 @@ def _numbers(name: str, text: str) -> list[int]:
     from eqm.errors import ConfigError
 
     try:
-        spans = [part.partition("-") for part in text.split(",")]
-        numbers = [n for a, dash, b in spans for n in range(int(a), int(b if dash else a) + 1)]
+        parts = [part.partition("-") for part in text.split(",")]
+        spans = [range(int(a), int(b if dash else a) + 1) for a, dash, b in parts]
     except ValueError as error:
         raise ConfigError(f"--{name} is {text!r}; it must look like 0-9 or 0,3,5") from error
-    if not numbers:
+    # Of what is too long for len() as well.
+    count = sum(max(0, span.stop - span.start) for span in spans)
+    if not count:
         raise ConfigError(f"--{name} is {text!r}, which names none; it must look like 0-9")
-    return numbers
+    if count > MOST_NUMBERS:
+        raise ConfigError(
+            f"--{name} is {text!r}, which names {count:,}: a picture shows at most {MOST_NUMBERS:,}"
+        )
+    return [number for span in spans for number in span]

@@ -18,13 +18,13 @@ SetOption = Annotated[
 ]
 
 
-def check_folder(option: str, made: Path) -> None:
-    """Refuse a file or folder to make whose own folder is not there. Raises ConfigError."""
+def check_file(option: str, made: Path) -> None:
+    """Refuse a file to write that is a folder, or whose folder is not there. Raises ConfigError."""
     from eqm.errors import ConfigError
 
-    folder = made.absolute().parent
-    if not folder.is_dir():
-        raise ConfigError(f"{option} is {made}, but there is no folder {folder}: make it first")
+    if made.is_dir():
+        raise ConfigError(f"{option} is {made}, which is a folder: name a file, as {made / 'NAME'}")
+    _check_folder(option, made)
 
 
 def check_new_folder(option: str, made: Path) -> None:
@@ -33,7 +33,15 @@ def check_new_folder(option: str, made: Path) -> None:
 
     if made.exists():
         raise ConfigError(f"{option} is {made}, which exists: name a directory that does not")
-    check_folder(option, made)
+    _check_folder(option, made)
+
+
+def _check_folder(option: str, made: Path) -> None:
+    from eqm.errors import ConfigError
+
+    folder = made.absolute().parent
+    if not folder.is_dir():
+        raise ConfigError(f"{option} is {made}, but there is no folder {folder}: make it first")
 
 
 def changes_of(settings: list[str] | None) -> dict[str, Any]:

@@ -53,7 +53,7 @@ def pipeline(
 
 def images_to_decision(plan: Plan, source: Ref, base: Base | None = None) -> dict[str, Any]:
     """Every stage in its turn, on a base that is there already or on one that is fitted here."""
-    check_sets(plan)
+    check_sets(plan, source)
     autoencoder = base.autoencoder if base else fit_autoencoder(plan, source)
     latents = encode_images(plan, source, autoencoder, base.latents if base else None)
     extractor = base.extractor if base else fit_extractor(plan, source)

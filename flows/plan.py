@@ -31,10 +31,10 @@ from eqm.config import (
     with_settings,
 )
 from eqm.errors import ConfigError, DataError, TrackingError
-from eqm.images import ImageSource, open_source
+from eqm.images import ImageSource, checked_source, open_source
 from eqm.names import further_input
 from eqm.policy import PolicyConfig
-from eqm.records import Record, Ref, from_json, to_json
+from eqm.records import LatentSpec, Record, Ref, from_json, to_json
 from eqm.registry import check
 from eqm.stage import job_digest, listing_key, verify
 from eqm.storage import Store, open_store
@@ -187,7 +187,8 @@ def make_plan(
 def check_training(config: PipelineConfig) -> None:
     """Refuse now, not after a night of encoding, what training would refuse. Raises ConfigError.
 
-    What depends on the latents, or on the machine that trains, is told by ``check_trainable``.
+    What depends on the latents, or on the machine that trains, is told by ``check_foreseen`` and
+    ``check_trainable``.
     """
     from torch.nn import Module
 
@@ -214,32 +215,63 @@ def check_training(config: PipelineConfig) -> None:
         check_shardable(objective, config.processes)
 
 
+def check_foreseen(plan: Plan, autoencoder: Job) -> None:
+    """As ``check_trainable``, before an autoencoder is fitted. Raises ConfigError.
+
+    Of one that somebody else made, the shape of its latents is known when it is sealed.
+    """
+    config = plan.config
+    there = plan.store.record("autoencoder", job_digest(autoencoder)) is not None
+    if there or config.autoencoder.kind == "pretrained":
+        return
+    from eqm.recipes import latent_shape
+
+    shape = latent_shape(config)
+    network = _untrained(
+        config,
+        LatentSpec(
+            autoencoder="",
+            image_size_px=config.source.image_size_px,
+            image_channels=config.source.channels,
+            shape=shape,
+            shift=(0.0,) * shape[0],
+            scale=(1.0,) * shape[0],
+        ),
+    )
+    if plan.settings.cluster is None:
+        _check_machine(plan, network)
+
+
 def check_trainable(plan: Plan, autoencoder: Record, latents: Job) -> None:
     """Refuse before latents are made what could not be trained on them. Raises ConfigError.
 
     Patches that do not tile them, levels of a U-Net that do not halve them; and what this machine
     cannot do, where it is the one that trains.
     """
+    from eqm.autoencoder import latent_spec
+
+    network = _untrained(plan.config, latent_spec(autoencoder, plan.store))
+    # Of latents that are there, the model may be as well, trained on another machine.
+    if plan.settings.cluster is None and plan.store.record("latents", job_digest(latents)) is None:
+        _check_machine(plan, network)
+
+
+def _untrained(config: PipelineConfig, latent: LatentSpec) -> Any:
+    """The network of a config on latents, without weights: of XL/2 they are 2.7 GB."""
     import torch
 
-    from eqm.autoencoder import latent_spec
     from eqm.model import SCHEMA, ModelSpec
 
-    config = plan.config
     spec = ModelSpec(
         schema=SCHEMA,
         network=config.network,
         objective=config.objective,
-        latent=latent_spec(autoencoder, plan.store),
+        latent=latent,
         classes=(),
         null_label=False,
     )
-    # Without weights: of XL/2 they are 2.7 GB.
     with torch.device("meta"):
-        network = spec.build()
-    # Of latents that are there, the model may be as well, trained on another machine.
-    if plan.settings.cluster is None and plan.store.record("latents", job_digest(latents)) is None:
-        _check_machine(plan, network)
+        return spec.build()
 
 
 def _check_machine(plan: Plan, network: Any) -> None:
@@ -315,6 +347,12 @@ def list_source(plan: Plan) -> ImageSource:
     source = open_source(config.source, config.source_uri, memory=memory)
     plan.store.write_once(listing_key(source.digest), source.listing_bytes())
     return source
+
+
+def listed(plan: Plan, source: Ref) -> ImageSource:
+    """The images of a listing that :func:`list_source` kept. Raises StoreError, IntegrityError."""
+    kept = plan.store.read(listing_key(source.digest))
+    return checked_source(plan.config.source, plan.config.source_uri, source, listing=kept)
 
 
 def source_ref(source: ImageSource) -> Ref:

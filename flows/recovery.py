@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from eqm.words import counted
-from flows.options import check_folder
+from flows.options import check_file
 
 if TYPE_CHECKING:
     from infra.backup import Home
@@ -72,7 +72,7 @@ def secrets(
     from infra.credentials import environment_file
     from infra.files import create_private
 
-    check_folder("--to", to)
+    check_file("--to", to)
     if not create_private(to, environment_file().encode()):
         raise ConfigError(f"--to is {to}, which exists: passwords that are in use are not replaced")
     out.print(f"{to} is made: keep it, and keep it out of Git", highlight=False, soft_wrap=True)

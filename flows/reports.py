@@ -15,7 +15,7 @@ from rich.markup import escape
 from typer.core import TyperGroup
 
 from flows.addresses import sealed_digests
-from flows.options import ConfigArgument, SetOption, changes_of, check_folder
+from flows.options import ConfigArgument, SetOption, changes_of, check_file
 
 FETCH = "fetch"
 MOST_DIFFERENCES = 12
@@ -51,7 +51,7 @@ def fetch(
     """Fetch the report on which the champion was promoted."""
     from eqm.verification import stored_report
 
-    check_folder("--to", to)
+    check_file("--to", to)
     plan, standing = _champion(config, set_)
     report = stored_report(plan.store, standing.report)
     to.write_bytes(report.data if to.suffix == ".json" else report.page)

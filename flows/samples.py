@@ -11,7 +11,7 @@ from rich.console import Console
 
 from eqm.words import counted
 from flows.addresses import open_sealed
-from flows.options import check_folder
+from flows.options import check_file
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -49,7 +49,7 @@ def remake(
     from eqm.figures import strip_png
     from eqm.generate import remake as made_again
 
-    check_folder("--to", to)
+    check_file("--to", to)
     store, record = open_sealed(samples, "samples")
     if exact:
         # Sums are cut among threads: as many as then.
@@ -110,7 +110,7 @@ def export(
     """Write kept images as the .npz that ADM's evaluator reads: arr_0 uint8 (N, H, W, 3)."""
     from eqm.samples import export_npz
 
-    check_folder("--to", to)
+    check_file("--to", to)
     store, record = open_sealed(samples, "samples")
     written = export_npz(store, record, to, count=count)
     out.print(f"{to}: {counted(written, 'image')}", soft_wrap=True)

@@ -117,6 +117,8 @@ class PipelineConfig:
         if re.match(r"[a-zA-Z0-9+.-]+://[^/]*@", self.source_uri or ""):
             # Not shown: what stands before the @ may be a password.
             raise ConfigError("source_uri holds a user or a password: give the bare address")
+        if self.autoencoder.kind == "fit":
+            self._check_halved(len(self.autoencoder.fit.widths) - 1)
         positive(self, "config", "processes", "continue_images")
         check_fit(self.network, self.objective)
         rule = self.generate.sampler.rule
@@ -147,3 +149,13 @@ class PipelineConfig:
             read = name.partition("/")[0]
             rule = f"of a gated set of evaluate.ood.sets ({', '.join(gated) or 'there are none'})"
             require(read in gated, "policy.minimum_auroc", name, rule)
+
+    def _check_halved(self, times: int) -> None:
+        size = self.source.image_size_px
+        require(
+            size % 2**times == 0,
+            "source.image_size_px",
+            size,
+            f"a multiple of {2**times}, which the {times + 1} entries of autoencoder.fit.widths "
+            "halve down: choose another size, or fewer widths",
+        )

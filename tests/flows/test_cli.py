@@ -322,6 +322,17 @@ def test_bad_numbers_are_named(run, words: list[str]) -> None:
     refused(run("sample", *words), f"{words[0]} is {words[1]!r}", "0-9 or 0,3,5")
 
 
+def test_a_grid_that_nobody_could_look_at_is_refused_at_once(run) -> None:
+    refused(run("sample", "--seeds", "0-99999999999999999999"), "names 100,000,000,000,000,000,000")
+    refused(run("sample", "--seeds", "7-3"), "--seeds is '7-3', which names none")
+
+
+def test_a_folder_is_no_file_to_write(run) -> None:
+    Path("grids").mkdir()
+    for words in (["sample", "--to"], ["data", "preview", "gone", "--out"]):
+        refused(run(*words, "grids"), "is grids, which is a folder", "grids/NAME")
+
+
 def test_what_the_command_line_itself_refuses(run) -> None:
     told = run("pipelin")
     assert told.status == 2
@@ -757,6 +768,36 @@ def test_what_no_evaluation_could_measure_is_refused_before_a_training() -> None
             evaluate.check_sets.fn(SimpleNamespace(config=config))
     # Of ImageNet the validation images are held out.
     evaluate.check_sets.fn(SimpleNamespace(config=read_config("b2-256")))
+
+
+def test_images_that_no_evaluation_could_measure_by_are_refused_before_a_training(
+    tmp_path: Path, monkeypatch
+) -> None:
+    from flows import evaluate
+    from flows.plan import list_source, make_plan, source_ref
+
+    monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
+
+    def check(**changes: object) -> None:
+        folder = {"source.kind": "folder", "source_uri": str(tmp_path / "images")}
+        plan = make_plan("tiny", {**folder, **changes}, tracked=False)
+        evaluate.check_sets.fn(plan, source_ref(list_source(plan)))
+
+    for k in range(8):
+        save_image(tmp_path / "images" / "cat" / f"{k}.png", k)
+    with pytest.raises(DataError, match=r"extractor\.kind is 'fit', .* has only cat: set it to"):
+        check(**{"source.held_out_fraction": 0.5})
+    save_image(tmp_path / "images" / "dog" / "0.png", 9)
+    check(**{"source.held_out_fraction": 0.5})
+    # By their names: the second one is held out from 0.35 on.
+    with pytest.raises(DataError, match=r"of 9 images only 1 is held out.*_fraction \(0\.2\) hig"):
+        check(**{"source.held_out_fraction": 0.2})
+
+
+def save_image(path: Path, gray: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("L", (8, 8), gray).save(path)
 
 
 def test_a_model_that_cannot_be_decoded_is_told_before_its_descent(run, monkeypatch) -> None:

@@ -12,7 +12,7 @@ from eqm.errors import ConfigError, StageError, TrackingError
 from eqm.recipes import recipes
 from eqm.records import Record
 from eqm.stage import run
-from flows.encode import encode_images, left_out
+from flows.encode import encode_images, fit_autoencoder, left_out
 from flows.plan import (
     Plan,
     autoencoder_job,
@@ -97,6 +97,49 @@ def test_a_network_that_latents_do_not_fit_is_refused_before_they_are_made(
     with pytest.raises(ConfigError, match=words):
         check(pixels("demo", **changes))
     assert plan.store.list("latents/") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"network.patch": 3}, "8 x 8 cannot be cut into patches of 3"),
+        ({"autoencoder.kind": "identity", "network.patch": 3}, "16 x 16 cannot be cut into patch"),
+        ({"compute.fused": True}, r"compute\.fused is True; .* this trains on a CPU"),
+    ],
+)
+def test_what_no_training_takes_is_refused_before_an_autoencoder_is_fitted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, object], words: str
+) -> None:
+    monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    begun: list[str] = []
+
+    class Launched:
+        def run(self, job: Job, *, processes: int) -> None:
+            begun.append(job.stage)
+            raise StageError("launched")
+
+    plan = replace(make_plan("demo", changes, tracked=False), launcher=Launched())
+    source = source_ref(list_source(plan))
+    with pytest.raises(ConfigError, match=words):
+        fit_autoencoder.fn(plan, source)  # type: ignore[attr-defined]
+    assert begun == []
+    # It may be fitted for others.
+    with pytest.raises(StageError):
+        fit_autoencoder.fn(plan, source, to_train=False)  # type: ignore[attr-defined]
+    # What is there is asked for by those who only read, too.
+    sealed = replace(plan.config.autoencoder, kind="identity")
+    there = replace(plan, config=replace(plan.config, autoencoder=sealed))
+    run(autoencoder_job(there, source), fit.program)
+    fit_autoencoder.fn(there, source)  # type: ignore[attr-defined]
+    assert begun == ["autoencoder"]
+
+
+def test_a_size_that_an_autoencoder_cannot_halve_is_refused_at_once() -> None:
+    with pytest.raises(ConfigError, match=r"image_size_px is 33; .* multiple of 2, which the 2 en"):
+        read_config("demo", {"source.image_size_px": 33})
+    read_config("demo", {"source.image_size_px": 33, "autoencoder.kind": "identity"})
 
 
 def test_latents_that_nobody_trains_on_here_are_made_whatever_the_network(
