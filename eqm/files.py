@@ -182,12 +182,18 @@ class LocalFiles(Files):
         return self.only is None or name == self.only
 
     def _file(self, path: str) -> File:
+        place = self.root / path
         try:
-            found = (self.root / path).stat()
+            found = place.stat()
         except OSError as error:
+            if place.is_symlink():
+                raise DataError(
+                    f"{place} is a link to {os.readlink(place)}, which cannot be read "
+                    f"({error.strerror}): put the file there, or remove the link"
+                ) from error
             self._refuse(path, error)
         if not stat.S_ISREG(found.st_mode):
-            raise DataError(f"{self.root / path} is not a file: remove it or rename it")
+            raise DataError(f"{place} is not a file: remove it or rename it")
         return File(path, found.st_size, str(found.st_mtime_ns))
 
     def find(self, path: str) -> File | None:

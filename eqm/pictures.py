@@ -19,6 +19,7 @@ import gzip
 import importlib.util
 import io
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -38,6 +39,9 @@ decoder is ever asked: Pillow would run Ghostscript on an EPS that is named .png
 
 LARGEST_IMAGE_PIXELS = 89_478_485
 """More than these many pixels are taken for a decompression bomb (a quarter GiB in RGB)."""
+
+# Pillow has the same limit and only warns there; what passes it is refused below, in words.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 NARROWEST_IMAGE = 50
 """An image whose sides differ by more than this factor is refused: scaling its shorter side up to

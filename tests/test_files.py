@@ -192,7 +192,7 @@ def test_links_are_followed_to_files_and_folders_of_the_root_alone(tmp_path: Pat
     files = open_files(str(root))
     assert [file.path for file in files.tree([".png"]).files] == ["cat/2.png", "dog/1.png"]
     (root / "cat" / "gone.png").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(DataError, match=r"gone.png cannot be read"):
+    with pytest.raises(DataError, match=r"gone.png is a link to .*nowhere, .* remove the link"):
         files.tree([".png"])
     (root / "cat" / "gone.png").unlink()
     (root / "loop").symlink_to(root)

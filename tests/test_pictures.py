@@ -3,6 +3,8 @@
 import contextlib
 import io
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -19,6 +21,21 @@ from eqm import pictures
 def picture(seed: int, width: int = 12, height: int = 10) -> Image.Image:
     pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels)
+
+
+def test_a_bomb_is_refused_in_our_words_alone() -> None:
+    data = io.BytesIO()
+    Image.new("1", (10_000, 9_900)).save(data, "PNG")
+    program = (
+        "import sys; from eqm.pictures import decode_picture\n"
+        "try: decode_picture(sys.stdin.buffer.read())\n"
+        "except ValueError as error: print(error)"
+    )
+    told = subprocess.run(
+        [sys.executable, "-c", program], input=data.getvalue(), capture_output=True, check=True
+    )
+    assert told.stdout == b"10000 x 9900 px is a decompression bomb\n"
+    assert told.stderr == b""
 
 
 # -- modes --------------------------------------------------------------------------------------
