@@ -10,7 +10,6 @@ under a mount or as ``python`` is put in its place in the command and in the fil
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from urllib.parse import parse_qs, urlsplit
 
 import yaml
 from kubeflow_trainer_api import models
+from unused import unused_port
 
 RUNTIME = Path(__file__).parents[2] / "infra" / "k8s" / "base" / "runtime.yaml"
 TRAIN_JOBS = "/apis/trainer.kubeflow.org/v1alpha1/namespaces/research/trainjobs"
@@ -189,7 +189,7 @@ class Cluster:
         self.starts += 1
         place = self.folder / f"pods-{self.starts}"
         mounts = self.mount(name, config, place)
-        port = free_port()
+        port = unused_port()
         pods = []
         for node in range(trainer["numNodes"]):
             environ = self.environ(trainer) | {
@@ -301,11 +301,6 @@ def terminated(status: int, words: str) -> dict[str, Any]:
     reason = "OOMKilled" if status == signal.SIGKILL else "Error"
     state = {"exitCode": status, "reason": reason, "message": words}
     return {"name": "node", "state": {"terminated": state}}
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
 
 
 class Server(ThreadingHTTPServer):

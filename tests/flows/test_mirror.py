@@ -4,7 +4,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from typing import Any
 import chain
 import pytest
 from mlflow import MlflowClient
+from unused import unused_port
 from waiting import wait_for
 
 from eqm.config import SamplerConfig
@@ -57,9 +57,7 @@ class Server:
     """An MLflow server of this test alone, that can be killed and started again."""
 
     def __init__(self, folder: Path) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.port = free.getsockname()[1]
+        self.port = unused_port()
         self.uri, self.folder = f"http://127.0.0.1:{self.port}", folder
         self.process: subprocess.Popen[bytes] | None = None
 
