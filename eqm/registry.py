@@ -45,6 +45,16 @@ SHOWN_AS = {"mlflow.experimentKind": "custom_model_development"}
 """Tag of an experiment whose pages MLflow shows as those of trainings; else as of prompts."""
 AMONG_TRAININGS = "workflowType=machine_learning"
 """The same for a link to a run, which does not ask the experiment."""
+ABOUT = (
+    "Every version points to a sealed training in the store. `champion` is the version that passed "
+    "its policy last, `candidate` the newest one; `eqm history` verifies every move of the "
+    "champion and the evidence for it."
+)
+"""Description of a registered model when it is made."""
+NOTE = "mlflow.note.content"
+"""Tag that holds what MLflow shows as the description of a run."""
+NOTED = "eqm.noted"
+"""Tag: digests of descriptions that are ours; another one is of a person."""
 AWAY_SECONDS = 10.0
 CLOSE_SECONDS = 60.0
 """How long the end of a run waits for what MLflow has not yet taken."""
@@ -452,7 +462,7 @@ class Registry:
 
         with contextlib.suppress(MlflowException):
             # It exists; were it another error, the next call would tell.
-            self._client.create_registered_model(model)
+            self._client.create_registered_model(model, description=ABOUT)
         self._client.create_model_version(
             model,
             source=FOLDER + source if source.startswith("/") else source,
@@ -548,6 +558,32 @@ class Registry:
                     _log_file(self._client, run_id, name, data)
         return run_id
 
+    def describe(
+        self, model: str, *, source: str, content: str, run_digest: str, note: str
+    ) -> None:
+        """Put Markdown on the pages of a version and of its run, but not over what people wrote."""
+        with _errors(self.uri):
+            version = self._find(model, source, content)
+            if version is not None:
+                self._note_version(version, note)
+            run = _first_run(self._client, self._experiments(), run_digest)
+            if run is not None:
+                self._note_run(run, note)
+
+    def _note_version(self, version: Version, note: str) -> None:
+        number = str(version.number)
+        there = self._client.get_model_version(version.model, number).description or ""
+        noted = _noted(there, note, version.tags)
+        if noted is not None:
+            self.tag(version, {NOTED: noted})
+            self._client.update_model_version(version.model, number, description=note)
+
+    def _note_run(self, run: Any, note: str) -> None:
+        noted = _noted(run.data.tags.get(NOTE, ""), note, run.data.tags)
+        if noted is not None:
+            for of in ((run.info.run_id, NOTED, noted), (run.info.run_id, NOTE, note)):
+                _twice("INSERT INTO tags", lambda of=of: self._client.set_tag(*of))
+
     def name_for(self, run_digest: str, kind: str, protocol: str) -> str:
         """Under which name numbers of a kind and a protocol (its digest) stand on a run's page.
 
@@ -575,6 +611,15 @@ class Registry:
             experiment = self._client.get_run(run_id).info.experiment_id
         run = f"{_public(self.uri).rstrip('/')}/#/experiments/{experiment}/runs/{run_id}"
         return f"{run}?{AMONG_TRAININGS}"
+
+
+def _noted(there: str, note: str, tags: Mapping[str, str]) -> str | None:
+    """Tag that is set before a description is replaced; None if a person wrote what is there.
+
+    It names what is there as well: whoever is stopped before the new one stands goes on later.
+    """
+    old, new = (sha256(text.encode()) for text in (there, note))
+    return None if there and old not in tags.get(NOTED, "").split() else f"{old} {new}"
 
 
 def _twice(table: str, call: Callable[[], Any]) -> None:

@@ -1,7 +1,7 @@
 """All that a report shows, and its JSON; same input, same bytes.
 
 It holds configs, digests and values alone: no times and no machines, which differ from run to run.
-The page for people is that of eqm.report_page. Called by dossier, report_ood,
+The page for people is that of eqm.report_page. Called by dossier, report_note, report_ood,
 report_page, verification and flows.
 """
 

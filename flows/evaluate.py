@@ -19,6 +19,7 @@ from eqm.names import further_inputs
 from eqm.records import Decision, Evaluation, Reason, Record, Ref, from_json, to_json
 from eqm.registry import Registry
 from eqm.report import render_json, report_key
+from eqm.report_note import render_note
 from eqm.report_page import render_html
 from eqm.stage import open_ref
 from eqm.words import counted
@@ -299,18 +300,36 @@ def publish(
     file = plan.settings.home / "reports" / f"{plan.config.name}-{evaluation.digest[:12]}.html"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_bytes(html)
-    report = Report(f"{key}.html", file, show(plan, evaluation, html, data, night))
+    note = render_note(content.evaluation, decision, digest=evaluation.digest)
+    report = Report(f"{key}.html", file, show(plan, evaluation, html, data, night, note))
     logged(f"report: {file}")
     return report
 
 
 def show(
-    plan: Plan, evaluation: Record, html: bytes, data: bytes, night: drift.Drift | None
+    plan: Plan,
+    evaluation: Record,
+    html: bytes,
+    data: bytes,
+    night: drift.Drift | None,
+    note: str,
 ) -> str | None:
-    """Add report and numbers to the MLflow run of the training, and link it from Prefect."""
+    """Add report and numbers to the MLflow run of the training, and to Prefect.
+
+    A verdict, and a first evaluation, are told on the pages of run and version as well.
+    """
     day = evaluation.config["evaluate"]["as_of"]
     train, measured = evaluation.inputs["train"].digest, dossier.evaluation_of(evaluation)
     registry = Registry(plan.mlflow_uri)
+    page(f"{plan.model_name}-evaluation", note, "Numbers of the evaluation")
+    if day is None:
+        registry.describe(
+            plan.model_name,
+            source=plan.store.where(f"train/{train}"),
+            content=evaluation.inputs["train"].content,
+            run_digest=train,
+            note=note,
+        )
     # A later look at the champion stands beside the numbers that it was promoted on.
     kind = "eval" if day is None else "nightly"
     name = registry.name_for(train, kind, measured.protocol_digest)

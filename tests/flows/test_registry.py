@@ -231,6 +231,40 @@ def test_evidence_joins_the_run_of_the_training(registry: Registry, uri: str, mo
     assert version.number == 1
 
 
+def test_a_note_stands_where_nobody_wrote_another(
+    registry: Registry, uri: str, model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digest, where = f"{model}-digest", "s3://eqm/store/train/c1"
+    mirror = opened(uri, model, digest)
+    mirror.close("FINISHED")
+    client = MlflowClient(uri)
+
+    def told() -> tuple[str, str]:
+        tags_of_run = client.get_run(str(mirror.run_id)).data.tags
+        described = client.get_model_version(model, "1").description
+        return described, tags_of_run.get("mlflow.note.content", "")
+
+    def describe(note: str) -> tuple[str, str]:
+        registry.describe(model, source=where, content="c1", run_digest=digest, note=note)
+        return told()
+
+    # Nothing is there yet, and nothing is made.
+    registry.describe(model, source=where, content="c1", run_digest="f" * 64, note="one")
+    registry.register(model, source=where, tags=tags("c1"), run_digest=digest)
+    assert "eqm history" in client.get_registered_model(model).description
+    assert describe("one") == ("one", "one")
+    assert describe("two") == ("two", "two")
+    with monkeypatch.context() as stopped:
+        # Between the tag and the description.
+        stopped.setattr(type(registry._client), "update_model_version", None)
+        with pytest.raises(TypeError):
+            describe("three")
+    assert describe("four") == ("four", "four")
+    client.update_model_version(model, "1", description="of a person")
+    client.set_tag(str(mirror.run_id), "mlflow.note.content", "of another")
+    assert describe("five") == ("of a person", "of another")
+
+
 # -- the mirror of a run ------------------------------------------------------------------------
 
 
