@@ -227,6 +227,10 @@ def test_mlflow_shows_the_run_and_the_model(ran: Ran) -> None:
 
     run = client.get_run(str(version.run_id))
     assert run.info.status == "FINISHED"
+    # What is seen first is what it came to.
+    evaluated = ran.record("evaluation").digest[:12]
+    assert version.description.startswith(f"Evaluation `{evaluated}`, 40 samples.\n\n**Passed**")
+    assert run.data.tags["mlflow.note.content"] == version.description
     shown_as = client.get_experiment(run.info.experiment_id).tags["mlflow.experimentKind"]
     assert shown_as == "custom_model_development"
     assert run.data.tags["eqm.digest"] == train.digest
