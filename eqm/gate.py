@@ -19,7 +19,7 @@ from eqm.records import Decision, Evaluation, Metric, OODRow, Reason, Ref, to_js
 
 NEVER_NEGATIVE = ("distance", "distance_held_out", "nearest")
 """Metrics that are distances; those without bias, FID-infinity and KID, may be negative."""
-FRACTIONS = ("precision", "recall", "label_agreement")
+FRACTIONS = ("precision", "recall", "label_agreement", "copies")
 MEASURES = ("auroc", "aupr", "fpr95")
 """How the names of a row's measures begin."""
 MOST_KEYS_TOLD = 8
@@ -350,12 +350,13 @@ def _compared(
     lower = bound in ("maximum_ratio", "maximum_increase")
     mine, what = candidate.value, candidate.name
     base, whose = champion.value, "the champion's"
-    if against != "point":
+    if against == "interval":
+        return _surely_within(key, candidate, champion, bound, value)
+    if against == "apart":
         worse, what = _end(candidate, "upper" if lower else "lower")
         if worse is None:
             return False, what
         mine = worse
-    if against == "apart":
         better, told = _end(champion, "lower" if lower else "upper")
         if better is None:
             return False, f"cannot be compared: of the champion, {told}"
@@ -363,10 +364,7 @@ def _compared(
     if not _range_of(key)(base):
         return False, f"cannot be compared: the champion's {champion.name} is {base!r}"
     if bound.endswith("ratio") and base < 0:
-        return False, (
-            f"cannot be compared: {whose} {base:.4g} is below 0, of which no ratio can be asked; "
-            "let the policy give a margin"
-        )
+        return False, _NO_RATIO.format(whose=whose, base=base)
     # A product, not a quotient: a champion at distance 0 is compared as well.
     sign = -1 if bound == "maximum_decrease" else 1
     limit = value * base if bound.endswith("ratio") else base + sign * value
@@ -380,6 +378,48 @@ def _compared(
     return (mine > limit if strict else mine >= limit), text
 
 
+def _surely_within(
+    key: str, candidate: Metric, champion: Metric, bound: str, value: float
+) -> tuple[bool, str]:
+    """Whether the worse end of the interval of the difference is within the bound, and why.
+
+    The champion was measured with as much noise as the candidate (Zou and Donner 2008, "MOVER").
+    Seeds that both share make the interval too wide, and so the answer no.
+    """
+    ends = (candidate.low, candidate.high, champion.low, champion.high)
+    for metric, whose in ((candidate, ""), (champion, "of the champion, ")):
+        found, why = _end(metric, "upper")
+        if found is None:
+            return False, f"cannot be compared: {whose}{why}"
+    if not all(end is not None and _range_of(key)(end) for end in (*ends, champion.value)):
+        return False, f"cannot be compared: the champion's {champion.name} is {champion.value!r}"
+    low, high, base_low, base_high = cast("tuple[float, float, float, float]", ends)
+    lower, ratio = bound in ("maximum_ratio", "maximum_increase"), bound.endswith("ratio")
+    if ratio and champion.value < 0:
+        return False, _NO_RATIO.format(whose="the champion's", base=champion.value)
+    times, sign = (value if ratio else 1.0), (-1 if bound == "maximum_decrease" else 1)
+    limit = 0.0 if ratio else sign * value
+    difference = candidate.value - times * champion.value
+    if lower:
+        apart = math.hypot(high - candidate.value, times * (champion.value - base_low))
+        end = difference + apart
+    else:
+        apart = math.hypot(candidate.value - low, times * (base_high - champion.value))
+        end = difference - apart
+    have, told_limit = _apart(end, limit)
+    than = f"{value:g} times the champion's" if ratio else "the champion's"
+    text = (
+        f"the {'upper' if lower else 'lower'} end of the 95 % interval of {candidate.name}, "
+        f"{candidate.value:.4g}, less {than}, {champion.value:.4g}, is {have}; the policy "
+        f"{'allows at most' if lower else 'asks for at least'} {told_limit}"
+    )
+    return (end <= limit if lower else end >= limit), text
+
+
+_NO_RATIO = (
+    "cannot be compared: {whose} {base:.4g} is below 0, of which no ratio can be asked; let the "
+    "policy give a margin"
+)
 _SIDE = {1: "above", -1: "below"}
 
 

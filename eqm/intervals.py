@@ -5,7 +5,9 @@ give. A percentile bootstrap is no use here: drawing with replacement makes ever
 smaller than it is, and a Frechet distance grows as 1/N when N falls. Groups of samples are left out
 instead, one at a time (jackknife). Called by drift, measures and report.
 
-Legend: N samples in GROUPS groups of consecutive ones, which hold the same labels.
+Legend: N samples in GROUPS groups of consecutive ones. Where a group has room for all of them, each
+holds the same labels; where classes are more than that, groups differ more than new samples would,
+and intervals are too wide.
 """
 
 import math
@@ -151,7 +153,9 @@ def recall_interval(
     ``told(rows)`` is called after so many fakes more.
 
     Precision is a share of independent samples, recall is not: each sample reaches as far as the
-    others let it. Both are those of eqm.frechet.precision_recall. Raises DataError.
+    others let it. Both are those of eqm.frechet.precision_recall. A low recall hangs on a few
+    samples that lie apart, of which groups say little: the interval is no narrower than that of a
+    share of independent images, and still too low (docs/metrics.md). Raises DataError.
     """
     reals, fakes = frechet.manifolds(real, fake, neighbours)
     if len(fakes) < LEAST_SAMPLES:
@@ -161,7 +165,8 @@ def recall_interval(
     reach = frechet.reaches(fakes, neighbours, left_out, told=told)
     value, *others = frechet.inside(reals, fakes, reach).mean(axis=1).tolist()
     wide = T_975 * _jackknife_error(others)
-    return Interval(value, max(value - wide, 0.0), min(value + wide, 1.0))
+    low, high = wilson(value, len(reals))
+    return Interval(value, min(max(value - wide, 0.0), low), max(min(value + wide, 1.0), high))
 
 
 def score_interval(scores: ArrayLike) -> Interval:

@@ -1,8 +1,8 @@
 """Samples + sealed reference -> numbers, each under a name that tells what it is.
 
-Distances are to the training images, as in the field, with that of held-out images beside them: the
-floor that a perfect model would reach. What the numbers are is eqm.frechet's, how sure they are
-eqm.intervals'. Called by evaluate.
+Distances are to the training images, as in the field, with that of held-out images beside them:
+about what a perfect model would reach with as many samples. What the numbers are is eqm.frechet's,
+how sure they are eqm.intervals'. Called by evaluate.
 
 Legend: N samples; an "FID" is the distance of 50,000 of them under the Inception network of the
 field, "FID-5000" that of fewer, and "FD[name]-N" that under another extractor.
@@ -14,19 +14,22 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from eqm import frechet, intervals
+from eqm import frechet, intervals, ood
 from eqm.agreement import MOST_IMAGES, Reader, thumbnails
 from eqm.features import INCEPTION
 from eqm.frechet import Gaussian
 from eqm.intervals import Interval
 from eqm.records import Metric
 from eqm.statistics import Reference, Side
+from eqm.words import counted
 
 SAMPLES_OF_THE_FIELD = 50_000
 MOST_CLASSES = 100
 """Of a data set whose labels a classifier is fitted to read: pairs of them are what it costs."""
 SPLITS = 10
 """Of the Inception Score, as in the field."""
+LEAST_SCORED = 2 * SPLITS
+"""Images: a split of one has an Inception Score of 1, whatever it shows."""
 
 Features = NDArray[np.float32]
 
@@ -82,7 +85,7 @@ def measure(
     if len(reference.training.features) > neighbours:
         found |= _kernel_distance(samples, reference, told)
         found |= _precision_recall(samples, reference, neighbours, told)
-    if samples.logits is not None and len(samples) >= SPLITS:
+    if samples.logits is not None and len(samples) >= LEAST_SCORED:
         found |= _class_score(samples.logits, reference)
     return found
 
@@ -212,7 +215,7 @@ def _class_score(logits: Features, reference: Reference) -> dict[str, Metric]:
         name=title("IS", reference.extractor, len(logits)),
         value=found.value,
         beside=None
-        if held is None or len(held) < SPLITS
+        if held is None or len(held) < LEAST_SCORED
         else float(frechet.class_scores(held, splits=SPLITS).mean()),
         note=f"Inception Score, mean of {SPLITS} splits: samples that are told apart with "
         "certainty, of all classes alike; fewer images make it smaller",
@@ -272,22 +275,40 @@ def memorisation(
 ) -> dict[str, Metric]:
     """How near samples are to training images, beside how near held-out images are.
 
-    ``images`` are the samples', for their size alone.
+    ``images`` are the samples', for their size alone. A median would not move for a few copies:
+    "copies" is the share of samples that are nearer than 19 of 20 held-out images.
     """
     held = reference.first_pictures("held-out", max(len(made.distances), 1)).images
     found = intervals.median_interval(made.distances)
     beside = nearest_training_images(held, reference).distances
     small = thumbnails(images[:1]).shape[-1]
     size = f", at {small} px" if small < images.shape[-1] else ""
+    # Samples that are passed by the threshold that flags 95 % of held-out images as far away.
+    low, high = ood.fpr_interval(made.distances, beside, "out")
+    copies = Metric(
+        name="nearer to a training image than 19 of 20 held-out images",
+        value=_not_passed(made.distances, beside),
+        beside=_not_passed(beside, beside),
+        low=1 - high,
+        high=1 - low,
+        n=len(made.distances),
+        note=f"share, by the same distance, of {counted(len(beside), 'held-out image')}; more than "
+        "about one in twenty would mean copies",
+    )
     metric = Metric(
         name="distance to the nearest training image",
         value=found.value,
         beside=float(np.median(beside)),
         n=len(made.distances),
         note=f"median root mean square of pixel differences, 0 to 255{size}; far below the "
-        "held-out figure would mean copies",
+        "held-out figure would mean that very many are copies",
     )
-    return {"nearest": _within(found, metric)}
+    return {"nearest": _within(found, metric), "copies": copies}
+
+
+def _not_passed(distances: NDArray[np.float64], held: NDArray[np.float64]) -> float:
+    passed = ood.fpr_at_95_tpr(distances, held, positive="out")
+    return (len(distances) - round(passed * len(distances))) / len(distances)
 
 
 def _rows(images: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -42,10 +42,10 @@ class MetricRule:
     maximum_decrease: float | None = None
     """At most so much below the champion's."""
     against: Literal["point", "interval", "apart"] = "point"
-    """How those four are held. "point": value against value. "interval": the worse end of the
-    candidate's interval against the champion's value (it is shown not to be worse). "apart": that
-    end against the better end of the champion's interval, so that intervals which overlap are
-    refused (it is shown to be better)."""
+    """How those four are held. "point": value against value. "interval": by the worse end of the
+    interval of the difference (it is shown not to be worse, or by no more than the bound allows).
+    "apart": the worse end of the candidate's interval against the better end of the champion's; at
+    a ratio of 1 or a margin of 0, intervals that overlap are refused (it is shown to be better)."""
 
     @property
     def comparisons(self) -> dict[str, float]:

@@ -388,7 +388,8 @@ class Metric:
     """For people and for comparison: "FD[digits-cnn]-1797" is neither an FID nor on 50,000."""
     value: float
     beside: float | None = None
-    """The same quantity for real held-out images: what a perfect model would show."""
+    """The same quantity for real held-out images: about what a perfect model would show with as
+    many samples."""
     low: float | None = None
     """Lower end of its 95 % interval: what other samples of the model would give."""
     high: float | None = None
@@ -447,8 +448,8 @@ class Evaluation:
     samples: int
     metrics: dict[str, Metric]
     """By key: distance, distance_endless, distance_held_out, spatial_distance, kid, score,
-    precision, recall, label_agreement, nearest (eqm.measures); under further extractors fd_NAME,
-    fd_endless_NAME and so on (eqm.names)."""
+    precision, recall, label_agreement, nearest, copies (eqm.measures); under further extractors
+    fd_NAME, fd_endless_NAME and so on (eqm.names)."""
     ood: tuple[OODRow, ...]
     mean_field_evaluations: float
 

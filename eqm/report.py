@@ -44,9 +44,9 @@ BETTER: dict[str, Better] = {
     "recall": "higher",
     "label_agreement": "higher",
 }
-"""Which way a metric improves, by its kind; the distance to the nearest training image has no
-better side."""
-ON_PIXELS = ("label_agreement", "nearest")
+"""Which way a metric improves, by its kind; how near samples are to training images has no better
+side."""
+ON_PIXELS = ("label_agreement", "nearest", "copies")
 """Metrics that no extractor has a part in."""
 OOD_NAMES: dict[str, tuple[str, Better]] = {
     "auroc": ("AUROC", "higher"),
@@ -122,7 +122,7 @@ class Number:
     name: str
     value: float
     interval: tuple[float, float] | None
-    """95 %: what other samples, or other images, would give."""
+    """95 %: what other samples, or other images of the same kind, would give."""
     n: int
     """Samples or images that it is of."""
     beside: float | None

@@ -252,8 +252,9 @@ def _metrics(report: ReportInput) -> page.Html:
     ]
     note = (
         f"{report.evaluation.samples:,} samples. The column of real images is the same quantity "
-        "for held-out images: what a perfect model would show. Intervals tell what other samples "
-        "of the same model would give; the images they are compared with are taken as given."
+        "for held-out images: about what a perfect model would show with as many samples. "
+        "Intervals tell what other samples of the same model would give; the images they are "
+        "compared with are taken as given."
     )
     heads = ("metric", "value", f"{PERCENT_95} interval", "n", "real images", "better", "note")
     return page.section(
@@ -296,7 +297,7 @@ def _champion(report: ReportInput) -> page.Html:
         f"Both were measured under the same protocol. Differences are this model less the "
         f"champion; their {PERCENT_95} intervals take both for independent, so they are rather "
         "too wide where seeds are shared. A number is called better or worse only where its "
-        "interval excludes zero."
+        "interval excludes zero, each for itself: of several numbers, one may do so by chance."
     )
     rows = [
         (

@@ -239,7 +239,7 @@ def test_every_number_is_there(tiny: chain.Chain) -> None:
     assert found.mean_field_evaluations == 5.0
     assert found.metrics.keys() == {
         *("distance", "distance_held_out", "spatial_distance", "kid", "score"),
-        *("precision", "recall", "label_agreement", "nearest"),
+        *("precision", "recall", "label_agreement", "nearest", "copies"),
     }
     for name, metric in found.metrics.items():
         assert np.isfinite(metric.value), name
@@ -260,7 +260,7 @@ def test_numbers_tell_how_sure_they_are(tiny: chain.Chain) -> None:
     found = measured(tiny).metrics
     sure = {name: m for name, m in found.items() if m.low is not None and m.high is not None}
     # 50 samples are too few for the intervals of distances: nothing is said of them.
-    assert sure.keys() == {"score", "precision", "label_agreement", "nearest"}
+    assert sure.keys() == {"score", "precision", "label_agreement", "nearest", "copies"}
     for metric in sure.values():
         assert metric.low <= metric.value <= metric.high  # type: ignore[operator]
 

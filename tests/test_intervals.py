@@ -22,7 +22,7 @@ from eqm.intervals import (
     score_interval,
     share_interval,
 )
-from eqm.ood import NORMAL_975
+from eqm.ood import NORMAL_975, wilson
 
 RUNS = 60
 ENOUGH = 0.9
@@ -193,6 +193,13 @@ def test_recall_intervals_hold_the_truth():
     assert 0.2 < truth < 0.9
     assert np.mean([one.low <= truth <= one.high for one in found]) >= ENOUGH
     assert np.mean([one.high - one.low for one in found]) < 8 * np.std([o.value for o in found])
+
+
+def test_a_recall_of_nothing_is_not_sure():
+    generator = np.random.default_rng(7)
+    far = recall_interval(generator.normal(size=(300, 4)), generator.normal(50, 0.1, (256, 4)))
+    assert (far.value, far.low) == (0, 0)
+    assert far.high == wilson(0.0, 300)[1]
 
 
 def test_score_intervals_hold_the_truth():

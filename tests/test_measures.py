@@ -13,6 +13,7 @@ from eqm.features import INCEPTION
 from eqm.frechet import Moments
 from eqm.images import open_source
 from eqm.measures import Samples, title
+from eqm.records import Metric
 from eqm.statistics import Pictures, Side
 
 
@@ -127,6 +128,31 @@ def test_samples_that_are_training_images_are_perfect() -> None:
     assert near.numbers.tolist() == list(range(600))
     nearest = measures.memorisation(near, reference, made.images)["nearest"]
     assert nearest.value == nearest.beside == 0
+
+
+def test_a_tenth_of_copies_is_told() -> None:
+    generator = np.random.default_rng(0)
+    real = generator.integers(0, 256, (1000, 1, 8, 8), dtype=np.uint8)
+    train, held, new = real[:400], real[400:700], real[700:]
+    labels = np.zeros(400, dtype=np.int64)
+    shown = {"training": (train, labels), "held-out": (held, labels[:300])}
+    reference: Any = Real(shown=shown)
+
+    def told(copies: int) -> Metric:
+        images = np.concatenate([train[:copies], new[copies:]])
+        near = measures.nearest_training_images(images, reference)
+        return measures.memorisation(near, reference, images)["copies"]
+
+    none, tenth = told(0), told(30)
+    assert none.low is not None
+    assert none.high is not None
+    assert none.low <= 0.05 <= none.high
+    assert none.beside == 0.05
+    # Those thirty, and a twentieth of the others.
+    assert tenth.value == pytest.approx(0.1 + 0.05 * 0.9, abs=0.02)
+    assert tenth.low is not None
+    assert tenth.low > 0.05
+    assert "300 held-out images" in tenth.note
 
 
 def test_distances_between_pictures_are_in_levels_of_gray() -> None:

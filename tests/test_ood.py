@@ -10,7 +10,7 @@ from scipy.stats import t as student
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from eqm.errors import ConfigError, DataError
-from eqm.ood import aupr, auroc, compare, fpr_at_95_tpr, wilson
+from eqm.ood import aupr, auroc, compare, fpr_at_95_tpr, fpr_interval, wilson
 
 rng = np.random.default_rng
 
@@ -199,11 +199,31 @@ def test_separated_sets_are_not_told_to_be_so_for_sure():
         low, high = getattr(found, f"{name}_interval")
         assert 0.8 < low < 0.96
         assert high == 1
-    assert found.fpr95_out_interval == (0, pytest.approx(wilson(0.0, 50)[1]))
+    # Of 20 images the score that 95 % pass may lie anywhere below them all; of 60 it is there.
+    assert found.fpr95_out_interval == (0, 1)
+    more = compare(np.arange(50.0), 100 + np.arange(60.0))
+    assert more.fpr95_out_interval == (0, pytest.approx(wilson(0.0, 50)[1]))
     reversed_sign = compare(100 + np.arange(20.0), np.arange(50.0))
     assert reversed_sign.auroc_interval == (0, pytest.approx(missed / 2))
     assert reversed_sign.fpr95_out == reversed_sign.fpr95_in == 1
     assert reversed_sign.fpr95_in_interval[1] == 1
+
+
+@pytest.mark.parametrize("count", [5, 20, 58])
+def test_few_positive_images_say_little_of_a_threshold(count):
+    generator, held = rng(3), 0
+    truth = norm.sf(norm.isf(0.95, 1.0))
+    for _ in range(200):
+        inside, outside = generator.normal(size=500), generator.normal(1, 1, size=count)
+        low, high = fpr_interval(inside, outside, "out")
+        held += low <= truth <= high
+    assert held >= 188  # 94 %; by the least image alone 50 of 200 for 5, and 140 for 20
+
+
+def test_a_share_of_none_or_all_is_the_end_of_its_interval():
+    for total in range(1, 5001):
+        assert wilson(0.0, total)[0] == 0
+        assert wilson(1.0, total)[1] == 1
 
 
 def test_separated_intervals_hold_the_truth_as_well():

@@ -25,7 +25,7 @@ ALGORITHMS = {
     "train": 1,
     "samples": 4,
     "reference": 1,
-    "evaluation": 7,
+    "evaluation": 8,
     "study": 2,
 }
 """Stage -> number that is raised when the stage's output for the same input would change."""
