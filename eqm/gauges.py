@@ -2,7 +2,7 @@
 
 Nothing here waits for the device but :func:`band_figures` and :func:`parameter_norm`, which are for
 reports, and :func:`fingerprint`, which is for checkpoints. Pure but for the clock and the counters
-of this process. Called by train, run, guards and reporting.
+of this process. Called by learner, train, run, guards and reporting.
 """
 
 import math
@@ -16,6 +16,8 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+NORM_PART = 2**19
+"""Numbers of which torch's own norm is right to a few millionths."""
 BANDS = 5
 """Equal intervals of gamma, from noise (0) to data (1)."""
 
@@ -40,9 +42,20 @@ def band_figures(tally: Tensor) -> dict[str, float]:
     return means | {f"images/{n}": c for n, c in zip(names, counts, strict=True)}
 
 
+def norm(values: Tensor) -> Tensor:
+    """Euclidean norm () of a flat tensor (N,), to a few millionths.
+
+    On a CPU torch adds the squares up in a few running sums: of 30 million numbers in float32 the
+    norm is 0.02 to 0.2 % too small, and of 130 million 0.1 to 1 %. Parts are not.
+    """
+    if not values.is_cpu or len(values) <= NORM_PART:
+        return values.norm()
+    return torch.stack(torch._foreach_norm(list(values.split(NORM_PART)))).norm()
+
+
 def parameter_norm(parameters: Iterable[Tensor]) -> float:
     """Length of all weights as one vector."""
-    norms = [parameter.detach().norm().double() for parameter in parameters]
+    norms = [norm(parameter.detach().flatten()).double() for parameter in parameters]
     return float(torch.stack(norms).norm())
 
 

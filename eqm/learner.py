@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from eqm import objective
+from eqm import gauges, objective
 from eqm.adamw import AdamW
 from eqm.compute import check_halves
 from eqm.config import ObjectiveConfig, TrainConfig
@@ -227,7 +227,7 @@ class Learner:
         if gradient.data_ptr() != self.gradients.flat.data_ptr():
             self.gradients.flat.copy_(gradient)
             gradient = self.gradients.flat
-        norm = gradient.norm() if self.shards is None else self.shards.norm(gradient)
+        norm = gauges.norm(gradient) if self.shards is None else self.shards.norm(gradient)
         finite = norm.isfinite() if loss is None else norm.isfinite() & loss.isfinite()
         if self.config.gradient_clip is not None:
             gradient.mul_((self.config.gradient_clip / (norm + 1e-12)).clamp(max=1.0))

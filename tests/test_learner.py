@@ -8,6 +8,7 @@ from reference import formulas, official
 from sklearn.datasets import load_digits
 
 import eqm.objective
+from eqm import gauges
 from eqm.adamw import AdamW
 from eqm.config import NetworkConfig, ObjectiveConfig, PretrainedFile, TrainConfig, replace
 from eqm.ema import LONGEST_SIGMA_REL
@@ -761,3 +762,19 @@ def test_what_is_learnt_of_a_gaussian_is_the_field_that_is_known():
     assert official.error(field.gradient(some), gaussian_optimum(some, s, c)) < 0.13
     loss, floor, first = ((f - at.goal).square().mean() for f in (found, known, 0 * known))
     assert floor < loss < floor + 0.015 * (first - floor)
+
+
+# -- norms --------------------------------------------------------------------------------------
+
+
+def test_the_norm_of_many_numbers_loses_no_digits():
+    values = torch.randn(2**25, generator=torch.Generator().manual_seed(0))
+    exact = float(values.double().norm())
+    assert float(gauges.norm(values)) == pytest.approx(exact, rel=1e-5)
+    assert gauges.parameter_norm([values]) == pytest.approx(exact, rel=1e-5)
+    # What it is there for.
+    assert float(values.norm()) < exact * (1 - 1e-3)
+    few = values[: gauges.NORM_PART]
+    assert torch.equal(gauges.norm(few), few.norm())
+    values[-1] = torch.inf
+    assert gauges.norm(values).isinf()
