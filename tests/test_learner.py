@@ -772,8 +772,6 @@ def test_the_norm_of_many_numbers_loses_no_digits():
     exact = float(values.double().norm())
     assert float(gauges.norm(values)) == pytest.approx(exact, rel=1e-5)
     assert gauges.parameter_norm([values]) == pytest.approx(exact, rel=1e-5)
-    # What it is there for.
-    assert float(values.norm()) < exact * (1 - 1e-3)
     few = values[: gauges.NORM_PART]
     assert torch.equal(gauges.norm(few), few.norm())
     values[-1] = torch.inf
