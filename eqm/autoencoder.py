@@ -385,6 +385,12 @@ def for_latents(given: "Autoencoder | str | Path", shape: tuple[int, int, int]) 
 
 
 def _of_this_machine(place: str | Path, shape: tuple[int, int, int]) -> Autoencoder:
+    if shape[1] != shape[2]:
+        raise DataError(
+            f"latents of shape {shape} are not square, and autoencoders here are of square images: "
+            "take the samples' latents as they are (those of pixels, x / 127.5 - 1, are levels of "
+            "gray by 127.5 x + 128)"
+        )
     if str(place) == IDENTITY["kind"]:
         return identity(SourceConfig(image_size_px=shape[1], channels=shape[0]))
     weights = weights_file(Path(place))

@@ -243,6 +243,8 @@ def test_latents_find_their_autoencoder_on_this_machine(tmp_path: Path) -> None:
         assert found.spec == pretrained(file, SOURCE).spec
         assert torch.equal(found.encode(pixels()), a_kl().encode(pixels()))
     assert for_latents("identity", (3, 8, 8)).spec.image_size_px == 8
+    with pytest.raises(DataError, match=r"shape \(1, 4, 12\) are not square, .* 127\.5 x \+ 128"):
+        for_latents("identity", (1, 4, 12))
     with pytest.raises(ConfigError, match=r"makes latents of shape \(2, 4, 4\), and those"):
         for_latents(tmp_path / "vae", (4, 4, 4))
     with pytest.raises(DataError, match=r"there is no .*/nowhere; give 'identity'"):
