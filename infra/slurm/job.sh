@@ -36,6 +36,12 @@ end_in_time() {
 }
 trap end_in_time TERM
 
+# A partition may give a job that is preempted some time to end (GraceTime). The steps are told then,
+# and one that leaves in that time is over for Slurm: it is requeued only by asking.
+is_preempted() {
+    scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null | grep -q "PreemptTime=[0-9]"
+}
+
 first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # Below 32768, from where on Linux gives ports to whoever connects to something. This script is on
 # the first node, so that it can pass by a port at which something listens there.
@@ -66,16 +72,18 @@ if [ -n "$out_of_time" ]; then
     # The trap broke the first wait off.
     wait "$step"
     status=$?
+fi
+if [ "$status" -ne 0 ] && { [ -n "$out_of_time" ] || is_preempted; }; then
     state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
     # A job that is being cancelled is told to end as well, and is not to come back.
-    if [ "$status" -ne 0 ] && [ "$state" = RUNNING ]; then
+    if [ "$state" = RUNNING ]; then
         scontrol requeue "$SLURM_JOB_ID" && exit 0
         # On a line of its own: the program has left words there without an end of line.
         echo "
 Slurm did not requeue the job: run it again to go on" | tee -a @ERROR@ >&2
     fi
 fi
-# One that failed may have been preempted, and comes back then: it needs its environment.
+# One that was preempted without such time comes back: it needs its environment.
 if [ "$status" -eq 0 ]; then
     rm -f @ENVIRONMENT@
 fi

@@ -2,8 +2,8 @@
 
 It starts what it is given, as processes of this machine, and obeys files that a test puts beside
 its state (``hold``, ``reason``, ``down``, ``purge``, ``no-accounts``, ``no-requeue``,
-``sbatch.says``, ``sbatch.away``, ``sbatch.lost``, ``ID.preempt``, ``ID.timeout``). What Slurm is
-known to do is done here too: a job starts with an environment of its own, the signal of
+``sbatch.says``, ``sbatch.away``, ``sbatch.lost``, ``ID.preempt``, ``ID.grace``, ``ID.timeout``).
+What Slurm is known to do is done here too: a job starts with an environment of its own, the signal of
 ``--signal=B:`` reaches the batch shell alone, a requeued job starts its script from the beginning,
 a job that is ended from outside is COMPLETING until its processes are gone, ``--states=all`` shows
 jobs that have ended, and these are soon forgotten by the queue.
@@ -153,6 +153,12 @@ def scontrol(words):
     if words[:2] == ["show", "hostnames"]:
         sys.stdout.write("\n".join(words[2].split(",")) + "\n")
         return 0
+    if words[:3] == ["show", "job", "--oneliner"]:
+        since = "2026-11-27T12:00:00" if read(int(words[3])).get("preempted") else "None"
+        sys.stdout.write(
+            f"JobId={words[3]} PreemptEligibleTime=Unknown PreemptTime={since} Power=\n"
+        )
+        return 0
     assert words[0] == "requeue", words
     if (STATE / "no-requeue").exists():
         return refuse("scontrol: error: Requested operation is presently disabled")
@@ -240,7 +246,7 @@ def once(number):
             stderr=output,
             start_new_session=True,
         )
-        write(number, state="RUNNING", shell=shell.pid)
+        write(number, state="RUNNING", shell=shell.pid, preempted=False)
         ending = None
         while shell.poll() is None:
             ending = ending or asked(number, shell.pid, given)
@@ -257,6 +263,10 @@ def asked(number, shell, given):
     if taken(number, "timeout"):
         assert given["signal"].startswith("B:TERM@")
         os.kill(shell, signal.SIGTERM)
+    if taken(number, "grace"):
+        # Told, and given time to end before it is requeued: whoever ends then has ended.
+        write(number, preempted=True)
+        tell(steps(number), signal.SIGTERM)
     for kind, state in (("cancel", "CANCELLED"), ("preempt", "REQUEUED"), ("lose", "NODE_FAIL")):
         if taken(number, kind):
             if kind != "lose":

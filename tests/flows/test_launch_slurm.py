@@ -171,6 +171,15 @@ def test_a_preempted_job_comes_back_and_ends_in_the_same_bits(
     assert place.submissions() == 1
 
 
+def test_a_job_that_leaves_in_its_time_of_grace_comes_back(place: Place, expected: Record) -> None:
+    preempts = place.when(place.has_checkpoint, (place.state / f"{place.number}.grace").touch)
+    place.launcher.run(place.job)
+    preempts.join()
+    assert place.slurm()["states"].count("RUNNING") == 2
+    assert place.record().content == expected.content  # type: ignore[union-attr]
+    assert place.submissions() == 1
+
+
 @pytest.mark.slow
 def test_a_job_out_of_time_makes_a_checkpoint_and_requeues_itself(
     place: Place, expected: Record
