@@ -88,7 +88,9 @@ def collect(
     trained = open_ref(store, record.inputs["train"])
     path = _arrays(store, samples.outputs["trajectory.safetensors"])
     scores = _arrays(store, record.outputs["ood-scores.safetensors"])
-    sample_images = _images(store, record.outputs["sample-images.safetensors"])
+    shown, real = (
+        _arrays(store, record.outputs[f"{name}-images.safetensors"]) for name in ("sample", "real")
+    )
     generated = samples.config["generate"]
     first = generated["first_seed"]
     return ReportInput(
@@ -99,8 +101,10 @@ def collect(
         champion=evaluation_of(open_ref(store, compared)) if compared else None,
         chain=chain_of(store, record),
         history=json.loads(store.get(trained.outputs["history.json"])),
-        sample_images=sample_images,
-        real_images=_images(store, record.outputs["real-images.safetensors"]),
+        sample_images=shown["images"],
+        sample_counts=_counts(shown),
+        real_images=real["images"],
+        real_counts=_counts(real),
         class_names=tuple(record.values["classes"]),
         ood_scores=_by_score(scores),
         trajectory=path["images"],
@@ -110,7 +114,7 @@ def collect(
             "labels": generated["labels"],
             "seeds": f"{first} to {first + generated['samples'] - 1}",
         },
-        sample_seeds=seeds_shown(store, samples, trained, sample_images.shape[:2]),
+        sample_seeds=seeds_shown(store, samples, trained, shown["images"].shape[:2]),
     )
 
 
@@ -135,8 +139,9 @@ def _by_score(sealed: dict[str, NDArray[Any]]) -> dict[str, dict[str, list[float
     return found
 
 
-def _images(store: Store, blob: Blob) -> NDArray[np.uint8]:
-    return _arrays(store, blob)["images"]
+def _counts(grid: dict[str, NDArray[Any]]) -> tuple[int, ...]:
+    """Pictures of each class; the first evaluations did not count them."""
+    return tuple(grid["counts"].tolist()) if "counts" in grid else ()
 
 
 def _arrays(store: Store, blob: Blob) -> dict[str, NDArray[Any]]:

@@ -118,9 +118,7 @@ def program(context: Context) -> Outcome | None:
         outputs={
             **outputs,
             **{
-                f"{name}.safetensors": tensors_to_bytes(
-                    {"images": grid_of(split, shown, rows_shown)}
-                )
+                f"{name}.safetensors": tensors_to_bytes(grid_of(split, shown, rows_shown))
                 for name, split in grids.items()
             },
         },
@@ -285,18 +283,19 @@ def read(source: ImageSource, numbers: Sequence[int]) -> Split:
     return Split(torch.cat(pixels).numpy(), labels)
 
 
-def grid_of(split: Split, classes: int, rows: int) -> Tensor:
-    """The first images of each class, uint8 (K, R, C, H, W); R is what each that has any has.
+def grid_of(split: Split, classes: int, rows: int) -> dict[str, Tensor]:
+    """The first images of each class: "images" uint8 (K, R, C, H, W), and "counts" of them (K,).
 
-    R is 1 at least: a class of which there is no image has black ones.
+    R is what the class with most of them has, 1 at least; others end in black ones.
     """
     labels = split.labels[: len(split.images)]
     chosen = [np.flatnonzero(labels == k)[:rows] for k in range(classes)]
-    full = min((len(numbers) for numbers in chosen if len(numbers)), default=1)
+    full = max(1, *(len(numbers) for numbers in chosen))
     grid = np.zeros((classes, full, *split.images.shape[1:]), dtype=np.uint8)
     for row, numbers in zip(grid, chosen, strict=True):
-        row[: len(numbers)] = split.images[numbers[:full]]
-    return torch.from_numpy(grid)
+        row[: len(numbers)] = split.images[numbers]
+    counts = torch.tensor([len(numbers) for numbers in chosen])
+    return {"images": torch.from_numpy(grid), "counts": counts}
 
 
 def main(argv: list[str]) -> int:

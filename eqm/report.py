@@ -76,6 +76,9 @@ class ReportInput:
     """(K, R, C, H, W): R samples of each of K classes."""
     real_images: Images
     """(K, R, C, H, W): held-out images of the same classes."""
+    sample_counts: Sequence[int] = ()
+    """How many of them there are of each class, where not all are: black ones stand for none."""
+    real_counts: Sequence[int] = ()
     class_names: Sequence[str]
     ood_scores: Mapping[str, Mapping[str, list[float]]]
     """Score -> set -> scores; "held-out" is among the sets of each."""

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from eqm import page, published
-from eqm.figures import curve_svg, strip_png
+from eqm.figures import Images, curve_svg, strip_png
 from eqm.gate import differences
 from eqm.names import kind_of
 from eqm.page import DASH, MINUS, PERCENT_95
@@ -159,24 +159,31 @@ def _samples(report: ReportInput) -> page.Html:
         (
             name,
             (
-                page.picture(
-                    strip_png(made, cell_px=CELL_PX),
-                    f"{counted(len(made), 'sample')} of class {name}",
-                ),
-                _seeds(report, number),
+                _strip(_there(made, report.sample_counts, k), "sample", name, "none was made"),
+                _seeds(report, k),
             ),
-            page.picture(
-                strip_png(real, cell_px=CELL_PX), f"{len(real)} real images of class {name}"
-            )
-            # Black ones stand for none: eqm.evaluate.grid_of.
-            if real.any()
-            else page.el("p", "none is held out", class_="small"),
+            _strip(_there(real, report.real_counts, k), "real image", name, "none is held out"),
         )
-        for number, (name, made, real) in enumerate(triples)
+        for k, (name, made, real) in enumerate(triples)
     ]
     heads = ("class", "samples", "real, held out")
     table = page.table("Samples and real images by class", heads, rows, "grid")
     return page.section("Samples", note, table, _command(report))
+
+
+def _there(images: Images, counts: Sequence[int], k: int) -> Images:
+    """Pictures of class k without those that stand for none."""
+    if not counts:
+        # Of an evaluation that did not count them: all, or black for none.
+        return images if images.any() else images[:0]
+    return images[: counts[k]]
+
+
+def _strip(images: Images, what: str, name: str, none: str) -> page.Html:
+    if not len(images):
+        return page.el("p", none, class_="small")
+    alt = f"{counted(len(images), what)} of class {name}"
+    return page.picture(strip_png(images, cell_px=CELL_PX), alt)
 
 
 def _seeds(report: ReportInput, row: int) -> page.Html:

@@ -77,25 +77,24 @@ def test_a_grid_shows_the_first_images_of_each_class() -> None:
     pixels = np.arange(8, dtype=np.uint8).repeat(4).reshape(8, 1, 2, 2)
     split = Split(pixels, labels)
     grid = grid_of(split, classes=3, rows=5)
-    # Class 2 has two images, so every class shows two.
-    assert tuple(grid.shape) == (3, 2, 1, 2, 2)
-    assert grid[:, :, 0, 0, 0].tolist() == [[0, 3], [1, 4], [2, 5]]
-    assert tuple(grid_of(split, classes=3, rows=1).shape) == (3, 1, 1, 2, 2)
+    assert tuple(grid["images"].shape) == (3, 3, 1, 2, 2)
+    # Class 2 has two images, which costs the others none of theirs.
+    assert grid["images"][:, :, 0, 0, 0].tolist() == [[0, 3, 6], [1, 4, 7], [2, 5, 0]]
+    assert grid["counts"].tolist() == [3, 3, 2]
+    assert tuple(grid_of(split, classes=3, rows=1)["images"].shape) == (3, 1, 1, 2, 2)
 
 
-def test_a_class_without_images_is_black() -> None:
+def test_a_class_without_images_is_black_and_counted_so() -> None:
     """So that a report can be made where a small class has no held-out image."""
     pixels = np.full((3, 1, 2, 2), 9, dtype=np.uint8)
     split = Split(pixels, np.array([0, 0, 2]))
-    assert grid_of(split, classes=3, rows=5)[:, :, 0, 0, 0].tolist() == [[9], [0], [9]]
-    # And costs the other classes nothing.
-    split = Split(np.full((4, 1, 2, 2), 9, dtype=np.uint8), np.array([0, 0, 2, 2]))
-    found = grid_of(split, classes=3, rows=5)[:, :, 0, 0, 0].tolist()
-    assert found == [[9, 9], [0, 0], [9, 9]]
-    split = Split(pixels, np.array([0, 0, 2]))
-    none = Split(pixels[:0], split.labels)
-    assert tuple(grid_of(none, classes=3, rows=5).shape) == (3, 1, 1, 2, 2)
-    assert not grid_of(none, classes=3, rows=5).any()
+    grid = grid_of(split, classes=3, rows=5)
+    assert grid["images"][:, :, 0, 0, 0].tolist() == [[9, 9], [0, 0], [9, 0]]
+    assert grid["counts"].tolist() == [2, 0, 1]
+    none = grid_of(Split(pixels[:0], split.labels), classes=3, rows=5)
+    assert tuple(none["images"].shape) == (3, 1, 1, 2, 2)
+    assert not none["images"].any()
+    assert none["counts"].tolist() == [0, 0, 0]
 
 
 def test_kept_images_are_looked_through_part_by_part() -> None:
@@ -118,7 +117,7 @@ def test_kept_images_are_looked_through_part_by_part() -> None:
     assert np.array_equal(small, thumbnails(pixels))
     assert len(shown.images) <= 6
     whole = grid_of(Split(pixels, labels), classes=3, rows=2)
-    assert torch.equal(grid_of(shown, classes=3, rows=2), whole)
+    assert torch.equal(grid_of(shown, classes=3, rows=2)["images"], whole["images"])
     small, shown = looked_through([torch.from_numpy(pixels[:0])], labels, classes=3, rows=2)
     assert (len(small), shown.images.shape) == (0, (0, 3, 40, 40))
 

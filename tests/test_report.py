@@ -314,6 +314,22 @@ def test_pictures_have_words():
     assert len(parsed.of("caption")) == len(parsed.of("table"))
 
 
+def test_what_there_is_of_a_class_is_shown_and_no_more():
+    # A picture may be black: what there is of each class is counted.
+    real = images(2, 3, 1, 8, 8)
+    real[1, 1:] = 0
+    counts = {"real_counts": (3, 1), "sample_counts": (2, 0)}
+    parsed = Page(render_html(report(real_images=real, **counts)))
+    alts = [image["alt"] for image in parsed.of("img")]
+    assert "3 real images of class 7" in alts
+    assert "1 real image of class other" in alts
+    assert "2 samples of class 7" in alts
+    assert "none was made" in "".join(parsed.text)
+    black = np.zeros((2, 3, 1, 8, 8), dtype=np.uint8)
+    page = render_html(report(sample_images=black, sample_counts=(3, 3))).decode()
+    assert "none was made" not in page
+
+
 def test_a_class_without_held_out_images_says_so():
     assert "none is held out" not in Page(render_html(report())).text
     real = images(2, 3, 1, 8, 8)

@@ -3,10 +3,10 @@
 It starts what it is given, as processes of this machine, and obeys files that a test puts beside
 its state (``hold``, ``reason``, ``down``, ``purge``, ``no-accounts``, ``no-requeue``,
 ``sbatch.says``, ``sbatch.away``, ``sbatch.lost``, ``ID.preempt``, ``ID.grace``, ``ID.timeout``).
-What Slurm is known to do is done here too: a job starts with an environment of its own, the signal of
-``--signal=B:`` reaches the batch shell alone, a requeued job starts its script from the beginning,
-a job that is ended from outside is COMPLETING until its processes are gone, ``--states=all`` shows
-jobs that have ended, and these are soon forgotten by the queue.
+What Slurm is known to do is done here too: a job starts with an environment of its own, the signal
+of ``--signal=B:`` reaches the batch shell alone, a requeued job starts its script from the
+beginning, a job that is ended from outside is COMPLETING until its processes are gone,
+``--states=all`` shows jobs that have ended, and these are soon forgotten by the queue.
 """
 
 import json
