@@ -50,7 +50,7 @@ def norm(values: Tensor) -> Tensor:
     """
     if not values.is_cpu or len(values) <= NORM_PART:
         return values.norm()
-    return torch.stack(torch._foreach_norm(list(values.split(NORM_PART)))).norm()
+    return torch.stack([part.norm() for part in values.split(NORM_PART)]).norm()
 
 
 def parameter_norm(parameters: Iterable[Tensor]) -> float:
