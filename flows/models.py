@@ -12,6 +12,7 @@ from flows.options import check_file, check_new_folder
 out = Console()
 err = Console(stderr=True)
 
+FIRST_CLASSES = 10
 MOST_NUMBERS = 1000
 """Rows or columns of a picture."""
 JUDGED = "As for the champion's evaluation unless given; else the paper's."
@@ -22,7 +23,7 @@ def sample(
         str, typer.Argument(help="models:/NAME@ALIAS, a sealed train record, or a directory.")
     ] = "models:/eqm-digits@champion",
     labels: Annotated[
-        str | None, typer.Option(help="Class numbers, as 0,1,2 or 0-9; all unless given.")
+        str | None, typer.Option(help="Class numbers, as 0,1,2 or 0-9; the first 10 unless given.")
     ] = None,
     seeds: Annotated[
         str,
@@ -77,6 +78,9 @@ def sample(
     out.print(
         f"{to}: {counted(len(images), 'sample')}, {counted(round(cost), 'field evaluation')} each"
     )
+    if labels is None and len(rows) < len(loaded.spec.classes):
+        more = f"{len(rows)} of {len(loaded.spec.classes):,} classes: --labels names others"
+        out.print(more, highlight=False)
     if loaded.spec.classes:
         told = f"elsewhere, label k of seed s has seed {len(loaded.spec.classes)} s + k"
         out.print(told, highlight=False)
@@ -204,7 +208,8 @@ def _rows(classes: tuple[str, ...], asked: list[int] | None) -> tuple[list[int],
         if asked is not None:
             raise ConfigError("--labels is given, and this model has no labels: leave it out")
         return [0], [""]
-    rows = list(range(len(classes))) if asked is None else asked
+    # All thousand of ImageNet would take hours, and are no picture.
+    rows = list(range(min(len(classes), FIRST_CLASSES))) if asked is None else asked
     if max(rows) >= len(classes):
         raise ConfigError(f"--labels asks for {max(rows)}; this model has 0 to {len(classes) - 1}")
     return rows, [classes[k] for k in rows]

@@ -744,6 +744,16 @@ def test_samples_of_models_with_labels_and_without(run, classes: int | None) -> 
     assert not Path("other.png").exists()
 
 
+def test_of_many_classes_the_first_are_sampled(run) -> None:
+    saved_model("model", classes=12)
+    told = run("sample", "model", "--updates", "1", "--seeds", "0", "--to", "grid.png")
+    assert "grid.png: 10 samples" in told.out
+    assert "10 of 12 classes: --labels names others" in told.out
+    told = run("sample", "model", "--updates", "1", "--seeds", "0", "--labels", "0-11")
+    assert "samples.png: 12 samples" in told.out
+    assert "--labels names others" not in told.out
+
+
 def test_samples_that_run_off_are_no_success(run) -> None:
     net = eqm.Transformer(NetworkConfig(width=16, depth=1), size=8, channels=1, classes=2)
     for weights in net.parameters():
