@@ -6,8 +6,10 @@ bytes). The samples are independent, so the squares of the reaches of both inter
 by a jackknife over groups (eqm.intervals). An alarm is a difference whose 95 % interval excludes
 zero. Pure; called by flows every night.
 
-All nights are compared with the samples of one promotion: where these were lucky, every night
-looks a little worse. Of many nights more than one in twenty may then raise an alarm, or fewer.
+A champion is the best of several candidates, so the samples of its promotion were lucky, and every
+night looks worse than they: of the best of 26, up to one night in five raised an alarm in
+simulations. The first night after a promotion was chosen for nothing. It is compared with the
+promotion, and later nights with it. All of them share it, so alarms come several in a row.
 """
 
 import math
@@ -52,16 +54,19 @@ def difference(now: Interval, then: Interval) -> Interval:
     return Interval(value, value - reach, value + reach)
 
 
-def between(then: Evaluation, now: Evaluation) -> Drift:
-    """Drift from the evaluation of a promotion to one of the same model with other seeds."""
+def between(then: Evaluation, now: Evaluation, *, when: str = "at promotion") -> Drift:
+    """Drift from one evaluation of a model to another with other seeds.
+
+    ``when``: what to call the first one.
+    """
     before, after = then.metrics.get(METRIC), now.metrics.get(METRIC)
     if before is None or after is None:
-        when = "promotion" if before is None else "night"
-        return Drift(outcome="unknown", text=f"the evaluation of the {when} has no {METRIC}")
+        which = when if before is None else "of the night"
+        return Drift(outcome="unknown", text=f"the evaluation {which} has no {METRIC}")
     if then.protocol_digest != now.protocol_digest:
         return Drift(
             outcome="unknown",
-            text=f"{after.name} is {after.value:.4g}; the promotion was judged under another "
+            text=f"{after.name} is {after.value:.4g}; the evaluation {when} was of another "
             "protocol (other images, another sampler), and is not comparable",
             now=after.value,
             then=before.value,
@@ -70,7 +75,7 @@ def between(then: Evaluation, now: Evaluation) -> Drift:
     if ends[0] is None or ends[1] is None:
         return Drift(
             outcome="unknown",
-            text=f"{after.name} is {after.value:.4g}, {before.value:.4g} at promotion; for want of "
+            text=f"{after.name} is {after.value:.4g}, {before.value:.4g} {when}; for want of "
             "samples there is no interval: raise generate.samples",
             now=after.value,
             then=before.value,
@@ -80,7 +85,7 @@ def between(then: Evaluation, now: Evaluation) -> Drift:
     verdict = "which excludes zero" if drifted else "which holds zero"
     return Drift(
         outcome="drift" if drifted else "none",
-        text=f"{after.name} is {after.value:.4g}, {before.value:.4g} at promotion; the difference "
+        text=f"{after.name} is {after.value:.4g}, {before.value:.4g} {when}; the difference "
         f"is {found.value:.3g}, its 95 % interval {found.low:.3g} to {found.high:.3g}, {verdict}",
         now=after.value,
         then=before.value,

@@ -22,6 +22,7 @@ from eqm.report import render_json, report_key
 from eqm.report_note import render_note
 from eqm.report_page import render_html
 from eqm.stage import open_ref
+from eqm.storage import Store
 from eqm.words import counted
 from flows.encode import encode_images, fit_autoencoder, list_images, open_plan
 from flows.plan import (
@@ -484,17 +485,41 @@ def _of_day(plan: Plan, day: datetime.date) -> Any:
     )
 
 
+def first_night(store: Store, promotion: Record, day: datetime.date) -> tuple[Record, str] | None:
+    """The evaluation of the first night after a promotion, before a day, and what to call it.
+
+    Under the protocol of the promotion; None before there is one.
+    """
+    nights: dict[str, Ref] = {}
+    for digest in {key.split("/")[1] for key in store.list("night/")}:
+        night = store.record("night", digest)
+        if night is not None and night.inputs["promotion"] == promotion.ref:
+            nights[night.config["day"]] = night.inputs["evaluation"]
+    wanted = dossier.evaluation_of(promotion).protocol_digest
+    for earlier in sorted(name for name in nights if name < day.isoformat()):
+        evaluation = open_ref(store, nights[earlier])
+        if dossier.evaluation_of(evaluation).protocol_digest == wanted:
+            return evaluation, f"on {earlier}, the first night after its promotion"
+    return None
+
+
 @stage
 def compare_days(plan: Plan, standing: Standing, today: Record, day: datetime.date) -> drift.Drift:
     """Seal what the night has to say beside the promotion, show it, and raise the alarm if so."""
     promotion, entry = standing.evaluation, standing.entry
-    found = drift.between(dossier.evaluation_of(promotion), dossier.evaluation_of(today))
+    before, when = first_night(plan.store, promotion, day) or (promotion, "at promotion")
+    found = drift.between(dossier.evaluation_of(before), dossier.evaluation_of(today), when=when)
     plan.store.seal(
         Record(
             stage="night",
             algorithm=1,
             config={"model": plan.model_name, "day": day.isoformat()},
-            inputs={"promotion": promotion.ref, "evaluation": today.ref, "train": entry.train},
+            inputs={
+                "promotion": promotion.ref,
+                "before": before.ref,
+                "evaluation": today.ref,
+                "train": entry.train,
+            },
             outputs={},
             values={"drift": to_json(found)},
         )

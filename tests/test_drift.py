@@ -77,7 +77,7 @@ def test_reaches_add_as_squares_and_a_cut_end_does_not_count() -> None:
 @pytest.mark.parametrize(
     ("then", "now", "why"),
     [
-        (evaluation(None), night(1), "evaluation of the promotion has no distance"),
+        (evaluation(None), night(1), "evaluation at promotion has no distance"),
         (night(1), evaluation(None), "evaluation of the night has no distance"),
         (night(1), night(2, images="others"), "another protocol"),
     ],
