@@ -105,10 +105,10 @@ class Settings:
     def check_sources(self, config: Any) -> None:
         """Refuse a config (as JSON) that names data outside of EQM_SOURCES. Raises ConfigError."""
         allowed = (*self.sources, f"{self.store.rstrip('/')}/")
-        for text in _texts(config) if self.sources else ():
-            place = os.path.normpath(text) if text.startswith("/") else text
-            outside = not f"{place}/".startswith(allowed) or ".." in Path(text).parts
-            if text.startswith(("/", "s3://")) and outside:
+        for text in _addresses(config) if self.sources else ():
+            # What is relative is so to the folder that this runs in.
+            place = text if "://" in text else os.path.abspath(text)
+            if not f"{place}/".startswith(allowed) or ".." in Path(text).parts:
                 raise ConfigError(
                     f"{text} is outside of EQM_SOURCES ({', '.join(self.sources)}): whoever runs "
                     "this installation allows no other data"
@@ -283,13 +283,23 @@ def _size(environ: Mapping[str, str], name: str) -> int | None:
     return round(float(found[1]) * UNITS[found[2]])
 
 
-def _texts(value: Any) -> Iterator[str]:
-    """All strings in JSON."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping | list):
-        for item in value.values() if isinstance(value, Mapping) else value:
-            yield from _texts(item)
+def _addresses(config: Any) -> Iterator[str]:
+    """Texts of a config (as JSON) that name a place, or look as if they did; no ids of the hub."""
+    if isinstance(config, str):
+        if config.startswith(("/", "s3://")):
+            yield config
+    elif isinstance(config, list):
+        for item in config:
+            yield from _addresses(item)
+    elif isinstance(config, Mapping):
+        # An id of the hub has a revision; a folder that is so called is read in its place.
+        hub = config.get("revision") is not None
+        for key, value in config.items():
+            named = key in ("uri", "source_uri") and isinstance(value, str)
+            if named and not (hub and not value.startswith(".") and not os.path.lexists(value)):
+                yield value
+            else:
+                yield from _addresses(value)
 
 
 def _hidden(value: str | None) -> SecretStr | None:

@@ -268,6 +268,9 @@ def test_settings_show_no_secret() -> None:
         "/data/../etc",
         "/database",
         "s3://images/../other/x",
+        "pictures",
+        "../../etc",
+        "file:///etc",
     ],
 )
 def test_data_outside_of_the_allowed_places_is_refused(uri: str) -> None:
@@ -275,6 +278,33 @@ def test_data_outside_of_the_allowed_places_is_refused(uri: str) -> None:
     config = with_settings(tiny(), {"source.kind": "folder", "source_uri": uri})
     with pytest.raises(ConfigError, match="outside of EQM_SOURCES"):
         settings.check_sources(to_json(config))
+
+
+def test_every_setting_that_names_data_is_looked_at(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    settings = read_settings({"EQM_SOURCES": f"{tmp_path}/ours/", "EQM_STORE": "s3://eqm/store"})
+    weights = {"uri": "ours/weights.safetensors", "sha256": "0" * 64}
+    outside = {**weights, "uri": "theirs/weights.safetensors"}
+    hub = {**weights, "uri": "owner/name", "revision": "1234567"}
+    digest = {"name": "x", "kind": "folder", "sha256": "0" * 64}
+    for name, taken, refused in (
+        ("autoencoder.pretrained", [weights, hub], outside),
+        ("train.init_from", [weights, hub], outside),
+        ("extractor.pretrained", [weights, hub], outside),
+        (
+            "evaluate.ood.sets",
+            [[{**digest, "uri": "ours/x"}]],
+            [{**digest, "uri": "ours/../theirs"}],
+        ),
+    ):
+        for value in taken:
+            settings.check_sources(to_json(with_settings(tiny(), {name: value})))
+        with pytest.raises(ConfigError, match=r"theirs.* is outside of EQM_SOURCES"):
+            settings.check_sources(to_json(with_settings(tiny(), {name: refused})))
+    # What is there by the name of an id is read in its place.
+    (tmp_path / "owner" / "name").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="owner/name is outside"):
+        settings.check_sources(to_json(with_settings(tiny(), {"train.init_from": hub})))
 
 
 def test_data_in_the_allowed_places_is_taken() -> None:
