@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eqm.errors import ConfigError
+from eqm.errors import ConfigError, DataError
 from eqm.network import check_labels
 
 Energy = Literal["implicit", "dot", "l2"]
@@ -59,11 +59,11 @@ class Network(Protocol):
 
 
 class Field:
-    """A network read as a gradient field. Raises ValueError for an unknown kind of energy."""
+    """A network read as a gradient field. Raises ConfigError for an unknown kind of energy."""
 
     def __init__(self, network: Network, *, energy: Energy = "implicit") -> None:
         if energy not in get_args(Energy):
-            raise ValueError(f"energy is {energy!r}; it must be one of {get_args(Energy)}")
+            raise ConfigError(f"energy is {energy!r}; it must be one of {get_args(Energy)}")
         self.network = network
         self.kind = energy
 
@@ -95,9 +95,9 @@ class Field:
     def energy(
         self, x: Tensor, labels: Tensor | None = None, gamma: Tensor | None = None
     ) -> Tensor:
-        """Energy at x, (B,): rises toward noise. Raises ValueError for an implicit field."""
+        """Energy at x, (B,): rises toward noise. Raises DataError for an implicit field."""
         if self.kind == "implicit":
-            raise ValueError(
+            raise DataError(
                 "this field is implicit: it has a gradient and no energy. Use the norm of the "
                 "gradient, or train with energy 'dot' or 'l2'"
             )
@@ -182,8 +182,9 @@ def guided(
     """The gradient with classifier-free guidance, u + s (c - u), as a function of x alone.
 
     ``channels`` guides only the first so many and leaves c in the others; None guides all. Both
-    parts are one call of the network, and scale 1 needs c alone. Raises ValueError for labels out
-    of range, and for guidance without labels, ConfigError for a scale that is not finite.
+    parts are one call of the network, and scale 1 needs c alone. Raises DataError for labels out
+    of range, and for guidance without labels, ConfigError for a scale that is not finite and for
+    fewer than 1 channel.
     """
     if not math.isfinite(scale):
         raise ConfigError(f"guidance is {scale}; it must be a finite number, and 1 is none")
@@ -193,9 +194,9 @@ def guided(
     if scale == 1.0:
         return lambda x, gamma=None: field.gradient(x, labels, gamma)
     if labels is None or classes is None:
-        raise ValueError(f"guidance of scale {scale} needs labels: give them, or use scale 1")
+        raise DataError(f"guidance of scale {scale} needs labels: give them, or use scale 1")
     if channels is not None and channels < 1:
-        raise ValueError(f"channels is {channels}; guide at least 1, or None for all")
+        raise ConfigError(f"channels is {channels}; guide at least 1, or None for all")
     both = torch.cat((labels, torch.full_like(labels, classes)))
 
     def gradient(x: Tensor, gamma: Tensor | None = None) -> Tensor:
@@ -235,12 +236,12 @@ def guided_energy(
 def composed(gradients: Sequence[Gradient], *, weights: Sequence[float] | None = None) -> Gradient:
     """The gradient of a weighted sum of energies: the sum of their gradients. Weights are 1.
 
-    Raises ValueError where there is nothing to add, or not one weight for each gradient,
+    Raises DataError where there is nothing to add, or not one weight for each gradient,
     ConfigError for weights that are not finite.
     """
     factors = [1.0] * len(gradients) if weights is None else list(weights)
     if not gradients or len(factors) != len(gradients):
-        raise ValueError(f"{len(factors)} weights for {len(gradients)} gradients: give one each")
+        raise DataError(f"{len(factors)} weights for {len(gradients)} gradients: give one each")
     odd = [w for w in factors if not math.isfinite(w)]
     if odd:
         raise ConfigError(f"weight is {odd[0]}; it must be a finite number")

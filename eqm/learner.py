@@ -451,8 +451,9 @@ def _check_data(network: nn.Module, x: Tensor, labels: Tensor | None) -> None:
         raise DataError(f"{len(labels)} labels for {len(x)} data: give one each")
     classes = int(network.classes)  # type: ignore[arg-type]
     check_labels(labels, classes=classes)
-    if int(labels.max()) == classes and bool((labels > 0).all()):
+    # All from 1 on, and none that is missing: not a set in which some have no label.
+    if torch.equal(labels.unique().cpu(), torch.arange(1, classes + 1)):
         raise DataError(
-            f"labels go from {int(labels.min())} to {classes}, and {classes} is no class here: it "
-            f"stands for no label. Classes are 0 to {classes - 1}: if yours begin at 1, take 1 off"
+            f"labels go from 1 to {classes}, and {classes} is no class here: it stands for no "
+            f"label. Classes are 0 to {classes - 1}: if yours begin at 1, take 1 off"
         )

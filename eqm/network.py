@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from eqm.config import NetworkConfig, replace
-from eqm.errors import DataError
+from eqm.errors import ConfigError, DataError
 
 TIME_FREQUENCIES = 256
 """Inputs of the official time embedder: 128 cosines, then 128 sines."""
@@ -45,15 +45,15 @@ class Labelled(nn.Module):
     """What networks share: latents of one shape (C, H, W), and labels of which K is the null one.
 
     ``classes`` is K; None is a network without labels, which learns one conditioning vector. Raises
-    ValueError for sizes or classes below 1.
+    ConfigError for sizes or classes below 1.
     """
 
     def __init__(self, shape: tuple[int, int, int], classes: int | None, *, timed: bool) -> None:
         super().__init__()
         if min(shape) < 1:
-            raise ValueError(f"latents have shape {shape}; every size must be at least 1")
+            raise ConfigError(f"latents have shape {shape}; every size must be at least 1")
         if classes is not None and classes < 1:
-            raise ValueError(f"classes is {classes}; give at least 1, or None for no labels")
+            raise ConfigError(f"classes is {classes}; give at least 1, or None for no labels")
         self.shape, self.classes = shape, classes
         self.conditioned = timed
         """Whether gamma must be given."""
@@ -64,30 +64,30 @@ class Labelled(nn.Module):
         return self.classes or 0
 
     def fitting_labels(self, x: Tensor, labels: Tensor | None) -> Tensor:
-        """Labels for x, the null label where none are given. Raises ValueError."""
+        """Labels for x, the null label where none are given. Raises DataError."""
         if tuple(x.shape[1:]) != self.shape:
-            raise ValueError(f"x has shape {tuple(x.shape)}; this network takes (B, *{self.shape})")
+            raise DataError(f"x has shape {tuple(x.shape)}; this network takes (B, *{self.shape})")
         if labels is None:
             return torch.full((len(x),), self.null_label, device=x.device)
         if self.classes is None:
-            raise ValueError("labels were given to a network without labels: leave them out")
+            raise DataError("labels were given to a network without labels: leave them out")
         if labels.shape != x.shape[:1]:
-            raise ValueError(f"labels have shape {tuple(labels.shape)} for {len(x)} latents")
+            raise DataError(f"labels have shape {tuple(labels.shape)} for {len(x)} latents")
         return labels
 
     def fitting_gamma(self, x: Tensor, gamma: Tensor | None) -> Tensor | None:
-        """Noise levels (B,) for x: given exactly where they are needed. Raises ValueError."""
+        """Noise levels (B,) for x: given exactly where they are needed. Raises DataError."""
         if not self.conditioned:
             if gamma is not None:
-                raise ValueError("gamma was given to a network that is blind to it: leave it out")
+                raise DataError("gamma was given to a network that is blind to it: leave it out")
             return None
         if gamma is None:
-            raise ValueError(
+            raise DataError(
                 "this network is conditioned on the noise level: give gamma (B,), or sample with "
                 "Euler or Heun, which know it"
             )
         if gamma.shape != x.shape[:1]:
-            raise ValueError(f"gamma has shape {tuple(gamma.shape)} for {len(x)} latents")
+            raise DataError(f"gamma has shape {tuple(gamma.shape)} for {len(x)} latents")
         return gamma
 
 
@@ -96,7 +96,7 @@ class Transformer(Labelled):
 
     ``size`` is (H, W), or one number for both. ``config.time`` "constant" feeds zeros to a time
     embedder, as the official code does; "conditioned" feeds gamma, as SiT does. Built on torch's
-    default device, with ``initialise(0)`` (on "meta": without weights). Raises ValueError for an
+    default device, with ``initialise(0)`` (on "meta": without weights). Raises ConfigError for an
     input that patches do not tile.
     """
 
@@ -129,7 +129,7 @@ class Transformer(Labelled):
         """Apply f to x (B, C, H, W) with labels (B,) int64; None takes the null label.
 
         ``gamma`` (B,) is for networks that are conditioned on it, and for no others. Raises
-        ValueError for what does not fit. Labels out of range are the caller's to find, by
+        DataError for what does not fit. Labels out of range are the caller's to find, by
         :func:`check_labels`, once and not in every call.
         """
         return self.outputs(x, labels, gamma)[:, : self.shape[0]]
@@ -356,17 +356,17 @@ def uncompiled(network: Module) -> Module:
 
 
 def check_labels(labels: Tensor, *, classes: int) -> None:
-    """Refuse labels that are not int64 of 0 to ``classes``, the null label. Raises ValueError.
+    """Refuse labels that are not int64 of 0 to ``classes``, the null label. Raises DataError.
 
     It waits for the device: check once, outside of loops.
     """
     if labels.dtype != torch.int64 or labels.dim() != 1:
-        raise ValueError(
+        raise DataError(
             f"labels are {labels.dtype} of shape {tuple(labels.shape)}; give (B,) int64"
         )
     wrong = labels[(labels < 0) | (labels > classes)]
     if len(wrong):
-        raise ValueError(
+        raise DataError(
             f"label {int(wrong[0])} is out of range: this network knows 0 to {classes - 1}, "
             f"and {classes} for no label"
         )
@@ -390,7 +390,7 @@ def check_gamma(gamma: Tensor, count: int) -> None:
 
 def _grid(height: int, width: int, patch: int) -> tuple[int, int]:
     if height % patch or width % patch:
-        raise ValueError(
+        raise ConfigError(
             f"latents of {height} x {width} cannot be cut into patches of {patch}: choose a "
             f"network.patch that divides {height} and {width}"
         )

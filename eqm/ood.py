@@ -59,7 +59,8 @@ class OODResult:
 def compare(in_scores: ArrayLike, out_scores: ArrayLike) -> OODResult:
     """All measures of the scores (K,) and (L,), K and L at least 2 for the intervals.
 
-    Raises DataError for NaN, infinities, other shapes or too few scores.
+    Raises DataError for NaN, other shapes or too few scores. Ranks are all that counts: an infinite
+    score is above all others.
     """
     inside, outside = _scores(in_scores, out_scores, at_least=2)
     area, low, high = _delong(inside, outside)
@@ -296,11 +297,11 @@ def _scores(
             raise DataError(f"{name} scores have shape {scores.shape}: give one number an image")
         if len(scores) < at_least:
             raise DataError(f"{len(scores)} {name} scores: give at least {at_least}")
-        bad = np.flatnonzero(~np.isfinite(scores))
+        bad = np.flatnonzero(np.isnan(scores))
         if len(bad):
             raise DataError(
-                f"{len(bad)} of {len(scores)} {name} scores are NaN or infinite, the first, "
-                f"number {bad[0]}, is {scores[bad[0]]}: an image without a score cannot be ranked"
+                f"{len(bad)} of {len(scores)} {name} scores are NaN, number {bad[0]} the first: an "
+                "image without a score cannot be ranked"
             )
         checked.append(scores)
     return checked[0], checked[1]

@@ -17,6 +17,7 @@ from typing import ClassVar, Protocol, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from eqm.errors import ConfigError
 from eqm.field import Gradient
 from eqm.randomness import Stream, normal
 
@@ -76,7 +77,7 @@ class _Momentum:
     def __post_init__(self) -> None:
         _positive("step_size", self.step_size)
         if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum is {self.momentum}; it must be at least 0 and less than 1")
+            raise ConfigError(f"momentum is {self.momentum}; it must be at least 0 and less than 1")
 
     def begin(self, x: Tensor, numbers: Tensor) -> Memory:
         """No move yet."""
@@ -151,7 +152,7 @@ class BarzilaiBorwein:
         for name in ("step_size", "shortest", "longest"):
             _positive(name, getattr(self, name))
         if self.shortest > self.longest:
-            raise ValueError(f"shortest is {self.shortest}; longest is less: {self.longest}")
+            raise ConfigError(f"shortest is {self.shortest}; longest is less: {self.longest}")
 
     def begin(self, x: Tensor, numbers: Tensor) -> Memory:
         """Neither a place nor a gradient before this one."""
@@ -184,7 +185,7 @@ class Langevin(_Counted):
     def __post_init__(self) -> None:
         _positive("step_size", self.step_size)
         if not self.temperature >= 0:
-            raise ValueError(f"temperature is {self.temperature}; it must be 0 or greater")
+            raise ConfigError(f"temperature is {self.temperature}; it must be 0 or greater")
 
     def move(self, gradient: Gradient, x: Tensor, memory: Memory) -> Move:
         """See :class:`Rule`."""
@@ -248,7 +249,7 @@ class Optimiser:
     ``max_iter`` above 1 or a line search) are not for this. Torch's own Nesterov is
     ``Optimiser(torch.optim.SGD, lr=..., momentum=..., nesterov=True)``.
 
-    Raises ValueError for what is no optimiser of torch, and for such an LBFGS.
+    Raises ConfigError for what is no optimiser of torch, and for such an LBFGS.
     """
 
     evaluations: ClassVar[int] = 1
@@ -257,14 +258,14 @@ class Optimiser:
 
     def __init__(self, kind: type[torch.optim.Optimizer], **settings: object) -> None:
         if not (isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer)):
-            raise ValueError(
+            raise ConfigError(
                 f"kind is a {type(kind).__name__}: give a class of torch.optim and its settings, "
                 "as Optimiser(torch.optim.Adam, lr=0.01)"
             )
         if issubclass(kind, torch.optim.LBFGS):
             settings = {"max_iter": 1, **settings}
             if settings["max_iter"] != 1 or settings.get("line_search_fn") is not None:
-                raise ValueError(
+                raise ConfigError(
                     "LBFGS takes one evaluation an update here: max_iter=1, no line search"
                 )
         object.__setattr__(self, "kind", kind)
@@ -313,4 +314,4 @@ def _tensor(memory: Memory, name: str) -> Tensor:
 
 def _positive(name: str, value: float) -> None:
     if not value > 0:
-        raise ValueError(f"{name} is {value}; it must be greater than 0")
+        raise ConfigError(f"{name} is {value}; it must be greater than 0")

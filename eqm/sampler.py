@@ -83,7 +83,7 @@ class GradientNormBelow:
 
     def __post_init__(self) -> None:
         if not self.threshold > 0:
-            raise ValueError(f"threshold is {self.threshold}; it must be greater than 0")
+            raise ConfigError(f"threshold is {self.threshold}; it must be greater than 0")
 
     def __call__(self, look: Look) -> Tensor:
         """Which samples stop, (B,) bool."""
@@ -260,8 +260,8 @@ def descend(
     ``on_update(k, latents)`` is called with the start for k = 0 and after every update, until all
     have stopped. ``trace_every`` keeps a :class:`Trace`, with ``energy`` at its points (not counted
     as evaluations). Without ``stop`` nothing waits for the device; with it, every ``check_every``
-    updates do. Raises ValueError for a start that is not (B, ...) of floats, for fewer than 0
-    updates and for intervals below 1, ConfigError and DataError for projections that do not fit.
+    updates do. Raises DataError for a start that is not (B, ...) of floats, ConfigError for fewer
+    than 0 updates and for intervals below 1, both for projections that do not fit.
     """
     _check(start, updates, check_every, 1 if trace_every is None else trace_every)
     plan = _Plan(rule=rule, updates=updates, stop=stop)
@@ -433,11 +433,11 @@ def descend_in_slots(
 ) -> Descent:
     """Find ``count`` samples, ``slots`` at a time: one that has stopped makes room for the next.
 
-    ``on_finished(samples)`` is called with how many have been found so far. Raises ValueError as
-    :func:`found_in_slots` does, and for fewer than 1 sample.
+    ``on_finished(samples)`` is called with how many have been found so far. Raises as
+    :func:`found_in_slots` does, and ConfigError for fewer than 1 sample.
     """
     if count < 1:
-        raise ValueError(f"count is {count}; it must be at least 1")
+        raise ConfigError(f"count is {count}; it must be at least 1")
     settings = {"rule": rule, "updates": updates, "stop": stop, "check_every": check_every}
     whole, done = None, 0
     for indices, some in found_in_slots(problem, range(count), slots=slots, **settings):
@@ -467,10 +467,10 @@ def found_in_slots(
     not. So a sample's bits depend on the number of slots (through the kernels that this shape is
     computed with) and on nothing else: not on its slot, its neighbours, its turn, or how many are
     asked for. Every ``check_every`` updates the device is asked who has stopped; between, those
-    wait where they are. Raises ValueError as :func:`descend` does, and for fewer than 1 slot.
+    wait where they are. Raises as :func:`descend` does, and ConfigError for fewer than 1 slot.
     """
     if slots < 1:
-        raise ValueError(f"slots is {slots}; it must be at least 1")
+        raise ConfigError(f"slots is {slots}; it must be at least 1")
     if not indices:
         return
     plan = _Plan(rule=rule, updates=updates, stop=stop)
@@ -678,9 +678,9 @@ def _kind(thing: object) -> str:
 
 def _check(start: Tensor, updates: int, *intervals: int) -> None:
     if start.dim() < 2 or not start.is_floating_point():
-        raise ValueError(f"start is {start.dtype} of shape {tuple(start.shape)}; give (B, ...)")
+        raise DataError(f"start is {start.dtype} of shape {tuple(start.shape)}; give (B, ...)")
     if updates < 0:
-        raise ValueError(f"updates is {updates}; it must be 0 or greater")
+        raise ConfigError(f"updates is {updates}; it must be 0 or greater")
     for interval in intervals:
         if interval < 1:
-            raise ValueError(f"an interval is {interval} updates; it must be at least 1")
+            raise ConfigError(f"an interval is {interval} updates; it must be at least 1")

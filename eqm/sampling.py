@@ -14,7 +14,7 @@ and by generate, glimpse, outliers, serving and flows.models.
 import operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -138,7 +138,7 @@ class Composition:
         return self.gradient_of(None)(x)
 
     def energy(self, x: Tensor) -> Tensor:
-        """Weighted sum of energies at latents x, (B,). Raises ValueError for implicit models."""
+        """Weighted sum of energies at latents x, (B,). Raises DataError for implicit models."""
         energies = [
             weight * model.energy(x, _filled(model, label, len(x)))
             for model, label, weight in self.parts
@@ -331,6 +331,8 @@ def _check_precision(model: Model | Composition, precision: Precision | None) ->
     """Refuse a precision that weights or device have not. Raises ConfigError."""
     if precision is None:
         return
+    known = get_args(Precision)
+    require(precision in known, "precision", precision, f"one of {', '.join(known)}")
     check_products(precision, model.device, setting="precision")
     if model.dtype != torch.float32:
         raise ConfigError(
@@ -353,7 +355,7 @@ def _taken_in(precision: Precision | None, gradient: Gradient, device: torch.dev
 
 def _check_kinds(rule: object, stop: object, updates: object) -> None:
     """Refuse what is no rule, no stop rule or no number of updates. Raises ConfigError."""
-    if rule is not None and (isinstance(rule, type) or not callable(getattr(rule, "move", None))):
+    if rule is not None and (isinstance(rule, type) or not _is_rule(rule)):
         raise ConfigError(
             f"rule is {rule!r}: give a rule, as eqm.NAG(step_size=0.003, momentum=0.3)"
         )
@@ -362,6 +364,10 @@ def _check_kinds(rule: object, stop: object, updates: object) -> None:
             f"stop is {stop!r}: give eqm.GradientNormBelow({stop!r}), or a function of a Look"
         )
     require(hasattr(updates, "__index__"), "updates", updates, "a whole number")
+
+
+def _is_rule(thing: object) -> bool:
+    return all(callable(getattr(thing, name, None)) for name in ("begin", "move"))
 
 
 def _together(
@@ -503,8 +509,10 @@ def score(
 
     ``labels`` (B,) int64, None for the null label. The descent takes ``updates`` of ``rule``
     (NAG(0.003, 0.3)), or fewer by ``stop``. eqm.ood compares scores of two sets. Raises DataError
-    for latents that do not fit, and for a model that is conditioned on the noise level.
+    for latents that do not fit, a model that is conditioned on the noise level, and a composition.
     """
+    if not isinstance(model, Model):
+        raise DataError("a composition has no scores of its own: give score one of its models")
     if model.field.conditioned:
         raise DataError("a model that is conditioned on the noise level gives no score without one")
     found = sample(model, labels=labels, start=x, rule=rule, updates=updates, stop=stop)

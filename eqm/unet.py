@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from eqm.config import NetworkConfig, UNetConfig, replace
+from eqm.errors import ConfigError
 from eqm.network import Labelled
 
 TIMESTEPS = 1000.0
@@ -31,7 +32,7 @@ class UNet(Labelled):
     ``size`` is (H, W), or one number for both. ``config.unet`` is its shape; of the rest of
     ``config`` only ``time`` counts: "none" and "constant" are the same here, "conditioned" feeds
     gamma. The middle attends if any resolution does. Without dropout; built on torch's default
-    device, with ``initialise(0)`` (on "meta": without weights). Raises ValueError for sizes that
+    device, with ``initialise(0)`` (on "meta": without weights). Raises ConfigError for sizes that
     cannot be halved as often as ``unet.widths`` asks, and for heads that do not fit the middle.
     """
 
@@ -59,7 +60,7 @@ class UNet(Labelled):
         """Apply f to x (B, C, H, W) with labels (B,) int64; None takes the null label.
 
         ``gamma`` (B,) is for networks that are conditioned on it, and for no others. Raises
-        ValueError for what does not fit. Labels out of range are the caller's to find.
+        DataError for what does not fit. Labels out of range are the caller's to find.
         """
         fitting = self.fitting_labels(x, labels)
         level = self.fitting_gamma(x, gamma)
@@ -114,12 +115,12 @@ def _settings(config: UNetConfig) -> dict[str, Any]:
 def _check_fits(config: UNetConfig, height: int, width: int) -> None:
     factor, last = 2 ** (len(config.widths) - 1), config.widths[-1]
     if height % factor or width % factor:
-        raise ValueError(
+        raise ConfigError(
             f"images of {height} x {width} cannot be halved {len(config.widths) - 1} times: give "
             f"network.unet.widths fewer entries, or choose a size that {factor} divides"
         )
     if height * width == factor**2 and last == config.groups:
-        raise ValueError(
+        raise ConfigError(
             f"images of {height} x {width} come down to one pixel, where {config.groups} groups of "
             f"{last} channels norm every number to 0: lower network.unet.groups"
         )

@@ -1,6 +1,7 @@
 """Arguments and options that several commands of ``eqm`` have."""
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,12 +20,19 @@ SetOption = Annotated[
 
 
 def check_file(option: str, made: Path) -> None:
-    """Refuse a file to write that is a folder, or whose folder is not there. Raises ConfigError."""
+    """Refuse a file that cannot be written, before the work that it is for. Raises ConfigError."""
     from eqm.errors import ConfigError
 
     if made.is_dir():
         raise ConfigError(f"{option} is {made}, which is a folder: name a file, as {made / 'NAME'}")
+    if made.is_symlink() and not made.exists():
+        raise ConfigError(
+            f"{option} is {made}, a link to {os.readlink(made)}, which is not there: name another "
+            "file, or remove the link"
+        )
     _check_folder(option, made)
+    if not os.access(made if made.exists() else made.absolute().parent, os.W_OK):
+        raise ConfigError(f"{option} is {made}, which this user may not write: name another file")
 
 
 def check_new_folder(option: str, made: Path) -> None:

@@ -683,6 +683,9 @@ def test_labels_that_begin_at_1_are_not_taken_for_no_label(digits):
     some = labels.clone()
     some[:10] = 10
     learn(network(), x, some, train=replace(SHORT, images=64))
+    # Nor is one in which nothing has a label, or a class lacks and others have.
+    for mixed in (torch.full_like(labels, 10), labels.clamp(min=2) + (labels == 0) * 8):
+        learn(network(), x, mixed, train=replace(SHORT, images=64))
 
 
 @pytest.mark.filterwarnings("error:the averaged weights")

@@ -709,3 +709,42 @@ def test_pixels_that_were_learnt_in_memory_become_images():
     seen = eqm.sample(plain.with_autoencoder("identity"), seeds=[0], updates=1)
     shown = (127.5 * seen.latents + 128).clamp(0, 255).to(torch.uint8)
     assert torch.equal(seen.images(), shown)
+
+
+# -- what is asked for wrongly ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("wrong", ["float16", "bf16", "half", "", "float64"])
+def test_a_precision_that_nobody_knows_is_no_other_one(model, wrong):
+    with pytest.raises(ConfigError, match=f"precision is '{wrong}'; it must be one of float32, "):
+        eqm.sample(model, seeds=[0], updates=1, precision=wrong)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "kind"),
+    [
+        ({"slots": 0}, ConfigError),
+        ({"updates": -3}, ConfigError),
+        ({"check_every": 0, "stop": GradientNormBelow(1.0)}, ConfigError),
+        ({"guidance": 2.0, "guidance_channels": 0, "labels": [1]}, ConfigError),
+        ({"labels": [99]}, DataError),
+    ],
+)
+def test_every_wrong_value_is_an_error_of_ours(model, wrong, kind):
+    with pytest.raises(kind):
+        eqm.sample(model, **{"seeds": [0], "updates": 1, **wrong})
+
+
+def test_half_a_rule_is_no_rule(model):
+    class Half:
+        def move(self, *given):
+            raise AssertionError
+
+    with pytest.raises(ConfigError, match="give a rule"):
+        eqm.sample(model, seeds=[0], updates=1, rule=Half())
+
+
+def test_a_composition_has_no_scores(model):
+    both = eqm.compose((model, 0, 1.0), (model, 1, 1.0))
+    with pytest.raises(DataError, match="give score one of its models"):
+        eqm.score(both, eqm.start_noise(model, [0]))

@@ -327,10 +327,17 @@ def test_a_grid_that_nobody_could_look_at_is_refused_at_once(run) -> None:
     refused(run("sample", "--seeds", "7-3"), "--seeds is '7-3', which names none")
 
 
+def test_what_cannot_be_written_is_told_before_the_work(run, monkeypatch) -> None:
+    monkeypatch.setattr(os, "access", lambda place, mode: mode != os.W_OK)
+    refused(run("sample", "--to", "a.png"), "--to is a.png, which this user may not write")
+
+
 def test_a_folder_is_no_file_to_write(run) -> None:
     Path("grids").mkdir()
+    Path("link.png").symlink_to("gone.png")
     for words in (["sample", "--to"], ["data", "preview", "gone", "--out"]):
         refused(run(*words, "grids"), "is grids, which is a folder", "grids/NAME")
+        refused(run(*words, "link.png"), "is link.png, a link to gone.png, which is not there")
 
 
 def test_what_the_command_line_itself_refuses(run) -> None:
