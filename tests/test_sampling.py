@@ -747,4 +747,4 @@ def test_half_a_rule_is_no_rule(model):
 def test_a_composition_has_no_scores(model):
     both = eqm.compose((model, 0, 1.0), (model, 1, 1.0))
     with pytest.raises(DataError, match="give score one of its models"):
-        eqm.score(both, eqm.start_noise(model, [0]))
+        eqm.score(both, torch.zeros(1, *model.spec.latent.shape))
