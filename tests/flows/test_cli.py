@@ -502,31 +502,29 @@ def test_prefect_that_goes_away_is_told(run, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.services
-def test_services_that_do_not_let_us_in(
-    all_environment: dict[str, str], tmp_path: Path, run, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_services_that_do_not_let_us_in(all_environment: dict[str, str], tmp_path: Path) -> None:
+    """In processes of their own: Prefect's client keeps what it found when it was imported."""
     nobody = f"http://127.0.0.1:{port_of_nobody()}"
+    bare = {k: v for k, v in all_environment.items() if not k.startswith("AWS_")}
     given = {
+        **bare,
         "EQM_HOME": str(tmp_path / "home"),
         "EQM_S3_ENDPOINT": nobody,
         "AWS_ACCESS_KEY_ID": "a",
         "AWS_SECRET_ACCESS_KEY": "wrong-secret",
         "AWS_DEFAULT_REGION": "us-east-1",
     }
-    for name in all_environment.keys() | given.keys():
-        monkeypatch.delenv(name, raising=False)
-    bare = {k: v for k, v in all_environment.items() if not k.startswith("AWS_")}
-    for name, value in {**bare, **given}.items():
-        monkeypatch.setenv(name, value)
-    refused(run("encode", "tiny"), f"S3 at {nobody} cannot be reached", "EQM_S3_ENDPOINT")
+    told = eqm_process("encode", "tiny", **given)
+    refused(told, f"S3 at {nobody} cannot be reached", "EQM_S3_ENDPOINT")
 
-    monkeypatch.setenv("EQM_S3_ENDPOINT", all_environment["AWS_ENDPOINT_URL_S3"])
-    told = run("encode", "tiny")
+    given["EQM_S3_ENDPOINT"] = all_environment["AWS_ENDPOINT_URL_S3"]
+    told = eqm_process("encode", "tiny", **given)
     refused(told, "refuses these credentials", "AWS_ACCESS_KEY_ID")
     assert "wrong-secret" not in told.out + told.err
 
-    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "eqm:wrong")
-    refused(run("encode", "tiny"), "refuses", "(401)", "PREFECT_API_AUTH_STRING")
+    given["PREFECT_API_AUTH_STRING"] = "eqm:wrong"
+    told = eqm_process("encode", "tiny", **given)
+    refused(told, "refuses", "(401)", "PREFECT_API_AUTH_STRING")
     assert not (tmp_path / "home").exists()
 
 
