@@ -38,7 +38,7 @@ FILE_BYTES = 32 * 2**20
 """Tensors of one file, at most; one tensor that alone is larger has a file of its own. Training
 waits for Python's lock while a file's bytes are put together: a tenth of a second for so many."""
 AHEAD = 4
-"""Files of a checkpoint that are read at once."""
+"""Files of a checkpoint that are read, or written, at once."""
 CURVE = "curve.json"
 CURVE_FIELDS = ("history", "pending")
 """Fields of TrainState that are JSON; all others are tensors."""
@@ -274,10 +274,17 @@ def save(
     curve = {name: getattr(state, name) for name in CURVE_FIELDS}
     files = {CURVE: write(CURVE, json.dumps(curve).encode())}
     tensors = _flat(state)
-    for number, names in enumerate(cut(tensors)):
-        data = tensors_to_bytes({name: tensors[name] for name in names})
-        end = f"{number:04d}.safetensors"
-        files[end] = write(end, data)
+
+    # Put together one after the other, in this thread, for that holds Python's lock; one connection
+    # would be too slow for the time that whoever is told to end has left.
+    parts = (
+        (f"{number:04d}.safetensors", tensors_to_bytes({name: tensors[name] for name in names}))
+        for number, names in enumerate(cut(tensors))
+    )
+    written = ahead(
+        lambda part: (part[0], write(*part)), parts, threads=AHEAD, name="checkpoint-write"
+    )
+    files |= dict(written)
     commit = Commit(
         schema=SCHEMA,
         images_seen=at.images_seen,

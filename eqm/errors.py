@@ -28,7 +28,14 @@ class DataError(EqmError, ValueError):
 
 
 class DivergedError(DataError):
-    """A training or its samples ran off to infinity, and would again: it is what was asked for."""
+    """A training or its samples ran off to infinity, and would again: it is what was asked for.
+
+    ``facts`` are kept beside the message, as JSON.
+    """
+
+    def __init__(self, message: str, **facts: object) -> None:
+        super().__init__(message)
+        self.facts = facts
 
 
 class IntegrityError(EqmError):

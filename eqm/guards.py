@@ -37,7 +37,9 @@ def guarded(run: Run) -> tuple[Tensor, Tensor]:
     if odd and (run.config.on_nonfinite == "stop" or not recent.isfinite().all(dim=1).any()):
         tell_nonfinite(run, "guard", odd[:1])
         loss, norm = found[~finite][0].tolist()
-        raise DivergedError(diverged(loss, norm, odd[0]))
+        raise DivergedError(
+            diverged(loss, norm, odd[0]), updates_from=odd[:1], samples=[samples_at(run, odd[0])]
+        )
     if odd:
         tell_nonfinite(run, "skip", odd)
     return found[finite], begun[finite]

@@ -123,6 +123,9 @@ class Divergence:
     """That a stage ran off to infinity, in its own words."""
 
     message: str
+    facts: dict[str, Any] = field(default_factory=dict)
+    """Of a training: first images of the updates that were not finite, and numbers of the samples
+    that they were given."""
 
 
 Program = Callable[[Context], Outcome | Unfinished | None]
@@ -335,7 +338,7 @@ def run_part(job: Job, program: Program, *, afterwards: Afterwards | None = None
             outcome = program(context)
         except DivergedError as error:
             # Of several ranks whichever is first: each tells of its own samples.
-            note = note_to_bytes(Divergence(message=str(error)))
+            note = note_to_bytes(Divergence(message=str(error), facts=error.facts))
             store.write_once(divergence_key(job.stage, context.digest), note)
             raise
         if world.is_first and outcome is None:

@@ -335,6 +335,26 @@ class Slow(LocalStore):
         return super().write_once(key, data)
 
 
+class Together(LocalStore):
+    """Takes files of tensors three at a time, and no other way."""
+
+    def __init__(self, root: Path) -> None:
+        super().__init__(root)
+        self.meeting = threading.Barrier(3, timeout=20)
+
+    def write_once(self, key: str, data: bytes) -> bool:
+        if key.endswith(".safetensors"):
+            self.meeting.wait()
+        return super().write_once(key, data)
+
+
+def test_files_are_written_several_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Six files.
+    monkeypatch.setattr(checkpoint, "FILE_BYTES", 16)
+    save(Together(tmp_path), RUN, a_state())
+    assert_same(load(LocalStore(tmp_path), RUN, Position(128, 1)), a_state())
+
+
 def test_a_state_is_written_as_it_was_while_it_is_changed(tmp_path: Path) -> None:
     store = Slow(tmp_path)
     writer = Writer(store, RUN, keep=3)

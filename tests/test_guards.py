@@ -16,9 +16,9 @@ from eqm.config import ComputeConfig, Job, replace
 from eqm.errors import ConfigError, DataError
 from eqm.events import Event, events_of
 from eqm.latent_set import open_manifest
-from eqm.records import Record
+from eqm.records import Record, note_from_bytes
 from eqm.run import InterruptedTraining
-from eqm.stage import job_digest
+from eqm.stage import Divergence, divergence_key, job_digest
 
 BATCH = 32
 BAD = 4 * BATCH
@@ -70,6 +70,9 @@ def test_training_stops_and_names_the_update_before_a_checkpoint_follows_it(
     (copy,) = cache.glob("events/*.jsonl")
     told = events_of(copy.read_bytes(), "copy")[-1]
     assert (told.kind, told.facts) == ("guard", {"what": "not finite", **where(tiny, BAD)})
+    # Nothing durable follows that event: its facts are kept beside what the training left.
+    key = divergence_key("train", job_digest(job))
+    assert note_from_bytes(Divergence, store_of(job).read(key), key).facts == where(tiny, BAD)
 
 
 def where(tiny: chain.Chain, image: int) -> dict[str, Any]:
