@@ -59,7 +59,11 @@ def reference(data: LatentSet, seed: int) -> Gaussian:
 
 
 def take(model: Model, settings: SamplerConfig, against: Gaussian) -> Glimpse:
-    """Sample a grid, and the samples of the distance. Raises DataError where samples diverge."""
+    """Sample a grid, and the samples of the distance. Raises DataError where samples diverge.
+
+    By rule, updates and precision of the settings; without guidance and without a stop, for a look
+    costs training time, and looks are compared with one another.
+    """
     classes = model.spec.classes[:GRID_CLASSES]
     labels = [k for k in range(len(classes)) for _ in range(GRID_SAMPLES_A_CLASS)]
     shown = _sample(model, settings, labels).images().cpu().numpy()

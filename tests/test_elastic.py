@@ -32,7 +32,7 @@ BATCH = 32
 ROOT = Path(__file__).parent.parent
 PARTS = {
     "float32": ((1, 50), (2, 100), (4, 150), (1, 200)),
-    "bfloat16": ((1, 10), (2, 30), (1, 40)),
+    "bfloat16": ((1, 50), (2, 100), (4, 150), (1, 200)),
     "float16": ((1, 10), (2, 30), (1, 40)),
 }
 """Precision -> (processes, update at which they stop)."""
@@ -103,7 +103,7 @@ HAS_FLOAT16 = pytest.mark.skipif(lacking() is not None, reason="this processor h
     scope="module",
     params=[
         "float32",
-        pytest.param("bfloat16", marks=pytest.mark.slow),
+        "bfloat16",
         pytest.param("float16", marks=[pytest.mark.slow, HAS_FLOAT16]),
     ],
 )

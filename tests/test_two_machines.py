@@ -154,7 +154,6 @@ def finish(two: machines.Machines, job: Job, folder: Path) -> Record:
     return sealed(job)
 
 
-@pytest.mark.slow
 def test_a_cut_network_ends_in_words_and_the_run_goes_on_after_it(
     two: machines.Machines, latents: chain.Chain, expected: Record, tmp_path: Path
 ) -> None:
