@@ -91,6 +91,7 @@ def encode(
     from eqm.stage import open_ref
     from flows.plan import autoencoder_job, ensure, latents_job, read_config
 
+    changes = changes_of(set_)
     found = _kind(source) if kind == "auto" else kind
     share = (0.0 if found == "imagenet" else 0.05) if held_out is None else held_out
     table: dict[str, Any] = {
@@ -112,8 +113,10 @@ def encode(
             "precision": precision,
         },
         "processes": processes,
+        # Nothing is trained here: whatever divides among the processes.
+        "train": {"batch_size": _batch(changes.get("processes", processes))},
     }
-    config = read_config(table, changes_of(set_))
+    config = read_config(table, changes)
     plan = _plan(config, to)
     known = None if earlier is None else _earlier(plan.store, earlier, autoencoder)
     with interrupts_told():
@@ -336,6 +339,11 @@ def _autoencoder(given: str, sha256: str | None, image_size: int) -> dict[str, A
         "kind": "pretrained",
         "pretrained": {**pretrained, **({"revision": revision} if at else {})},
     }
+
+
+def _batch(processes: object) -> int:
+    """One that these processes share; of a number that is none, the config tells."""
+    return processes if isinstance(processes, int) and processes > 0 else 1
 
 
 def _plan(config: Any, store: str) -> Any:

@@ -110,6 +110,13 @@ def test_a_folder_becomes_latents_without_services(eqm_: Run) -> None:
     assert "every byte is sound" in eqm_("verify", where).out
 
 
+def test_any_number_of_processes_encodes(eqm_: Run) -> None:
+    where = encoded(eqm_)
+    # What is sealed is found again, by however many.
+    assert encoded_now(eqm_, "--processes", "3").endswith(where)
+    assert encoded_now(eqm_, "--set", "processes=5").endswith(where)
+
+
 def test_latents_are_named_by_their_first_digits(eqm_: Run) -> None:
     digest = encoded(eqm_).rpartition("/")[2]
     os.environ["EQM_STORE"] = "store"
