@@ -168,6 +168,7 @@ def make_plan(
     check_training(checked)
     settings = current_settings()
     settings.check_sources(to_json(checked))
+    check_apart(checked, settings)
     store = store_of(settings)
     # Asks before anything is begun whether the store is there and lets us in.
     store.list("history/")
@@ -175,6 +176,25 @@ def make_plan(
     if tracked:
         _ask_mlflow(plan)
     return plan
+
+
+def check_apart(config: PipelineConfig, settings: Settings, *, named: str = "EQM_STORE") -> None:
+    """Refuse a store among the images: every later listing would take it for classes of them.
+
+    ``named``: what gave the store. Raises ConfigError.
+    """
+    source, place = config.source_uri, settings.store
+    if config.source.kind == "digits" or source is None or "://" in source or "://" in place:
+        return
+    around, within = Path(source).resolve(), Path(place).resolve()
+    if not within.is_relative_to(around):
+        return
+    # What is hidden, as .eqm, is in no listing.
+    if not any(part.startswith(".") for part in within.relative_to(around).parts):
+        raise ConfigError(
+            f"{named} is {place}, which is {'' if within == around else 'in '}the source {source}: "
+            "its folders would be read as images; name a place outside of it"
+        )
 
 
 def check_training(config: PipelineConfig) -> None:

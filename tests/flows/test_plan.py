@@ -212,6 +212,25 @@ def test_changes_reach_tables_that_a_file_leaves_out(tmp_path: Path) -> None:
         read_config(given, {"further.none.extractor.kind": "fit"})
 
 
+@pytest.mark.parametrize("place", ["pictures", "pictures/store"])
+def test_a_store_among_the_images_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "link").symlink_to("pictures")
+    monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EQM_STORE", place)
+    for source in (str(tmp_path / "pictures"), "pictures", "link"):
+        changes = {"source.kind": "folder", "source.channels": 3, "source_uri": source}
+        with pytest.raises(ConfigError, match=r"^EQM_STORE is .*the source .*place outside of it"):
+            make_plan("demo", changes, tracked=False)
+    # They are of scikit-learn, wherever an address leads.
+    make_plan("demo", {"source_uri": "pictures"}, tracked=False)
+    monkeypatch.setenv("EQM_STORE", "pictures2")
+    make_plan("demo", changes, tracked=False)
+
+
 def test_latents_that_nobody_trains_on_here_are_made_whatever_the_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
