@@ -663,6 +663,11 @@ def scoring_application(folder: Path, *, token: str | None, check: Callable[[obj
 
     @application.middleware("http")
     async def only_what_is_meant(request: Any, call_next: Any) -> Any:
+        kind = request.headers.get("content-type", "").partition(";")[0].strip()
+        if kind == scoring_server.CONTENT_TYPE_PARQUET:
+            # A table whose further columns MLflow would pass over.
+            told = {"error_code": "BAD_REQUEST", "message": f"{kind} is not read here: send JSON"}
+            return JSONResponse(told, status_code=415)
         # What is no JSON is MLflow's to refuse.
         with contextlib.suppress(ValueError):
             body = json.loads(await request.body())

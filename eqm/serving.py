@@ -7,10 +7,11 @@ lie beside the record in the store are for MLflow's pages, and for `mlflow model
 whoever may write to the store is trusted.
 """
 
+import functools
 import json
 import tempfile
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from numpy.typing import NDArray
 from eqm.config import SamplerConfig, replace
 from eqm.distributed import pick_device
 from eqm.errors import ConfigError, DataError, EqmError
-from eqm.model import Model, from_record, sealed, spec_from_bytes
+from eqm.model import Model, ModelSpec, from_record, sealed, spec_from_bytes
 from eqm.records import Record, Ref, note_from_bytes, note_to_bytes
 from eqm.registry import refusal, scoring_application
 from eqm.sampling import rule_of, sample, stop_of
@@ -35,6 +36,9 @@ MOST_SAMPLES = 256
 MOST_UPDATES = 10_000
 PARAMETERS = ("updates", "step_size", "guidance")
 """Settings of the sampler that a call may change."""
+FORMS = ("inputs", "instances", "dataframe_split", "dataframe_records")
+"""Keys under which MLflow's protocol takes labels and seeds; a call has one of them."""
+HINT = f"parameters ({', '.join(PARAMETERS)}) go into params"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,13 +53,11 @@ class Pointer:
 
 def files_of(store: Store, trained: Record, sampler: SamplerConfig) -> dict[str, bytes]:
     """The files by which MLflow knows a sealed model: its signature, and where it lies."""
-    where = trained.digest[:12]
-    spec = spec_from_bytes(store.get(trained.outputs["model.json"]), where)
+    spec = _spec(store, trained)
     size = spec.latent.image_size_px
-    names = ["labels", "seeds"] if spec.classes else ["seeds"]
     defaults = {"updates": "long", "step_size": "double", "guidance": "double"}
     signature = {
-        "inputs": json.dumps([_tensor("int64", [-1], name=name) for name in names]),
+        "inputs": json.dumps([_tensor("int64", [-1], name=name) for name in _inputs(spec)]),
         "outputs": json.dumps([_tensor("uint8", [-1, spec.latent.image_channels, size, size])]),
         "params": json.dumps(
             [
@@ -83,6 +85,15 @@ def files_of(store: Store, trained: Record, sampler: SamplerConfig) -> dict[str,
     }
 
 
+def _spec(store: Store, trained: Record) -> ModelSpec:
+    return spec_from_bytes(store.get(trained.outputs["model.json"]), trained.digest[:12])
+
+
+def _inputs(spec: ModelSpec) -> tuple[str, ...]:
+    """What each call gives as many of as it wants samples."""
+    return ("labels", "seeds") if spec.classes else ("seeds",)
+
+
 def _tensor(dtype: str, shape: list[int], **name: str) -> dict[str, Any]:
     return {**name, "type": "tensor", "tensor-spec": {"dtype": dtype, "shape": shape}}
 
@@ -97,26 +108,56 @@ def application(
     store, record = sealed(uri, mlflow_uri=mlflow_uri, cache=cache)
     if record.stage != "train":
         raise ConfigError(f"{uri} is a record of stage {record.stage}, not of a trained model")
+    check = functools.partial(check_call, inputs=_inputs(_spec(store, record)))
     with tempfile.TemporaryDirectory() as folder:
         for name, data in files_of(store, record, sampler).items():
             (Path(folder) / name).write_bytes(data)
-        return scoring_application(Path(folder), token=token, check=check_call)
+        return scoring_application(Path(folder), token=token, check=check)
 
 
-def check_call(body: object) -> None:
-    """Refuse what MLflow takes without a word: it drops unknown parameters, and makes 0 of 0.5.
+def check_call(body: object, *, inputs: Sequence[str]) -> None:
+    """Refuse what MLflow takes without a word: it drops unknown names, and makes 0 of 0.5.
 
-    ``body`` is the JSON of a call; what has another form is left to MLflow. Raises ConfigError,
-    DataError.
+    ``body`` is the JSON of a call, ``inputs`` what the model takes; what has another form is left
+    to MLflow. Raises ConfigError, DataError.
     """
     given = body if isinstance(body, dict) else {}
-    inputs, params = given.get("inputs"), given.get("params")
+    for key in given:
+        if key not in (*FORMS, "params"):
+            raise ConfigError(
+                f"a call has {key!r}, which is none of {', '.join(FORMS)} and params: {HINT}"
+            )
+    params = given.get("params")
     _check_parameters(params if isinstance(params, dict) else {})
-    for name, values in inputs.items() if isinstance(inputs, dict) else ():
-        for value in values if isinstance(values, list) else [values]:
-            # True is an int to Python; of nested lists MLflow tells the shape.
-            if type(value) not in (int, list):
+    for name, values in _columns(given):
+        if name not in inputs:
+            raise ConfigError(f"input {name!r} is none of {', '.join(inputs)}: {HINT}")
+        for value in values:
+            # True is an int to Python.
+            if type(value) is not int:
                 raise DataError(f"{name} holds {value!r}; give whole numbers")
+
+
+def _columns(given: Mapping[str, Any]) -> Iterator[tuple[Any, list[Any]]]:
+    """Names and values of a call, some names again and again, in any form that MLflow reads."""
+    for form in FORMS:
+        data, names = given.get(form), []
+        if form == "dataframe_split" and isinstance(data, dict):
+            columns = data.get("columns")
+            data, names = data.get("data"), columns if isinstance(columns, list) else []
+        yield from ((name, []) for name in names)
+        if isinstance(data, dict):
+            for name, values in data.items():
+                yield name, values if isinstance(values, list) else [values]
+        for row in data if isinstance(data, list) else ():
+            yield from ((name, [value]) for name, value in _cells(row, names))
+
+
+def _cells(row: Any, names: list[Any]) -> Iterable[tuple[Any, Any]]:
+    if isinstance(row, dict):
+        return row.items()
+    # How many they must be, MLflow tells.
+    return zip(names, row if isinstance(row, list) else [row], strict=False)
 
 
 def _check_parameters(given: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from rich.markup import escape
 from eqm.words import counted
 from flows.addresses import sealed_by_digits, sealed_digests
 from flows.calling import interrupts_told
-from flows.options import changes_of, check_file
+from flows.options import changes_of, check_file, check_given
 from flows.terminal import show
 from flows.terminal import table as table_of
 
@@ -91,6 +91,9 @@ def encode(
     from eqm.stage import open_ref
     from flows.plan import autoencoder_job, ensure, latents_job, read_config
 
+    for option, value in (("SOURCE", source), ("--to", to), ("--autoencoder", autoencoder)):
+        check_given(option, value)
+    changes = changes_of(set_)
     found = _kind(source) if kind == "auto" else kind
     share = (0.0 if found == "imagenet" else 0.05) if held_out is None else held_out
     table: dict[str, Any] = {
@@ -112,8 +115,10 @@ def encode(
             "precision": precision,
         },
         "processes": processes,
+        # Nothing is trained here: whatever divides among the processes.
+        "train": {"batch_size": _batch(changes.get("processes", processes))},
     }
-    config = read_config(table, changes_of(set_))
+    config = read_config(table, changes)
     plan = _plan(config, to)
     known = None if earlier is None else _earlier(plan.store, earlier, autoencoder)
     with interrupts_told():
@@ -130,7 +135,7 @@ def encode(
         f"{counted(values['images'], 'image')} of {counted(values['classes'], 'class', 'classes')} "
         f"in {counted(values['shards'], 'shard')} "
         f"({values['train_images']} to train on, {values['held_out_images']} held out)"
-        f"{_copied(record)}",
+        f"{_copied(record)}{_left_out(values['skipped'])}",
         soft_wrap=True,
     )
     out.print(plan.store.where(f"latents/{record.digest}"), soft_wrap=True)
@@ -224,6 +229,7 @@ def digest(
     """Digest of a set of images for tests of what lies out of distribution (evaluate.ood.sets)."""
     from eqm.image_sets import digest_of
 
+    check_given("SOURCE", source)
     out.print(digest_of(kind, source, split, setting="SOURCE"), soft_wrap=True)
 
 
@@ -234,10 +240,18 @@ def list_(
     ] = None,
 ) -> None:
     """List the sealed sets of latents of a store."""
-    from eqm.errors import EqmError
+    from eqm.errors import DataError, EqmError
     from eqm.records import LatentSpec, from_json
+    from eqm.storage import LocalStore
 
+    check_given("STORE", store)
     opened = _store(store)
+    if isinstance(opened, LocalStore) and not opened.root.is_dir():
+        what = "is a file" if opened.root.exists() else "does not exist"
+        raise DataError(
+            f"{'EQM_STORE' if store is None else 'STORE'} is {opened.uri}, which {what}: name the "
+            "folder that `eqm data encode` wrote to"
+        )
     table = table_of("latents", "images", "classes", "shape", "autoencoder", "sealed")
     for digest in sealed_digests(opened, "latents"):
         try:
@@ -338,15 +352,21 @@ def _autoencoder(given: str, sha256: str | None, image_size: int) -> dict[str, A
     }
 
 
+def _batch(processes: object) -> int:
+    """One that these processes share; of a number that is none, the config tells."""
+    return processes if isinstance(processes, int) and processes > 0 else 1
+
+
 def _plan(config: Any, store: str) -> Any:
     """A plan whose results go to a store of their own, without Prefect and MLflow."""
     from flows.launch import LocalLauncher
-    from flows.plan import Plan, store_of
+    from flows.plan import Plan, check_apart, store_of
 
     settings = _settings(store)
     launcher = LocalLauncher(
         folder=settings.home / "jobs", environment=settings.child_environment()
     )
+    check_apart(config, settings, named="--to")
     return Plan(config, settings, store_of(settings), launcher)
 
 
@@ -421,6 +441,11 @@ def _copied(record: Any) -> str:
         return ""
     ref = record.inputs["earlier"]
     return f", {record.values['copied']:,} copied from latents {ref.digest[:12]}"
+
+
+def _left_out(skipped: int) -> str:
+    """How many images are in no set for they cannot be decoded, where there are any."""
+    return f", {counted(skipped, 'image')} left out that cannot be decoded" if skipped else ""
 
 
 def _say(line: str) -> None:

@@ -19,6 +19,17 @@ SetOption = Annotated[
 ]
 
 
+def check_given(option: str, value: str | None) -> None:
+    """Refuse an empty word: a variable of the shell that is not set. Raises ConfigError.
+
+    As a path it would be the folder that one stands in.
+    """
+    from eqm.errors import ConfigError
+
+    if value is not None and not value.strip():
+        raise ConfigError(f"{option} is empty: name what is meant (is a variable not set?)")
+
+
 def check_file(option: str, made: Path) -> None:
     """Refuse a file that cannot be written, before the work that it is for. Raises ConfigError."""
     from eqm.errors import ConfigError

@@ -28,13 +28,11 @@ from eqm.config import (
     TrainStage,
     pipeline_config,
     replace,
-    with_settings,
 )
 from eqm.errors import ConfigError, DataError, TrackingError
 from eqm.images import ImageSource, checked_source, open_source
 from eqm.names import further_input
-from eqm.policy import PolicyConfig
-from eqm.records import LatentSpec, Record, Ref, from_json, to_json
+from eqm.records import LatentSpec, Record, Ref, to_json
 from eqm.registry import check
 from eqm.stage import job_digest, listing_key, verify
 from eqm.storage import Store, open_store
@@ -105,7 +103,8 @@ class Plan:
 def read_config(config: str | Mapping[str, Any], changes: Changes = None) -> PipelineConfig:
     """A name of a preset or recipe, a TOML file or a table, with changes. Raises ConfigError.
 
-    The policy may be the name of a file of its own, beside the config that names it.
+    Only what comes of both is checked: a change may mend a file, and two may need each other. The
+    policy may be the name of a file of its own, beside the config that names it.
     """
     table, rest = dict(_table(config)), dict(changes or {})
     folder = Path(config).parent if isinstance(config, str) else Path()
@@ -114,16 +113,10 @@ def read_config(config: str | Mapping[str, Any], changes: Changes = None) -> Pip
         file = folder / table.pop("policy")
     if isinstance(rest.get("policy"), str):
         file = Path(rest.pop("policy"))
-    found = pipeline_config(table)
     if file is not None:
         # As a whole: floors of a preset that the file does not name are not meant.
-        found = replace(found, policy=read_policy(file))
-    return with_settings(found, rest)
-
-
-def read_policy(path: Path) -> PolicyConfig:
-    """A policy from a TOML file of its own. Raises ConfigError."""
-    return from_json(PolicyConfig, _toml(path, "policy"), "policy")
+        rest = {"policy": _toml(file, "policy"), **rest}
+    return pipeline_config(table, rest)
 
 
 def _table(config: str | Mapping[str, Any]) -> Mapping[str, Any]:
@@ -175,6 +168,7 @@ def make_plan(
     check_training(checked)
     settings = current_settings()
     settings.check_sources(to_json(checked))
+    check_apart(checked, settings)
     store = store_of(settings)
     # Asks before anything is begun whether the store is there and lets us in.
     store.list("history/")
@@ -182,6 +176,25 @@ def make_plan(
     if tracked:
         _ask_mlflow(plan)
     return plan
+
+
+def check_apart(config: PipelineConfig, settings: Settings, *, named: str = "EQM_STORE") -> None:
+    """Refuse a store among the images: every later listing would take it for classes of them.
+
+    ``named``: what gave the store. Raises ConfigError.
+    """
+    source, place = config.source_uri, settings.store
+    if config.source.kind == "digits" or source is None or "://" in source or "://" in place:
+        return
+    around, within = Path(source).resolve(), Path(place).resolve()
+    if not within.is_relative_to(around):
+        return
+    # What is hidden, as .eqm, is in no listing.
+    if not any(part.startswith(".") for part in within.relative_to(around).parts):
+        raise ConfigError(
+            f"{named} is {place}, which is {'' if within == around else 'in '}the source {source}: "
+            "its folders would be read as images; name a place outside of it"
+        )
 
 
 def check_training(config: PipelineConfig) -> None:

@@ -10,7 +10,7 @@ import typer
 from rich.console import Console
 
 from eqm.words import counted
-from flows.options import check_file
+from flows.options import check_file, check_given
 
 if TYPE_CHECKING:
     from infra.backup import Home
@@ -30,6 +30,7 @@ def backup(
     from flows.settings import activate
     from infra import backup as backups
 
+    check_given("--to", to)
     target = backups.open_place(to)
     activate()
     address = backups.backup(_home(*(also or ())), target, report=_say)

@@ -60,6 +60,7 @@ def test_every_stage_has_a_program_and_a_number() -> None:
         ({"objective": {"c": "piecewise", "a": 0}}, "objective.a"),
         ({"objective": {"multiplier": 0}}, "objective.multiplier"),
         ({"source": {"kind": "folder"}}, "source_uri is None"),
+        ({"source": {"kind": "folder"}, "source_uri": ""}, "source_uri is ''; it must be where"),
         ({"source": {"channels": 2}}, "source.channels"),
         ({"source": {"mirror": True}}, "a mirrored digit"),
         ({"source": {"held_out_fraction": 1.0}}, "held_out_fraction"),

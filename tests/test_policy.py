@@ -9,7 +9,7 @@ from eqm.config import pipeline_config
 from eqm.errors import ConfigError
 from eqm.policy import MetricRule, OODRule, PolicyConfig
 from eqm.records import from_json, to_json
-from flows.plan import read_config, read_policy
+from flows.plan import read_config
 
 EXAMPLE = Path(__file__).parent.parent / "docs" / "policy.toml"
 
@@ -69,7 +69,7 @@ def test_short_settings_and_tables_are_one_set_of_rules() -> None:
 
 
 def test_the_example_in_the_docs_is_a_policy() -> None:
-    found = read_policy(EXAMPLE)
+    found = read_config("demo", {"policy": str(EXAMPLE)}).policy
     assert found.metrics["distance"] == MetricRule(
         maximum=12.0, by="interval", maximum_ratio=1.02, against="interval"
     )
@@ -94,7 +94,7 @@ def test_a_file_that_is_none_is_named(tmp_path: Path) -> None:
         read_config("demo", {"policy": str(tmp_path / "none.toml")})
     (tmp_path / "odd.toml").write_text("minimum_samples == 7")
     with pytest.raises(ConfigError, match=r"policy .*odd\.toml is not TOML"):
-        read_policy(tmp_path / "odd.toml")
+        read_config("demo", {"policy": str(tmp_path / "odd.toml")})
 
 
 def test_tables_of_a_config_replace_those_of_its_preset() -> None:

@@ -1,5 +1,6 @@
 """Images for labels and seeds over HTTP, from a real process, and what it refuses."""
 
+import io
 import json
 import os
 import socket
@@ -14,12 +15,14 @@ from typing import Any
 
 import chain
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 import eqm
 from eqm import serving
 from eqm.config import SamplerConfig
-from eqm.errors import ConfigError, IntegrityError
+from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.storage import LocalStore
 from flows.models import _token
 
@@ -113,6 +116,25 @@ def test_images_are_those_of_the_library(trained: chain.Chain, served: str) -> N
     np.testing.assert_array_equal(images(served, [7], [1]), found[1:2])
 
 
+def split(data: Any, *more: str) -> dict[str, Any]:
+    return {"columns": ["labels", "seeds", *more], "data": data}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"instances": [{"labels": 3, "seeds": 0}, {"labels": 7, "seeds": 1}]},
+        {"instances": {"labels": [3, 7], "seeds": [0, 1]}},
+        {"dataframe_records": [{"labels": 3, "seeds": 0}, {"labels": 7, "seeds": 1}]},
+        {"dataframe_split": split([[3, 0], [7, 1]])},
+    ],
+)
+def test_every_form_of_a_call_is_answered_alike(served: str, body: Any) -> None:
+    found = json.loads(call(f"{served}/invocations", {**body, "params": {"updates": 2}}))
+    expected = images(served, [3, 7], [0, 1], updates=2)
+    np.testing.assert_array_equal(np.array(found["predictions"], dtype=np.uint8), expected)
+
+
 @pytest.mark.parametrize(
     ("body", "said"),
     [
@@ -127,6 +149,29 @@ def test_images_are_those_of_the_library(trained: chain.Chain, served: str) -> N
             {"inputs": {"labels": [1], "seeds": [0]}, "params": {"steps": 5}},
             "parameter 'steps' is none of updates, step_size, guidance",
         ),
+        (
+            {"inputs": {"labels": [1], "seeds": [0], "guidance": [4]}},
+            "input 'guidance' is none of labels, seeds: parameters (updates, step_size, guidance)",
+        ),
+        ({"inputs": {"labels": [1], "seeds": [0], "updates": []}}, "input 'updates' is none of"),
+        (
+            {"inputs": {"labels": [1], "seeds": [0]}, "parms": {"updates": 3}},
+            "a call has 'parms', which is none of inputs, instances, dataframe_split, dataframe_r",
+        ),
+        ({"inputs": {"labels": [1], "seeds": [0]}, "updates": 3}, "a call has 'updates', which"),
+        ({"inputs": {"labels": [[1]], "seeds": [0]}}, "labels holds [1]; give whole numbers"),
+        ({"instances": {"labels": [1], "seeds": [0], "guidance": [4]}}, "input 'guidance' is"),
+        (
+            {"instances": [{"labels": 1, "seeds": 0}, {"labels": 1, "seeds": 1, "updates": 3}]},
+            "input 'updates' is none of labels, seeds",
+        ),
+        ({"instances": [{"labels": 0.5, "seeds": 0}]}, "labels holds 0.5; give whole numbers"),
+        ({"dataframe_records": [{"labels": 1, "seeds": 0, "guidance": 4}]}, "input 'guidance' is"),
+        ({"dataframe_records": [{"labels": [0.5], "seeds": [0]}]}, "labels holds [0.5]; give"),
+        ({"dataframe_split": split([[1, 0, 4]], "guidance")}, "input 'guidance' is none of"),
+        ({"dataframe_split": split([[0.5, 0]])}, "labels holds 0.5; give whole numbers"),
+        ({"dataframe_split": split([{"labels": 1, "seeds": 0, "updates": 3}])}, "input 'updates'"),
+        ({"dataframe_split": split({"labels": [True], "seeds": [0]})}, "labels holds True; give"),
         ({"inputs": {"labels": [1]}}, "seeds"),
         ({"inputs": {"labels": [1] * 257, "seeds": [0] * 257}}, "257 is more than the 256"),
         (
@@ -150,6 +195,33 @@ def test_what_cannot_be_answered_is_said(served: str, body: Any, said: str) -> N
     assert told.value.code == 400
     assert said in words
     assert "Traceback" not in words
+
+
+def test_a_table_of_which_no_column_is_checked_is_refused(served: str) -> None:
+    headers = {
+        "Content-Type": "application/vnd.apache.parquet",
+        "Authorization": f"Bearer {TOKEN}",
+    }
+    table = io.BytesIO()
+    columns = {"labels": [1], "seeds": [0], "guidance": [4]}
+    pyarrow.parquet.write_table(pyarrow.table(columns), table)
+    with pytest.raises(urllib.error.HTTPError) as told:
+        urllib.request.urlopen(
+            urllib.request.Request(f"{served}/invocations", data=table.getvalue(), headers=headers)
+        )
+    assert told.value.code == 415
+    assert "is not read here: send JSON" in told.value.read().decode()
+
+
+def test_labels_for_a_model_without_classes_are_refused() -> None:
+    seeds = {"inputs": {"seeds": [0]}}
+    serving.check_call(seeds, inputs=("seeds",))
+    with pytest.raises(ConfigError, match="input 'labels' is none of seeds"):
+        serving.check_call({"inputs": {"labels": [1], "seeds": [0]}}, inputs=("seeds",))
+    with pytest.raises(DataError, match=r"seeds holds 0\.5"):
+        serving.check_call(
+            {"dataframe_split": {"columns": ["seeds"], "data": [0.5]}}, inputs=("seeds",)
+        )
 
 
 def test_nobody_is_let_in_without_the_token(served: str) -> None:

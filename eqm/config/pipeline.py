@@ -109,7 +109,7 @@ class PipelineConfig:
         ok = self.name.replace("-", "").isalnum() and self.name.isascii() and len(self.name) <= 60
         require(ok, "name", self.name, "letters, digits and dashes, at most 60")
         require(
-            self.source.kind == "digits" or self.source_uri is not None,
+            self.source.kind == "digits" or bool(self.source_uri),
             "source_uri",
             self.source_uri,
             "where the images lie (docs/data.md)",

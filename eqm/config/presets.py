@@ -2,7 +2,8 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, cast
+from types import UnionType
+from typing import Any, Union, cast, get_args, get_origin, get_type_hints
 
 from eqm.config.data import AutoencoderConfig, AutoencoderFit, ExtractorConfig, ExtractorFit
 from eqm.config.evaluation import EvaluateConfig, GenerateConfig, OODConfig, SamplerConfig
@@ -71,15 +72,20 @@ PRESETS: dict[str, Callable[[], PipelineConfig]] = {
 }
 
 
-def pipeline_config(data: Mapping[str, Any]) -> PipelineConfig:
+def pipeline_config(
+    data: Mapping[str, Any], settings: Mapping[str, Any] | None = None
+) -> PipelineConfig:
     """Build a pipeline config from a table; ``preset`` names the one it changes (else "demo").
 
-    Raises ConfigError for unknown keys, wrong types and values out of range.
+    ``settings`` are changed as by :func:`with_settings`, before anything is checked: they may mend
+    what the table has wrong. Raises ConfigError for unknown keys, wrong types and values out of
+    range.
     """
     changes = dict(data)
     preset = changes.pop("preset", "demo")
     require(preset in PRESETS, "preset", preset, f"one of {', '.join(PRESETS)}")
-    return from_json(PipelineConfig, _merged(to_json(PRESETS[preset]()), changes))
+    merged = _merged(to_json(PRESETS[preset]()), changes)
+    return from_json(PipelineConfig, _changed(merged, settings or {}))
 
 
 Table = Mapping[str, Any]
@@ -99,17 +105,53 @@ def _merged(base: Table, changes: Table) -> dict[str, Any]:
 
 def with_settings(config: PipelineConfig, settings: Mapping[str, Any]) -> PipelineConfig:
     """Change single settings by dotted name, as ``{"train.images": 1000}``. Raises ConfigError."""
-    data = to_json(config)
+    return from_json(PipelineConfig, _changed(to_json(config), settings))
+
+
+def _changed(data: Table, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A table of a pipeline config with some settings of other values, unchecked."""
+    # What was not merged is the caller's own.
+    changed = _copied(data)
     for dotted, value in settings.items():
         *path, last = dotted.split(".")
-        table: Any = data
+        table, kind = changed, PipelineConfig
         for part in path:
-            table = cast("dict[str, Any]", table).get(part) if isinstance(table, dict) else None
-        # Tables may be extended by a misspelt key here; from_json refuses it by name below.
+            table, kind = _inner(table, kind, part)
+        # Tables may be extended by a misspelt key here; from_json refuses it by name.
         if not isinstance(table, dict):
-            raise ConfigError(f"there is no table {'.'.join(path)!r} to set {last!r} in")
-        table[last] = value
-    return from_json(PipelineConfig, data)
+            was = "" if table is None else f": it is {table!r}"
+            raise ConfigError(f"there is no table {'.'.join(path)!r} to set {last!r} in{was}")
+        table[last] = _copied(value)
+    return changed
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _copied(item) for key, item in cast("Table", value).items()}
+    return value
+
+
+def _inner(table: Any, kind: Any, part: str) -> tuple[Any, Any]:
+    """What has a name in a table of a class, and its own class; what is left out has its default.
+
+    None for both where there is none.
+    """
+    if not isinstance(table, dict):
+        return None, None
+    found, hint = cast("dict[str, Any]", table), None
+    if dataclasses.is_dataclass(kind):
+        hint = get_type_hints(kind).get(part)
+        default = next(
+            (f.default_factory for f in dataclasses.fields(kind) if f.name == part), None
+        )
+        if part not in found and callable(default):
+            found[part] = to_json(default())
+    elif get_origin(kind) is dict:
+        hint = get_args(kind)[1]
+    # Of a table that may be null.
+    choices = [one for one in get_args(hint) if dataclasses.is_dataclass(one)]
+    optional = get_origin(hint) in (Union, UnionType) and len(choices) == 1
+    return found.get(part), choices[0] if optional else hint
 
 
 def replace(config: Any, /, **changes: Any) -> Any:

@@ -410,6 +410,11 @@ def test_a_home_that_is_a_file_is_refused(run, tmp_path: Path, words: list[str],
     refused(run(*words), f"EQM_HOME is {tmp_path / home}, and {tmp_path / 'file'} is a file")
 
 
+def test_a_place_of_a_variable_that_is_not_set_is_refused(run, tmp_path: Path) -> None:
+    refused(run("backup", "--to", ""), "--to is empty: name what is meant (is a variable not set?)")
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("words", [["up"], ["backup", "--to", "/proc/nowhere"]])
 def test_a_folder_that_cannot_be_made_is_named(run, words: list[str]) -> None:
     os.environ["EQM_HOME"] = "/proc/nowhere"

@@ -110,6 +110,54 @@ def test_a_folder_becomes_latents_without_services(eqm_: Run) -> None:
     assert "every byte is sound" in eqm_("verify", where).out
 
 
+@pytest.mark.parametrize("store", ["pictures", "pictures/", "pictures/new", "link", "link/new"])
+def test_a_store_among_the_images_is_refused(eqm_: Run, store: str) -> None:
+    before = set(make_images(Path("pictures"), 4).rglob("*"))
+    Path("link").symlink_to("pictures")
+    line = ("encode", "--image-size", "8", "--autoencoder", "identity")
+    for source in ("pictures", "link"):
+        told = eqm_(*line, source, "--to", store)
+        assert told.status == 2, told
+        assert "the source" in told.err
+        assert "its folders would be read as images; name a place outside of it" in told.err
+    assert set(Path("pictures").rglob("*")) == before
+
+
+def test_a_hidden_store_among_the_images_spoils_nothing(eqm_: Run) -> None:
+    make_images(Path("pictures"), 4)
+    line = ("encode", "pictures", "--image-size", "8", "--autoencoder", "identity")
+    made, again = (eqm_(*line, "--held-out=0", "--to", "pictures/.eqm/store") for _ in range(2))
+    assert made.status == 0, made.err
+    assert again.out == made.out
+
+
+def test_what_was_left_out_is_told(eqm_: Run) -> None:
+    make_images(Path("pictures"))
+    assert "left out" not in eqm_("stats", encoded(eqm_)).out
+    for name in ("a", "b"):
+        Path(f"pictures/cat/{name}.png").write_bytes(b"none")
+    line = ("encode", "pictures", "--image-size", "8", "--autoencoder", "identity", "--to", "store")
+    told = eqm_(*line, "--on-corrupt", "skip")
+    assert told.status == 0, told.err
+    assert "held out), 2 images left out that cannot be decoded\n" in told.out
+
+
+def test_a_store_without_latents_lists_none(eqm_: Run) -> None:
+    Path("store").mkdir()
+    told = eqm_("list", "store")
+    assert (told.status, "holds no sealed latents" in told.out) == (0, True)
+    os.environ["EQM_STORE"] = "nowhere"
+    told = eqm_("list")
+    assert (told.status, "EQM_STORE is " in told.err) == (2, True)
+
+
+def test_any_number_of_processes_encodes(eqm_: Run) -> None:
+    where = encoded(eqm_)
+    # What is sealed is found again, by however many.
+    assert encoded_now(eqm_, "--processes", "3").endswith(where)
+    assert encoded_now(eqm_, "--set", "processes=5").endswith(where)
+
+
 def test_latents_are_named_by_their_first_digits(eqm_: Run) -> None:
     digest = encoded(eqm_).rpartition("/")[2]
     os.environ["EQM_STORE"] = "store"
@@ -288,6 +336,13 @@ def test_a_set_has_a_digest_for_configs(eqm_: Run) -> None:
             ),
             "and no weights are read: leave it out",
         ),
+        (("encode", "", "--image-size", "8", "--to", "s"), "SOURCE is empty: name what is meant"),
+        (("encode", "pictures", "--image-size", "8", "--to", ""), "--to is empty: name what is m"),
+        (("encode", "pictures", "--image-size=8", "--to=s", "--autoencoder="), "--autoencoder is"),
+        (("digest", "folder", ""), "SOURCE is empty"),
+        (("list", ""), "STORE is empty"),
+        (("list", "typo"), "/typo, which does not exist: name the folder that `eqm data encode`"),
+        (("list", "pictures/cat/001.png"), "/pictures/cat/001.png, which is a file: name the"),
         (("verify", "store/latents/abc"), "is no set of latents"),
         (("digest", "svhn", "pictures"), "test_32x32.mat does not exist: give the folder of train"),
         (("digest", "mnist", "pictures"), "kind is 'mnist'; it must be one of folder, cifar10"),

@@ -1,5 +1,6 @@
 """A plan: what a config asks for reaches the programs that do it."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from eqm import encode, fit
-from eqm.config import ALGORITHMS, ComputeConfig, Job, replace
+from eqm.config import ALGORITHMS, ComputeConfig, ExtractorFit, Job, replace
 from eqm.errors import ConfigError, StageError, TrackingError
 from eqm.recipes import recipes
 from eqm.records import Record
@@ -140,6 +141,94 @@ def test_a_size_that_an_autoencoder_cannot_halve_is_refused_at_once() -> None:
     with pytest.raises(ConfigError, match=r"image_size_px is 33; .* multiple of 2, which the 2 en"):
         read_config("demo", {"source.image_size_px": 33})
     read_config("demo", {"source.image_size_px": 33, "autoencoder.kind": "identity"})
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "found"),
+    [
+        ("processes = 3", {"processes": 2}, {"processes": 2}),
+        ("processes = 3", {"train.batch_size": 129}, {"processes": 3, "train.batch_size": 129}),
+        # The batch is 128: neither is right without the other.
+        ("", {"processes": 3, "train.batch_size": 129}, {"processes": 3}),
+        ("", {"train.batch_size": 129, "processes": 3}, {"processes": 3}),
+        ('[train]\nimages = "many"', {"train.images": 1280}, {"train.images": 1280}),
+        ("[train]\nimags = 1", {"train": {"images": 1280}}, {"train.images": 1280}),
+        (
+            '[source]\nkind = "folder"\nmirror = true',
+            {"source_uri": "pictures"},
+            {"source_uri": "pictures"},
+        ),
+    ],
+)
+def test_changes_mend_a_file(
+    tmp_path: Path, file: str, changes: dict[str, Any], found: dict[str, Any]
+) -> None:
+    (tmp_path / "run.toml").write_text(f'preset = "demo"\n{file}\n')
+    config = read_config(str(tmp_path / "run.toml"), changes)
+    for name, value in found.items():
+        assert functools.reduce(getattr, name.split("."), config) == value
+
+
+def test_changes_mend_the_file_of_a_policy(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("minimum_samples = 7\nminimum_recall = 2.0\n")
+    (tmp_path / "run.toml").write_text('preset = "demo"\npolicy = "mine.toml"\n')
+    policy = read_config(str(tmp_path / "run.toml"), {"policy.minimum_recall": 0.2}).policy
+    assert (policy.minimum_samples, policy.minimum_recall) == (7, 0.2)
+    assert policy.minimum_auroc == {}, "of the preset's floors none is meant"
+    with pytest.raises(ConfigError, match=r"minimum_recall is 2\.0"):
+        read_config(str(tmp_path / "run.toml"))
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("processes = 3", {}, r"batch_size is 128; it must be a multiple of processes \(3\)"),
+        ("processes = 3", {"processes": 5}, r"a multiple of processes \(5\)"),
+        ("processes = 3", {"procesess": 2}, "unknown setting 'procesess' in config: did you mean"),
+        ("[trian]\nimages = 1", {"train.images": 2}, "'trian' in config: did you mean 'train'"),
+        ("", {"trian.images": 1}, "there is no table 'trian' to set 'images' in$"),
+        ("train = 3", {"train.images": 1}, "no table 'train' to set 'images' in: it is 3"),
+        ("", {"preset": "tiny"}, "unknown setting 'preset'"),
+    ],
+)
+def test_what_stays_wrong_with_its_changes_is_named(
+    tmp_path: Path, file: str, changes: dict[str, Any], words: str
+) -> None:
+    (tmp_path / "run.toml").write_text(f'preset = "demo"\n{file}\n')
+    with pytest.raises(ConfigError, match=words):
+        read_config(str(tmp_path / "run.toml"), changes)
+
+
+def test_changes_reach_tables_that_a_file_leaves_out(tmp_path: Path) -> None:
+    given = {"preset": "tiny", "further": {"wide": {"extractor": {"kind": "fit"}}}}
+    changes = {"further.wide.reference.keep_features": 20, "further.wide.extractor.fit.width": 16}
+    found = read_config(given, changes).further["wide"]
+    assert (found.reference.keep_features, found.extractor.fit.width) == (20, 16)
+    assert found.extractor.fit.dimension == ExtractorFit().dimension
+    assert given["further"] == {"wide": {"extractor": {"kind": "fit"}}}, "the caller's own stays"
+    with pytest.raises(ConfigError, match=r"no table 'further\.wide\.extractor\.pretrained'"):
+        read_config(given, {"further.wide.extractor.pretrained.uri": "x"})
+    with pytest.raises(ConfigError, match=r"no table 'further\.none\.extractor'"):
+        read_config(given, {"further.none.extractor.kind": "fit"})
+
+
+@pytest.mark.parametrize("place", ["pictures", "pictures/store"])
+def test_a_store_among_the_images_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    (tmp_path / "link").symlink_to("pictures")
+    monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EQM_STORE", place)
+    for source in (str(tmp_path / "pictures"), "pictures", "link"):
+        changes = {"source.kind": "folder", "source.channels": 3, "source_uri": source}
+        with pytest.raises(ConfigError, match=r"^EQM_STORE is .*the source .*place outside of it"):
+            make_plan("demo", changes, tracked=False)
+    # They are of scikit-learn, wherever an address leads.
+    make_plan("demo", {"source_uri": "pictures"}, tracked=False)
+    monkeypatch.setenv("EQM_STORE", "pictures2")
+    make_plan("demo", changes, tracked=False)
 
 
 def test_latents_that_nobody_trains_on_here_are_made_whatever_the_network(
