@@ -1,10 +1,13 @@
 """The field: one sign, true gradients in every grad mode, guidance as released and as meant."""
 
+from collections import Counter
+
 import pytest
 import torch
 from reference import official
 from reference.formulas import PerfectField
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eqm.config import NetworkConfig, ObjectiveConfig
 from eqm.errors import ConfigError
@@ -408,3 +411,26 @@ def test_a_trained_field_points_from_the_datum_to_noise(energy):
     if energy != "implicit":
         rises = field.energy(eps, labels) > field.energy(datum.expand_as(eps), labels)
         assert float(rises.double().mean()) > 0.95
+
+
+@pytest.mark.parametrize("energy", ["implicit", "dot"])
+def test_attention_of_a_training_is_flash(energy):
+    """Chosen by torch on a CPU as on a GPU, unless a graph through the gradient is asked for."""
+    net = Transformer(NetworkConfig(width=32, depth=1, heads=2), size=8, channels=1, classes=None)
+    net.initialise(0, zero_head=False)
+    seen = Counter()
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            seen[function.overloadpacket.__name__] += 1
+            return function(*args, **(kwargs or {}))
+
+    x = torch.randn(2, 1, 8, 8)
+    with Watching():
+        if energy == "implicit":
+            Field(net).gradient(x, create_graph=True).square().sum().backward()
+        else:
+            Field(net, energy=energy).gradient(x)
+    assert seen["_scaled_dot_product_flash_attention_for_cpu"] == 1
+    assert seen["_scaled_dot_product_flash_attention_for_cpu_backward"] == 1
+    assert not seen["_scaled_dot_product_attention_math"]

@@ -71,6 +71,13 @@ def test_looks_are_in_the_log_and_sealed_and_training_is_the_same(
     looks = [e for e in events_of(store.get(record.logs["events.jsonl"]), "log") if e.blobs]
     assert [event.images_seen for event in looks] == [256, 512, 640]
     assert all(event.figures["latent_distance"] > 0 for event in looks)
+    # Of the averages, not of the weights as they are.
+    data = open_manifest(tiny["latents"], tiny.store)
+    last = glimpse.take(from_record(tiny.store, record), FEW, glimpse.reference(data, seed=0))
+    assert looks[-1].figures["latent_distance"] == pytest.approx(last.distance, rel=1e-6)
+    raw = from_record(tiny.store, record, weights="raw")
+    other = glimpse.take(raw, FEW, glimpse.reference(data, seed=0))
+    assert abs(other.distance - last.distance) > 1e-4 * last.distance
     for event in looks:
         assert record.logs[f"samples-{event.images_seen:012d}-grid.png"] == event.blobs["grid.png"]
         assert store.get(event.blobs["grid.png"]).startswith(b"\x89PNG")

@@ -125,6 +125,18 @@ def test_processes_of_a_machine_share_its_cores_for_compilers_too(
         assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "2"
 
 
+@pytest.mark.parametrize(("here", "given", "used"), [(1, None, 8), (4, None, 2), (4, 3, 3)])
+def test_ranks_share_the_cores_of_a_machine(
+    monkeypatch: pytest.MonkeyPatch, here: int, given: int | None, used: int
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(distributed, "cores", lambda: 8)
+    monkeypatch.setattr(torch, "set_num_threads", asked.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(here))
+    with distributed.connect("cpu", threads=given):
+        assert asked[:1] == [used]
+
+
 def test_processes_that_have_not_a_core_each_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "cores", lambda: 1)
     assert distributed.told_of_cores(1) is None

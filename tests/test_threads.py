@@ -72,6 +72,19 @@ def test_what_is_read_ahead_comes_in_order_and_ends_with_whoever_leaves(kind):
         list(ahead(lambda i: 1 // i, (1, 0, 1), threads=2, name="reads"))
 
 
+def test_the_next_is_under_way_before_the_first_is_there():
+    second = threading.Event()
+
+    def made(i):
+        if i == 1:
+            second.set()
+        # The first is ready once the second has begun.
+        assert second.wait(20)
+        return i
+
+    assert list(ahead(made, range(3), threads=2, name="reads")) == [0, 1, 2]
+
+
 @pytest.mark.parametrize("threads", [1, 3])
 def test_results_come_in_the_order_of_their_items(threads):
     torch.set_num_threads(threads)
