@@ -38,7 +38,7 @@ from flows.plan import (
     samples_job,
     train_job,
 )
-from flows.prefect_tools import day_due, link, logged, page, stage, tell
+from flows.prefect_tools import day_asked, link, logged, page, stage, tell
 from flows.study import sealed_studies
 from flows.train import latents_of, register_model, train_model
 
@@ -457,7 +457,7 @@ def reevaluate_champion(
     Unless given, it is the day (UTC) on which the run was due: nights that were missed are made up
     for, each with its own seeds. A day asks for the same thing, so a second run starts nothing.
     """
-    day = datetime.date.fromisoformat(as_of) if as_of else day_due()
+    day = day_asked(as_of)
     plan = open_plan(config, changes)
     plan = replace(plan, config=_of_day(plan, day))
     standing = find_champion(plan)
