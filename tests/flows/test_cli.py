@@ -754,6 +754,16 @@ def test_of_many_classes_the_first_are_sampled(run) -> None:
     assert "--labels names others" not in told.out
 
 
+def test_a_seed_that_there_is_none_of_is_told_as_it_was_given(run) -> None:
+    saved_model("model", classes=3)
+    for words, told in (
+        (("99999999999999999999999",), ("asks for 99999999999999999999999", "to 2932031007401 ")),
+        (("2932031007402", "--labels", "2"), ("asks for 2932031007402", "to 2932031007401 here")),
+    ):
+        refused(run("sample", "model", "--updates", "1", "--seeds", *words), "--seeds", *told)
+    assert run("sample", "model", "--updates", "1", "--seeds", "2932031007401").status == 0
+
+
 def test_samples_that_run_off_are_no_success(run) -> None:
     net = eqm.Transformer(NetworkConfig(width=16, depth=1), size=8, channels=1, classes=2)
     for weights in net.parameters():
