@@ -52,10 +52,11 @@ from eqm.pictures import (
     sample_photographs,
     shuffled,
     to_tensor,
+    why_undecodable,
 )
 from eqm.progress import Progress
 from eqm.records import Ref, digest, sha256
-from eqm.words import counted
+from eqm.words import counted, first_of
 
 __all__ = [
     "FORMATS",
@@ -259,8 +260,7 @@ def _wrong_with(layout: Layout, data: bytes) -> str:
     try:
         layout.decode(data)
     except UNDECODABLE as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return text.encode(errors="replace").decode()
+        return why_undecodable(error)
     return ""
 
 
@@ -339,10 +339,9 @@ def _named(layout: Layout, found: Found, tables: Sequence[Table]) -> Named:
 
 
 def _corrupt(bad: list[tuple[str, str]], total: int) -> str:
-    shown = "; ".join(f"{key} ({text})" for key, text in bad[:NAMED_AT_MOST])
-    more = f"; and {len(bad) - NAMED_AT_MOST} more" if len(bad) > NAMED_AT_MOST else ""
+    shown = first_of([f"{key} ({text})" for key, text in bad], NAMED_AT_MOST)
     return (
-        f"{len(bad)} of {total} images cannot be decoded: {shown}{more}. Mend or remove them, or "
+        f"{len(bad)} of {total} images cannot be decoded: {shown}. Mend or remove them, or "
         "set source.on_corrupt to 'skip': what is skipped is named in the manifest"
     )
 

@@ -103,7 +103,7 @@ def check_sets(plan: Plan, source: Ref | None = None) -> None:
     if source is not None:
         _check_images(plan.config, listed(plan, source))
     for one in plan.config.evaluate.ood.sets:
-        image_sets.check_set(one)
+        image_sets.check_set(one, plan.config.evaluate.ood.images)
         if one.sha256 is not None:
             logged(f"set {one.name}: {one.kind} {one.sha256[:12]}")
     asked, made = plan.config.policy.minimum_samples, plan.config.generate.samples
