@@ -26,7 +26,7 @@ from torch import Tensor
 from eqm.config import SourceConfig
 from eqm.cores import cores
 from eqm.disk import disk_errors, written_aside
-from eqm.errors import DataError
+from eqm.errors import DataError, OtherImagesError
 from eqm.layouts import Found, Layout, Part, Raw, layout_of
 from eqm.listing import (
     Entry,
@@ -121,12 +121,16 @@ class ImageSource:
         return np.flatnonzero(self.entries.held_out == held_out).tolist()
 
     def read(self, i: int) -> Tensor:
-        """Pixels of entry i, uint8 (C, H, W). Raises DataError if it changed since the scan."""
+        """Pixels of entry i, uint8 (C, H, W). Raises OtherImagesError if it changed since."""
         entry, places = self.entries[i], self.entries.places
-        data = self._layout.read(entry.key, None if places is None else places.at(i))
+        try:
+            data = self._layout.read(entry.key, None if places is None else places.at(i))
+        except DataError as error:
+            raise OtherImagesError(str(error)) from error
         if sha256(data) != entry.sha256:
-            raise DataError(
-                f"image {entry.key!r} was changed while it was in use: run the pipeline again"
+            raise OtherImagesError(
+                f"image {entry.key!r} has other bytes than when it was listed",
+                "it was changed while it was in use, run the pipeline again",
             )
         return to_tensor(centre_crop(self._layout.decode(data), self.config.image_size_px))
 
@@ -157,7 +161,7 @@ def open_source(
 def checked_source(
     config: SourceConfig, uri: str | None, ref: Ref, *, listing: bytes | None = None
 ) -> ImageSource:
-    """The source that a job was configured for; DataError if any of its images changed since.
+    """The source that a job was configured for; OtherImagesError if any image changed since.
 
     With the bytes of its ``listing`` (ImageSource.listing_bytes; IntegrityError unless their digest
     is that of ``ref``) no image is looked at before it is read, when its digest is checked. Without
@@ -174,13 +178,17 @@ def checked_source(
             where=f"the listing of {uri or config.kind}",
         )
         return ImageSource(layout, named)
-    source = _scanned(layout, None, decode=False)
+    try:
+        source = _scanned(layout, None, decode=False)
+        if source.digest != ref.digest:
+            source = _scanned(layout_of(config, uri), None, decode=True)
+    except DataError as error:
+        raise OtherImagesError(str(error)) from error
     if source.digest != ref.digest:
-        source = _scanned(layout_of(config, uri), None, decode=True)
-    if source.digest != ref.digest:
-        raise DataError(
+        raise OtherImagesError(
             f"the images changed since this run was configured (listing {source.digest[:12]}, "
-            f"configured for {ref.digest[:12]}): run the pipeline again"
+            f"configured for {ref.digest[:12]})",
+            "run the pipeline again",
         )
     return source
 
