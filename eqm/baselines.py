@@ -23,6 +23,10 @@ SINGULAR = 1e-13
 ROUNDING_VARIANCE = 1 / 12
 """Of a number that is rounded to whole ones, as levels of gray are: no pixel varies by less."""
 
+LEAST_ROWS = {"pixel_gaussian": 3, "pixel_pca": 2, "feature_gaussian": 3}
+"""Baseline -> rows that it is fitted on at least; of neighbours, as many as it asks for. Of two
+rows the covariance is not shrunk: it varies in one direction."""
+
 
 class Gaussian:
     """A normal density with the covariance of Ledoit and Wolf (2004), defined where N < D too.

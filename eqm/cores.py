@@ -2,8 +2,8 @@
 
 A limit of CPUs (``docker run --cpus 4``, ``limits: {cpu: 4}`` in Kubernetes) takes no core away: it
 is a quota of time, and all threads stand still when it is used up. As many threads as a large node
-has cores would spend theirs waiting for each other. Called by distributed, readahead, images and
-flows.
+has cores would spend theirs waiting for each other. Called by distributed, readahead, images,
+image_sets and flows.
 """
 
 import contextlib

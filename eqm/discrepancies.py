@@ -28,6 +28,7 @@ class Difference:
     place: str
     """Dotted name of a value, or an address in the store."""
     sealed: Json
+    """Nothing ("") beside what is told in words."""
     found: Json
     """What was computed, generated or rendered again; or what is wrong, in words."""
 
@@ -133,9 +134,15 @@ def apart(sealed: NDArray[Any], again: NDArray[Any]) -> float:
 
 def told(differences: Sequence[Difference], most: int) -> list[str]:
     """Lines for people: the first ``most``, and how many more there are."""
-    lines = [f"{d.place}: sealed {_shown(d.sealed)}, again {_shown(d.found)}" for d in differences]
+    lines = [_line(one) for one in differences]
     more = len(lines) - most
     return lines[:most] + ([f"and {more} more"] if more > 0 else [])
+
+
+def _line(one: Difference) -> str:
+    if one.sealed == "" and isinstance(one.found, str):
+        return f"{one.place}: {one.found}"
+    return f"{one.place}: sealed {_shown(one.sealed)}, again {_shown(one.found)}"
 
 
 def _shown(value: Json) -> str:

@@ -27,6 +27,13 @@ class DataError(EqmError, ValueError):
     """The user's images, shards or manifests cannot be used as they are."""
 
 
+class OtherImagesError(DataError):
+    """An image is not there, or not the one that was listed: which, and then what it may mean."""
+
+    def __str__(self) -> str:
+        return ": ".join(map(str, self.args))
+
+
 class DivergedError(DataError):
     """A training or its samples ran off to infinity, and would again: it is what was asked for.
 

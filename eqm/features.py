@@ -2,8 +2,8 @@
 
 The only door to torch_fidelity. An extractor is frozen (eval mode, float32, no gradients, no TF32)
 and maps uint8 images (B, C, H, W) to float32 features (B, D). What is computed of the features is
-eqm.frechet's business, how a SmallCNN is trained eqm.fit's. Called by evaluate, fit, generate,
-measures, outliers and reference.
+eqm.frechet's business, how a SmallCNN is trained eqm.fit's. Called by evaluate, fit, flows,
+generate, measures, outliers and reference.
 """
 
 import contextlib

@@ -8,12 +8,13 @@ shuffled, interpolated), or read from files as they are distributed:
     svhn      train_32x32.mat, test_32x32.mat, extra_32x32.mat     (cropped digits, MATLAB 5)
     dtd       images/<class>/*.jpg, labels/<split>.txt             (Describable Textures)
 
-Files are trusted no further than their digest, which is checked before any of them is parsed; what
-is malformed is refused by name and place, and nothing in a file is ever executed. Of a set that
-has more images than are asked for, some are taken that are spread over all of it, always the same
-ones. Called by outliers and flows.
+Files of a config are trusted no further than their digest, which is checked before any of them is
+parsed; what is malformed is refused by name and place, and nothing in a file is ever executed. Of a
+set that has more images than are asked for, some are taken that are spread over all of it, always
+the same ones. Called by outliers and flows.
 """
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from pathlib import PurePosixPath
@@ -25,6 +26,7 @@ from PIL import Image
 from torch import Tensor
 
 from eqm.config import IN_DISTRIBUTION, SET_SPLITS, OODSet
+from eqm.cores import cores
 from eqm.errors import DataError, IntegrityError, require
 from eqm.files import File, Files, checked_path, open_files
 from eqm.matlab import numeric_arrays
@@ -40,15 +42,23 @@ from eqm.pictures import (
     sample_photographs,
     shuffled,
     to_tensor,
+    why_undecodable,
 )
+from eqm.progress import Progress
 from eqm.randomness import permutation
 from eqm.records import digest, sha256
-from eqm.words import counted
+from eqm.threads import ahead
+from eqm.words import counted, first_of
 
 SHUFFLE_SEED = 0
 CHOICE_SEED = 0
 LEAST_IMAGES = 2
 """Of any set: fewer have no interval."""
+NAMED_AT_MOST = 10
+MOST_DECODERS = 16
+"""Threads: Pillow lets go of the interpreter lock while it decodes."""
+MANY_IMAGES = 2_000
+"""From so many on, it shows how far decoding is."""
 LARGEST_FILE_BYTES = 2**31
 LARGEST_SPLIT_BYTES = 2**20
 """Of a list of images: the largest of DTD has 60 kB."""
@@ -82,32 +92,43 @@ def read_set(asked: OODSet, inside: Tensor, count: int) -> Tensor:
         found = torch.stack(
             [to_tensor(centre_crop(in_mode(one, channels), size)) for one in pictures]
         )
-    if len(found) < LEAST_IMAGES:
-        raise DataError(
-            f"set {asked.name!r} has {counted(len(found), 'image')}: give at least "
-            f"{LEAST_IMAGES}, or leave it out of evaluate.ood.sets (it is told from "
-            f"{len(inside)} {IN_DISTRIBUTION} images)"
-        )
+    _check_number(asked, len(found))
     return found
+
+
+def _check_number(asked: OODSet, found: int) -> None:
+    if found < LEAST_IMAGES:
+        raise DataError(
+            f"set {asked.name!r} has {counted(found, 'image')}: give at least {LEAST_IMAGES}, or "
+            f"leave it out of evaluate.ood.sets (it is told from {IN_DISTRIBUTION} images)"
+        )
 
 
 def digest_of(kind: str, uri: str, split: str | None = None, *, setting: str = "uri") -> str:
     """SHA-256 over names and bytes of the files of a set, wherever they lie; `OODSet.sha256`.
 
-    ``setting``: what whoever gave the address calls it.
-    Raises ConfigError for a kind that lies in no files, DataError, StoreError.
-    """
-    return _opened(kind, uri, split, setting)[1].digest
-
-
-def check_set(asked: OODSet) -> None:
-    """Refuse a set whose files are not there, or not those that were meant; no image is read.
-
-    For flows, before a training that would be judged by it. Raises DataError, IntegrityError,
+    Every image is decoded: a digest vouches for a set that can be read. ``setting``: what whoever
+    gave the address calls it. Raises ConfigError for a kind that lies in no files, DataError,
     StoreError.
     """
+    reader, digested = _opened(kind, uri, split, setting)
+    _count(reader.pictures(digested.read, sys.maxsize))
+    return digested.digest
+
+
+def check_set(asked: OODSet, count: int) -> None:
+    """Refuse a set whose files are not there, not those that were meant, or cannot be decoded.
+
+    For flows, before a training that would be judged by ``count`` of its images: only those are
+    decoded. Raises DataError, IntegrityError, StoreError.
+    """
     if asked.kind in SET_SPLITS:
-        _checked(asked)
+        reader, digested = _checked(asked)
+        _check_number(asked, _count(reader.pictures(digested.read, count)))
+
+
+def _count(pictures: Iterator[Image.Image]) -> int:
+    return sum(1 for _ in pictures)
 
 
 def _checked(asked: OODSet) -> tuple["Reader", "Digested"]:
@@ -217,15 +238,32 @@ class Folder(Reader):
 
 
 def _decoded(files: Files, paths: list[str], read: Read, count: int) -> Iterator[Image.Image]:
-    for number in chosen(len(paths), count):
-        data = read(paths[number])
+    """Pictures of some of the files. Raises DataError, once all were tried, for those that fail."""
+    taken = [paths[number] for number in chosen(len(paths), count)]
+
+    def look(path: str) -> tuple[Image.Image | None, str]:
+        data = read(path)
         try:
-            yield decode_picture(data)
+            return decode_picture(data), ""
         except UNDECODABLE as error:
-            raise DataError(
-                f"{files.where(paths[number])} is no image that can be decoded "
-                f"({str(error) or type(error).__name__}): {COPY_AGAIN}, or remove it"
-            ) from error
+            return None, f"{path} ({why_undecodable(error)})"
+
+    bad: list[str] = []
+    threads = min(MOST_DECODERS, cores())
+    show = len(taken) >= MANY_IMAGES
+    with Progress("decoding images of a set", total=len(taken), show=show) as bar:
+        for picture, wrong in ahead(look, taken, threads=threads, name="eqm-sets"):
+            bar.advance(1)
+            if picture is None:
+                bad.append(wrong)
+            elif not bad:
+                yield picture
+    if bad:
+        raise DataError(
+            f"{len(bad)} of {counted(len(taken), 'image')} of {files.where()} cannot be decoded: "
+            f"{first_of(bad, NAMED_AT_MOST)}. Copy them again from where they came from, or remove "
+            "them"
+        )
 
 
 class Cifar10(Reader):

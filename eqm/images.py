@@ -26,7 +26,7 @@ from torch import Tensor
 from eqm.config import SourceConfig
 from eqm.cores import cores
 from eqm.disk import disk_errors, written_aside
-from eqm.errors import DataError
+from eqm.errors import DataError, OtherImagesError
 from eqm.layouts import Found, Layout, Part, Raw, layout_of
 from eqm.listing import (
     Entry,
@@ -52,10 +52,11 @@ from eqm.pictures import (
     sample_photographs,
     shuffled,
     to_tensor,
+    why_undecodable,
 )
 from eqm.progress import Progress
 from eqm.records import Ref, digest, sha256
-from eqm.words import counted
+from eqm.words import counted, first_of
 
 __all__ = [
     "FORMATS",
@@ -120,12 +121,16 @@ class ImageSource:
         return np.flatnonzero(self.entries.held_out == held_out).tolist()
 
     def read(self, i: int) -> Tensor:
-        """Pixels of entry i, uint8 (C, H, W). Raises DataError if it changed since the scan."""
+        """Pixels of entry i, uint8 (C, H, W). Raises OtherImagesError if it changed since."""
         entry, places = self.entries[i], self.entries.places
-        data = self._layout.read(entry.key, None if places is None else places.at(i))
+        try:
+            data = self._layout.read(entry.key, None if places is None else places.at(i))
+        except DataError as error:
+            raise OtherImagesError(str(error)) from error
         if sha256(data) != entry.sha256:
-            raise DataError(
-                f"image {entry.key!r} was changed while it was in use: run the pipeline again"
+            raise OtherImagesError(
+                f"image {entry.key!r} has other bytes than when it was listed",
+                "it was changed while it was in use, run the pipeline again",
             )
         return to_tensor(centre_crop(self._layout.decode(data), self.config.image_size_px))
 
@@ -156,7 +161,7 @@ def open_source(
 def checked_source(
     config: SourceConfig, uri: str | None, ref: Ref, *, listing: bytes | None = None
 ) -> ImageSource:
-    """The source that a job was configured for; DataError if any of its images changed since.
+    """The source that a job was configured for; OtherImagesError if any image changed since.
 
     With the bytes of its ``listing`` (ImageSource.listing_bytes; IntegrityError unless their digest
     is that of ``ref``) no image is looked at before it is read, when its digest is checked. Without
@@ -173,13 +178,17 @@ def checked_source(
             where=f"the listing of {uri or config.kind}",
         )
         return ImageSource(layout, named)
-    source = _scanned(layout, None, decode=False)
+    try:
+        source = _scanned(layout, None, decode=False)
+        if source.digest != ref.digest:
+            source = _scanned(layout_of(config, uri), None, decode=True)
+    except DataError as error:
+        raise OtherImagesError(str(error)) from error
     if source.digest != ref.digest:
-        source = _scanned(layout_of(config, uri), None, decode=True)
-    if source.digest != ref.digest:
-        raise DataError(
+        raise OtherImagesError(
             f"the images changed since this run was configured (listing {source.digest[:12]}, "
-            f"configured for {ref.digest[:12]}): run the pipeline again"
+            f"configured for {ref.digest[:12]})",
+            "run the pipeline again",
         )
     return source
 
@@ -259,8 +268,7 @@ def _wrong_with(layout: Layout, data: bytes) -> str:
     try:
         layout.decode(data)
     except UNDECODABLE as error:
-        text = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return text.encode(errors="replace").decode()
+        return why_undecodable(error)
     return ""
 
 
@@ -339,10 +347,9 @@ def _named(layout: Layout, found: Found, tables: Sequence[Table]) -> Named:
 
 
 def _corrupt(bad: list[tuple[str, str]], total: int) -> str:
-    shown = "; ".join(f"{key} ({text})" for key, text in bad[:NAMED_AT_MOST])
-    more = f"; and {len(bad) - NAMED_AT_MOST} more" if len(bad) > NAMED_AT_MOST else ""
+    shown = first_of([f"{key} ({text})" for key, text in bad], NAMED_AT_MOST)
     return (
-        f"{len(bad)} of {total} images cannot be decoded: {shown}{more}. Mend or remove them, or "
+        f"{len(bad)} of {total} images cannot be decoded: {shown}. Mend or remove them, or "
         "set source.on_corrupt to 'skip': what is skipped is named in the manifest"
     )
 

@@ -101,6 +101,12 @@ def decode_picture(data: bytes, *, exif_rotation: bool = False) -> Image.Image:
     return upright(picture) if exif_rotation else picture
 
 
+def why_undecodable(error: BaseException) -> str:
+    """One line on why a picture cannot be decoded, of one of UNDECODABLE."""
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return text.encode(errors="replace").decode()
+
+
 def upright(picture: Image.Image) -> Image.Image:
     """Turn and mirror a picture as its EXIF orientation says; itself where there is none."""
     turn = TURNS.get(picture.getexif().get(ORIENTATION, 1))

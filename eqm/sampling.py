@@ -21,7 +21,7 @@ from torch import Tensor
 
 from eqm import field, rules, sampler
 from eqm.autoencoder import Autoencoder
-from eqm.config import SamplerConfig
+from eqm.config import LARGEST_SAMPLE_SEED, SamplerConfig
 from eqm.errors import ConfigError, DataError, require
 from eqm.field import Gradient
 from eqm.model import Labels, Model, ModelSpec
@@ -30,7 +30,6 @@ from eqm.sampler import Descent, Known, Problem, Projection, StopRule
 
 Precision: TypeAlias = Literal["float32", "tf32", "bfloat16"]
 """Of a network's products."""
-MAX_SEED = 2**43 - 1
 SLACK = 1e-3
 """Of gamma: step sizes may be rounded, and ends of the ODE are 1 to this."""
 
@@ -437,9 +436,9 @@ def _names(seeds: Iterable[Any] | None) -> Tensor | None:
         raise DataError(
             f"seeds are a sequence of whole numbers, as range(8) or [3]: {error}"
         ) from error
-    odd = [s for s in names if not 0 <= s <= MAX_SEED]
+    odd = [s for s in names if not 0 <= s <= LARGEST_SAMPLE_SEED]
     if odd:
-        raise DataError(f"seed {odd[0]} is out of range: seeds go from 0 to {MAX_SEED}")
+        raise DataError(f"seed {odd[0]} is out of range: seeds go from 0 to {LARGEST_SAMPLE_SEED}")
     if not names:
         raise DataError("seeds are empty: give at least one")
     return torch.tensor(names, dtype=torch.int64)

@@ -4,7 +4,7 @@ OpenBLAS has threads of its own, as many as the machine has cores, that wait for
 spinning. Beside other work that costs a multiple of what is computed, and how many they are decides
 how results are rounded. Pieces on one core each give the same bits on any number of cores, and use
 as many as torch was told to. What waits and does not compute has threads of its own
-(:func:`ahead`). Called by batches, checkpoint, distributed, frechet and intervals.
+(:func:`ahead`). Called by batches, checkpoint, distributed, frechet, image_sets and intervals.
 """
 
 import contextlib

@@ -17,7 +17,7 @@ from eqm import dossier, gate
 from eqm.config import ALGORITHMS, Runtime, SourceConfig, replace
 from eqm.discrepancies import Check, Difference, of_bytes, of_documents, of_values
 from eqm.distributed import pick_device
-from eqm.errors import DataError, EqmError, IntegrityError
+from eqm.errors import ConfigError, DataError, EqmError, IntegrityError, OtherImagesError
 from eqm.layouts import layout_of
 from eqm.policy import PolicyConfig
 from eqm.recomputation import check_numbers, compute_again
@@ -110,7 +110,8 @@ def verify(
     ``runtime`` says where its images lie. ``seeds`` samples are made again, alone or, with
     ``exact``, in their whole batches, which gives the same bits on the same kind of machine. Raises
     DataError for an evaluation that is not in the store, ConfigError, DataError or StoreError where
-    ``runtime`` names a device or a place of images that is not there: nothing can be said then.
+    ``runtime`` names a device or a place of images that is not there, or that holds other images
+    than were listed: nothing can be said then.
     """
     record, damage = as_stored(store, evaluation)
     if record is not None and not damage:
@@ -122,6 +123,12 @@ def verify(
     try:
         again = compute_again(store, record, runtime, seeds=seeds, exact=exact)
     except NO_SUCH as error:
+        # Beside a difference that was found, images that differ may be another one.
+        if isinstance(error, OtherImagesError) and all(check.passed for check in checks):
+            raise DataError(
+                f"these are not the images of evaluation {evaluation[:12]} ({error.args[0]}): give "
+                "--source-uri the folder or file that was listed, as it was then"
+            ) from error
         checks.append(_impossible("numbers", "computed again", error))
     else:
         checks += [check_numbers(store, record, again), *again.remade]
@@ -136,6 +143,12 @@ def _check_means(record: Record, runtime: Runtime) -> None:
     pick_device(runtime.device)
     if record.algorithm == ALGORITHMS["evaluation"]:
         source = from_json(SourceConfig, record.config["source"], "config.source")
+        if source.kind != "digits" and runtime.source_uri is None:
+            raise ConfigError(
+                "--source-uri is missing: give the folder or file that holds the images of "
+                f"evaluation {record.digest[:12]} (source.kind {source.kind!r}), on this machine "
+                "or s3://bucket/prefix"
+            )
         layout_of(source, runtime.source_uri)
 
 

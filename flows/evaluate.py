@@ -12,8 +12,10 @@ from typing import Any
 from prefect import flow
 
 from eqm import champion, dossier, drift, gate, image_sets
+from eqm.baselines import LEAST_ROWS
 from eqm.config import Job, PipelineConfig, demo_policy, replace
 from eqm.errors import ConfigError, DataError
+from eqm.features import SMALLEST_IMAGE_PX
 from eqm.images import ImageSource
 from eqm.names import further_inputs
 from eqm.records import Decision, Evaluation, Reason, Record, Ref, from_json, to_json
@@ -38,7 +40,7 @@ from flows.plan import (
     samples_job,
     train_job,
 )
-from flows.prefect_tools import day_due, link, logged, page, stage, tell
+from flows.prefect_tools import day_asked, link, logged, page, stage, tell
 from flows.study import sealed_studies
 from flows.train import latents_of, register_model, train_model
 
@@ -93,14 +95,15 @@ def check_sets(plan: Plan, source: Ref | None = None) -> None:
     """Refuse before a training what its evaluation would refuse. Raises ConfigError, DataError.
 
     Sets that scores are tested on and that are not what they should be, no held-out images, too few
-    samples, an extractor that would tell the classes of a ``source`` apart that has only one. Tells
-    as well of a policy that asks for more samples than are made, or that is the demo's.
+    samples; of a ``source`` only one class or images too small for a fitted extractor, too few
+    images for a baseline. Tells as well of a policy that asks for more samples than are made, or
+    that is the demo's.
     """
     _check_counts(plan.config)
     if source is not None:
         _check_images(plan.config, listed(plan, source))
     for one in plan.config.evaluate.ood.sets:
-        image_sets.check_set(one)
+        image_sets.check_set(one, plan.config.evaluate.ood.images)
         if one.sha256 is not None:
             logged(f"set {one.name}: {one.kind} {one.sha256[:12]}")
     asked, made = plan.config.policy.minimum_samples, plan.config.generate.samples
@@ -145,10 +148,42 @@ def _check_images(config: PipelineConfig, found: ImageSource) -> None:
         f"further.{name}.extractor": one.extractor for name, one in config.further.items()
     }
     fitted = [name for name, one in extractors.items() if one.kind == "fit"]
+    size = config.source.image_size_px
+    if fitted and size < SMALLEST_IMAGE_PX:
+        raise DataError(
+            f"{fitted[0]}.kind is 'fit', which takes images of {SMALLEST_IMAGE_PX} px at least, "
+            f"and source.image_size_px is {size}: set that to {SMALLEST_IMAGE_PX}, or the kind to "
+            "'inception'"
+        )
     if fitted and len(found.classes) < 2:
         raise DataError(
             f"{fitted[0]}.kind is 'fit', which tells classes apart, and the source has only "
             f"{', '.join(found.classes)}: set it to 'inception', or add a class"
+        )
+    _check_baselines(config, int((~found.entries.held_out).sum()))
+
+
+def _check_baselines(config: PipelineConfig, training: int) -> None:
+    """Refuse baselines that cannot be fitted on so many training images. Raises DataError."""
+    ood = config.evaluate.ood
+    # A model without a null label has no scores that baselines would be held against.
+    if config.train.label_dropout == 0:
+        return
+    used = min(training, ood.baseline_images)
+    least = {**LEAST_ROWS, "feature_neighbours": ood.neighbours}
+    for name in ood.baselines:
+        if used >= least[name]:
+            continue
+        asked = f" with evaluate.ood.neighbours {ood.neighbours}" if name not in LEAST_ROWS else ""
+        lower = ", lower evaluate.ood.neighbours" if asked else ""
+        more = (
+            f"raise evaluate.ood.baseline_images ({ood.baseline_images})"
+            if training >= least[name]
+            else "add images"
+        )
+        raise DataError(
+            f"baseline {name!r}{asked} is fitted on {least[name]:,} training images at least, and "
+            f"there are {used:,}: {more}{lower}, or leave it out of evaluate.ood.baselines"
         )
 
 
@@ -457,7 +492,7 @@ def reevaluate_champion(
     Unless given, it is the day (UTC) on which the run was due: nights that were missed are made up
     for, each with its own seeds. A day asks for the same thing, so a second run starts nothing.
     """
-    day = datetime.date.fromisoformat(as_of) if as_of else day_due()
+    day = day_asked(as_of)
     plan = open_plan(config, changes)
     plan = replace(plan, config=_of_day(plan, day))
     standing = find_champion(plan)

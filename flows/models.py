@@ -59,6 +59,7 @@ def sample(
     sampler = _sampler(model, mlflow_uri, {**asked_for, "momentum": momentum})
     loaded = eqm.load(model, mlflow_uri=mlflow_uri)
     rows, names = _rows(loaded.spec.classes, asked)
+    _check_columns(columns, rows, loaded.spec.classes)
     _ = loaded.autoencoder  # a model that came without one is told before its descent, not after
     found = eqm.sample(
         loaded,
@@ -213,6 +214,16 @@ def _rows(classes: tuple[str, ...], asked: list[int] | None) -> tuple[list[int],
     if max(rows) >= len(classes):
         raise ConfigError(f"--labels asks for {max(rows)}; this model has 0 to {len(classes) - 1}")
     return rows, [classes[k] for k in rows]
+
+
+def _check_columns(columns: list[int], rows: list[int], classes: tuple[str, ...]) -> None:
+    """Refuse seeds whose samples would have numbers that there are none of. Raises ConfigError."""
+    from eqm.config import LARGEST_SAMPLE_SEED
+    from eqm.errors import ConfigError
+
+    largest = (LARGEST_SAMPLE_SEED - max(rows)) // max(1, len(classes))
+    if max(columns) > largest:
+        raise ConfigError(f"--seeds asks for {max(columns)}; they go from 0 to {largest} here")
 
 
 def ema(

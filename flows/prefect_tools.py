@@ -20,7 +20,8 @@ from prefect.exceptions import MissingContextError, TerminationSignal
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelling
 
-from eqm.errors import EqmError, MissingError, StoreError, TrackingError
+from eqm.config.checks import is_day
+from eqm.errors import EqmError, MissingError, StoreError, TrackingError, require
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -92,6 +93,14 @@ def day_due() -> datetime.date:
     """Day (UTC) on which this run was due, which may be before the one on which it is run."""
     due = flow_run.scheduled_start_time if is_deployed() else None
     return (due or datetime.datetime.now(datetime.UTC)).astimezone(datetime.UTC).date()
+
+
+def day_asked(as_of: str | None) -> datetime.date:
+    """The day that a run is asked for (YYYY-MM-DD), else ``day_due``. Raises ConfigError."""
+    if not as_of:
+        return day_due()
+    require(is_day(as_of), "as_of", as_of, "a day, as 2026-01-31")
+    return datetime.date.fromisoformat(as_of)
 
 
 def run_id() -> UUID | None:

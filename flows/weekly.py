@@ -23,7 +23,7 @@ from flows.encode import list_images, open_plan
 from flows.evaluate import Standing, find_champion
 from flows.pipeline import Base, images_to_decision
 from flows.plan import Plan
-from flows.prefect_tools import day_due, logged, page, stage
+from flows.prefect_tools import day_asked, logged, page, stage
 
 WEEK_SECONDS = 6.5 * 24 * 3600.0
 """Before the next week begins, a run that does not end is ended, and told of."""
@@ -41,7 +41,7 @@ def weekly(
     ``as_of``: day of the record (YYYY-MM-DD); unless given, the day (UTC) on which it was due.
     ``encode_all``: copy no image from the champion's latents.
     """
-    day = datetime.date.fromisoformat(as_of) if as_of else day_due()
+    day = day_asked(as_of)
     plan = open_plan(config, changes)
     source = list_images(plan)
     standing = find_champion(plan)

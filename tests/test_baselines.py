@@ -7,7 +7,7 @@ from scipy.stats import multivariate_normal
 from sklearn.covariance import ledoit_wolf
 from sklearn.decomposition import PCA
 
-from eqm.baselines import Gaussian, Neighbours, PrincipalComponents
+from eqm.baselines import LEAST_ROWS, Gaussian, Neighbours, PrincipalComponents
 from eqm.errors import ConfigError, DataError
 
 
@@ -67,6 +67,19 @@ def test_pixels_that_never_vary_are_no_singularity():
         assert np.isfinite(inside).all()
         assert np.isfinite(outside).all()
         assert outside[0] > inside[0]
+
+
+def test_as_many_rows_as_are_told_are_enough():
+    least = {Gaussian: {LEAST_ROWS["pixel_gaussian"], LEAST_ROWS["feature_gaussian"]}}
+    least[lambda few: PrincipalComponents(few, share=0.95, least_variance=1 / 12)] = {
+        LEAST_ROWS["pixel_pca"]
+    }
+    for fit, counts in least.items():
+        (count,) = counts
+        for dimension in (2, 64):
+            fit(rows(count, dimension))
+            with pytest.raises(DataError):
+                fit(rows(count - 1, dimension))
 
 
 def test_what_cannot_be_fitted_is_refused():

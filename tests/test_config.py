@@ -73,6 +73,14 @@ def test_every_stage_has_a_program_and_a_number() -> None:
         ),
         ({"generate": {"samples": 0}}, "generate.samples"),
         ({"generate": {"sampler": {"momentum": 1.0}}}, "sampler.momentum"),
+        ({"generate": {"first_seed": -1}}, r"generate\.first_seed is -1; it must be 0 or greater"),
+        (
+            {"generate": {"first_seed": 2**43 - 100, "samples": 101}},
+            "first_seed is 8796093022108; .* at most 8796093022107 with generate.samples 101: s",
+        ),
+        ({"generate": {"samples": 2**44}}, "samples is 17592186044416; it must be at most 87960"),
+        ({"threads": 0}, "threads is 0; it must be from 1 to 1024, or null for all cores, shared"),
+        ({"threads": 100_000}, "threads is 100000; it must be from 1 to 1024"),
         ({"policy": {"minimum_recall": 1.5}}, "policy.minimum_recall"),
         ({"name": "../etc"}, "letters, digits and dashes"),
     ],
@@ -80,6 +88,12 @@ def test_every_stage_has_a_program_and_a_number() -> None:
 def test_wrong_settings_are_refused_in_words(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         pipeline_config(changes)
+
+
+def test_the_last_seeds_and_most_threads_are_taken() -> None:
+    last = {"first_seed": 2**43 - 100, "samples": 100}
+    config = pipeline_config({"generate": last, "threads": 1024})
+    assert (config.generate.first_seed, config.threads) == (2**43 - 100, 1024)
 
 
 def test_single_settings_by_dotted_name() -> None:

@@ -1,5 +1,6 @@
 """Sets of images: files of the true formats are read, broken ones refused by name and place."""
 
+import dataclasses
 import io
 import struct
 import zlib
@@ -14,7 +15,7 @@ from scipy.io import savemat
 from eqm import image_sets
 from eqm.config import SET_SPLITS, OODSet
 from eqm.errors import ConfigError, DataError, IntegrityError
-from eqm.image_sets import chosen, digest_of, read_set
+from eqm.image_sets import check_set, chosen, digest_of, read_set
 from eqm.matlab import numeric_arrays
 
 INSIDE = torch.arange(3 * 3 * 16 * 16, dtype=torch.int32).remainder(256).to(torch.uint8)
@@ -350,7 +351,7 @@ def test_textures_that_are_broken_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"test2\.txt does not exist: give the folder dtd"):
         digest_of("dtd", str(tmp_path), "test2")
     (dtd(tmp_path) / "images" / good).write_bytes(jpeg(pixels(1)[0])[:300])
-    with pytest.raises(DataError, match=r"banded_0002\.jpg is no image that can be decoded"):
+    with pytest.raises(DataError, match=r"1 of 2 images of .*: images/banded/banded_0002\.jpg \("):
         read("dtd", tmp_path)
 
 
@@ -369,11 +370,59 @@ def test_plain_folders_are_read_at_any_depth(tmp_path):
     found = read("folder", tmp_path)
     assert torch.equal(found, as_seen(np.concatenate([pixels(1, i) for i in (0, 2, 1)])))
     (tmp_path / "deep/c.bmp").write_bytes(b"BM")
-    with pytest.raises(DataError, match=r"deep/c\.bmp is no image that can be decoded"):
+    with pytest.raises(DataError, match=r"1 of 3 images of .* cannot be decoded: deep/c\.bmp \("):
         read("folder", tmp_path)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"empty/? holds no image"):
         digest_of("folder", str(tmp_path / "empty"))
+
+
+def test_all_pictures_that_cannot_be_decoded_are_told_at_once(tmp_path):
+    for i in range(30):
+        Image.fromarray(pixels(1, i)[0]).save(tmp_path / f"{i:02d}.png")
+    asked = a_set("folder", tmp_path)
+    check_set(asked, 100)
+    whole = (tmp_path / "00.png").read_bytes()
+    for i in range(12):
+        (tmp_path / f"{2 * i:02d}.png").write_bytes(whole[: 60 + i])
+    told = (
+        r"12 of 30 images of .* cannot be decoded: 00\.png \(.*; 18\.png \(.*\); and 2 more\. Copy"
+    )
+    with pytest.raises(DataError, match=told):
+        digest_of("folder", str(tmp_path))
+    broken = dataclasses.replace(asked, sha256=digest_without_decoding(tmp_path))
+    for refuse in (lambda: check_set(broken, 100), lambda: read_set(broken, INSIDE, 100)):
+        with pytest.raises(DataError, match=told):
+            refuse()
+    # Those that are not taken are of no concern.
+    (tmp_path / "00.png").write_bytes(whole)
+    for i in set(range(30)) - set(chosen(30, 5)):
+        (tmp_path / f"{i:02d}.png").write_bytes(b"x")
+    for i in chosen(30, 5):
+        (tmp_path / f"{i:02d}.png").write_bytes(whole)
+    some = dataclasses.replace(asked, sha256=digest_without_decoding(tmp_path))
+    check_set(some, 5)
+    with pytest.raises(DataError, match="25 of 30 images"):
+        check_set(some, 30)
+
+
+def digest_without_decoding(root):
+    files = image_sets.open_files(str(root))
+    return image_sets.Digested(files, [path.name for path in root.iterdir()]).digest
+
+
+def test_a_set_that_could_not_be_read_is_refused_before_a_training(tmp_path):
+    Image.fromarray(pixels(1)[0]).save(tmp_path / "a.png")
+    with pytest.raises(DataError, match="set 'others' has 1 image: give at least 2"):
+        check_set(a_set("folder", tmp_path), 100)
+    (tmp_path / "cifar").mkdir()
+    root = cifar_folder(tmp_path / "cifar")
+    asked = a_set("cifar10", root)
+    (root / "test_batch.bin").write_bytes(b"x")
+    files = image_sets.open_files(str(root))
+    sha256 = image_sets.Digested(files, ["test_batch.bin"]).digest
+    with pytest.raises(DataError, match="has 1 bytes, no multiple"):
+        check_set(dataclasses.replace(asked, sha256=sha256), 100)
 
 
 # -- digests ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ on, because that part is hashed into the address of its record; where things lie
 run is :class:`Runtime`, which is hashed into nothing. Presets are functions. Counts are in images.
 """
 
+from eqm.config.checks import LARGEST_SAMPLE_SEED
 from eqm.config.data import (
     EXTRACTOR_FILES,
     INCEPTION_SHA256,
@@ -76,6 +77,7 @@ __all__ = [
     "EXTRACTOR_FILES",
     "INCEPTION_SHA256",
     "IN_DISTRIBUTION",
+    "LARGEST_SAMPLE_SEED",
     "OPEN_TABLES",
     "PRESETS",
     "PROGRAMS",

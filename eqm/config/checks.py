@@ -60,6 +60,10 @@ def is_plain_name(text: str) -> bool:
     return bool(re.fullmatch("[a-z0-9]([a-z0-9-]{0,39})", text))
 
 
+LARGEST_SAMPLE_SEED = 2**43 - 1
+"""The noise of an update is numbered by its sample and, in 20 bits more, itself (eqm.rules)."""
+
+
 def seed_in_range(config: Any, section: str, name: str = "seed") -> None:
     """Refuse a seed that generators do not take."""
     value = getattr(config, name)

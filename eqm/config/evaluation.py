@@ -4,13 +4,13 @@ from dataclasses import dataclass, field
 from typing import Literal, TypeAlias, get_args
 
 from eqm.config.checks import (
+    LARGEST_SAMPLE_SEED,
     fraction,
     is_day,
     is_plain_name,
     is_sha256,
     known,
     positive,
-    seed_in_range,
 )
 from eqm.errors import require
 from eqm.policy import MethodScore
@@ -81,7 +81,14 @@ class GenerateConfig:
         whole = level == 1 or self.sampler.stop_below is None
         rule = "1 for samples that stop by generate.sampler.stop_below"
         require(whole, "generate.noise_level", level, rule)
-        seed_in_range(self, "generate", "first_seed")
+        most = LARGEST_SAMPLE_SEED + 1
+        require(self.samples <= most, "generate.samples", self.samples, f"at most {most}")
+        last = most - self.samples
+        rule = (
+            f"0 or greater, and at most {last} with generate.samples {self.samples}: seeds of "
+            f"samples end at {LARGEST_SAMPLE_SEED}"
+        )
+        require(0 <= self.first_seed <= last, "generate.first_seed", self.first_seed, rule)
 
 
 SetKind: TypeAlias = Literal[

@@ -19,6 +19,9 @@ from eqm.errors import ConfigError, require
 from eqm.names import kind_of
 from eqm.policy import PolicyConfig
 
+MOST_THREADS = 1024
+"""Of a process: of more than a machine has cores, each takes memory and waits for the others."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:
@@ -126,10 +129,10 @@ class PipelineConfig:
         wanted = "'euler' or 'heun' for a network that is conditioned on gamma"
         require(integrates, "generate.sampler.rule", rule, wanted)
         require(
-            self.threads is None or self.threads > 0,
+            self.threads is None or 0 < self.threads <= MOST_THREADS,
             "threads",
             self.threads,
-            "greater than 0, or null",
+            f"from 1 to {MOST_THREADS}, or null for all cores, shared among the processes",
         )
         require(
             self.train.batch_size % self.processes == 0,

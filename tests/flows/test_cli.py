@@ -764,6 +764,16 @@ def test_of_many_classes_the_first_are_sampled(run) -> None:
     assert "--labels names others" not in told.out
 
 
+def test_a_seed_that_there_is_none_of_is_told_as_it_was_given(run) -> None:
+    saved_model("model", classes=3)
+    for words, told in (
+        (("99999999999999999999999",), ("asks for 99999999999999999999999", "to 2932031007401 ")),
+        (("2932031007402", "--labels", "2"), ("asks for 2932031007402", "to 2932031007401 here")),
+    ):
+        refused(run("sample", "model", "--updates", "1", "--seeds", *words), "--seeds", *told)
+    assert run("sample", "model", "--updates", "1", "--seeds", "2932031007401").status == 0
+
+
 def test_samples_that_run_off_are_no_success(run) -> None:
     net = eqm.Transformer(NetworkConfig(width=16, depth=1), size=8, channels=1, classes=2)
     for weights in net.parameters():
@@ -801,6 +811,7 @@ def test_images_that_no_evaluation_could_measure_by_are_refused_before_a_trainin
 
     def check(**changes: object) -> None:
         folder = {"source.kind": "folder", "source_uri": str(tmp_path / "images")}
+        folder["evaluate.ood.neighbours"] = 2
         plan = make_plan("tiny", {**folder, **changes}, tracked=False)
         evaluate.check_sets.fn(plan, source_ref(list_source(plan)))
 
@@ -813,6 +824,58 @@ def test_images_that_no_evaluation_could_measure_by_are_refused_before_a_trainin
     # By their names: the second one is held out from 0.35 on.
     with pytest.raises(DataError, match=r"of 9 images only 1 is held out.*_fraction \(0\.2\) hig"):
         check(**{"source.held_out_fraction": 0.2})
+
+
+def test_an_extractor_that_is_fitted_on_too_small_images_is_refused_before_a_training(
+    tmp_path: Path, monkeypatch
+) -> None:
+    small = {"source.image_size_px": 4}
+    further = {"own": {"extractor": {"kind": "fit"}}}
+    inception = {"kind": "inception", "pretrained": {"uri": "x", "sha256": "0" * 64}}
+    for changes, name in (
+        (small, "extractor"),
+        ({**small, "extractor": inception, "further": further}, r"further\.own\.extractor"),
+    ):
+        with pytest.raises(DataError, match=rf"^{name}\.kind is 'fit', which takes images of 8 px"):
+            checked_digits(tmp_path, monkeypatch, changes)
+    with pytest.raises(DataError, match=r"and source\.image_size_px is 4: set that to 8, or the"):
+        checked_digits(tmp_path, monkeypatch, small)
+    checked_digits(tmp_path, monkeypatch, {**small, "extractor": inception})
+    checked_digits(tmp_path, monkeypatch, {"source.image_size_px": 8})
+
+
+def test_a_baseline_of_more_images_than_there_are_is_refused_before_a_training(
+    tmp_path: Path, monkeypatch
+) -> None:
+    name = "evaluate.ood.baseline_images"
+    for changes, why in (
+        ({"evaluate.ood.neighbours": 2000}, "neighbours 2000 is fitted on 2,000 .* are 1,43.: add"),
+        (
+            {"evaluate.ood.neighbours": 2000},
+            r"images, lower evaluate\.ood\.neighbours, or leave",
+        ),
+        (
+            {name: 4},
+            r"s 5 is fitted on 5 .* are 4: raise evaluate\.ood\.baseline_images \(4\), lo",
+        ),
+        ({name: 2}, "'pixel_gaussian' is fitted on 3 training images at least, and there are 2: r"),
+    ):
+        with pytest.raises(DataError, match=why):
+            checked_digits(tmp_path, monkeypatch, changes)
+    some = {"evaluate.ood.baselines": ["pixel_pca"], name: 2}
+    checked_digits(tmp_path, monkeypatch, {"evaluate.ood.neighbours": 2000, **some})
+    # Nothing is scored then.
+    checked_digits(tmp_path, monkeypatch, {name: 2, "train.label_dropout": 0.0})
+
+
+def checked_digits(tmp_path: Path, monkeypatch, changes: dict[str, object]) -> None:
+    from flows import evaluate
+    from flows.plan import list_source, make_plan, source_ref
+
+    monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
+    plan = make_plan("tiny", changes, tracked=False)
+    evaluate.check_sets.fn(plan, source_ref(list_source(plan)))
 
 
 def save_image(path: Path, gray: int) -> None:

@@ -288,12 +288,17 @@ def test_a_set_has_a_digest_for_configs(eqm_: Run) -> None:
     told = eqm_("digest", "folder", "pictures")
     assert (told.status, told.out.strip()) == (0, digest_of("folder", "pictures"))
     given = {"name": "pictures", "kind": "folder", "uri": "pictures", "sha256": told.out.strip()}
-    check_set(from_json(OODSet, given))
+    check_set(from_json(OODSet, given), 9)
+    whole = Path("pictures/cat/001.png").read_bytes()
+    Path("pictures/cat/001.png").write_bytes(whole[:40])
+    wrong = eqm_("digest", "folder", "pictures")
+    assert (wrong.status, wrong.out) == (2, "")
+    assert "cannot be decoded: cat/001.png (" in wrong.err
     Path("pictures/cat/001.png").unlink()
     with pytest.raises(IntegrityError, match="set 'pictures' at pictures has digest"):
-        check_set(from_json(OODSet, given))
+        check_set(from_json(OODSet, given), 9)
     with pytest.raises(DataError, match=r"ood.sets\['pictures'\].uri elsewhere does not exist"):
-        check_set(from_json(OODSet, {**given, "uri": "elsewhere"}))
+        check_set(from_json(OODSet, {**given, "uri": "elsewhere"}), 9)
 
 
 @pytest.mark.parametrize(

@@ -80,6 +80,16 @@ def test_a_day_is_that_on_which_a_run_was_due(monkeypatch: pytest.MonkeyPatch) -
     assert prefect_tools.day_due() == datetime.date(2026, 3, 2)
 
 
+DATED = [weekly.weekly, evaluate.reevaluate_champion]
+
+
+@pytest.mark.parametrize("as_of", ["2026-13-40", "2026-3-2", "20260302", "yesterday"])
+@pytest.mark.parametrize("entry", DATED, ids=lambda one: one.name)
+def test_a_day_that_is_none_is_refused_in_words(entry: Any, as_of: str) -> None:
+    with pytest.raises(ConfigError, match=f"as_of is '{as_of}'; it must be a day, as 2026-01-31"):
+        entry.fn("tiny", as_of=as_of)
+
+
 DEPLOYED = yaml.safe_load((Path(__file__).parents[2] / "prefect.yaml").read_text())["deployments"]
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -10,13 +11,16 @@ import chain
 import pytest
 from typer.testing import CliRunner
 
-from eqm import champion, dossier, gate, verification
+from eqm import champion, dossier, gate, layouts, verification
 from eqm.config import Runtime, with_settings
-from eqm.errors import ConfigError, EqmError
+from eqm.discrepancies import Check, Difference
+from eqm.errors import ConfigError, DataError, EqmError
+from eqm.images import open_source
 from eqm.recomputation import compute_again
 from eqm.records import note_to_bytes, to_json
 from eqm.report import render_json, report_key
 from eqm.report_page import render_html
+from eqm.stage import listing_key
 from eqm.storage import LocalStore
 from flows import cli, evaluate
 from flows.plan import Plan
@@ -152,9 +156,43 @@ def test_what_this_machine_lacks_is_no_difference(tiny, store, tmp_path) -> None
     source = {**record.config["source"], "kind": "folder"}
     elsewhere = store.seal(replace(record, config={**record.config, "source": source})).digest
     for place, text in (
-        (None, "is missing: give the folder"),
+        (None, "--source-uri is missing: give the folder or file .*'folder'"),
         ("nowhere", "nowhere does not exist"),
     ):
         runtime = Runtime(store=store.uri, source_uri=place and str(tmp_path / place))
         with pytest.raises(EqmError, match=text):
             verification.verify(store, elsewhere, runtime, reports=[], seeds=0)
+
+
+@pytest.mark.parametrize("listed", [True, False])
+@pytest.mark.parametrize("read", ["other", "gone"])
+def test_other_images_than_were_listed_are_no_difference(
+    tiny, store, monkeypatch, read: str, listed: bool
+) -> None:
+    record = tiny["evaluation"]
+    source = open_source(tiny.config.source, None)
+    if listed:
+        key = listing_key(record.inputs["source"].digest)
+        store.write_once(key, source.listing_bytes())
+
+    def read_now(*_: Any) -> bytes:
+        if read == "gone":
+            raise DataError("/elsewhere/1.png cannot be read: No such file")
+        return bytes(64)
+
+    monkeypatch.setattr(layouts.Digits, "read", read_now)
+    why = {
+        ("other", True): r"image 'digits/\d+' has other bytes than when it was listed",
+        ("other", False): r"the images changed since this run .* configured for [0-9a-f]{12}\)",
+    }.get((read, listed), "/elsewhere/1.png cannot be read: No such file")
+    wrong = eqm("verify", record.digest, "--seeds", "0")
+    assert isinstance(wrong.exception, DataError), wrong.output
+    told = rf"^these are not the images of evaluation {record.digest[:12]} \({why}\): give --so"
+    assert re.search(told, str(wrong.exception))
+    assert "run the pipeline" not in str(wrong.exception)
+    # Where more is wrong they may be another difference.
+    broken = Check(name="chain", text="", differences=(Difference(place="", sealed="", found=""),))
+    monkeypatch.setattr(verification, "check_chain", lambda *_: broken)
+    wrong = eqm("verify", record.digest, "--seeds", "0")
+    assert wrong.exit_code == 1
+    assert re.search(f"numbers: {why}", wrong.output), "what is told in words has nothing sealed"
