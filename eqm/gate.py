@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import fields
 from typing import Any, cast
 
+from eqm.intervals import Interval, difference_interval
 from eqm.names import kind_of
 from eqm.policy import MetricRule, OODRule, PolicyConfig
 from eqm.records import Decision, Evaluation, Metric, OODRow, Reason, Ref, to_json
@@ -383,29 +384,33 @@ def _surely_within(
 ) -> tuple[bool, str]:
     """Whether the worse end of the interval of the difference is within the bound, and why.
 
-    The champion was measured with as much noise as the candidate (Zou and Donner 2008, "MOVER").
-    Seeds that both share make the interval too wide, and so the answer no.
+    The champion was measured with as much noise as the candidate. Seeds that both share make the
+    interval too wide, and so the answer no.
     """
-    ends = (candidate.low, candidate.high, champion.low, champion.high)
-    for metric, whose in ((candidate, ""), (champion, "of the champion, ")):
-        found, why = _end(metric, "upper")
-        if found is None:
-            return False, f"cannot be compared: {whose}{why}"
-    if not all(end is not None and _range_of(key)(end) for end in (*ends, champion.value)):
-        return False, f"cannot be compared: the champion's {champion.name} is {champion.value!r}"
-    low, high, base_low, base_high = cast("tuple[float, float, float, float]", ends)
+    intervals: list[Interval] = []
+    for metric, of, whose in (
+        (candidate, "", "the candidate's"),
+        (champion, "of the champion, ", "the champion's"),
+    ):
+        if metric.low is None or metric.high is None:
+            return (
+                False,
+                f"cannot be compared: {of}the policy reads the interval of {metric.name}, and it has none",
+            )
+        found = Interval(metric.value, metric.low, metric.high)
+        if not all(map(_range_of(key), (found.value, found.low, found.high))):
+            told = f"{found.value!r}, from {found.low!r} to {found.high!r}"
+            return False, f"cannot be compared: {whose} {metric.name} is {told}"
+        intervals.append(found)
+    mine, base = intervals
     lower, ratio = bound in ("maximum_ratio", "maximum_increase"), bound.endswith("ratio")
     if ratio and champion.value < 0:
         return False, _NO_RATIO.format(whose="the champion's", base=champion.value)
     times, sign = (value if ratio else 1.0), (-1 if bound == "maximum_decrease" else 1)
     limit = 0.0 if ratio else sign * value
-    difference = candidate.value - times * champion.value
-    if lower:
-        apart = math.hypot(high - candidate.value, times * (champion.value - base_low))
-        end = difference + apart
-    else:
-        apart = math.hypot(candidate.value - low, times * (base_high - champion.value))
-        end = difference - apart
+    theirs = Interval(times * base.value, times * base.low, times * base.high)
+    difference = difference_interval(mine, theirs)
+    end = difference.high if lower else difference.low
     have, told_limit = _apart(end, limit)
     than = f"{value:g} times the champion's" if ratio else "the champion's"
     text = (

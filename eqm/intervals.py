@@ -3,7 +3,7 @@
 The reference is fixed, as in the field: intervals tell what other samples of the same model would
 give. A percentile bootstrap is no use here: drawing with replacement makes every copy of a set look
 smaller than it is, and a Frechet distance grows as 1/N when N falls. Groups of samples are left out
-instead, one at a time (jackknife). Called by drift, measures and report.
+instead, one at a time (jackknife). Called by drift, gate, measures and report.
 
 Legend: N samples in GROUPS groups of consecutive ones. Where a group has room for all of them, each
 holds the same labels; where classes are more than that, groups differ more than new samples would,

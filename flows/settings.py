@@ -296,7 +296,9 @@ def _addresses(config: Any) -> Iterator[str]:
         hub = config.get("revision") is not None
         for key, value in config.items():
             named = key in ("uri", "source_uri") and isinstance(value, str)
-            if named and not (hub and not value.startswith(".") and not os.path.lexists(value)):
+            # No id has dots for a part, and on a worker there may be what is not here.
+            dots = named and {".", ".."} & set(value.split("/"))
+            if named and (dots or not hub or os.path.lexists(value)):
                 yield value
             else:
                 yield from _addresses(value)

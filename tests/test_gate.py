@@ -328,6 +328,12 @@ AGAINST = {
         5.0,
         "of the champion, the policy reads the interval of FID, and it has none",
     ),
+    "an end that is no number": (
+        {"maximum_ratio": 1.1, "against": "interval"},
+        MINE,
+        (4.9, 5.0, math.inf),
+        "the champion's FID is 5.0, from 4.9 to inf",
+    ),
     "surely of a negative": (
         {"maximum_ratio": 1.1, "against": "interval"},
         MINE,

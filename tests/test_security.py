@@ -301,6 +301,9 @@ def test_every_setting_that_names_data_is_looked_at(tmp_path: Path, monkeypatch)
             settings.check_sources(to_json(with_settings(tiny(), {name: value})))
         with pytest.raises(ConfigError, match=r"theirs.* is outside of EQM_SOURCES"):
             settings.check_sources(to_json(with_settings(tiny(), {name: refused})))
+    up = {**hub, "uri": "owner/../../theirs"}
+    with pytest.raises(ConfigError, match="theirs is outside"):
+        settings.check_sources(to_json(with_settings(tiny(), {"train.init_from": up})))
     # What is there by the name of an id is read in its place.
     (tmp_path / "owner" / "name").mkdir(parents=True)
     with pytest.raises(ConfigError, match="owner/name is outside"):
