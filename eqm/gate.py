@@ -189,8 +189,12 @@ def _end(metric: Metric, which: str) -> tuple[float | None, str]:
     """An end of the interval of a metric, and what to call it; None and why, if there is none."""
     value = metric.high if which == "upper" else metric.low
     if value is None:
-        return None, f"the policy reads the interval of {metric.name}, and it has none"
+        return None, _no_interval(metric)
     return value, f"the {which} end of the 95 % interval of {metric.name}"
+
+
+def _no_interval(metric: Metric) -> str:
+    return f"the policy reads the interval of {metric.name}, and it has none"
 
 
 def _lacking(key: str, candidate: Evaluation) -> Reason:
@@ -393,10 +397,7 @@ def _surely_within(
         (champion, "of the champion, ", "the champion's"),
     ):
         if metric.low is None or metric.high is None:
-            return (
-                False,
-                f"cannot be compared: {of}the policy reads the interval of {metric.name}, and it has none",
-            )
+            return False, f"cannot be compared: {of}{_no_interval(metric)}"
         found = Interval(metric.value, metric.low, metric.high)
         if not all(map(_range_of(key), (found.value, found.low, found.high))):
             told = f"{found.value!r}, from {found.low!r} to {found.high!r}"
