@@ -5,6 +5,7 @@ Fréchet distance between latents in a few random directions, of few samples tha
 seeds each time. It is no metric to report. Called by run and looks.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -58,25 +59,36 @@ def reference(data: LatentSet, seed: int) -> Gaussian:
     return Gaussian.of(projected(mean_latents(batch.moments.float(), data.manifest.spec)))
 
 
-def take(model: Model, settings: SamplerConfig, against: Gaussian) -> Glimpse:
+def take(
+    model: Model,
+    settings: SamplerConfig,
+    against: Gaussian,
+    on_update: Callable[[int, Tensor], None] | None = None,
+) -> Glimpse:
     """Sample a grid, and the samples of the distance. Raises DataError where samples diverge.
 
     By rule, updates and precision of the settings; without guidance and without a stop, for a look
-    costs training time, and looks are compared with one another.
+    costs training time, and looks are compared with one another. ``on_update`` as
+    :func:`eqm.sampling.sample` has it; what it raises ends the look.
     """
     classes = model.spec.classes[:GRID_CLASSES]
     labels = [k for k in range(len(classes)) for _ in range(GRID_SAMPLES_A_CLASS)]
-    shown = _sample(model, settings, labels).images().cpu().numpy()
+    shown = _sample(model, settings, labels, on_update).images().cpu().numpy()
     grid = shown.reshape(len(classes), GRID_SAMPLES_A_CLASS, *shown.shape[1:])
     spread = [k * len(model.spec.classes) // SAMPLES for k in range(SAMPLES)]
-    made = projected(_sample(model, settings, spread).latents)
+    made = projected(_sample(model, settings, spread, on_update).latents)
     return Glimpse(
         grid=sample_grid(grid, classes, scale=max(1, CELL_PX // shown.shape[-1])),
         distance=Gaussian.of(made).distance(against),
     )
 
 
-def _sample(model: Model, settings: SamplerConfig, labels: list[int]) -> sampling.Samples:
+def _sample(
+    model: Model,
+    settings: SamplerConfig,
+    labels: list[int],
+    on_update: Callable[[int, Tensor], None] | None,
+) -> sampling.Samples:
     return sampling.sample(
         model,
         labels=labels,
@@ -84,4 +96,5 @@ def _sample(model: Model, settings: SamplerConfig, labels: list[int]) -> samplin
         rule=sampling.rule_of(settings),
         updates=settings.updates,
         precision=settings.precision,
+        on_update=on_update,
     )

@@ -1,6 +1,7 @@
 """How samples look while a training goes on: grids, and a quick distance, of the EMA weights."""
 
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from eqm import glimpse, model
 from eqm.errors import EqmError
 from eqm.model import Model
-from eqm.run import Run, crossed, gathers
+from eqm.run import Run, crossed, gathers, total_images
 
 
 def look_is_due(run: Run, before: int, last: bool) -> bool:
@@ -18,10 +19,13 @@ def look_is_due(run: Run, before: int, last: bool) -> bool:
     return every is not None and (last or crossed(before, run.images_seen, every))
 
 
-def look_missed(run: Run) -> None:
-    """Look where samples were due when the run was stopped, for there was no time for it then."""
-    before = run.images_seen - run.config.batch_size
-    if run.images_seen == 0 or not look_is_due(run, before, last=False):
+def look_missed(run: Run, asked: Sequence[int] = ()) -> bool:
+    """Look where samples were due when the run was stopped, for there was no time for it then.
+
+    As :func:`look` says whether to go on.
+    """
+    before, last = run.images_seen - run.config.batch_size, run.images_seen >= total_images(run)
+    if run.images_seen == 0 or not look_is_due(run, before, last):
         missed = 0
     else:
         missed = not any(
@@ -29,28 +33,43 @@ def look_missed(run: Run) -> None:
             for event in run.log.events
         )
     # The log is the first rank's.
-    if run.world.first_says(missed):
-        look(run)
+    return look(run, asked) if run.world.first_says(missed) else True
 
 
-def look(run: Run) -> None:
+class _Left(Exception):
+    """The first process was told to end while it looked."""
+
+
+def look(run: Run, asked: Sequence[int] = ()) -> bool:
     """Note how samples of the EMA weights look, and how far they are: eqm.glimpse.
 
-    The first process looks, and the others wait for it.
+    The first process looks, and the others wait for it. As soon as it has been told to end
+    (``asked`` is not empty), the look is left for whoever goes on: the time that is left is the
+    checkpoint's. All processes return whether to go on.
     """
     tensors = {}
     if gathers(run):
         tensors = {**run.learner.weights(), **run.learner.whole(run.learner.ema.state_dict())}
+    left = False
     with run.world.first_at_work():
         if run.world.is_first:
-            note_look(run, tensors)
+            try:
+                note_look(run, tensors, asked)
+            except _Left:
+                left = True
+    return not run.world.first_says(left)
 
 
-def note_look(run: Run, tensors: dict[str, Tensor]) -> None:
+def note_look(run: Run, tensors: dict[str, Tensor], asked: Sequence[int] = ()) -> None:
     """What :func:`look` does by itself. A look that fails is told: it costs no training."""
+
+    def leave_if_asked(*_: object) -> None:
+        if asked:
+            raise _Left
+
     settings = run.context.job.runtime.grid_sampler
     try:
-        seen = glimpse.take(model_of(run, tensors), settings, run.around)
+        seen = glimpse.take(model_of(run, tensors), settings, run.around, leave_if_asked)
         grid = run.context.store.put(seen.grid)
     except (EqmError, torch.OutOfMemoryError) as error:
         reason = str(error).partition(". ")[0] if isinstance(error, RuntimeError) else error

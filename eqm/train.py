@@ -246,28 +246,35 @@ def loop(run: Run) -> None:
     runtime, total = run.context.job.runtime, total_images(run)
     bar = run.context.progress("training", total, done=run.images_seen)
     began = time.monotonic()
-    look_missed(run)
     with StopSignals() as asked, bar:
+        if not look_missed(run, asked):
+            raise InterruptedTraining(interrupted(run))
         coming = islice(feed(run), (total - run.images_seen) // run.config.batch_size)
         for batch in run.stopwatch.waiting_for(coming):
             before = run.images_seen
             stop = step(run, batch, bool(asked) or run.writer.failed)
             report(run, bar)
             last = run.images_seen >= total
-            if stop and not last and run.world.is_first:
-                run.log.append("interrupted", run.images_seen)
+            stop = stop and not last
             # Before the checkpoint: whoever goes on from that finds all snapshots up to there.
             keep_snapshot(run)
-            if look_is_due(run, before, last) and not (stop and not last):
-                look(run)
+            if look_is_due(run, before, last) and not stop:
+                stop = not look(run, asked)
+            if stop and run.world.is_first:
+                run.log.append("interrupted", run.images_seen)
             if stop or last or crossed(before, run.images_seen, runtime.checkpoint_every_images):
                 persist(run, durable=stop or last)
-            if stop and not last:
-                raise InterruptedTraining(
-                    f"stopped at image {run.images_seen:,} of {total:,}, with a checkpoint there: "
-                    "start it again to go on"
-                )
+            if stop:
+                raise InterruptedTraining(interrupted(run))
     say_stall(run, time.monotonic() - began)
+
+
+def interrupted(run: Run) -> str:
+    """What is said of a run that was asked to stop."""
+    return (
+        f"stopped at image {run.images_seen:,} of {total_images(run):,}, with a checkpoint there: "
+        "start it again to go on"
+    )
 
 
 def say_stall(run: Run, seconds: float) -> None:

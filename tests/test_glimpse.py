@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import signal
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eqm import glimpse, looks, train
+from eqm import checkpoint, glimpse, looks, sampling, train
 from eqm.config import SamplerConfig, replace, stage_config
 from eqm.distributed import World
 from eqm.errors import ConfigError, DataError, IntegrityError, StoreError
@@ -19,7 +20,7 @@ from eqm.events import events_of
 from eqm.frechet import Gaussian
 from eqm.latent_set import open_manifest
 from eqm.model import from_record
-from eqm.stage import Context
+from eqm.stage import Context, job_digest
 
 FEW = SamplerConfig(updates=3)
 
@@ -118,6 +119,51 @@ def test_a_look_that_was_due_where_the_run_was_stopped_is_taken_when_it_goes_on(
     assert len(grids) == 3
 
 
+@pytest.mark.parametrize("at", [256, 640])
+def test_a_look_makes_room_for_the_checkpoint_of_a_run_that_is_told_to_end(
+    tiny: chain.Chain, tmp_path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """Of XL/2 a look takes a minute or more, of the 100 s that there are."""
+    whole, parted = (
+        chain.untrained(tiny, tmp_path / name, grid_every_images=256, grid_sampler=FEW)
+        for name in ("whole", "parted")
+    )
+    ways: list[list[int]] = []
+    sample = sampling.sample
+
+    def told_to_end(*given: object, on_update, **more: object):
+        way: list[int] = []
+        ways.append(way)
+
+        def on_its_way(update: int, latents: torch.Tensor) -> None:
+            way.append(update)
+            # Looks are of two kinds of samples: a row for each class, and those of the distance.
+            if len(ways) == (1 if at == 256 else 6) and update == 1:
+                signal.raise_signal(signal.SIGTERM)
+            on_update(update, latents)
+
+        return sample(*given, on_update=on_its_way, **more)
+
+    monkeypatch.setattr(sampling, "sample", told_to_end)
+    with pytest.raises(train.InterruptedTraining, match=f"stopped at image {at} of 640, with a c"):
+        chain.run(parted)
+    assert ways[-1] == [0, 1], "what is left of it is left out"
+    kept = checkpoint.newest(chain.store_of(parted), job_digest(parted))
+    assert kept is not None
+    assert kept.images_seen == at
+    # Told again where the look is made up for.
+    ways.clear()
+    if at == 256:
+        with pytest.raises(train.InterruptedTraining, match=f"stopped at image {at} of 640"):
+            chain.run(parted)
+    monkeypatch.undo()
+    usual, record = chain.run(whole), chain.run(parted)
+    assert record.content == usual.content
+    grids = {name: blob for name, blob in record.logs.items() if "grid" in name}
+    assert grids == {name: blob for name, blob in usual.logs.items() if "grid" in name}
+    assert len(grids) == 3
+
+
 @pytest.mark.parametrize("kind", [DataError, StoreError, IntegrityError, torch.OutOfMemoryError])
 def test_a_look_that_fails_costs_no_training(
     tiny: chain.Chain, tmp_path, monkeypatch: pytest.MonkeyPatch, capfd, kind: type[Exception]
@@ -142,9 +188,14 @@ def test_the_first_process_looks_while_the_others_wait(tiny: chain.Chain, tmp_pa
         among.append(len(run.log.events) > before)
 
     for first in (True, False):
-        world = SimpleNamespace(is_first=first, device=run.world.device, first_at_work=waited_for)
+        world = SimpleNamespace(
+            is_first=first,
+            device=run.world.device,
+            first_at_work=waited_for,
+            first_says=lambda number: number,
+        )
         run.context = replace(run.context, world=world)
-        looks.look(run)
+        assert looks.look(run)
     assert among == [True, False]
     assert [event.kind for event in run.log.events].count("samples") == 1
 

@@ -30,7 +30,15 @@ from safetensors.torch import load_file, save_file
 
 from eqm import checkpoint, compute, lease, train
 from eqm.batches import read_batch
-from eqm.config import ComputeConfig, Job, TrainConfig, TrainStage, replace, stage_config
+from eqm.config import (
+    ComputeConfig,
+    Job,
+    SamplerConfig,
+    TrainConfig,
+    TrainStage,
+    replace,
+    stage_config,
+)
 from eqm.distributed import World
 from eqm.ema import EMA, sigma_rel_to_gamma
 from eqm.errors import (
@@ -491,6 +499,22 @@ def pairs(
             child.terminate()
     found = [(store_of(job), store_of(job).record("train", job_digest(job))) for job in jobs]
     return [(store, record) for store, record in found if record is not None]
+
+
+def test_two_processes_that_are_told_to_end_leave_a_look(tiny: chain.Chain, tmp_path: Path) -> None:
+    """The first one draws samples for minutes, and the other waits for it."""
+    looking = {"grid_every_images": 64, "grid_sampler": SamplerConfig(updates=200_000)}
+    job = untrained(tiny, tmp_path, cache=str(tmp_path / "cache"), **looking)
+    log = tmp_path / "cache" / "events" / f"{job_digest(job)}.jsonl"
+    with started(job, tmp_path / "job.json", IN_PAIRS) as pair:
+        until(lambda: log.is_file() and '"metrics"' in log.read_text(), pair)
+        time.sleep(0.5)
+        pair.terminate()
+        _, said = pair.communicate(timeout=60)
+    assert "stopped at image 64 of 640, with a checkpoint there" in said
+    at = checkpoint.newest(store_of(job), job_digest(job))
+    assert at is not None
+    assert at.images_seen == 64
 
 
 def test_two_processes_train_as_one(
