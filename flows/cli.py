@@ -37,7 +37,8 @@ PolicyOption = Annotated[
     typer.Option("--policy", help="A policy file of its own (docs/policy.toml) to judge by."),
 ]
 DryRunOption = Annotated[
-    bool, typer.Option("--dry-run", help="Print the resolved config as JSON and start nothing.")
+    bool,
+    typer.Option("--dry-run", help="Check the config, print it whole as JSON, and start nothing."),
 ]
 
 
@@ -403,7 +404,12 @@ def _flow(
 
     changes = changes_of(settings)
     if dry_run:
-        out.print_json(data=to_json(read_config(config, changes)))
+        from flows.checks import check_config
+        from flows.settings import current_settings
+
+        checked = read_config(config, changes)
+        check_config(checked, current_settings())
+        out.print_json(data=to_json(checked))
         return None
     from flows.calling import run_flow
 

@@ -89,7 +89,8 @@ def encode(
     """Encode images into sealed shards of latents; interrupted, it goes on with what is left."""
     from eqm.records import to_json
     from eqm.stage import open_ref
-    from flows.plan import autoencoder_job, ensure, latents_job, read_config
+    from flows.jobs import autoencoder_job, ensure, latents_job
+    from flows.plan import read_config
 
     for option, value in (("SOURCE", source), ("--to", to), ("--autoencoder", autoencoder)):
         check_given(option, value)
@@ -359,8 +360,10 @@ def _batch(processes: object) -> int:
 
 def _plan(config: Any, store: str) -> Any:
     """A plan whose results go to a store of their own, without Prefect and MLflow."""
+    from flows.checks import check_apart
+    from flows.jobs import Plan
     from flows.launch import LocalLauncher
-    from flows.plan import Plan, check_apart, store_of
+    from flows.plan import store_of
 
     settings = _settings(store)
     launcher = LocalLauncher(
@@ -392,7 +395,7 @@ def _store(store: str | None) -> Any:
 
 def _listed(plan: Any) -> Any:
     from eqm.listing import told_of_twins
-    from flows.plan import list_source, source_ref
+    from flows.jobs import list_source, source_ref
 
     source = list_source(plan)
     if (twins := told_of_twins(source.entries)) is not None:

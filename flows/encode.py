@@ -23,20 +23,18 @@ from eqm.records import Record, Ref
 from eqm.stage import job_digest, listing_key
 from eqm.walk import shard_plans
 from eqm.words import counted
-from flows.plan import (
-    Changes,
+from flows.checks import check_foreseen, check_trainable
+from flows.jobs import (
     Plan,
     autoencoder_job,
-    check_foreseen,
-    check_trainable,
     ensure,
     latents_job,
     list_source,
-    make_plan,
     sealed,
     source_ref,
     to_be_trained_on,
 )
+from flows.plan import Changes, make_plan
 from flows.prefect_tools import (
     MONTH_SECONDS,
     cancel_children,

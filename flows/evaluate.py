@@ -11,12 +11,9 @@ from typing import Any
 
 from prefect import flow
 
-from eqm import champion, dossier, drift, gate, image_sets
-from eqm.baselines import LEAST_ROWS
-from eqm.config import Job, PipelineConfig, demo_policy, replace
-from eqm.errors import ConfigError, DataError
-from eqm.features import SMALLEST_IMAGE_PX
-from eqm.images import ImageSource
+from eqm import champion, dossier, drift, gate
+from eqm.config import Job, replace
+from eqm.errors import DataError
 from eqm.names import further_inputs
 from eqm.records import Decision, Evaluation, Reason, Record, Ref, from_json, to_json
 from eqm.registry import Registry
@@ -25,21 +22,20 @@ from eqm.report_note import render_note
 from eqm.report_page import render_html
 from eqm.stage import open_ref
 from eqm.storage import Store
-from eqm.words import counted
+from flows.checks import check_evaluation
 from flows.encode import encode_images, fit_autoencoder, list_images, open_plan
-from flows.plan import (
+from flows.jobs import (
     Plan,
     Records,
     ensure,
     evaluation_job,
     extractor_job,
-    listed,
-    make_plan,
     reference_job,
     require_sealed,
     samples_job,
     train_job,
 )
+from flows.plan import make_plan
 from flows.prefect_tools import day_asked, link, logged, page, stage, tell
 from flows.study import sealed_studies
 from flows.train import latents_of, register_model, train_model
@@ -92,99 +88,8 @@ def find_champion(plan: Plan) -> Standing | None:
 
 @stage
 def check_sets(plan: Plan, source: Ref | None = None) -> None:
-    """Refuse before a training what its evaluation would refuse. Raises ConfigError, DataError.
-
-    Sets that scores are tested on and that are not what they should be, no held-out images, too few
-    samples; of a ``source`` only one class or images too small for a fitted extractor, too few
-    images for a baseline. Tells as well of a policy that asks for more samples than are made, or
-    that is the demo's.
-    """
-    _check_counts(plan.config)
-    if source is not None:
-        _check_images(plan.config, listed(plan, source))
-    for one in plan.config.evaluate.ood.sets:
-        image_sets.check_set(one, plan.config.evaluate.ood.images)
-        if one.sha256 is not None:
-            logged(f"set {one.name}: {one.kind} {one.sha256[:12]}")
-    asked, made = plan.config.policy.minimum_samples, plan.config.generate.samples
-    if asked > made:
-        logged(
-            f"warning: policy.minimum_samples is {asked:,} and generate.samples {made:,}: no model "
-            "will pass; generate more, or ask for fewer"
-        )
-    if plan.config.policy.name == demo_policy().name and plan.config.source.kind != "digits":
-        logged(
-            "warning: policy.name is 'demo', the policy of the preset, whose thresholds were made "
-            "for its digits: set those of [policy] for these images, and a name"
-        )
-
-
-def _check_counts(config: PipelineConfig) -> None:
-    source = config.source
-    # ImageNet's own validation images are held out then.
-    if source.held_out_fraction == 0 and source.kind != "imagenet":
-        raise ConfigError(
-            "source.held_out_fraction is 0, which leaves no image to measure a model against: set "
-            "it higher (0.1), or use `eqm train`, which measures nothing"
-        )
-    least = config.evaluate.neighbours + 1
-    if config.generate.samples < least:
-        raise ConfigError(
-            f"generate.samples is {config.generate.samples}, and each sample has "
-            f"evaluate.neighbours ({least - 1}) others beside it: generate {least} at least, and "
-            "thousands to tell models apart"
-        )
-
-
-def _check_images(config: PipelineConfig, found: ImageSource) -> None:
-    held = int(found.entries.held_out.sum())
-    if held < image_sets.LEAST_IMAGES:
-        raise DataError(
-            f"of {counted(len(found.entries), 'image')} only {held} is held out, and a model is "
-            f"measured against {image_sets.LEAST_IMAGES} at least: set source.held_out_fraction "
-            f"({config.source.held_out_fraction:g}) higher, or add images"
-        )
-    extractors = {"extractor": config.extractor} | {
-        f"further.{name}.extractor": one.extractor for name, one in config.further.items()
-    }
-    fitted = [name for name, one in extractors.items() if one.kind == "fit"]
-    size = config.source.image_size_px
-    if fitted and size < SMALLEST_IMAGE_PX:
-        raise DataError(
-            f"{fitted[0]}.kind is 'fit', which takes images of {SMALLEST_IMAGE_PX} px at least, "
-            f"and source.image_size_px is {size}: set that to {SMALLEST_IMAGE_PX}, or the kind to "
-            "'inception'"
-        )
-    if fitted and len(found.classes) < 2:
-        raise DataError(
-            f"{fitted[0]}.kind is 'fit', which tells classes apart, and the source has only "
-            f"{', '.join(found.classes)}: set it to 'inception', or add a class"
-        )
-    _check_baselines(config, int((~found.entries.held_out).sum()))
-
-
-def _check_baselines(config: PipelineConfig, training: int) -> None:
-    """Refuse baselines that cannot be fitted on so many training images. Raises DataError."""
-    ood = config.evaluate.ood
-    # A model without a null label has no scores that baselines would be held against.
-    if config.train.label_dropout == 0:
-        return
-    used = min(training, ood.baseline_images)
-    least = {**LEAST_ROWS, "feature_neighbours": ood.neighbours}
-    for name in ood.baselines:
-        if used >= least[name]:
-            continue
-        asked = f" with evaluate.ood.neighbours {ood.neighbours}" if name not in LEAST_ROWS else ""
-        lower = ", lower evaluate.ood.neighbours" if asked else ""
-        more = (
-            f"raise evaluate.ood.baseline_images ({ood.baseline_images})"
-            if training >= least[name]
-            else "add images"
-        )
-        raise DataError(
-            f"baseline {name!r}{asked} is fitted on {least[name]:,} training images at least, and "
-            f"there are {used:,}: {more}{lower}, or leave it out of evaluate.ood.baselines"
-        )
+    """Refuse before a training what its evaluation would refuse: flows.checks."""
+    check_evaluation(plan, source, say=logged)
 
 
 @stage

@@ -21,7 +21,7 @@ from flows.evaluate import (
     look_further,
     publish,
 )
-from flows.plan import Plan, Records
+from flows.jobs import Plan, Records
 from flows.prefect_tools import MONTH_SECONDS
 from flows.promote import promote_model
 from flows.train import register_model, train_model

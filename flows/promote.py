@@ -18,7 +18,8 @@ from eqm.registry import Registry, Version
 from eqm.stage import git_revision, open_ref
 from flows.addresses import sealed_by_digits
 from flows.evaluate import Report, evaluation_of, judge, publish
-from flows.plan import Plan, make_plan, require_sealed
+from flows.jobs import Plan, require_sealed
+from flows.plan import make_plan
 from flows.prefect_tools import logged, stage
 from flows.train import register_model
 

@@ -17,17 +17,23 @@ from eqm import studies, study_page
 from eqm.autoencoder import latent_spec
 from eqm.config import Job, StudyStage, replace, study_input, with_settings
 from eqm.errors import DataError, DivergedError, EqmError
+from eqm.recipes import latent_shape
 from eqm.records import Record, Ref, note_from_bytes, note_to_bytes
 from eqm.registry import Registry
 from eqm.stage import divergence, divergence_key, job_digest, open_ref
-from eqm.studies import Base
+from eqm.studies import Base, Study
 from eqm.study_table import table_of
-from flows.encode import open_plan
-from flows.plan import (
-    Plan,
-    autoencoder_job,
+from flows.checks import (
+    check_counts,
+    check_evaluation,
+    check_foreseen,
     check_trainable,
     check_training,
+)
+from flows.encode import open_plan
+from flows.jobs import (
+    Plan,
+    autoencoder_job,
     ensure,
     evaluation_job,
     extractor_job,
@@ -101,12 +107,12 @@ def run_study(
     """
     asked_for = studies.study(name)
     source = ask(_source, plan)
-    autoencoder = do(plan, autoencoder_job(plan, source), 1)
+    fitting = autoencoder_job(plan, source)
+    ask(_check_cells, plan, asked_for, source, fitting)
+    autoencoder = do(plan, fitting, 1)
     asked = asked_for.stage(ask(_base, plan, autoencoder), seeds)
-    # Every config is checked before the first hour is spent.
     plans = [[_cell_plan(plan, asked, i, k) for i in range(len(asked.rows))] for k in range(seeds)]
     for cell in plans[0]:
-        check_training(cell.config)
         ask(check_trainable, cell, autoencoder, latents_job(plan, source, autoencoder))
     ground = _ground(plan, source, autoencoder, do)
     cells: dict[str, Ref] = {}
@@ -129,6 +135,17 @@ def run_study(
     for digest in sorted(trained):
         ask(_index, plan, digest, asked, record)
     return record
+
+
+def _check_cells(plan: Plan, asked_for: Study, source: Ref, fitting: Job) -> None:
+    """Check every config before the first hour is spent, with latents as they are foreseen."""
+    check_evaluation(plan, source, say=logged)
+    foreseen = asked_for.stage(Base(config=plan.config, latent_shape=latent_shape(plan.config)), 1)
+    for i in range(len(foreseen.rows)):
+        cell = _cell_plan(plan, foreseen, i, 0)
+        check_training(cell.config)
+        check_counts(cell.config)
+        check_foreseen(cell, fitting)
 
 
 def _source(plan: Plan) -> Ref:

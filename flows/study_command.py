@@ -71,7 +71,7 @@ def _rehearsed(asked: "Study", base: "PipelineConfig", seeds: int) -> Iterator[s
     from eqm.config import with_settings
     from eqm.recipes import latent_shape
     from eqm.records import digest
-    from flows.plan import check_training
+    from flows.checks import check_training
 
     # What a latent measures is known for sure when images are encoded.
     stage = asked.stage(studies.Base(config=base, latent_shape=latent_shape(base)), seeds)

@@ -12,15 +12,8 @@ from eqm.records import Record
 from eqm.records import digest as digest_of
 from eqm.registry import Registry, Version
 from flows.encode import encode_images, fit_autoencoder, list_images
-from flows.plan import (
-    Plan,
-    autoencoder_job,
-    ensure,
-    latents_job,
-    make_plan,
-    require_sealed,
-    train_job,
-)
+from flows.jobs import Plan, autoencoder_job, ensure, latents_job, require_sealed, train_job
+from flows.plan import make_plan
 from flows.prefect_tools import logged, stage
 
 

@@ -21,8 +21,8 @@ from eqm.stage import listing_key, open_ref, verify
 from eqm.words import counted
 from flows.encode import list_images, open_plan
 from flows.evaluate import Standing, find_champion
+from flows.jobs import Plan
 from flows.pipeline import Base, images_to_decision
-from flows.plan import Plan
 from flows.prefect_tools import day_asked, logged, page, stage
 
 WEEK_SECONDS = 6.5 * 24 * 3600.0

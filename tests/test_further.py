@@ -30,7 +30,7 @@ from eqm.samples import columns, kept_images
 from eqm.stage import job_digest
 from eqm.storage import LocalStore
 from eqm.vision_transformer import DINOv2
-from flows import plan as plans
+from flows import jobs
 from flows.evaluate import figures
 
 SAMPLES = 136
@@ -97,18 +97,18 @@ class Measured:
 
     def __init__(self, config: PipelineConfig, store: LocalStore, source: Ref) -> None:
         self.config, self.store, self.source = config, store, source
-        autoencoder = self.run(plans.autoencoder_job(self.plan, source))
-        latents = self.run(plans.latents_job(self.plan, source, autoencoder))
-        self.trained = self.run(plans.train_job(self.plan, latents))
-        self.extractor = self.run(plans.extractor_job(self.plan, source))
+        autoencoder = self.run(jobs.autoencoder_job(self.plan, source))
+        latents = self.run(jobs.latents_job(self.plan, source, autoencoder))
+        self.trained = self.run(jobs.train_job(self.plan, latents))
+        self.extractor = self.run(jobs.extractor_job(self.plan, source))
         self.further = {
-            name: self.run(plans.extractor_job(self.plan, source, name)) for name in config.further
+            name: self.run(jobs.extractor_job(self.plan, source, name)) for name in config.further
         }
-        job = plans.samples_job(self.plan, self.trained, self.extractor, self.further)
+        job = jobs.samples_job(self.plan, self.trained, self.extractor, self.further)
         self.samples = self.run(job)
-        self.reference = self.run(plans.reference_job(self.plan, source, self.extractor))
+        self.reference = self.run(jobs.reference_job(self.plan, source, self.extractor))
         self.references = {
-            name: self.run(plans.reference_job(self.plan, source, one, name))
+            name: self.run(jobs.reference_job(self.plan, source, one, name))
             for name, one in self.further.items()
         }
         self.record = self.run(self.job())
@@ -126,7 +126,7 @@ class Measured:
         return chain.run(job)
 
     def job(self, references: Mapping[str, Record] | None = None) -> Job:
-        return plans.evaluation_job(
+        return jobs.evaluation_job(
             self.plan,
             self.source,
             self.trained,
@@ -225,7 +225,7 @@ def test_a_further_extractor_changes_nothing_for_the_main_one(
 
 def test_without_further_extractors_nothing_is_asked_that_was_not_before(alone: Measured) -> None:
     """So that what was sealed before there were any is found again."""
-    samples = plans.samples_job(alone.plan, alone.trained, alone.extractor)
+    samples = jobs.samples_job(alone.plan, alone.trained, alone.extractor)
     assert set(samples.inputs) == {"train", "extractor"}
     evaluation = alone.job({})
     assert set(evaluation.inputs) == {"source", "train", "extractor", "samples", "reference"}

@@ -250,6 +250,22 @@ def test_a_dry_run_of_a_file(run, tmp_path: Path) -> None:
     assert (shown["train"]["images"], shown["train"]["batch_size"]) == (2048, 64)
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (["compute.micro_batch=7"], "compute.micro_batch is 7"),
+        (["source.kind=folder", "source_uri=."], "which is in the source .: its folders"),
+    ],
+)
+def test_a_dry_run_refuses_what_the_run_would(
+    run, tmp_path: Path, monkeypatch, changes: list[str], words: str
+) -> None:
+    monkeypatch.setenv("EQM_STORE", "store")
+    sets = [word for change in changes for word in ("--set", change)]
+    refused(run("pipeline", "tiny", *sets, "--dry-run"), words)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_study_is_rehearsed_at_full_size(run, tmp_path: Path) -> None:
     told = run("study", "adaptive", "--config", "b2-512", "--seeds", "2", "--dry-run")
     assert (told.status, told.err) == (0, "")
@@ -804,7 +820,8 @@ def test_images_that_no_evaluation_could_measure_by_are_refused_before_a_trainin
     tmp_path: Path, monkeypatch
 ) -> None:
     from flows import evaluate
-    from flows.plan import list_source, make_plan, source_ref
+    from flows.jobs import list_source, source_ref
+    from flows.plan import make_plan
 
     monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
@@ -870,7 +887,8 @@ def test_a_baseline_of_more_images_than_there_are_is_refused_before_a_training(
 
 def checked_digits(tmp_path: Path, monkeypatch, changes: dict[str, object]) -> None:
     from flows import evaluate
-    from flows.plan import list_source, make_plan, source_ref
+    from flows.jobs import list_source, source_ref
+    from flows.plan import make_plan
 
     monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
     monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))

@@ -25,9 +25,9 @@ from eqm.stage import AWAY, job_digest
 from eqm.storage import LocalStore
 from flows import launch_kubernetes
 from flows.clusters import Kubernetes, Nodes
+from flows.jobs import Plan, ensure
 from flows.launch import cluster_name, is_sealed
 from flows.launch_kubernetes import KubernetesLauncher
-from flows.plan import Plan, ensure
 from flows.settings import Settings
 
 pytestmark = pytest.mark.timeout(180)

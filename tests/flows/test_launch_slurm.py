@@ -33,9 +33,9 @@ from eqm.stage import AWAY, job_digest
 from eqm.storage import LocalStore
 from flows import launch_slurm
 from flows.clusters import Nodes, Slurm
+from flows.jobs import Plan, ensure
 from flows.launch import cluster_name, is_sealed
 from flows.launch_slurm import SlurmLauncher
-from flows.plan import Plan, ensure
 from flows.settings import Settings
 
 pytestmark = pytest.mark.timeout(180)

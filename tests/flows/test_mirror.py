@@ -23,8 +23,8 @@ from eqm.records import to_json
 from eqm.registry import check
 from eqm.stage import job_digest
 from eqm.storage import LocalStore
+from flows.jobs import Plan
 from flows.launch import LocalLauncher
-from flows.plan import Plan
 from flows.settings import Settings
 from flows.train import register_model
 

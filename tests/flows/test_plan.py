@@ -1,5 +1,6 @@
 """A plan: what a config asks for reaches the programs that do it."""
 
+import contextlib
 import functools
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,11 @@ from eqm.errors import ConfigError, StageError, TrackingError
 from eqm.recipes import recipes
 from eqm.records import Record
 from eqm.stage import run
+from flows.checks import check_config, check_trainable, check_training
 from flows.encode import encode_images, fit_autoencoder, left_out
-from flows.plan import (
-    Plan,
-    autoencoder_job,
-    check_trainable,
-    check_training,
-    latents_job,
-    list_source,
-    make_plan,
-    read_config,
-    source_ref,
-    to_be_trained_on,
-)
+from flows.jobs import Plan, autoencoder_job, latents_job, list_source, source_ref, to_be_trained_on
+from flows.plan import make_plan, read_config
+from flows.settings import current_settings
 
 
 def test_how_training_runs_is_told_to_it_and_is_in_no_digest(
@@ -47,6 +40,34 @@ def test_how_training_runs_is_told_to_it_and_is_in_no_digest(
     assert told.keep_checkpoints == 5
     assert told.grid_every_images == 1024
     assert read_config("demo", changes).train == read_config("demo").train
+
+
+@pytest.mark.parametrize(
+    ("source", "store", "refused"),
+    [
+        ("s3://all", "s3://all/store", True),
+        ("s3://all/images/", "s3://all/images", True),
+        ("s3://all/images", "s3://all/images/a/store", True),
+        ("s3://all/images", "s3://all/images-store", False),
+        ("s3://all/images", "s3://all", False),
+        ("s3://all/images", "s3://all/images/.store", False),
+        ("s3://images", "images/store", False),
+        ("images", "images/store", True),
+    ],
+)
+def test_a_store_within_the_source_is_refused_wherever_both_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, store: str, refused: bool
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EQM_STORE", store)
+    config = read_config("tiny", {"source.kind": "folder", "source_uri": source})
+    with (
+        pytest.raises(ConfigError, match=f"EQM_STORE is {store}, which is (in )?the source")
+        if refused
+        else contextlib.nullcontext()
+    ):
+        check_config(config, current_settings())
 
 
 @pytest.mark.parametrize("name", ["checkpoints.every_images", "checkpoints.keep"])

@@ -23,7 +23,7 @@ from eqm.report_page import render_html
 from eqm.stage import listing_key
 from eqm.storage import LocalStore
 from flows import cli, evaluate
-from flows.plan import Plan
+from flows.jobs import Plan
 from flows.settings import current_settings
 
 MODEL = "eqm-tiny"
