@@ -63,7 +63,7 @@ def test_a_store_within_the_source_is_refused_wherever_both_are(
     monkeypatch.setenv("EQM_STORE", store)
     config = read_config("tiny", {"source.kind": "folder", "source_uri": source})
     with (
-        pytest.raises(ConfigError, match=f"EQM_STORE is {store}, which is (in )?the source")
+        pytest.raises(ConfigError, match=f"EQM_STORE is .*{store}, which is (in )?the source")
         if refused
         else contextlib.nullcontext()
     ):
