@@ -531,6 +531,31 @@ def test_a_descent_with_known_entries_is_that_of_the_others_alone(rule):
         assert torch.allclose(getattr(whole, name), getattr(part, name), rtol=1e-9), name
 
 
+@pytest.mark.parametrize("rule", [RULES[1], HeavyBall(step_size=0.05, momentum=0.8)])
+def test_momentum_is_that_of_the_projected_path(rule):
+    """Written out: x_k and x_{k-1} are where samples really were, within the constraint."""
+
+    def within(x):
+        return x / x.norm(dim=1, keepdim=True).clamp(min=1)
+
+    def gradient(x):
+        return (x - 3) @ COUPLED
+
+    start, mu = 4 * noise(3, 4), rule.momentum
+    x = [within(start)] * 2
+    for _ in range(25):
+        push = mu * (x[-1] - x[-2])
+        ahead, kept = (push, 0) if isinstance(rule, NAG) else (0, push)
+        x.append(within(x[-1] + kept - 0.05 * gradient(x[-1] + ahead)))
+    found = descend(gradient, start, rule=rule, updates=25, project=within)
+    assert torch.allclose(found.latents, x[-1], rtol=1e-12)
+    held = Problem(
+        start=lambda at: start[at], gradient=lambda at: gradient, project=lambda at: within
+    )
+    slots = descend_in_slots(held, 3, slots=2, rule=rule, updates=25)
+    assert torch.allclose(slots.latents, x[-1], rtol=1e-12)
+
+
 def restless(x):
     """A bowl, but for an entry whose gradient is long and turns at every look."""
     restless.sign = -restless.sign
