@@ -6,6 +6,7 @@ import pytest
 import torch
 from reference import formulas, official
 
+from eqm.config import ObjectiveConfig
 from eqm.randomness import Stream, normal
 from eqm.rules import (
     NAG,
@@ -127,6 +128,12 @@ def test_barzilai_borwein_keeps_to_its_bounds():
     assert close(found, start * 1.01 * 1.05**2)
     rule = BarzilaiBorwein(step_size=0.5, shortest=0.5, longest=0.5)
     assert close(descend(bowl, start, rule=rule, updates=3).latents, start * _left(0.5, 3, start))
+
+
+def test_default_bounds_of_barzilai_borwein_are_of_the_papers_spring():
+    rule, c = BarzilaiBorwein(step_size=0.003), ObjectiveConfig()
+    assert rule.longest == pytest.approx((1 - c.a) / c.multiplier)
+    assert rule.shortest == 1e-4
 
 
 def _left(step_size, updates, x):
