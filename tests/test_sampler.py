@@ -556,6 +556,20 @@ def test_momentum_is_that_of_the_projected_path(rule):
     assert torch.allclose(slots.latents, x[-1], rtol=1e-12)
 
 
+def test_an_optimiser_goes_on_from_where_a_constraint_put_the_sample():
+    start, box = 2 * noise(2, 4), (lambda x: x.clamp(-0.5, 1.5))
+    rule = Optimiser(torch.optim.Adam, lr=0.1)
+    found = descend(lambda x: (x - 3) @ COUPLED, start, rule=rule, updates=25, project=box)
+    for row, one in zip(found.latents, box(start), strict=True):
+        weight = one.clone()
+        optimiser = torch.optim.Adam([weight], lr=0.1)
+        for _ in range(25):
+            weight.grad = (weight - 3) @ COUPLED
+            optimiser.step()
+            weight.copy_(box(weight))
+        assert torch.allclose(row, weight, rtol=1e-12)
+
+
 def restless(x):
     """A bowl, but for an entry whose gradient is long and turns at every look."""
     restless.sign = -restless.sign
