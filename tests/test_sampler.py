@@ -531,12 +531,14 @@ def test_a_descent_with_known_entries_is_that_of_the_others_alone(rule):
         assert torch.allclose(getattr(whole, name), getattr(part, name), rtol=1e-9), name
 
 
+def within(x):
+    """The nearest point of the unit ball."""
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=1)
+
+
 @pytest.mark.parametrize("rule", [RULES[1], HeavyBall(step_size=0.05, momentum=0.8)])
 def test_momentum_is_that_of_the_projected_path(rule):
     """Written out: x_k and x_{k-1} are where samples really were, within the constraint."""
-
-    def within(x):
-        return x / x.norm(dim=1, keepdim=True).clamp(min=1)
 
     def gradient(x):
         return (x - 3) @ COUPLED
@@ -557,16 +559,15 @@ def test_momentum_is_that_of_the_projected_path(rule):
 
 
 def test_an_optimiser_goes_on_from_where_a_constraint_put_the_sample():
-    start, box = 2 * noise(2, 4), (lambda x: x.clamp(-0.5, 1.5))
-    rule = Optimiser(torch.optim.Adam, lr=0.1)
-    found = descend(lambda x: (x - 3) @ COUPLED, start, rule=rule, updates=25, project=box)
-    for row, one in zip(found.latents, box(start), strict=True):
+    start, rule = 2 * noise(2, 4), Optimiser(torch.optim.Adam, lr=0.1)
+    found = descend(lambda x: (x - 3) @ COUPLED, start, rule=rule, updates=25, project=within)
+    for row, one in zip(found.latents, within(start), strict=True):
         weight = one.clone()
         optimiser = torch.optim.Adam([weight], lr=0.1)
         for _ in range(25):
             weight.grad = (weight - 3) @ COUPLED
             optimiser.step()
-            weight.copy_(box(weight))
+            weight.copy_(within(weight))
         assert torch.allclose(row, weight, rtol=1e-12)
 
 
