@@ -354,6 +354,17 @@ def test_the_dispersive_loss_pushes_hidden_tokens_apart(digits):
     assert spreads[5.0] < spreads[0.0] - 0.05
 
 
+@pytest.mark.parametrize(("depth", "block"), [(2, 0), (4, 0), (8, 1), (12, 2)])
+def test_hidden_tokens_are_those_after_the_first_quarter_of_the_blocks(depth, block, digits):
+    net, outputs = network(replace(CONFIG, depth=depth), zero_head=False), []
+    for each in net.blocks:
+        each.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with hidden_tokens(net) as hidden, torch.no_grad():
+        net(digits[0][:2], digits[1][:2])
+    assert [torch.equal(hidden[0], output) for output in outputs].index(True) == block
+    assert len(hidden) == 1
+
+
 def test_the_dispersive_loss_does_not_depend_on_the_number_of_processes(digits):
     net, objective = network(zero_head=False), ObjectiveConfig(dispersive_weight=0.5)
     at = learner(net).corrupted(digits[0][:64], digits[1][:64], torch.arange(64))
