@@ -354,6 +354,18 @@ def test_the_dispersive_loss_pushes_hidden_tokens_apart(digits):
     assert spreads[5.0] < spreads[0.0] - 0.05
 
 
+def test_the_dispersive_loss_is_added_with_its_weight_to_that_of_each_image(digits):
+    net, at = network(zero_head=False), noisy(digits, 16)
+    plain = learner(net).backward(at)
+    with hidden_tokens(net) as hidden, torch.no_grad():
+        net(at.x, at.labels)
+    spread = dispersive_loss(hidden[0], group=8)
+    for weight in (0.25, 2.0):
+        asked = ObjectiveConfig(dispersive_weight=weight, dispersive_group=8)
+        found = learner(net, asked).backward(at)
+        assert torch.allclose(found, plain + weight * spread, rtol=1e-5)
+
+
 @pytest.mark.parametrize(("depth", "block"), [(2, 0), (4, 0), (8, 1), (12, 2)])
 def test_hidden_tokens_are_those_after_the_first_quarter_of_the_blocks(depth, block, digits):
     net, outputs = network(replace(CONFIG, depth=depth), zero_head=False), []
