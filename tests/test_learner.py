@@ -1,6 +1,8 @@
 """Training: one core for every objective, in memory as from shards, energies by two ways alike."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from eqm.field import Field
 from eqm.learner import Learner, check_slope, initial_share, learn
 from eqm.network import Transformer
 from eqm.objective import (
+    DIFFERENCE,
     Corrupted,
     backward,
     corrupted,
@@ -120,6 +123,21 @@ def test_the_error_of_the_difference_is_of_second_order_and_then_rounding(energy
 
     assert error(1e-2) / error(1e-3) == pytest.approx(100, rel=0.1)
     assert error(1e-9) > 10 * error(1e-5)
+
+
+def test_the_steps_of_the_page_are_the_defaults_and_a_config_may_choose_another(digits):
+    page = (Path(__file__).parent.parent / "docs" / "precision.md").read_text()
+    told = re.findall(r"^\| (float\d+) \| \*\*(\S+)\*\* \(default\)", page, re.MULTILINE)
+    assert {getattr(torch, name): float(step) for name, step in told} == DIFFERENCE
+    net, at = network(zero_head=False), noisy(digits)
+    asked = ObjectiveConfig(energy="dot", difference=0.3)
+    found = weights_gradient(net, lambda: learner(net, asked).backward(at))
+    scale, field = 1 / SHORT.batch_size, Field(net, energy="dot")
+    for step, alike in ((0.3, True), (None, False)):
+        other = weights_gradient(
+            net, lambda step=step: directional_backward(field, at, scale=scale, difference=step)
+        )
+        assert (official.error(found, other) < 1e-6) == alike
 
 
 @pytest.mark.parametrize("half", [False, True])
