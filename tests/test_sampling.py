@@ -3,6 +3,7 @@ constraints, scores, and everything that is asked wrongly."""
 
 import argparse
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -153,6 +154,10 @@ def test_a_model_without_autoencoder_says_so_and_takes_one(checkpoint, tmp_path)
 def test_a_sit_is_loaded_as_flow_matching(checkpoint):
     model = loaded(checkpoint, flow_matching=True)
     assert model.field.conditioned
+    assert model.spec.objective == ObjectiveConfig(c="constant", multiplier=1.0)
+    assert loaded(checkpoint).spec.objective == ObjectiveConfig()
+    with pytest.raises(ConfigError, match=r"end at gamma 0\.5, and flow matching has"):
+        eqm.sample(model, labels=[1], seeds=[0], rule=Euler(step_size=0.1), updates=5)
     with pytest.raises(DataError, match="conditioned on the noise level"):
         eqm.sample(model, labels=[1], seeds=[0])
     with pytest.raises(DataError, match="give gamma"):
@@ -293,6 +298,11 @@ def test_compositions_that_cannot_be_are_refused(model, parts, message):
 def test_models_of_other_latents_are_not_composed(model, checkpoint):
     with pytest.raises(DataError, match="cannot be composed"):
         eqm.compose((model, 0, 1.0), (loaded(checkpoint), 0, 1.0))
+    # Of one shape, and yet not the same latents.
+    scaled = dataclasses.replace(model.spec.latent, scale=(2.0,))
+    other = Model(dataclasses.replace(model.spec, latent=scaled), model.network)
+    with pytest.raises(DataError, match="their latents mean different things"):
+        eqm.compose((model, 0, 1.0), (other, 0, 1.0))
     both = eqm.compose((model, 0, 1.0))
     for wrong, message in (({"labels": [1]}, "leave them out"), ({"guidance": 2.0}, "weights")):
         with pytest.raises(DataError, match=message):
