@@ -506,6 +506,15 @@ def test_scores_are_what_they_say(model):
         eqm.score(made(time="conditioned", c="constant"), x)
 
 
+def test_scores_are_of_the_labels_and_the_stop_that_are_asked_for():
+    model, x, labels = made(energy="dot"), latents(3), torch.tensor([0, 1, 2])
+    scores = eqm.score(model, x, labels, rule=GD, updates=9, stop=lambda look: look.updates >= 4)
+    assert torch.equal(scores.energy, model.energy(x, labels))
+    assert not torch.allclose(scores.energy, model.energy(x))
+    way = eqm.sample(model, start=x, labels=labels, rule=GD, updates=4)
+    assert torch.equal(scores.descent_length, way.path_lengths)
+
+
 # -- configs ------------------------------------------------------------------------------------
 
 
