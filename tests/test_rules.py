@@ -173,6 +173,16 @@ def test_langevin_noise_is_a_function_of_sample_and_update():
     assert close(found, expected)
 
 
+def test_langevin_noise_never_comes_back_on_a_long_way():
+    rule, places = Langevin(step_size=0.5, temperature=1.0), []
+    start = torch.zeros(1, 3).double()
+    descend(lambda x: 0 * x, start, rule=rule, updates=600, on_update=lambda k, x: places.append(x))
+    steps = torch.cat(places).diff(dim=0)
+    assert len(steps.unique(dim=0)) == 600
+    apart = torch.cdist(steps, steps) + 10 * torch.eye(600)
+    assert float(apart.min()) > 1e-6
+
+
 # -- the ODE ------------------------------------------------------------------------------------
 
 
