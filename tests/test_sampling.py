@@ -184,6 +184,8 @@ def test_flow_matching_that_would_end_elsewhere_is_refused(kind, slots):
             )
             with pytest.raises(ConfigError, match=message):
                 eqm.sample(model, rule=kind(step_size=0.1), updates=updates, **settings)
+        with pytest.raises(ConfigError, match=r"end at gamma 1\.01, and flow matching"):
+            eqm.sample(model, rule=kind(step_size=0.101), updates=10, **settings)
     # On a landscape nothing ends at a time.
     eqm.sample(made(), rule=kind(step_size=0.1), updates=5, seeds=[0], slots=slots)
 
