@@ -1,8 +1,9 @@
 """The network as a training begins: drawn from a seed, or with the weights of another model.
 
 Weights of a model trained here are held against what they were trained as, where anybody says that:
-an EqM that goes on as another energy would begin at the wrong field without a word. Called by
-train.
+with other heads, or on latents of another autoencoder, they would begin at the wrong field without
+a word. The objective may be another: L2 energies begin from an implicit EqM, and EqM from flow
+matching. Called by train.
 """
 
 import tempfile

@@ -68,7 +68,7 @@ class _Memoryless:
 
 @dataclass(frozen=True, kw_only=True)
 class _Momentum:
-    """A rule that remembers the last move, zero at first."""
+    """A rule that remembers the last move, x_k - x_{k-1}, zero at first (see :func:`shifted`)."""
 
     evaluations: ClassVar[int] = 1
     step_size: float
@@ -292,6 +292,17 @@ class Optimiser:
 
 def _parameter(row: Tensor) -> Tensor:
     return torch.nn.Parameter(row.detach().clone())
+
+
+def shifted(memory: Memory, shift: Tensor) -> Memory:
+    """Memory of samples that something moved by ``shift`` (B, ...) after the rule had moved them.
+
+    The last move, of rules that remember it, is then the whole way: momentum does not go on
+    pushing against a constraint. :class:`BarzilaiBorwein` sees where samples really are.
+    """
+    if "moved" not in memory:
+        return memory
+    return {**memory, "moved": _tensor(memory, "moved") + shift}
 
 
 def refilled(memory: Memory, slots: Tensor, fresh: Memory) -> Memory:

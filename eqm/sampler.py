@@ -21,7 +21,7 @@ from torch import Tensor
 from eqm.errors import ConfigError, DataError
 from eqm.field import Gradient
 from eqm.randomness import Stream, normal
-from eqm.rules import Memory, Rule, refilled
+from eqm.rules import Memory, Rule, refilled, shifted
 
 # Norms below are those of what may move, and "noise" has the norm of unit noise, plus that of the
 # noise that a rule adds.
@@ -315,7 +315,10 @@ def _update(plan: _Plan, state: _State, gradient: Gradient, constraint: _Constra
     if plan.stop is not None:
         stopping = state.active & _told(plan.stop(Look(state.x, g, norm, state.updates)), norm)
     moving = state.active & ~stopping
-    there = _nearest(move.x, constraint.project)
+    there, memory = move.x, move.memory
+    if constraint.project is not None:
+        there = _nearest(move.x, constraint.project)
+        memory = shifted(memory, there - move.x)
     step = (there - state.x).to(state.lengths.dtype)
     size, length = norms(constraint.free(there)), norms(step)
     state = _bounded(state, norm, constraint.unit, move.noise)
@@ -328,7 +331,7 @@ def _update(plan: _Plan, state: _State, gradient: Gradient, constraint: _Constra
     return replace(
         state,
         x=torch.where(moved.view(-1, *[1] * (g.dim() - 1)), there, state.x),
-        memory=move.memory,
+        memory=memory,
         active=moved & (state.updates + 1 < plan.updates),
         evaluations=state.evaluations + plan.rule.evaluations * state.active,
         updates=state.updates + moved,

@@ -199,7 +199,8 @@ def sample(
 
     ``stop`` ends each sample when it is done (GradientNormBelow, or any function of a Look); with
     ``slots``, one that is done makes room for the next, and ``on_finished(count)`` tells how many
-    are; without, all are carried to the end of the last, ``on_update(k, latents)`` sees every
+    are; the batch has so many rows even for fewer samples, so that the bits of one depend on no
+    other. Without, all are carried to the end of the last, ``on_update(k, latents)`` sees every
     update, and ``trace_every`` keeps the way, with the energy that is descended (guided, composed)
     where that is explicit. The device is asked every ``check_every`` updates. ``precision`` is that
     of the network's products, where weights are float32: torch's own choice unless given. Samples
@@ -223,7 +224,7 @@ def sample(
         found = sampler.descend_in_slots(
             asked.problem,
             asked.count,
-            slots=min(slots, asked.count),
+            slots=slots,
             on_finished=on_finished,
             **common,
         )
@@ -253,8 +254,7 @@ def samples_as_found(
 ) -> Iterator[tuple[list[int], Samples]]:
     """Samples as soon as each is found, with their places among the seeds; any number of them.
 
-    As :func:`sample` with ``slots``, but nothing waits for the last one, and the batch has so many
-    slots even where fewer samples are asked for: the bits of one do not depend on the others.
+    As :func:`sample` with ``slots``, but nothing waits for the last one.
     """
     asked = _asked(
         *(model, labels, seeds, None, rule, updates, guidance, guidance_channels, None),

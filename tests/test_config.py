@@ -13,6 +13,7 @@ from eqm.config import (
     PipelineConfig,
     TrainConfig,
     demo,
+    method,
     pipeline_config,
     stage_config,
     with_settings,
@@ -159,3 +160,19 @@ def test_where_images_lie_is_in_no_stage_config() -> None:
 def test_numbers_of_another_kind_are_refused_in_python_too(make: Any, told: str) -> None:
     with pytest.raises(ConfigError, match=told):
         make()
+
+
+def test_a_model_is_called_by_the_names_of_the_papers_tables() -> None:
+    names = {
+        ("none", "truncated", "implicit"): "EqM",
+        ("constant", "linear", "implicit"): "EqM",
+        ("conditioned", "truncated", "implicit"): "noise-conditioned EqM",
+        ("none", "truncated", "dot"): "EqM-E (dot)",
+        ("none", "truncated", "l2"): "EqM-E (L2)",
+        ("conditioned", "constant", "implicit"): "flow matching",
+        ("none", "constant", "implicit"): "noise-unconditional flow matching",
+    }
+    for (time, c, energy), name in names.items():
+        network = NetworkConfig(time=time)  # type: ignore[arg-type]
+        objective = ObjectiveConfig(c=c, energy=energy)  # type: ignore[arg-type]
+        assert method(network, objective) == name

@@ -128,6 +128,20 @@ def test_guidance_is_one_call_and_scale_one_needs_the_labels_alone():
     ]
 
 
+def test_guidance_tells_each_sample_its_own_noise_level():
+    class Timed(nn.Module):
+        classes, conditioned = 5, True
+
+        def forward(self, x, labels, gamma):
+            return x * gamma.view(-1, 1, 1, 1) + labels.view(-1, 1, 1, 1)
+
+    x, gamma = torch.ones(3, 1, 2, 2).double(), torch.tensor([0.1, 0.5, 0.9]).double()
+    labels = torch.tensor([0, 1, 2])
+    for scale in (1.0, 1.5):
+        found = guided(Field(Timed()), labels, scale=scale)(x, gamma)[:, 0, 0, 0]
+        assert torch.allclose(found, gamma + 5 + scale * (labels - 5.0), rtol=1e-12)
+
+
 @pytest.mark.parametrize(
     ("classes", "labels", "settings", "message"),
     [

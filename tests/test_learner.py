@@ -1,6 +1,8 @@
 """Training: one core for every objective, in memory as from shards, energies by two ways alike."""
 
 import copy
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +19,7 @@ from eqm.field import Field
 from eqm.learner import Learner, check_slope, initial_share, learn
 from eqm.network import Transformer
 from eqm.objective import (
+    DIFFERENCE,
     Corrupted,
     backward,
     corrupted,
@@ -120,6 +123,21 @@ def test_the_error_of_the_difference_is_of_second_order_and_then_rounding(energy
 
     assert error(1e-2) / error(1e-3) == pytest.approx(100, rel=0.1)
     assert error(1e-9) > 10 * error(1e-5)
+
+
+def test_the_steps_of_the_page_are_the_defaults_and_a_config_may_choose_another(digits):
+    page = (Path(__file__).parent.parent / "docs" / "precision.md").read_text()
+    told = re.findall(r"^\| (float\d+) \| \*\*(\S+)\*\* \(default\)", page, re.MULTILINE)
+    assert {getattr(torch, name): float(step) for name, step in told} == DIFFERENCE
+    net, at = network(zero_head=False), noisy(digits)
+    asked = ObjectiveConfig(energy="dot", difference=0.3)
+    found = weights_gradient(net, lambda: learner(net, asked).backward(at))
+    scale, field = 1 / SHORT.batch_size, Field(net, energy="dot")
+    for step, alike in ((0.3, True), (None, False)):
+        other = weights_gradient(
+            net, lambda step=step: directional_backward(field, at, scale=scale, difference=step)
+        )
+        assert (official.error(found, other) < 1e-6) == alike
 
 
 @pytest.mark.parametrize("half", [False, True])
@@ -352,6 +370,29 @@ def test_the_dispersive_loss_pushes_hidden_tokens_apart(digits):
             net(digits[0][:64], digits[1][:64])
         spreads[weight] = float(dispersive_loss(hidden[0], group=64))
     assert spreads[5.0] < spreads[0.0] - 0.05
+
+
+def test_the_dispersive_loss_is_added_with_its_weight_to_that_of_each_image(digits):
+    net, at = network(zero_head=False), noisy(digits, 16)
+    plain = learner(net).backward(at)
+    with hidden_tokens(net) as hidden, torch.no_grad():
+        net(at.x, at.labels)
+    spread = dispersive_loss(hidden[0], group=8)
+    for weight in (0.25, 2.0):
+        asked = ObjectiveConfig(dispersive_weight=weight, dispersive_group=8)
+        found = learner(net, asked).backward(at)
+        assert torch.allclose(found, plain + weight * spread, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("depth", "block"), [(2, 0), (4, 0), (8, 1), (12, 2)])
+def test_hidden_tokens_are_those_after_the_first_quarter_of_the_blocks(depth, block, digits):
+    net, outputs = network(replace(CONFIG, depth=depth), zero_head=False), []
+    for each in net.blocks:
+        each.register_forward_hook(lambda module, args, output: outputs.append(output))
+    with hidden_tokens(net) as hidden, torch.no_grad():
+        net(digits[0][:2], digits[1][:2])
+    assert [torch.equal(hidden[0], output) for output in outputs].index(True) == block
+    assert len(hidden) == 1
 
 
 def test_the_dispersive_loss_does_not_depend_on_the_number_of_processes(digits):
@@ -711,6 +752,8 @@ def test_the_average_of_a_run_that_stood_still_is_its_share_of_the_initial_weigh
 
 def test_learning_in_memory_takes_the_precision_asked_for_and_kernels_of_a_fixed_order(digits):
     seen = []
+    # A fixture of another file may have run a whole stage in this process.
+    torch.set_deterministic_debug_mode("default")
     learn(
         network(),
         *digits,

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from reference import formulas, official
 
 from eqm.config import ObjectiveConfig
-from eqm.errors import DataError
+from eqm.errors import ConfigError, DataError
 from eqm.field import Field
 from eqm.objective import (
     check_decay,
@@ -111,6 +111,13 @@ def test_only_a_constant_c_is_refused(kind):
     with pytest.raises(ValueError, match=r"c\(1\) is 4.0; .* needs c\(1\) = 0"):
         check_decay(c)
     return None
+
+
+def test_a_c_that_nearly_vanishes_at_the_data_is_refused_and_rounding_is_not():
+    check_decay(lambda gamma: torch.cos(gamma * torch.pi / 2))
+    for left in (1e-7, 1e-3):
+        with pytest.raises(ConfigError, match=r"c\(1\) is .* needs c\(1\) = 0"):
+            check_decay(lambda gamma, left=left: 1 - gamma + left)
 
 
 # -- the loss -----------------------------------------------------------------------------------

@@ -69,6 +69,38 @@ def test_all_models_of_the_paper_are_there_with_its_settings() -> None:
         assert (config.generate.samples, config.generate.sampler.updates) == (50_000, 249)
 
 
+EXPECTED = {
+    "s2-256": "61.0",
+    "b2-256": "32.85",
+    "b4-256": "57.54",
+    "b8-256": "104.2",
+    "l2-256": "17.7",
+    "xl2-256": "15.6",
+    "xl2-256-1400": "1.90",
+}
+"""FIDs of the paper: Figure 3, Tables 1, 4 and 5."""
+
+
+def test_samplers_and_figures_are_those_of_the_paper() -> None:
+    """XL/2 by NAG 0.0017 and 0.3, guided by 1.5 on three channels; the others by GD."""
+    for one in recipes().values():
+        config = one.config
+        if config.source.kind != "imagenet":
+            continue
+        sampler, network = config.generate.sampler, config.network
+        headline, large = one.name == "xl2-256-1400", one.title.startswith("EqM-XL")
+        assert sampler.rule == ("nag" if headline else "gd"), one.name
+        assert sampler.step_size == (0.0017 if large else 0.003), one.name
+        assert not headline or sampler.momentum == 0.3
+        guided = (1.5, 3) if headline else (1.0, None)
+        assert (sampler.guidance, sampler.guidance_channels) == guided, one.name
+        assert sampler.stop_below is None
+        assert (network.time, network.second_head) == ("constant", True)
+        fid = EXPECTED.get(one.name)
+        told = f"FID {fid}," if fid else "not published"
+        assert one.expected.startswith(told), one.name
+
+
 def test_every_network_has_as_many_weights_as_said() -> None:
     for one in recipes().values():
         net = costs.network(one.config)

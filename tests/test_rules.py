@@ -6,6 +6,7 @@ import pytest
 import torch
 from reference import formulas, official
 
+from eqm.config import ObjectiveConfig
 from eqm.randomness import Stream, normal
 from eqm.rules import (
     NAG,
@@ -129,6 +130,12 @@ def test_barzilai_borwein_keeps_to_its_bounds():
     assert close(descend(bowl, start, rule=rule, updates=3).latents, start * _left(0.5, 3, start))
 
 
+def test_default_bounds_of_barzilai_borwein_are_of_the_papers_spring():
+    rule, c = BarzilaiBorwein(step_size=0.003), ObjectiveConfig()
+    assert rule.longest == pytest.approx((1 - c.a) / c.multiplier)
+    assert rule.shortest == 1e-4
+
+
 def _left(step_size, updates, x):
     return (1 - step_size * bowl(torch.ones_like(x))) ** updates
 
@@ -164,6 +171,16 @@ def test_langevin_noise_is_a_function_of_sample_and_update():
     xi = [normal(0, Stream.LANGEVIN, numbers * 2**20 + k, (3,), torch.float64) for k in (0, 1)]
     expected = xi[0] + xi[1]
     assert close(found, expected)
+
+
+def test_langevin_noise_never_comes_back_on_a_long_way():
+    rule, places = Langevin(step_size=0.5, temperature=1.0), []
+    start = torch.zeros(1, 3).double()
+    descend(lambda x: 0 * x, start, rule=rule, updates=600, on_update=lambda k, x: places.append(x))
+    steps = torch.cat(places).diff(dim=0)
+    assert len(steps.unique(dim=0)) == 600
+    apart = torch.cdist(steps, steps) + 10 * torch.eye(600)
+    assert float(apart.min()) > 1e-6
 
 
 # -- the ODE ------------------------------------------------------------------------------------

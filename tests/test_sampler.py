@@ -12,7 +12,15 @@ from eqm.errors import ConfigError, DataError
 from eqm.field import Field, guided
 from eqm.objective import decay
 from eqm.randomness import Stream, normal
-from eqm.rules import NAG, BarzilaiBorwein, GradientDescent, HeavyBall, Langevin, Optimiser
+from eqm.rules import (
+    NAG,
+    BarzilaiBorwein,
+    GradientDescent,
+    HeavyBall,
+    Langevin,
+    Move,
+    Optimiser,
+)
 from eqm.sampler import (
     EXPLODED,
     GradientNormBelow,
@@ -388,6 +396,69 @@ def test_a_sample_that_swings_while_it_settles_is_sound():
     assert float(found.latents.abs().max()) < 1e-6
 
 
+class Scripted:
+    """A rule whose moves and gradients are written down: along the first of four entries."""
+
+    evaluations = 1
+
+    def __init__(self, places, gradients, noise=0.0):
+        self.steps, self.noise = iter(zip(places, gradients, strict=True)), noise
+
+    def begin(self, x, numbers):
+        return {}
+
+    def move(self, gradient, x, memory):
+        place, g = (torch.tensor([[value, 0, 0, 0.0]]) for value in next(self.steps))
+        return Move(place, g, memory, self.noise)
+
+
+def swinging(count, *, reach=0.6, first=3.0, shrink=1.0):
+    """So many gradients after the first, each against the one before; moves of such a length."""
+    gradients = [first * (-shrink) ** k for k in range(count + 1)]
+    return {"places": [reach * (k % 2) for k in range(1, count + 2)], "gradients": gradients}
+
+
+@pytest.mark.parametrize(
+    ("script", "marked"),
+    [
+        # Unit noise of four entries has norm 2. Places: 50 x 2 + 10 x the first gradient.
+        ({"places": [1.0, 129], "gradients": [3.0, 3]}, False),
+        ({"places": [1.0, 131], "gradients": [3.0, 3]}, True),
+        ({"places": [129.0], "gradients": [3.0]}, False),
+        # The noise of a rule counts as unit noise does, times itself.
+        ({"places": [1.0, 179], "gradients": [3.0, 3], "noise": 0.5}, False),
+        ({"places": [1.0, 181], "gradients": [3.0, 3], "noise": 0.5}, True),
+        # Gradients: 10 x (the first + 2).
+        ({"places": [1.0, 1], "gradients": [3.0, 49]}, False),
+        ({"places": [1.0, 1], "gradients": [3.0, 51]}, True),
+        ({"places": [1.0, 1], "gradients": [3.0, 59], "noise": 0.5}, False),
+        ({"places": [1.0, 1], "gradients": [3.0, 61], "noise": 0.5}, True),
+        # Ten swings in a row, of moves beyond a quarter of unit noise.
+        (swinging(9), False),
+        (swinging(10), True),
+        (swinging(20, reach=0.45), False),
+        (swinging(10, reach=0.55), True),
+        # Not those that shorten by a hundredth each.
+        (swinging(20, first=10.0, shrink=0.988), False),
+        (swinging(10, first=10.0, shrink=0.992), True),
+        # Nor those below half of the first gradient plus unit noise.
+        (swinging(20, first=1.95), False),
+        (swinging(10, first=2.05), True),
+    ],
+)
+def test_bounds_of_what_is_marked(script, marked):
+    count = len(script["places"])
+    found = descend(bowl, torch.zeros(1, 4), rule=Scripted(**script), updates=count)
+    assert found.diverged.tolist() == [marked]
+    assert found.updates.tolist() == [count - marked]
+
+
+def test_noise_of_langevin_is_what_its_gradients_may_be_by_it_alone():
+    rule, start = Langevin(step_size=0.5, temperature=2.0), noise(1, 4)
+    move = rule.move(bowl, start, rule.begin(start, torch.tensor([0])))
+    assert move.noise == pytest.approx(3 * (2.0 / 0.5) ** 0.5)
+
+
 # -- stop rules of the user's -------------------------------------------------------------------
 
 
@@ -529,6 +600,46 @@ def test_a_descent_with_known_entries_is_that_of_the_others_alone(rule):
         assert torch.equal(getattr(whole, name), getattr(part, name)), name
     for name in ("gradient_norms", "path_lengths", "energy_changes"):
         assert torch.allclose(getattr(whole, name), getattr(part, name), rtol=1e-9), name
+
+
+def within(x):
+    """The nearest point of the unit ball."""
+    return x / x.norm(dim=-1, keepdim=True).clamp(min=1)
+
+
+@pytest.mark.parametrize("rule", [RULES[1], HeavyBall(step_size=0.05, momentum=0.8)])
+def test_momentum_is_that_of_the_projected_path(rule):
+    """Written out: x_k and x_{k-1} are where samples really were, within the constraint."""
+
+    def gradient(x):
+        return (x - 3) @ COUPLED
+
+    start, mu = 4 * noise(3, 4), rule.momentum
+    x = [within(start)] * 2
+    for _ in range(25):
+        push = mu * (x[-1] - x[-2])
+        ahead, kept = (push, 0) if isinstance(rule, NAG) else (0, push)
+        x.append(within(x[-1] + kept - 0.05 * gradient(x[-1] + ahead)))
+    found = descend(gradient, start, rule=rule, updates=25, project=within)
+    assert torch.allclose(found.latents, x[-1], rtol=1e-12)
+    held = Problem(
+        start=lambda at: start[at], gradient=lambda at: gradient, project=lambda at: within
+    )
+    slots = descend_in_slots(held, 3, slots=2, rule=rule, updates=25)
+    assert torch.allclose(slots.latents, x[-1], rtol=1e-12)
+
+
+def test_an_optimiser_goes_on_from_where_a_constraint_put_the_sample():
+    start, rule = 2 * noise(2, 4), Optimiser(torch.optim.Adam, lr=0.1)
+    found = descend(lambda x: (x - 3) @ COUPLED, start, rule=rule, updates=25, project=within)
+    for row, one in zip(found.latents, within(start), strict=True):
+        weight = one.clone()
+        optimiser = torch.optim.Adam([weight], lr=0.1)
+        for _ in range(25):
+            weight.grad = (weight - 3) @ COUPLED
+            optimiser.step()
+            weight.copy_(within(weight))
+        assert torch.allclose(row, weight, rtol=1e-12)
 
 
 def restless(x):

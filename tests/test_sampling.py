@@ -3,6 +3,7 @@ constraints, scores, and everything that is asked wrongly."""
 
 import argparse
 import contextlib
+import dataclasses
 
 import pytest
 import torch
@@ -153,6 +154,10 @@ def test_a_model_without_autoencoder_says_so_and_takes_one(checkpoint, tmp_path)
 def test_a_sit_is_loaded_as_flow_matching(checkpoint):
     model = loaded(checkpoint, flow_matching=True)
     assert model.field.conditioned
+    assert model.spec.objective == ObjectiveConfig(c="constant", multiplier=1.0)
+    assert loaded(checkpoint).spec.objective == ObjectiveConfig()
+    with pytest.raises(ConfigError, match=r"end at gamma 0\.5, and flow matching has"):
+        eqm.sample(model, labels=[1], seeds=[0], rule=Euler(step_size=0.1), updates=5)
     with pytest.raises(DataError, match="conditioned on the noise level"):
         eqm.sample(model, labels=[1], seeds=[0])
     with pytest.raises(DataError, match="give gamma"):
@@ -179,8 +184,20 @@ def test_flow_matching_that_would_end_elsewhere_is_refused(kind, slots):
             )
             with pytest.raises(ConfigError, match=message):
                 eqm.sample(model, rule=kind(step_size=0.1), updates=updates, **settings)
+        with pytest.raises(ConfigError, match=r"end at gamma 1\.01, and flow matching"):
+            eqm.sample(model, rule=kind(step_size=0.101), updates=10, **settings)
     # On a landscape nothing ends at a time.
     eqm.sample(made(), rule=kind(step_size=0.1), updates=5, seeds=[0], slots=slots)
+
+
+def test_what_is_not_told_is_as_the_page_says(model):
+    """NAG 0.003, 0.3, 249 updates, no guidance; scores from 100 of them."""
+    asked = {"labels": [0, 2], "seeds": [3, 4]}
+    told = eqm.sample(model, **asked, rule=PAPER, updates=249, guidance=1.0)
+    assert torch.equal(eqm.sample(model, **asked).latents, told.latents)
+    x = latents(2)
+    way = eqm.sample(model, start=x, rule=PAPER, updates=100)
+    assert torch.equal(eqm.score(model, x).descent_length, way.path_lengths)
 
 
 # -- slots --------------------------------------------------------------------------------------
@@ -205,12 +222,9 @@ def test_bits_of_a_sample_do_not_depend_on_its_neighbours_or_its_turn(rule):
     plain = eqm.sample(model, **{**asked(order), **settings})
     assert len(set(plain.evaluations.tolist())) > 3
     for mixed in (order[::-1], [7, 3, 19], [11]):
-        labels = {**asked(mixed), **settings, "slots": 6}
-        # Fewer samples than slots would be another shape: repeat some of them.
-        filler = [k for k in order if k not in mixed][: max(0, 6 - len(mixed))]
-        other = eqm.sample(model, **{**labels, **asked(mixed + filler), **settings})
+        other = eqm.sample(model, **{**asked(mixed), **settings})
         for name in FOUND:
-            a, b = getattr(other, name)[: len(mixed)], getattr(plain, name)[mixed]
+            a, b = getattr(other, name), getattr(plain, name)[mixed]
             assert torch.equal(a, b), (name, mixed)
 
 
@@ -286,6 +300,11 @@ def test_compositions_that_cannot_be_are_refused(model, parts, message):
 def test_models_of_other_latents_are_not_composed(model, checkpoint):
     with pytest.raises(DataError, match="cannot be composed"):
         eqm.compose((model, 0, 1.0), (loaded(checkpoint), 0, 1.0))
+    # Of one shape, and yet not the same latents.
+    scaled = dataclasses.replace(model.spec.latent, scale=(2.0,))
+    other = Model(dataclasses.replace(model.spec, latent=scaled), model.network)
+    with pytest.raises(DataError, match="their latents mean different things"):
+        eqm.compose((model, 0, 1.0), (other, 0, 1.0))
     both = eqm.compose((model, 0, 1.0))
     for wrong, message in (({"labels": [1]}, "leave them out"), ({"guidance": 2.0}, "weights")):
         with pytest.raises(DataError, match=message):
@@ -489,6 +508,15 @@ def test_scores_are_what_they_say(model):
         eqm.score(made(time="conditioned", c="constant"), x)
 
 
+def test_scores_are_of_the_labels_and_the_stop_that_are_asked_for():
+    model, x, labels = made(energy="dot"), latents(3), torch.tensor([0, 1, 2])
+    scores = eqm.score(model, x, labels, rule=GD, updates=9, stop=lambda look: look.updates >= 4)
+    assert torch.equal(scores.energy, model.energy(x, labels))
+    assert not torch.allclose(scores.energy, model.energy(x))
+    way = eqm.sample(model, start=x, labels=labels, rule=GD, updates=4)
+    assert torch.equal(scores.descent_length, way.path_lengths)
+
+
 # -- configs ------------------------------------------------------------------------------------
 
 
@@ -500,6 +528,22 @@ def test_every_rule_of_a_config_descends(name, model):
     out = eqm.sample(model, labels=[0, 1], seeds=[0, 1], rule=rule, updates=3)
     assert bool(out.latents.isfinite().all())
     assert out.evaluations.tolist() == [6 if name == "heun" else 3] * 2
+
+
+def test_a_config_names_its_rule_with_its_settings():
+    named = {
+        "gd": GradientDescent(step_size=0.02),
+        "nag": NAG(step_size=0.02, momentum=0.7),
+        "heavy-ball": HeavyBall(step_size=0.02, momentum=0.7),
+        "barzilai-borwein": BarzilaiBorwein(step_size=0.02),
+        "adam": Optimiser(torch.optim.Adam, lr=0.02),
+        "euler": Euler(step_size=0.02),
+        "heun": Heun(step_size=0.02),
+    }
+    for name, rule in named.items():
+        found = rule_of(SamplerConfig(rule=name, step_size=0.02, momentum=0.7))
+        assert type(found) is type(rule), name
+        assert found == rule, name
 
 
 @pytest.mark.parametrize("energy", ["implicit", "dot"])

@@ -262,6 +262,31 @@ def test_mlflow_reads_the_signature(trained: chain.Chain, tmp_path: Path) -> Non
     assert serving.files_of(trained.store, trained["train"], SAMPLER) == files
 
 
+def test_every_setting_of_the_sampler_reaches_the_descent(
+    trained: chain.Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = SamplerConfig(
+        rule="heavy-ball", step_size=0.02, momentum=0.7, stop_below=2.5, guidance_channels=1
+    )
+    told: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        serving, "sample", lambda model, **how: told.append(how) or eqm.sample(model, **how)
+    )
+    endpoint = serving.Endpoint(eqm.load(trained.uri("train"), device="cpu"), sampler)
+    asked = {"labels": np.array([3]), "seeds": np.array([2])}
+    endpoint.predict(asked, {"updates": 4, "guidance": 1.5})
+    expected = {
+        "labels": [3],
+        "seeds": [2],
+        "rule": eqm.HeavyBall(step_size=0.02, momentum=0.7),
+        "updates": 4,
+        "guidance": 1.5,
+        "guidance_channels": 1,
+        "stop": eqm.GradientNormBelow(2.5),
+    }
+    assert {name: told[0][name] for name in expected} == expected
+
+
 def test_damaged_weights_are_not_served(trained: chain.Chain, tmp_path: Path) -> None:
     store = chain.copied(trained, tmp_path / "store", without=())
     record = trained["train"]

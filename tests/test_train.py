@@ -813,6 +813,15 @@ def test_training_begins_from_an_official_checkpoint(tiny: chain.Chain, tmp_path
         set_up(begun_from(untrained(tiny, tmp_path / "other"), path))
 
 
+def test_an_l2_energy_without_other_weights_begins_with_a_head_that_is_not_zero(
+    tiny: chain.Chain, tmp_path: Path
+) -> None:
+    for energy, drawn in (("l2", True), ("dot", False)):
+        job = asking(untrained(tiny, tmp_path / energy), objective={"energy": energy})
+        head = set_up(job).network.state_dict()["head.linear.weight"]
+        assert bool(head.any()) == drawn
+
+
 def test_weights_of_another_digest_or_of_zeros_for_l2_are_refused(
     tiny: chain.Chain, tmp_path: Path
 ) -> None:
