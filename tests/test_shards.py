@@ -137,12 +137,13 @@ def test_webdataset_reads_a_shard(tmp_path: Path) -> None:
         assert sample["moments.npy"].dtype == np.float16
 
 
+@pytest.mark.parametrize("view", ["moments", "mirror"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 70_000.0])
-def test_values_that_float16_cannot_hold_are_refused(value: float) -> None:
-    sample = a_sample(6)
-    sample.moments[1, 2, 0] = value
+def test_values_that_float16_cannot_hold_are_refused(value: float, view: str) -> None:
+    sample = a_sample(6, mirror=True)
+    getattr(sample, view)[1, 2, 0] = value
     with pytest.raises(DataError, match=r"image 'k/6' reach .* not finite as float16"):
-        write_shard([a_sample(5), sample], first_number=5)
+        write_shard([a_sample(5, mirror=True), sample], first_number=5)
 
 
 def test_shards_that_make_no_sense_are_refused() -> None:
