@@ -299,9 +299,9 @@ def _check_shards(
                 f"shard {number} has an index of shape {index.offset.shape}, ({shard.count}, "
                 f"{views}) is needed"
             )
-        if tuple(index.shape) != shape:
+        if (found := tuple(index.shape.tolist())) != shape:
             raise DataError(
-                f"shard {number} has moments of shape {tuple(index.shape)}, those of the "
+                f"shard {number} has moments of shape {found}, those of the "
                 f"autoencoder have {shape}: it was made with another one"
             )
         if int(index.label.min()) < 0 or int(index.label.max()) >= classes:

@@ -18,7 +18,7 @@ import scipy.io
 import torch
 from PIL import Image
 
-from eqm import layouts, rows
+from eqm import images, layouts, rows
 from eqm.config import SourceConfig, replace
 from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.files import LocalFiles
@@ -437,6 +437,8 @@ def samples(*labels: str) -> dict[str, bytes]:
         ({"b.pkl": b"x"}, "'b.pkl' is of a kind that other programs run"),
         ({"b.x.pyd": b"x"}, "other programs run"),
         ({"b.PTH": b"x"}, "other programs run"),
+        ({"b.pickle": b"x"}, "other programs run"),
+        ({"b.pt": b"x"}, "other programs run"),
     ],
 )
 def test_samples_that_are_not_whole_are_refused(
@@ -747,6 +749,36 @@ def test_other_settings_do_not_share_a_memory(tmp_path: Path) -> None:
     # The size and the split come after the scan.
     open_source(replace(FOLDER, image_size_px=16, split_seed=1), str(root), memory=memory)
     assert len(list(memory.iterdir())) == 6
+
+
+def test_another_decoder_or_way_to_look_does_not_share_a_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, memory = make_folder(tmp_path / "data"), tmp_path / "m"
+    settle(root)
+    open_source(FOLDER, str(root), memory=memory)
+    monkeypatch.setattr(images.PIL, "__version__", "0.0")
+    open_source(FOLDER, str(root), memory=memory)
+    assert len(list(memory.iterdir())) == 4
+    monkeypatch.setattr(images, "LOOK", images.LOOK + 1)
+    open_source(FOLDER, str(root), memory=memory)
+    assert len(list(memory.iterdir())) == 6
+
+
+def test_other_columns_of_a_parquet_file_do_not_share_a_memory(tmp_path: Path) -> None:
+    columns = {
+        "image": [encoded(i) for i in range(4)],
+        "small": [encoded(10 + i) for i in range(4)],
+        "label": [0, 1, 0, 1],
+        "kind": ["b", "b", "a", "a"],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    settle(tmp_path)
+    config = replace(PARQUET, held_out_fraction=0.0)
+    for changes in ({}, {"image_column": "small"}, {"label_column": "kind"}):
+        asked = replace(config, **changes)
+        fresh = open_source(asked, str(tmp_path))
+        assert open_source(asked, str(tmp_path), memory=tmp_path / "m").digest == fresh.digest
 
 
 def test_what_was_scanned_before_something_was_refused_is_kept(tmp_path: Path) -> None:

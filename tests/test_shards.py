@@ -24,7 +24,7 @@ from eqm.damage import damages
 from eqm.errors import ConfigError, DataError, IntegrityError, MissingError
 from eqm.latent_set import LatentSet, as_webdataset, open_manifest
 from eqm.records import Blob, Record, Shard, canonical_bytes, to_json
-from eqm.shards import Packed, Sample, write_shard
+from eqm.shards import Index, Packed, Sample, read_index, seal_set, write_shard
 from eqm.storage import LocalStore, open_store, record_key
 
 SHAPE = (4, 3, 3)
@@ -156,6 +156,64 @@ def test_shards_that_make_no_sense_are_refused() -> None:
         write_shard([a_sample(0), odd], first_number=0)
     with pytest.raises(DataError, match="either all samples"):
         write_shard([a_sample(0), a_sample(1, mirror=True)], first_number=0)
+
+
+# -- sealing ------------------------------------------------------------------------------------
+
+
+def read_back(store: LocalStore, samples: Sequence[Sample]) -> tuple[Shard, Index]:
+    """A shard in a store, and its index."""
+    made = write_shard(samples, first_number=0)
+    shard = Shard(tar=store.put(made.tar), index=store.put(made.index), count=made.count)
+    return shard, read_index(made.index, shard, "a shard")
+
+
+def run_of(count: int, **changes: Any) -> list[Sample]:
+    return [dataclasses.replace(a_sample(i), **changes) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([], "at least one shard"),
+        ([run_of(3), run_of(2), run_of(3)], "shard 1 holds 2 samples, the first holds 3"),
+        ([run_of(3), run_of(4)], "shard 1 holds 4 samples, the first holds 3"),
+        ([run_of(3), run_of(3, mirror=a_sample(0).moments)], r"shape \(3, 2\), \(3, 1\) is needed"),
+        ([run_of(3), run_of(3, moments=np.zeros((4, 9, 1)))], r"moments of shape \(4, 9, 1\)"),
+        ([run_of(3), run_of(3, label=-1)], "shard 1 has a label outside 0 to 2"),
+        ([run_of(3), run_of(3, label=3)], "shard 1 has a label outside 0 to 2"),
+    ],
+)
+def test_shards_that_are_not_of_one_set_are_not_sealed(
+    tmp_path: Path, parts: list[list[Sample]], message: str
+) -> None:
+    made = [read_back(LocalStore(tmp_path), samples) for samples in parts]
+    with pytest.raises(DataError, match=message):
+        seal_set(
+            [shard for shard, _ in made],
+            [index for _, index in made],
+            spec=a_spec((2, 3, 3)),
+            source="s",
+            classes=CLASSES,
+            mirrored=False,
+        )
+
+
+def test_a_set_counts_its_sides_and_averages_over_what_is_trained_on(tmp_path: Path) -> None:
+    data = a_set(tmp_path)
+    samples = [a_sample(i) for i in range(13)]
+    manifest = data.manifest
+    for held_out, counts in (
+        (False, manifest.train_per_class),
+        (True, manifest.held_out_per_class),
+    ):
+        labels = [sample.label for sample in samples if sample.held_out == held_out]
+        assert counts == tuple(labels.count(label) for label in range(3))
+    means = np.stack([s.moments[:2] for s in samples if not s.held_out]).astype(np.float16)
+    over = (0, 2, 3)
+    assert np.allclose(manifest.channel_mean, means.mean(axis=over, dtype=np.float64), atol=1e-12)
+    assert np.allclose(manifest.channel_std, means.std(axis=over, dtype=np.float64), atol=1e-9)
+    assert data.keys == [sample.key for sample in samples]
 
 
 # -- reading ------------------------------------------------------------------------------------
