@@ -9,7 +9,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from eqm import autoencoder
 from eqm.autoencoder import (
     Autoencoder,
     autoencoder_from_bytes,
@@ -369,7 +368,7 @@ def test_an_autoencoder_of_other_pictures_out_than_in_is_refused(tmp_path: Path)
     AutoencoderKL(**{**network().config, "out_channels": 1}).save_pretrained(tmp_path / "vae")  # type: ignore[dict-item]
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     file = PretrainedFile(uri=str(weights.parent), sha256=sha256(weights.read_bytes()))
-    with pytest.raises(ConfigError, match="source.channels is 3, but .* has out_channels 1"):
+    with pytest.raises(ConfigError, match=r"source\.channels is 3, but .* has out_channels 1"):
         pretrained(file, SOURCE)
 
 
