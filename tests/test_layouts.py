@@ -588,6 +588,22 @@ def test_parquet_files_that_are_none_are_refused(
         open_source(PARQUET, str(root))
 
 
+def test_a_label_that_no_longer_matches_the_checksum_of_its_page_is_refused(
+    tmp_path: Path,
+) -> None:
+    table = pa.table({"image": [encoded(i) for i in range(4)], "label": ["ant", "bee"] * 2})
+    path = tmp_path / "x.parquet"
+    pq.write_table(
+        table, path, write_page_checksum=True, compression="none", use_dictionary=False,
+        write_statistics=False,
+    )  # fmt: skip
+    asked = replace(PARQUET, held_out_fraction=0.0)
+    assert open_source(asked, str(path)).classes == ("ant", "bee")
+    path.write_bytes(path.read_bytes().replace(b"bee", b"ben"))
+    with pytest.raises(DataError, match=r"x\.parquet.*is damaged"):
+        open_source(asked, str(path))
+
+
 def test_row_groups_are_read_when_wanted_and_few_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

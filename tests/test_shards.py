@@ -7,6 +7,7 @@ import json
 import subprocess
 import tarfile
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from hypothesis import strategies as st
 from sets import a_spec, seal, stored_set
 
 import eqm
-from eqm import shards, tars
+from eqm import latent_set, shards, tars
+from eqm.batches import samples_of
 from eqm.damage import damages
-from eqm.errors import ConfigError, DataError, IntegrityError, MissingError
+from eqm.errors import ConfigError, DataError, IntegrityError, MissingError, StoreError
 from eqm.latent_set import LatentSet, as_webdataset, open_manifest
 from eqm.records import Blob, Record, Shard, canonical_bytes, to_json
 from eqm.shards import Index, Packed, Sample, read_index, seal_set, write_shard
@@ -603,6 +605,104 @@ def test_a_shard_that_s3_lost_is_told(s3_environment: dict[str, str], tmp_path: 
     (found,) = damages(data.manifest, store, where)
     assert (found.shard, "does not exist" in found.text) == (2, True)
     data.close()
+
+
+class Far:
+    """A store that is not on this machine, and whose cache gives what a test says."""
+
+    def __init__(self, store: LocalStore) -> None:
+        self.store = store
+        self.answers: dict[str, list[Any]] = {}
+        """By digest: what is said before the shard is given. Errors are raised."""
+        self.touched: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def fetch_unless_full(self, blob: Blob) -> Path | None:
+        answers = self.answers.setdefault(blob.sha256, [])
+        if not answers:
+            return self.store.fetch(blob)
+        answer = answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def touch(self, blob: Blob) -> None:
+        self.touched.add(blob.sha256)
+
+
+@pytest.mark.parametrize(
+    "answers", [[StoreError("S3 is away")] * 3, [OSError(5, "disk")], [None] * 3], ids=str
+)
+def test_a_shard_that_could_not_be_had_at_first_is_fetched_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[Any]
+) -> None:
+    monkeypatch.setattr(latent_set, "AGAIN_SECONDS", 0.001)
+    near = a_set(tmp_path)
+    store = Far(LocalStore(tmp_path / "store"))
+    # The last shard has no other after it that would bring the fetchers round.
+    for shard in near.manifest.shards:
+        store.answers[shard.tar.sha256] = list(answers)
+    data = LatentSet(near.manifest, store, "the set")  # type: ignore[arg-type]
+    assert equal(data, range(13))
+    until(lambda: data.resident == 1)
+    assert equal(data, range(13))
+    data.close()
+
+
+def test_what_is_mapped_is_marked_as_used_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latent_set, "AGAIN_SECONDS", 0.001)
+    monkeypatch.setattr(latent_set, "TOUCH_SECONDS", 0.0)
+    near = a_set(tmp_path)
+    store = Far(LocalStore(tmp_path / "store"))
+    tars = [shard.tar.sha256 for shard in near.manifest.shards]
+    store.answers[tars[1]] = [None] * 10**6
+    data = LatentSet(near.manifest, store, "the set")  # type: ignore[arg-type]
+    assert equal(data, [0])
+    until(lambda: store.touched == {tars[0], tars[2]})
+    time.sleep(0.05)
+    data.close()
+    assert store.touched == {tars[0], tars[2]}
+    assert data.resident == 2 / 3
+
+
+def test_a_reader_takes_no_memory_for_its_index(tmp_path: Path) -> None:
+    count, size = 100_000, 10_000
+    made, samples = [], [a_sample(0, mirror=True)] * 2
+    shard, index = read_back(LocalStore(tmp_path), samples)
+    for first in range(0, count, size):
+        repeated = {name: np.repeat(getattr(index, name)[:1], size, axis=0)
+                    for name in ("offset", "crc32", "label", "held_out")}  # fmt: skip
+        repeated["held_out"] = np.arange(first, first + size) % 10 == 0
+        keys, ends = np.zeros(size, dtype=np.uint8), np.arange(1, size + 1)
+        made.append(dataclasses.replace(index, key_bytes=keys, key_end=ends, **repeated))
+    store = LocalStore(tmp_path)
+    sealed = seal_set(
+        [dataclasses.replace(shard, count=size)] * len(made),
+        made,
+        spec=a_spec((2, 3, 3)),
+        source="s",
+        classes=CLASSES,
+        mirrored=True,
+    )
+    for data in sealed.files.values():
+        store.put(data)
+    assert len(sealed.index) > 20 * count
+    samples_of(a_set(tmp_path / "first"), 0, np.arange(5))  # what is imported and kept once
+    tracemalloc.start()
+    try:
+        found = LatentSet(sealed.manifest, store, "m")
+        numbers = samples_of(found, 0, np.arange(987_654_321, 987_654_321 + 256))
+        taken = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(set(numbers.tolist())) == 256
+    assert not found.held_out[numbers].any()
+    # Pieces that are hashed and counted, and no column.
+    assert taken < len(sealed.index) / 2
 
 
 def test_stock_webdataset_reads_a_verified_set(tmp_path: Path) -> None:
