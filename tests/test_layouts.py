@@ -415,6 +415,14 @@ def samples(*labels: str) -> dict[str, bytes]:
     return files
 
 
+def test_where_there_are_both_the_cls_is_the_label(tmp_path: Path) -> None:
+    files = samples("emu", "cat", "emu", "cat")
+    files["0.json"] = b'{"label": "cat"}'
+    files["1.json"] = b'{"width": 12}'
+    found = labels_of(tar_source(tmp_path, dict(sorted(files.items()))))
+    assert [found[f"x.tar/{i}.png"] for i in range(4)] == ["emu", "cat", "emu", "cat"]
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
