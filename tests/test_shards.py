@@ -651,6 +651,20 @@ def test_a_shard_that_could_not_be_had_at_first_is_fetched_later(
     data.close()
 
 
+def test_a_store_that_fails_for_days_is_still_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 to the power of 1024 failures is no number of seconds."""
+    monkeypatch.setattr(latent_set, "AGAIN_SECONDS", 0.0)
+    near = a_set(tmp_path, (5,))
+    store = Far(LocalStore(tmp_path / "store"))
+    store.answers[near.manifest.shards[0].tar.sha256] = [StoreError("S3 is away")] * 6000
+    data = LatentSet(near.manifest, store, "the set")  # type: ignore[arg-type]
+    assert equal(data, [0])
+    until(lambda: data.resident == 1)
+    data.close()
+
+
 def test_what_is_mapped_is_marked_as_used_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
