@@ -352,6 +352,13 @@ def manifest_of(store: Store, record: Record) -> Manifest:
     return manifest_from_bytes(store.get(record.outputs[MANIFEST]), place)
 
 
+def beside_manifest(manifest: Manifest, record: Record) -> dict[str, Blob]:
+    """Files of a "latents" record that its manifest does not name, as ORIGINALS, by name."""
+    named = {blob.sha256 for shard in manifest.shards for blob in (shard.tar, shard.index)}
+    named |= {manifest.index.sha256, manifest.keys.sha256, record.outputs[MANIFEST].sha256}
+    return {name: blob for name, blob in record.outputs.items() if blob.sha256 not in named}
+
+
 def place_of(store: Store, record: Record) -> str:
     """Address of a set, for people and for :func:`open_manifest`."""
     return store.where(f"latents/{record.digest}")

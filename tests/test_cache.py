@@ -73,6 +73,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
     blobs = [a_blob(i) for i in range(5)]
     for data, blob in blobs[:3]:
         cache.fetch(blob, sends(data), "x")
+        cache.found(blob)  # hashed now: to read it later would be a use of its own to the kernel
     for i, seconds in enumerate((5000, 9000, 7000)):
         age(cache, blobs[i][1], seconds)
     cache.fetch(blobs[3][1], sends(blobs[3][0]), "x")
