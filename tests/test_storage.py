@@ -222,6 +222,27 @@ def left_over(bucket: Bucket, key: str) -> list[str]:
     return [upload["UploadId"] for upload in found.get("Uploads", ())]
 
 
+@pytest.mark.services
+@pytest.mark.usefixtures("s3_environment")
+def test_a_listing_goes_on_to_its_last_page(tmp_path: Path) -> None:
+    """A thousand keys are one page: what is behind it are images and shards like any other."""
+    bucket, root = Bucket("eqm"), f"pages-{tmp_path.name}"
+    real = bucket.client.list_objects_v2
+    bucket.client.list_objects_v2 = lambda **asked: real(**asked, MaxKeys=2)
+    keys = [f"{root}/{folder}/{i}" for folder in "abc" for i in range(3)]
+    for key in keys:
+        bucket.create(key, b"x")
+    assert [found.key for found in bucket.list(f"{root}/")] == keys
+    assert list(bucket.folders(f"{root}/")) == [f"{root}/{folder}" for folder in "abc"]
+
+
+def test_a_blob_of_another_size_is_not_held(store: Store) -> None:
+    blob = store.put(b"x" * 1000)
+    assert store.holds(blob)
+    assert not store.holds(Blob(sha256=blob.sha256, size_bytes=999))
+    assert not store.holds(Blob.of(b"y"))
+
+
 def test_one_flipped_bit_is_noticed(store: Store) -> None:
     blob = store.put(b"x" * 1000)
     damage(store, blob)
