@@ -501,6 +501,22 @@ def test_any_other_byte_of_a_tar_is_named(data: st.DataObject) -> None:
     assert (first.number is None) == (at >= after_last)
 
 
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.full(SHAPE, np.nan), "holds NaN or infinity"),
+        (np.full(SHAPE, -np.inf), "holds NaN or infinity"),
+        (np.zeros((3, 4, 3)), r"is no float16 array of shape (4, 3, 3)"),
+    ],
+)
+def test_arrays_that_match_their_crc_and_are_wrong_are_told(array: Any, reason: str) -> None:
+    """As somebody else's writer may have sealed them."""
+    facts = tars.Facts(7, "k/7", 0, False)
+    tar, (places,) = tars.pack([(facts, [array.astype("<f2")])])
+    (flaw,) = tars.flaws(tar, [(facts, places)], SHAPE)
+    assert flaw == tars.Flaw(7, places[0].offset, f"00000007.moments.npy {reason}")
+
+
 def test_the_manifest_survives_its_json(tmp_path: Path) -> None:
     manifest = a_set(tmp_path).manifest
     again = shards.manifest_from_bytes(canonical_bytes(manifest), "m")
