@@ -6,7 +6,7 @@ reads; this looks at all of them.
 
 import itertools
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,12 +48,22 @@ class Damage:
         return f"{shard}{sample}{offset}: {self.reason}"
 
 
-def damages(manifest: Manifest, store: Store, where: str, *, done: Any = None) -> Iterator[Damage]:
+def damages(
+    manifest: Manifest,
+    store: Store,
+    where: str,
+    *,
+    beside: Mapping[str, Blob] | None = None,
+    done: Any = None,
+) -> Iterator[Damage]:
     """All that is damaged in a set, read from the store itself and from no cache.
 
-    ``done(count)`` is called as samples have been checked. Raises StoreError where the store
-    cannot be reached; what is missing is damage.
+    ``beside``: files of its record that the manifest does not know of, by name
+    (:func:`eqm.shards.beside_manifest`). ``done(count)`` is called as samples have been checked.
+    Raises StoreError where the store cannot be reached; what is missing is damage.
     """
+    for name, blob in sorted((beside or {}).items()):
+        yield from _file_damage(store, blob, f"{where}/{name}")
     yield from _file_damage(store, manifest.index, f"{where}/{INDEX}")
     yield from _file_damage(store, manifest.keys, f"{where}/{KEYS}")
     with ThreadPoolExecutor(VERIFIERS) as checkers:

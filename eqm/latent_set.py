@@ -280,6 +280,8 @@ FETCHERS = 4
 """Shards that are fetched from S3 at once."""
 AGAIN_SECONDS = 5.0
 """After a pass over the shards in which none could be had, the next one begins so much later."""
+DOUBLINGS, LONGEST_SECONDS = 10, 300.0
+"""After each failure it begins twice as late, so often and so late at most."""
 TOUCH_SECONDS = 60.0
 
 
@@ -314,7 +316,7 @@ class _Fetcher:
                 self._say(f"a shard of {latents.where} cannot be fetched yet ({error})")
             del latents
             if not got:
-                self.stop.wait(min(AGAIN_SECONDS * 2**failures, 300.0))
+                self.stop.wait(min(AGAIN_SECONDS * 2 ** min(failures, DOUBLINGS), LONGEST_SECONDS))
 
     def _fetch_one(self, latents: LatentSet) -> bool:
         """Fetch the next shard; False where there is nothing to do for now."""

@@ -51,7 +51,8 @@ class Progress:
         """Count work done; ``figures`` are shown beside it."""
         self.done += count
         if self._bar is not None:
-            self._bar.update(self._task, completed=self.done, figures=_figures(figures))
+            rate = f"{_rate(self.per_second)}/s" if self.done > self._first else ""
+            self._bar.update(self._task, completed=self.done, rate=rate, figures=_figures(figures))
         elif self.show and time.monotonic() - self._said > PLAIN_LINE_SECONDS and self._said:
             self._say(figures)
         elif not self._said:
@@ -64,8 +65,13 @@ class Progress:
         more = f"  {_figures(figures)}" if figures else ""
         ending = f", {_time(left)} left" if self.done < self.total else ""
         line = f"{self.label}: {self.done:,} of {self.total:,} {self.unit}"
-        sys.stderr.write(f"{line}, {rate:,.0f}/s{ending}{more}\n")
+        sys.stderr.write(f"{line}, {_rate(rate)}/s{ending}{more}\n")
         sys.stderr.flush()
+
+
+def _rate(per_second: float) -> str:
+    """For people: what is slow is not 0."""
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2g}"
 
 
 def _time(seconds: float) -> str:
@@ -92,8 +98,9 @@ def _rich_bar(label: str, total: int, unit: str, done: int) -> tuple[Any, Any]:
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn(unit),
+        TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
         TextColumn("{task.fields[figures]}"),
         console=Console(stderr=True),
     )
-    return bar, bar.add_task(label, total=total, completed=done, figures="")
+    return bar, bar.add_task(label, total=total, completed=done, rate="", figures="")

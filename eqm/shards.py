@@ -299,9 +299,9 @@ def _check_shards(
                 f"shard {number} has an index of shape {index.offset.shape}, ({shard.count}, "
                 f"{views}) is needed"
             )
-        if tuple(index.shape) != shape:
+        if (found := tuple(index.shape.tolist())) != shape:
             raise DataError(
-                f"shard {number} has moments of shape {tuple(index.shape)}, those of the "
+                f"shard {number} has moments of shape {found}, those of the "
                 f"autoencoder have {shape}: it was made with another one"
             )
         if int(index.label.min()) < 0 or int(index.label.max()) >= classes:
@@ -350,6 +350,13 @@ def manifest_of(store: Store, record: Record) -> Manifest:
         raise DataError(f"{record.stage} {record.digest[:12]} is no set of latents")
     place = f"{place_of(store, record)}/{MANIFEST}"
     return manifest_from_bytes(store.get(record.outputs[MANIFEST]), place)
+
+
+def beside_manifest(manifest: Manifest, record: Record) -> dict[str, Blob]:
+    """Files of a "latents" record that its manifest does not name, as ORIGINALS, by name."""
+    named = {blob.sha256 for shard in manifest.shards for blob in (shard.tar, shard.index)}
+    named |= {manifest.index.sha256, manifest.keys.sha256, record.outputs[MANIFEST].sha256}
+    return {name: blob for name, blob in record.outputs.items() if blob.sha256 not in named}
 
 
 def place_of(store: Store, record: Record) -> str:

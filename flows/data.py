@@ -147,13 +147,13 @@ def verify(latents: LatentsArgument) -> None:
     """Check every byte of a set in its store; names all damage, and then exits with 1."""
     from eqm.damage import damages
     from eqm.progress import Progress
-    from eqm.shards import manifest_of, place_of
+    from eqm.shards import beside_manifest, manifest_of, place_of
 
     store, record = _opened(latents)
     manifest = manifest_of(store, record)
-    found = 0
+    where, beside, found = place_of(store, record), beside_manifest(manifest, record), 0
     with Progress("verifying", total=manifest.count) as bar:
-        for damage in damages(manifest, store, place_of(store, record), done=bar.advance):
+        for damage in damages(manifest, store, where, beside=beside, done=bar.advance):
             found += 1
             out.print(f"[bold red]damaged:[/] {escape(damage.text)}", soft_wrap=True)
     if found:

@@ -1,6 +1,7 @@
 """Autoencoders: round trips, three files and back, and weights of others that are checked first."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,6 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from eqm import autoencoder
 from eqm.autoencoder import (
     Autoencoder,
     autoencoder_from_bytes,
@@ -78,6 +78,19 @@ def test_moments_are_those_of_the_network() -> None:
     with torch.no_grad():
         posterior = network().eval().encode(signed(pixels())).latent_dist
     assert torch.equal(found, torch.cat([posterior.mean, posterior.std], dim=1))
+
+
+@pytest.mark.parametrize(("log_variance", "std"), [(-100.0, math.exp(-15)), (100.0, math.exp(10))])
+def test_log_variances_are_held_where_diffusers_holds_them(log_variance: float, std: float) -> None:
+    odd = network()
+    with torch.no_grad():
+        odd.quant_conv.weight[2:] = 0  # type: ignore[index, operator]
+        odd.quant_conv.bias[2:] = log_variance  # type: ignore[index, operator]
+    made = sealed_autoencoder(odd, SOURCE, name="odd", shift=(0.0,) * 2, scale=(1.0,) * 2)
+    found = made.encode(pixels())[:, 2:]
+    assert torch.allclose(found, torch.full_like(found, std), rtol=1e-5)
+    theirs = made.network.encode(signed(pixels())).latent_dist.std  # type: ignore[union-attr, operator]
+    assert torch.allclose(found, theirs, rtol=1e-5)
 
 
 def test_decoding_undoes_the_whitening() -> None:
@@ -255,10 +268,10 @@ def test_whitening_is_what_the_config_says(tmp_path: Path) -> None:
     one = pretrained(written(tmp_path / "a", scaling_factor=0.5, shift_factor=0.25), SOURCE)
     assert (one.spec.shift, one.spec.scale) == ((0.25, 0.25), (0.5, 0.5))
     each = written(
-        tmp_path / "b", scaling_factor=1.0, latents_mean=[1.0, 2.0], latents_std=[4.0, 0.5]
+        tmp_path / "b", scaling_factor=3.0, latents_mean=[1.0, 2.0], latents_std=[4.0, 0.5]
     )
     two = pretrained(each, SOURCE)
-    assert (two.spec.shift, two.spec.scale) == ((1.0, 2.0), (0.25, 2.0))
+    assert (two.spec.shift, two.spec.scale) == ((1.0, 2.0), (0.75, 6.0))
     with pytest.raises(DataError, match="does not say how 2 channels"):
         pretrained(written(tmp_path / "c", latents_std=[1.0]), SOURCE)
 
@@ -266,7 +279,8 @@ def test_whitening_is_what_the_config_says(tmp_path: Path) -> None:
 def test_names_that_attentions_had_before_are_understood(tmp_path: Path) -> None:
     file = written(tmp_path / "vae")
     path = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
-    old = {new: short for short, new in autoencoder.OLD_NAMES.items()}
+    # Written out: a mapping of one's own, read backwards, undoes its mistakes.
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
     tensors = {}
     for name, value in safetensors.torch.load(path.read_bytes()).items():
         for new, short in old.items():
@@ -346,6 +360,16 @@ def test_images_that_do_not_fit_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         pretrained(written(tmp_path / "vae"), replace(SOURCE, **changes))
+
+
+def test_an_autoencoder_of_other_pictures_out_than_in_is_refused(tmp_path: Path) -> None:
+    from diffusers.models.autoencoders.autoencoder_kl import AutoencoderKL
+
+    AutoencoderKL(**{**network().config, "out_channels": 1}).save_pretrained(tmp_path / "vae")  # type: ignore[dict-item]
+    weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
+    file = PretrainedFile(uri=str(weights.parent), sha256=sha256(weights.read_bytes()))
+    with pytest.raises(ConfigError, match=r"source\.channels is 3, but .* has out_channels 1"):
+        pretrained(file, SOURCE)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,12 @@ from hypothesis import strategies as st
 from sets import stored_set
 
 import eqm
+from eqm import patience
 from eqm.batches import Batch, batches, mirror_of, order, read_batch, samples_of
-from eqm.errors import ConfigError, DataError
+from eqm.errors import AwayError, ConfigError, DataError
 from eqm.latent_set import LatentSet
+from eqm.patience import Patience
+from eqm.randomness import Stream, uniform
 from eqm.shards import MANIFEST, Sample, manifest_from_bytes
 from eqm.storage import LocalStore
 
@@ -151,6 +154,51 @@ def test_half_of_the_images_are_mirrored_where_that_is_allowed(with_mirrors: Lat
         torch.from_numpy(coins[100:150]), -batch.sample_numbers - 1, batch.sample_numbers
     )
     assert torch.equal(shown, expected)
+
+
+def test_coins_are_of_the_image_and_never_change(with_mirrors: LatentSet) -> None:
+    """A run that goes on under another version goes on with the same mirrors."""
+    numbers = np.arange(16, dtype=np.int64)
+    coins = mirror_of(with_mirrors, 7, numbers)
+    assert coins is not None
+    expected = uniform(7, Stream.MIRROR, torch.from_numpy(numbers))[:, 0] < 0.5
+    assert coins.tolist() == expected.tolist()
+    assert mirror_of(with_mirrors, 8, numbers).tolist() != coins.tolist()  # type: ignore[union-attr]
+    # The same sample, an epoch later: a coin of its own.
+    epoch = len(with_mirrors.train_numbers)
+    firsts, seconds = (mirror_of(with_mirrors, 7, numbers + n) for n in (0, epoch))
+    assert firsts.tolist() != seconds.tolist()  # type: ignore[union-attr]
+
+
+def test_batches_are_page_locked_where_that_is_asked_for(
+    latents: LatentSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locked: list[Batch] = []
+    monkeypatch.setattr(Batch, "pinned", lambda batch: locked.append(batch) or batch)
+    plain = take(latents, 2, batch_size=4, seed=0)
+    assert locked == []
+    pinned = list(itertools.islice(batches(latents, batch_size=4, seed=0, pin=True), 2))
+    assert all(equal(a, b) for a, b in zip(plain, pinned, strict=True))
+    assert {id(batch) for batch in pinned} <= {id(batch) for batch in locked}
+
+
+def test_a_store_that_is_away_for_a_while_ends_no_stream(
+    latents: LatentSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, failures = LatentSet.moments, [AwayError("S3 is away")] * 2
+
+    def moments(self: LatentSet, *given: object) -> object:
+        if failures:
+            raise failures.pop()
+        return real(self, *given)  # type: ignore[arg-type]
+
+    expected = take(latents, 2, batch_size=4, seed=0)
+    monkeypatch.setattr(LatentSet, "moments", moments)
+    monkeypatch.setattr(patience, "FIRST_SECONDS", 0.01)
+    feed = batches(latents, batch_size=4, seed=0, patience=Patience(60.0))
+    found = list(itertools.islice(feed, 2))
+    assert failures == []
+    assert all(equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
 def test_held_out_samples_are_batches_of_their_own(latents: LatentSet) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -72,6 +73,7 @@ def test_what_was_used_longest_ago_goes_first(tmp_path: Path) -> None:
     blobs = [a_blob(i) for i in range(5)]
     for data, blob in blobs[:3]:
         cache.fetch(blob, sends(data), "x")
+        cache.found(blob)  # hashed now: to read it later would be a use of its own to the kernel
     for i, seconds in enumerate((5000, 9000, 7000)):
         age(cache, blobs[i][1], seconds)
     cache.fetch(blobs[3][1], sends(blobs[3][0]), "x")
@@ -179,3 +181,50 @@ def test_a_process_that_is_killed_leaves_nothing_that_lasts(tmp_path: Path) -> N
     # The lock went with its process: this neither waits nor finds half a copy.
     assert cache.fetch(Blob.of(data), sends(data), "x").read_bytes() == data
     assert list(tmp_path.rglob(f"{ASIDE}*")) == []
+
+
+def test_room_is_taken_as_a_download_begins(tmp_path: Path) -> None:
+    cache = Cache(tmp_path, limit_bytes=1500)
+    (one, first), (two, second) = a_blob(1), a_blob(2)
+    beside: list[Path | None] = []
+
+    def meanwhile(file: BinaryIO) -> None:
+        # Another process, before a byte of the first is here.
+        beside.append(Cache(tmp_path, 1500).fetch_unless_full(second, sends(two), "x"))
+        file.write(one)
+
+    assert cache.fetch_unless_full(first, meanwhile, "x") == cache.path(first)
+    assert beside == [None]
+
+
+def test_of_two_that_look_for_room_at_once_one_gets_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Cache._make_room
+
+    def slow(self: Cache, size_bytes: int) -> bool:
+        there_is = real(self, size_bytes)
+        time.sleep(0.1)
+        return there_is
+
+    monkeypatch.setattr(Cache, "_make_room", slow)
+    with ThreadPoolExecutor(2) as pool:
+        given = pool.map(
+            lambda i: Cache(tmp_path, 1500).fetch_unless_full(
+                a_blob(i)[1], sends(a_blob(i)[0]), "x"
+            ),
+            (1, 2),
+        )
+        assert sorted(path is None for path in given) == [False, True]
+
+
+def test_a_copy_is_hashed_once_a_machine_however_often_it_is_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, blob = a_blob(1)
+    path = Cache(tmp_path).fetch(blob, sends(data), "x", remembered=True)
+    assert not path.stat().st_mode & 0o222
+    monkeypatch.setattr(caching, "is_blob", lambda *_: pytest.fail("it was hashed again"))
+    for _ in range(3):
+        Cache(tmp_path).touch(blob)
+        assert Cache(tmp_path).found(blob, remembered=True) == path

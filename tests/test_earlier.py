@@ -32,7 +32,7 @@ from eqm.earlier import Earlier, differences, open_earlier, rows_of
 from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.images import ImageSource, checked_source, open_source
 from eqm.latent_set import LatentSet, open_manifest
-from eqm.records import Blob, Record, to_json
+from eqm.records import Blob, LatentSpec, Record, to_json
 from eqm.stage import listing_key
 from eqm.storage import LocalStore, Store
 from eqm.walk import Batch, ShardPlan
@@ -379,6 +379,20 @@ def test_moments_of_another_spec_are_refused(made: tuple[Record, Job]) -> None:
     set_.check(spec)
     with pytest.raises(DataError, match="its moments are not those of autoencoder other"):
         set_.check(replace(spec, autoencoder="other"))
+
+
+def test_the_spec_is_compared_before_anything_is_copied(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, job = two_jobs(tmp_path)
+
+    def refuse(self: Earlier, spec: LatentSpec) -> None:
+        raise DataError(f"asked of {spec.autoencoder}")
+
+    monkeypatch.setattr(Earlier, "check", refuse)
+    with pytest.raises(DataError, match="asked of identity"):
+        stage.run(job, encode.program)
+    assert store_of(job).list(f"latents/{stage.job_digest(job)}/") == []
 
 
 def test_what_is_no_set_is_refused(made: tuple[Record, Job]) -> None:

@@ -34,6 +34,7 @@ from eqm.config import (
 from eqm.disk import ASIDE, hash_file
 from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.latent_set import LatentSet, open_manifest
+from eqm.progress import Progress
 from eqm.records import Record, Ref, to_json
 from eqm.shards import ORIGINALS
 from eqm.stage import Context, Outcome, listing_key
@@ -180,6 +181,17 @@ def test_the_manifest_says_what_is_in_the_shards(tmp_path: Path) -> None:
     stage.verify(LocalStore(Path(job.runtime.store)), record)
 
 
+def test_originals_are_spread_over_a_large_set_and_belong_to_their_numbers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(encode, "ORIGINAL_IMAGES", 7)
+    source = images.open_source(FOLDER, str(make_folder(tmp_path / "data")))
+    shown = safetensors.numpy.load(encode.originals(source))
+    assert shown["numbers"].tolist() == [0, 3, 6, 10, 13, 17, 20]
+    expected = torch.stack([source.read(i) for i in shown["numbers"].tolist()])
+    assert np.array_equal(shown["pixels"], expected.numpy())
+
+
 def test_skipped_images_are_named_in_the_manifest(tmp_path: Path) -> None:
     make_folder(tmp_path / "data")
     (tmp_path / "data" / "cat" / "bad.png").write_bytes(b"?")
@@ -250,12 +262,13 @@ def test_a_run_that_dies_between_blobs_and_commit_leaves_nothing_half(
     assert record.outputs == whole.outputs
 
 
-def test_a_shard_that_was_lost_is_made_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["tar", "index"])
+def test_a_shard_that_was_lost_is_made_again(tmp_path: Path, kind: str) -> None:
     job = a_job(tmp_path)
     record = stage.run(job, encode.program)
     store = LocalStore(Path(job.runtime.store))
     (store.root / f"latents/{record.digest}/record.json").unlink()
-    (store.root / record.outputs["shard-00002.tar"].key).unlink()
+    (store.root / record.outputs[f"shard-00002.{kind}"].key).unlink()
     again = stage.run(job, encode.program)
     assert again.outputs == record.outputs
     stage.verify(store, again)
@@ -405,6 +418,24 @@ def test_a_shard_that_another_finishes_first_is_given_up(monkeypatch: pytest.Mon
     commits.done.add(0)
     assert [batch.numbers[0] for batch in batches] == [4, 5, 6, 7]
     assert going.overtaken == {0}
+
+
+def test_a_bar_counts_every_image_once_whoever_encodes_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(walk, "LOOK_SECONDS", 0.0)
+    commits, plans = Done(), shard_plans(14, EncodeConfig(shard_images=4))
+    commits.done = {0}
+    going = Walk(commits, plans, 1)
+    bar = Progress("encoding", total=going.images, done=going.count(going.finished), show=False)
+    counter, seen = encode.Counter(going, bar), []
+    for batch in going.batches(2):
+        if batch.plan.number == 2:
+            commits.done.add(2)  # by another, after one of its batches was encoded here
+        counter.count(batch)
+        if batch.is_last:
+            commits.done.add(batch.plan.number)
+        seen.append((batch.plan.number, bar.done))
+    assert seen[:3] == [(1, 6), (1, 8), (2, 10)]
+    assert seen[3:] == [(3, 14)]
 
 
 # -- ranges -------------------------------------------------------------------------------------
@@ -581,6 +612,29 @@ def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, workers: int
     other = a_job(tmp_path, make=small_kl, store="other")
     other = replace(other, runtime=replace(other.runtime, threads=2))
     assert stage.run(other, encode.program).outputs == record.outputs
+
+
+def test_calls_of_the_autoencoder_are_the_same_on_any_number_of_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last bits depend on how many images a call takes: the config alone decides that."""
+    monkeypatch.setattr(encode, "PIECE_PIXELS", 3 * 8 * 8)
+    real, calls = autoencoder.Autoencoder.encode, list[int]()
+
+    def counted(self: autoencoder.Autoencoder, pixels: torch.Tensor) -> torch.Tensor:
+        calls.append(len(pixels))
+        return real(self, pixels)
+
+    monkeypatch.setattr(autoencoder.Autoencoder, "encode", counted)
+    found = []
+    for threads in (1, 4):
+        job = a_job(tmp_path, store=f"store-{threads}", shard_images=10, batch_size=8)
+        stage.run(replace(job, runtime=replace(job.runtime, threads=threads)), encode.program)
+        found.append(sorted(calls))
+        calls.clear()
+    assert found[0] == found[1]
+    # 24 images in shards of 10, 10 and 4: batches of 8 and 2, 8 and 2, 4; each with its mirrors.
+    assert found[0] == sorted(2 * [3, 3, 2, 2, 3, 3, 2, 2, 3, 1])
 
 
 def decoders_of(pid: int) -> list[int]:

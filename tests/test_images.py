@@ -266,6 +266,16 @@ def test_pictures_of_kinds_that_are_not_read_are_told(tmp_path: Path) -> None:
     assert (len(source.entries), source.skipped) == (24, ("cat/scan.tiff",))
 
 
+@pytest.mark.parametrize(
+    "suffix", ["tif", "tiff", "TIF", "gif", "avif", "heic", "heif", "jp2", "jfif"]
+)
+def test_no_suffix_of_a_picture_is_passed_over(tmp_path: Path, suffix: str) -> None:
+    root = make_folder(tmp_path / "data", each=2)
+    (root / "cat" / f"x.{suffix}").write_bytes(b"none")
+    with pytest.raises(DataError, match=rf"1 of 5 images .*cat/x.{suffix}"):
+        open_source(FOLDER, str(root))
+
+
 def test_splits_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
     one = make_folder(tmp_path / "one", ("cat",), each=1)
     with pytest.raises(DataError, match="1 of 1 images are left for training"):

@@ -18,7 +18,7 @@ import scipy.io
 import torch
 from PIL import Image
 
-from eqm import layouts, rows
+from eqm import images, layouts, rows
 from eqm.config import SourceConfig, replace
 from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.files import LocalFiles
@@ -415,6 +415,14 @@ def samples(*labels: str) -> dict[str, bytes]:
     return files
 
 
+def test_where_there_are_both_the_cls_is_the_label(tmp_path: Path) -> None:
+    files = samples("emu", "cat", "emu", "cat")
+    files["0.json"] = b'{"label": "cat"}'
+    files["1.json"] = b'{"width": 12}'
+    found = labels_of(tar_source(tmp_path, dict(sorted(files.items()))))
+    assert [found[f"x.tar/{i}.png"] for i in range(4)] == ["emu", "cat", "emu", "cat"]
+
+
 @pytest.mark.parametrize(
     ("files", "message"),
     [
@@ -437,6 +445,8 @@ def samples(*labels: str) -> dict[str, bytes]:
         ({"b.pkl": b"x"}, "'b.pkl' is of a kind that other programs run"),
         ({"b.x.pyd": b"x"}, "other programs run"),
         ({"b.PTH": b"x"}, "other programs run"),
+        ({"b.pickle": b"x"}, "other programs run"),
+        ({"b.pt": b"x"}, "other programs run"),
     ],
 )
 def test_samples_that_are_not_whole_are_refused(
@@ -584,6 +594,22 @@ def test_parquet_files_that_are_none_are_refused(
     monkeypatch.setattr(rows, "LARGEST_GROUP_BYTES", 100)
     with pytest.raises(DataError, match="write it with fewer rows in a group"):
         open_source(PARQUET, str(root))
+
+
+def test_a_label_that_no_longer_matches_the_checksum_of_its_page_is_refused(
+    tmp_path: Path,
+) -> None:
+    table = pa.table({"image": [encoded(i) for i in range(4)], "label": ["ant", "bee"] * 2})
+    path = tmp_path / "x.parquet"
+    pq.write_table(
+        table, path, write_page_checksum=True, compression="none", use_dictionary=False,
+        write_statistics=False,
+    )  # fmt: skip
+    asked = replace(PARQUET, held_out_fraction=0.0)
+    assert open_source(asked, str(path)).classes == ("ant", "bee")
+    path.write_bytes(path.read_bytes().replace(b"bee", b"ben"))
+    with pytest.raises(DataError, match=r"x\.parquet.*is damaged"):
+        open_source(asked, str(path))
 
 
 def test_row_groups_are_read_when_wanted_and_few_are_kept(
@@ -747,6 +773,36 @@ def test_other_settings_do_not_share_a_memory(tmp_path: Path) -> None:
     # The size and the split come after the scan.
     open_source(replace(FOLDER, image_size_px=16, split_seed=1), str(root), memory=memory)
     assert len(list(memory.iterdir())) == 6
+
+
+def test_another_decoder_or_way_to_look_does_not_share_a_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root, memory = make_folder(tmp_path / "data"), tmp_path / "m"
+    settle(root)
+    open_source(FOLDER, str(root), memory=memory)
+    monkeypatch.setattr(images.PIL, "__version__", "0.0")
+    open_source(FOLDER, str(root), memory=memory)
+    assert len(list(memory.iterdir())) == 4
+    monkeypatch.setattr(images, "LOOK", images.LOOK + 1)
+    open_source(FOLDER, str(root), memory=memory)
+    assert len(list(memory.iterdir())) == 6
+
+
+def test_other_columns_of_a_parquet_file_do_not_share_a_memory(tmp_path: Path) -> None:
+    columns = {
+        "image": [encoded(i) for i in range(4)],
+        "small": [encoded(10 + i) for i in range(4)],
+        "label": [0, 1, 0, 1],
+        "kind": ["b", "b", "a", "a"],
+    }
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    settle(tmp_path)
+    config = replace(PARQUET, held_out_fraction=0.0)
+    for changes in ({}, {"image_column": "small"}, {"label_column": "kind"}):
+        asked = replace(config, **changes)
+        fresh = open_source(asked, str(tmp_path))
+        assert open_source(asked, str(tmp_path), memory=tmp_path / "m").digest == fresh.digest
 
 
 def test_what_was_scanned_before_something_was_refused_is_kept(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
@@ -183,6 +183,9 @@ def adm_center_crop(picture: Image.Image, size: int) -> np.ndarray:
 
 @settings(max_examples=40, deadline=None)
 @given(st.integers(1, 90), st.integers(1, 90), st.integers(4, 24))
+@example(32, 40, 16)  # exactly twice as large: halved, and not scaled down
+@example(64, 65, 16)
+@example(16, 21, 16)
 def test_the_crop_is_that_of_adm(width: int, height: int, size: int) -> None:
     found = pictures.to_tensor(pictures.centre_crop(picture(1, width, height), size))
     assert found.shape == (3, size, size)

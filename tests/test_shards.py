@@ -7,6 +7,7 @@ import json
 import subprocess
 import tarfile
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ from hypothesis import strategies as st
 from sets import a_spec, seal, stored_set
 
 import eqm
-from eqm import shards, tars
+from eqm import latent_set, shards, tars
+from eqm.batches import samples_of
 from eqm.damage import damages
-from eqm.errors import ConfigError, DataError, IntegrityError, MissingError
+from eqm.errors import ConfigError, DataError, IntegrityError, MissingError, StoreError
 from eqm.latent_set import LatentSet, as_webdataset, open_manifest
 from eqm.records import Blob, Record, Shard, canonical_bytes, to_json
-from eqm.shards import Packed, Sample, write_shard
+from eqm.shards import Index, Packed, Sample, read_index, seal_set, write_shard
 from eqm.storage import LocalStore, open_store, record_key
 
 SHAPE = (4, 3, 3)
@@ -137,12 +139,13 @@ def test_webdataset_reads_a_shard(tmp_path: Path) -> None:
         assert sample["moments.npy"].dtype == np.float16
 
 
+@pytest.mark.parametrize("view", ["moments", "mirror"])
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 70_000.0])
-def test_values_that_float16_cannot_hold_are_refused(value: float) -> None:
-    sample = a_sample(6)
-    sample.moments[1, 2, 0] = value
+def test_values_that_float16_cannot_hold_are_refused(value: float, view: str) -> None:
+    sample = a_sample(6, mirror=True)
+    getattr(sample, view)[1, 2, 0] = value
     with pytest.raises(DataError, match=r"image 'k/6' reach .* not finite as float16"):
-        write_shard([a_sample(5), sample], first_number=5)
+        write_shard([a_sample(5, mirror=True), sample], first_number=5)
 
 
 def test_shards_that_make_no_sense_are_refused() -> None:
@@ -155,6 +158,64 @@ def test_shards_that_make_no_sense_are_refused() -> None:
         write_shard([a_sample(0), odd], first_number=0)
     with pytest.raises(DataError, match="either all samples"):
         write_shard([a_sample(0), a_sample(1, mirror=True)], first_number=0)
+
+
+# -- sealing ------------------------------------------------------------------------------------
+
+
+def read_back(store: LocalStore, samples: Sequence[Sample]) -> tuple[Shard, Index]:
+    """A shard in a store, and its index."""
+    made = write_shard(samples, first_number=0)
+    shard = Shard(tar=store.put(made.tar), index=store.put(made.index), count=made.count)
+    return shard, read_index(made.index, shard, "a shard")
+
+
+def run_of(count: int, **changes: Any) -> list[Sample]:
+    return [dataclasses.replace(a_sample(i), **changes) for i in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("parts", "message"),
+    [
+        ([], "at least one shard"),
+        ([run_of(3), run_of(2), run_of(3)], "shard 1 holds 2 samples, the first holds 3"),
+        ([run_of(3), run_of(4)], "shard 1 holds 4 samples, the first holds 3"),
+        ([run_of(3), run_of(3, mirror=a_sample(0).moments)], r"shape \(3, 2\), \(3, 1\) is needed"),
+        ([run_of(3), run_of(3, moments=np.zeros((4, 9, 1)))], r"moments of shape \(4, 9, 1\)"),
+        ([run_of(3), run_of(3, label=-1)], "shard 1 has a label outside 0 to 2"),
+        ([run_of(3), run_of(3, label=3)], "shard 1 has a label outside 0 to 2"),
+    ],
+)
+def test_shards_that_are_not_of_one_set_are_not_sealed(
+    tmp_path: Path, parts: list[list[Sample]], message: str
+) -> None:
+    made = [read_back(LocalStore(tmp_path), samples) for samples in parts]
+    with pytest.raises(DataError, match=message):
+        seal_set(
+            [shard for shard, _ in made],
+            [index for _, index in made],
+            spec=a_spec((2, 3, 3)),
+            source="s",
+            classes=CLASSES,
+            mirrored=False,
+        )
+
+
+def test_a_set_counts_its_sides_and_averages_over_what_is_trained_on(tmp_path: Path) -> None:
+    data = a_set(tmp_path)
+    samples = [a_sample(i) for i in range(13)]
+    manifest = data.manifest
+    for held_out, counts in (
+        (False, manifest.train_per_class),
+        (True, manifest.held_out_per_class),
+    ):
+        labels = [sample.label for sample in samples if sample.held_out == held_out]
+        assert counts == tuple(labels.count(label) for label in range(3))
+    means = np.stack([s.moments[:2] for s in samples if not s.held_out]).astype(np.float16)
+    over = (0, 2, 3)
+    assert np.allclose(manifest.channel_mean, means.mean(axis=over, dtype=np.float64), atol=1e-12)
+    assert np.allclose(manifest.channel_std, means.std(axis=over, dtype=np.float64), atol=1e-9)
+    assert data.keys == [sample.key for sample in samples]
 
 
 # -- reading ------------------------------------------------------------------------------------
@@ -440,6 +501,22 @@ def test_any_other_byte_of_a_tar_is_named(data: st.DataObject) -> None:
     assert (first.number is None) == (at >= after_last)
 
 
+@pytest.mark.parametrize(
+    ("array", "reason"),
+    [
+        (np.full(SHAPE, np.nan), "holds NaN or infinity"),
+        (np.full(SHAPE, -np.inf), "holds NaN or infinity"),
+        (np.zeros((3, 4, 3)), r"is no float16 array of shape (4, 3, 3)"),
+    ],
+)
+def test_arrays_that_match_their_crc_and_are_wrong_are_told(array: Any, reason: str) -> None:
+    """As somebody else's writer may have sealed them."""
+    facts = tars.Facts(7, "k/7", 0, False)
+    tar, (places,) = tars.pack([(facts, [array.astype("<f2")])])
+    (flaw,) = tars.flaws(tar, [(facts, places)], SHAPE)
+    assert flaw == tars.Flaw(7, places[0].offset, f"00000007.moments.npy {reason}")
+
+
 def test_the_manifest_survives_its_json(tmp_path: Path) -> None:
     manifest = a_set(tmp_path).manifest
     again = shards.manifest_from_bytes(canonical_bytes(manifest), "m")
@@ -544,6 +621,118 @@ def test_a_shard_that_s3_lost_is_told(s3_environment: dict[str, str], tmp_path: 
     (found,) = damages(data.manifest, store, where)
     assert (found.shard, "does not exist" in found.text) == (2, True)
     data.close()
+
+
+class Far:
+    """A store that is not on this machine, and whose cache gives what a test says."""
+
+    def __init__(self, store: LocalStore) -> None:
+        self.store = store
+        self.answers: dict[str, list[Any]] = {}
+        """By digest: what is said before the shard is given. Errors are raised."""
+        self.touched: set[str] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.store, name)
+
+    def fetch_unless_full(self, blob: Blob) -> Path | None:
+        answers = self.answers.setdefault(blob.sha256, [])
+        if not answers:
+            return self.store.fetch(blob)
+        answer = answers.pop(0)
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def touch(self, blob: Blob) -> None:
+        self.touched.add(blob.sha256)
+
+
+@pytest.mark.parametrize(
+    "answers", [[StoreError("S3 is away")] * 3, [OSError(5, "disk")], [None] * 3], ids=str
+)
+def test_a_shard_that_could_not_be_had_at_first_is_fetched_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers: list[Any]
+) -> None:
+    monkeypatch.setattr(latent_set, "AGAIN_SECONDS", 0.001)
+    near = a_set(tmp_path)
+    store = Far(LocalStore(tmp_path / "store"))
+    # The last shard has no other after it that would bring the fetchers round.
+    for shard in near.manifest.shards:
+        store.answers[shard.tar.sha256] = list(answers)
+    data = LatentSet(near.manifest, store, "the set")  # type: ignore[arg-type]
+    assert equal(data, range(13))
+    until(lambda: data.resident == 1)
+    assert equal(data, range(13))
+    data.close()
+
+
+def test_a_store_that_fails_for_days_is_still_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2 to the power of 1024 failures is no number of seconds."""
+    monkeypatch.setattr(latent_set, "AGAIN_SECONDS", 0.0)
+    near = a_set(tmp_path, (5,))
+    store = Far(LocalStore(tmp_path / "store"))
+    store.answers[near.manifest.shards[0].tar.sha256] = [StoreError("S3 is away")] * 6000
+    data = LatentSet(near.manifest, store, "the set")  # type: ignore[arg-type]
+    assert equal(data, [0])
+    until(lambda: data.resident == 1)
+    data.close()
+
+
+def test_what_is_mapped_is_marked_as_used_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(latent_set, "AGAIN_SECONDS", 0.001)
+    monkeypatch.setattr(latent_set, "TOUCH_SECONDS", 0.0)
+    near = a_set(tmp_path)
+    store = Far(LocalStore(tmp_path / "store"))
+    tars = [shard.tar.sha256 for shard in near.manifest.shards]
+    store.answers[tars[1]] = [None] * 10**6
+    data = LatentSet(near.manifest, store, "the set")  # type: ignore[arg-type]
+    assert equal(data, [0])
+    until(lambda: store.touched == {tars[0], tars[2]})
+    time.sleep(0.05)
+    data.close()
+    assert store.touched == {tars[0], tars[2]}
+    assert data.resident == 2 / 3
+
+
+def test_a_reader_takes_no_memory_for_its_index(tmp_path: Path) -> None:
+    count, size = 100_000, 10_000
+    made, samples = [], [a_sample(0, mirror=True)] * 2
+    shard, index = read_back(LocalStore(tmp_path), samples)
+    for first in range(0, count, size):
+        repeated = {name: np.repeat(getattr(index, name)[:1], size, axis=0)
+                    for name in ("offset", "crc32", "label", "held_out")}  # fmt: skip
+        repeated["held_out"] = np.arange(first, first + size) % 10 == 0
+        keys, ends = np.zeros(size, dtype=np.uint8), np.arange(1, size + 1)
+        made.append(dataclasses.replace(index, key_bytes=keys, key_end=ends, **repeated))
+    store = LocalStore(tmp_path)
+    sealed = seal_set(
+        [dataclasses.replace(shard, count=size)] * len(made),
+        made,
+        spec=a_spec((2, 3, 3)),
+        source="s",
+        classes=CLASSES,
+        mirrored=True,
+    )
+    for data in sealed.files.values():
+        store.put(data)
+    assert len(sealed.index) > 20 * count
+    samples_of(a_set(tmp_path / "first"), 0, np.arange(5))  # what is imported and kept once
+    tracemalloc.start()
+    try:
+        found = LatentSet(sealed.manifest, store, "m")
+        numbers = samples_of(found, 0, np.arange(987_654_321, 987_654_321 + 256))
+        taken = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert len(set(numbers.tolist())) == 256
+    assert not found.held_out[numbers].any()
+    # Pieces that are hashed and counted, and no column.
+    assert taken < len(sealed.index) / 2
 
 
 def test_stock_webdataset_reads_a_verified_set(tmp_path: Path) -> None:

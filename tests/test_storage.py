@@ -3,6 +3,7 @@
 import errno
 import os
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from eqm.disk import ASIDE, disk_errors
 from eqm.errors import ConfigError, IntegrityError, MissingError, StoreError
 from eqm.first_weights import known_spec
 from eqm.records import Blob, Record
+from eqm.s3 import Bucket
 from eqm.storage import LocalStore, Store, open_store
 from flows.addresses import sealed_by_digits, sealed_digests
 
@@ -172,6 +174,73 @@ def test_large_blobs_travel_in_parts(
     blob = store.put(tmp_path / "file")
     assert store.put(data) == blob
     assert store.fetch(blob).read_bytes() == data
+
+
+@pytest.mark.services
+@pytest.mark.usefixtures("s3_environment")
+def test_an_upload_in_parts_takes_no_key_that_was_written_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It looks for the key before it begins; what counts is the condition on the last call."""
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    bucket, key = Bucket("eqm"), f"parts-{tmp_path.name}/a"
+    real = bucket._upload
+
+    def overtaken(key: str, data: bytes | Path) -> None:
+        bucket._put(key, b"theirs")
+        real(key, data)
+
+    monkeypatch.setattr(bucket, "_upload", overtaken)
+    assert not bucket.create(key, os.urandom(6 * 2**20))
+    assert bucket.read(key) == b"theirs"
+    assert left_over(bucket, key) == []
+
+
+@pytest.mark.services
+@pytest.mark.usefixtures("s3_environment")
+def test_an_upload_in_parts_that_is_given_up_leaves_no_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    bucket, key = Bucket("eqm"), f"parts-{tmp_path.name}/b"
+
+    def breaks(data: bytes, size: int) -> Iterator[bytes]:
+        yield data[:size]
+        assert len(left_over(bucket, key)) == 1
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(s3, "parts", breaks)
+    with pytest.raises(KeyboardInterrupt):
+        bucket.create(key, bytes(6 * 2**20))
+    assert left_over(bucket, key) == []
+    assert bucket.size(key) is None
+
+
+def left_over(bucket: Bucket, key: str) -> list[str]:
+    """Uploads of a key that were begun and neither completed nor given up."""
+    found = bucket.client.list_multipart_uploads(Bucket=bucket.name, Prefix=key)
+    return [upload["UploadId"] for upload in found.get("Uploads", ())]
+
+
+@pytest.mark.services
+@pytest.mark.usefixtures("s3_environment")
+def test_a_listing_goes_on_to_its_last_page(tmp_path: Path) -> None:
+    """A thousand keys are one page: what is behind it are images and shards like any other."""
+    bucket, root = Bucket("eqm"), f"pages-{tmp_path.name}"
+    real = bucket.client.list_objects_v2
+    bucket.client.list_objects_v2 = lambda **asked: real(**asked, MaxKeys=2)
+    keys = [f"{root}/{folder}/{i}" for folder in "abc" for i in range(3)]
+    for key in keys:
+        bucket.create(key, b"x")
+    assert [found.key for found in bucket.list(f"{root}/")] == keys
+    assert list(bucket.folders(f"{root}/")) == [f"{root}/{folder}" for folder in "abc"]
+
+
+def test_a_blob_of_another_size_is_not_held(store: Store) -> None:
+    blob = store.put(b"x" * 1000)
+    assert store.holds(blob)
+    assert not store.holds(Blob(sha256=blob.sha256, size_bytes=999))
+    assert not store.holds(Blob.of(b"y"))
 
 
 def test_one_flipped_bit_is_noticed(store: Store) -> None:

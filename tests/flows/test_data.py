@@ -17,6 +17,7 @@ from eqm.config import OODSet
 from eqm.errors import DataError, IntegrityError
 from eqm.image_sets import check_set, digest_of
 from eqm.records import from_json
+from eqm.shards import INDEX, KEYS, MANIFEST, ORIGINALS, sealed_latents
 from flows import cli
 
 
@@ -219,6 +220,27 @@ def test_verify_names_all_damage_and_exits_with_1(eqm_: Run) -> None:
     assert "restore these files" in told.out
 
 
+def test_every_file_of_a_set_is_verified(eqm_: Run) -> None:
+    where = encoded(eqm_)
+    _, record = sealed_latents(where)
+    others = {name: blob for name, blob in record.outputs.items() if "shard-" not in name}
+    assert sorted(others) == sorted([MANIFEST, INDEX, KEYS, ORIGINALS])
+    for name, blob in others.items():
+        path = Path("store") / blob.key
+        path.chmod(0o644)
+        sound = path.read_bytes()
+        path.write_bytes(sound[:-1] + bytes([sound[-1] ^ 1]))
+        told = eqm_("verify", where)
+        assert told.status, name
+        assert f"{blob.key} is damaged" in told.out + told.err
+        if name != MANIFEST:  # without which there is nothing to verify
+            assert told.status == 1
+            assert f"/{name}: " in told.out
+            assert "1 damage:" in told.out
+        path.write_bytes(sound)
+    assert "every byte is sound" in eqm_("verify", where).out
+
+
 def test_a_tar_beside_a_damaged_index_is_named_as_well(eqm_: Run) -> None:
     where = encoded(eqm_)
     shard = eqm.open_manifest(where).manifest.shards[1]
@@ -267,7 +289,6 @@ def test_a_preview_shows_images_and_what_comes_back(eqm_: Run) -> None:
 def test_the_identity_comes_back_as_it_was(eqm_: Run) -> None:
     from eqm.inspection import preview
     from eqm.latent_set import open_manifest
-    from eqm.shards import sealed_latents
 
     store, record = sealed_latents(encoded(eqm_))
     png = preview(open_manifest(record, store), record, store, columns=4)
