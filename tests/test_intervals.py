@@ -132,6 +132,13 @@ def test_the_middle_is_the_distance_itself(count):
     assert found.plain.value == pytest.approx(frechet_from_features(samples, real), rel=1e-9)
 
 
+def test_a_distance_of_nothing_is_not_below_0():
+    """A negative end would be no distance, and a policy refuses it."""
+    rows = np.random.default_rng(0).normal(size=(400, 8))
+    plain = frechet_intervals(rows, Gaussian.of(rows)).plain
+    assert plain.low == 0 <= plain.value < 1e-9 < plain.high
+
+
 def test_a_singular_covariance_has_intervals_too():
     samples = np.random.default_rng(0).normal(size=(400, 3)) @ np.ones((3, 8))
     found = frechet_intervals(samples, Gaussian.of(np.ones((50, 8))))
