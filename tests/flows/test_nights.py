@@ -1,6 +1,7 @@
 """What a night is compared with: the first one after its promotion, which nobody chose."""
 
 import datetime
+import itertools
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -65,6 +66,6 @@ def test_no_two_nights_and_no_promotion_share_a_seed(samples: int) -> None:
     first = datetime.date(2026, 2, 27)
     nights = [_of_day(plan, first + datetime.timedelta(days=k)).generate for k in range(4)]
     seeds = [range(0, samples), *(range(n.first_seed, n.first_seed + samples) for n in nights)]
-    for earlier, later in zip(seeds, seeds[1:], strict=False):
+    for earlier, later in itertools.pairwise(seeds):
         assert earlier.stop <= later.start
     assert {n.samples for n in nights} == {samples}
