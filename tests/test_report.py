@@ -461,6 +461,36 @@ def test_differences_to_the_champion_have_intervals():
     assert "worse" not in text
 
 
+def test_an_interval_that_ends_at_zero_holds_it():
+    """Equal numbers without spread have the interval 0 to 0: they are not told apart."""
+    equal = with_intervals()
+    same = dataclasses.replace(equal.metrics["distance"], low=6.12345, high=6.12345)
+    equal = dataclasses.replace(equal, metrics={"distance": same})
+    text = Page(render_html(report(evaluation=equal, champion=equal, decision=None))).text
+    assert "not told apart" in text
+    assert "±0" in text
+    assert not {"better", "worse"} & set(text[text.index("reads as") :])
+
+
+def test_a_difference_is_told_as_a_share_of_the_champions_too():
+    half = report(evaluation=with_intervals(), champion=with_intervals(2.0), decision=None)
+    assert " (\N{MULTIPLICATION SIGN} 0.500)" in Page(render_html(half)).text
+
+
+def test_of_scores_the_main_one_alone_is_held_against_the_champions():
+    """A baseline knows nothing of either model: it is the same of both, and says nothing."""
+    (main,) = evaluation().ood
+    others = [
+        dataclasses.replace(main, score="pixel_pca", role="baseline"),
+        dataclasses.replace(main, score="energy", role="score"),
+    ]
+    both = dataclasses.replace(evaluation(), ood=(main, *others))
+    body = json.loads(render_json(report(evaluation=both, champion=both, decision=None)))
+    compared = [c["key"] for c in body["comparison"]["changes"] if c["key"].startswith("ood.")]
+    assert compared
+    assert all(key.startswith("ood.photographs.gradient_norm.") for key in compared)
+
+
 def test_what_is_better_of_every_metric():
     higher = ("score", "precision", "recall", "label_agreement")
     lower = ("distance", "distance_endless", "distance_held_out", "spatial_distance", "kid")
