@@ -27,7 +27,7 @@ from eqm.config import (
 from eqm.errors import DataError
 from eqm.evaluate import Split, grid_of, looked_through
 from eqm.images import open_source
-from eqm.records import LATER, Evaluation, Record, Ref, from_json
+from eqm.records import LATER, Evaluation, Record, Ref, from_json, to_json
 from eqm.report import render_json
 from eqm.report_page import render_html
 from eqm.stage import job_digest
@@ -376,6 +376,14 @@ def test_a_report_of_sealed_records_is_the_same_twice(tiny: chain.Chain) -> None
     assert text.startswith("<!doctype html>")
     for name in chain.STAGES:
         assert tiny[name].digest[:12] in text, name
+
+
+def test_a_report_says_how_its_samples_were_made(tiny: chain.Chain) -> None:
+    found = dossier.collect(
+        tiny.store, tiny["evaluation"], title="t", model_name="m", decision=None
+    ).generated_with
+    sampler = to_json(tiny.config.generate.sampler)
+    assert found == {**sampler, "labels": "balanced", "seeds": "0 to 49"}
 
 
 def test_the_chain_is_told_in_the_order_of_the_story(tiny: chain.Chain) -> None:
