@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import recipes as costs
-from eqm import studies, study_page
+from eqm import studies, study, study_page
 from eqm.config import (
     ObjectiveConfig,
     PipelineConfig,
@@ -79,6 +79,12 @@ def test_a_mean_has_students_interval() -> None:
     assert mean == 3.0
     assert low == pytest.approx(3.0 - reach, rel=1e-12)
     assert high == pytest.approx(3.0 + reach, rel=1e-12)
+
+
+def test_the_time_of_a_row_is_that_of_all_its_repetitions_or_none() -> None:
+    assert study._mean([2.0, 4.0]) == 3.0
+    assert study._mean([2.0, None]) is None
+    assert study._mean([]) is None
 
 
 def test_one_value_has_no_interval_and_none_is_refused() -> None:
