@@ -18,7 +18,7 @@ from eqm.names import kind_of
 from eqm.policy import MetricRule, OODRule, PolicyConfig
 from eqm.records import Decision, Evaluation, Metric, OODRow, Reason, Ref, to_json
 
-NEVER_NEGATIVE = ("distance", "distance_held_out", "nearest")
+NEVER_NEGATIVE = ("distance", "distance_held_out", "spatial_distance", "nearest")
 """Metrics that are distances; those without bias, FID-infinity and KID, may be negative."""
 FRACTIONS = ("precision", "recall", "label_agreement", "copies")
 MEASURES = ("auroc", "aupr", "fpr95")

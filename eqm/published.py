@@ -86,4 +86,9 @@ def departures(evaluation: Evaluation) -> tuple[str, ...]:
     # Whether it is the batch of this data set, its digest in the protocol says to who knows it.
     if not reference.get("file"):
         found.append("reference: the source's own images, not a reference batch of ADM")
+    if images.get("kind") == "imagenet" and images.get("channels", 3) != 3:
+        found.append("colour: images are gray")
+    level = evaluation.protocol.get("generate", {}).get("noise_level", 1)
+    if level != 1:
+        found.append(f"starts: held-out images with noise of level {level:g}, not noise alone")
     return tuple(found)

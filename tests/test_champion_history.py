@@ -10,7 +10,7 @@ from contest import Bench, MemoryRegistry
 
 from eqm import champion
 from eqm.errors import DataError, IntegrityError
-from eqm.records import note_to_bytes, sha256, to_json
+from eqm.records import digest, note_to_bytes, sha256, to_json
 from eqm.storage import LocalStore
 
 
@@ -65,6 +65,43 @@ def test_a_decision_that_contradicts_its_reasons_is_none(bench: Bench) -> None:
     with pytest.raises(DataError, match="may not be promoted: distance is 9"):
         bench.promotes(version, lying)
     assert bench.moves() == []
+
+
+def test_changed_bytes_are_neither_promoted_nor_gone_back_to(bench: Bench) -> None:
+    """What was evaluated is read once more, whatever was said of it."""
+    first, second = bench.trains(), bench.trains()
+    bench.promotes(first)
+    blob = bench.trained[second.number].outputs["ema.safetensors"]
+    file = bench.store.root / blob.key
+
+    def damage(path: Path) -> bytes:
+        data = path.read_bytes()
+        path.chmod(0o644)
+        path.write_bytes(bytes([data[0] ^ 1]) + data[1:])
+        return data
+
+    whole = damage(file)
+    with pytest.raises(IntegrityError, match=rf"{blob.sha256} is damaged"):
+        bench.promotes(second)
+    assert (len(bench.moves()), bench.shown()) == (1, 1)
+    file.write_bytes(whole)
+    bench.promotes(second)
+    damage(bench.store.root / bench.trained[1].outputs["ema.safetensors"].key)
+    with pytest.raises(IntegrityError, match="is damaged"):
+        bench.rolls_back()
+    assert (len(bench.moves()), bench.shown()) == (2, 2)
+
+
+def test_tags_say_what_became_of_every_version(bench: Bench) -> None:
+    for _ in range(3):
+        bench.promotes(bench.trains())
+    back = bench.rolls_back()
+    assert back.provenance["from_version"] == 3
+    tags = [bench.registry.by_number(bench.model, n).tags for n in (1, 2, 3)]
+    status = [tag["eqm.status"] for tag in tags]
+    assert status == ["earlier champion", "champion", "rolled back"]
+    assert [tag["eqm.history"] for tag in tags] == ["1", "4", "3"]
+    assert {tag["eqm.report"] for tag in tags} == {f"reports/{n}.html" for n in (1, 2, 3)}
 
 
 def test_what_was_rolled_back_is_known_as_such(bench: Bench) -> None:
@@ -228,8 +265,22 @@ def test_a_rollback_takes_its_evidence_along(bench: Bench) -> None:
     moved(bench, 2)
     bench.rolls_back()
     path = bench.store.root / f"history/{bench.model}/00000003.json"
-    rewritten(path, report="reports/2.html")
-    assert "but not to its evidence" in fault(bench)
+    whole = path.read_bytes()
+    body = json.loads(whole)
+    decision = {**body["decision"], "policy": {"name": "lenient"}}
+    for changes in (
+        {"report": "reports/2.html"},
+        {"evidence": {**body["evidence"], "report": "0" * 64}},
+        # With the digest that it has now.
+        {
+            "decision": decision,
+            "evidence": {**body["evidence"], "decision": digest(decision)},
+        },
+    ):
+        rewritten(path, **changes)
+        assert "but not to its evidence" in fault(bench), changes
+        path.write_bytes(whole)
+    assert champion.examine(bench.store, bench.model).faults == []
 
 
 def test_what_no_program_wrote_is_named(bench: Bench) -> None:

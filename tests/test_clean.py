@@ -174,6 +174,21 @@ def test_any_record_keeps_what_it_names_anywhere(store: LocalStore) -> None:
     assert blob.key not in look(store).keys
 
 
+@pytest.mark.parametrize("where", ["outputs", "logs"])
+def test_what_a_list_of_a_record_names_stays(store: LocalStore, where: str) -> None:
+    """A list is no part of what came out where it differs from run to run; what it names is kept.
+
+    The names stand in its bytes alone, and not in the record.
+    """
+    sweep(store, older_than_seconds=MONTH, now=NOW)
+    named_by_list = store.put(b"a picture of a training")
+    listed = store.put(f'{{"picture": "{named_by_list.sha256}"}}'.encode())
+    record = named("invention", "0" * 64)
+    store.seal(dataclasses.replace(record, **{where: {"events.json": listed}}))
+    age(store)
+    assert look(store).keys == []
+
+
 def test_what_is_stored_again_is_not_nearly_old(store: LocalStore) -> None:
     """At the least age there is: whoever stored it has yet to name it."""
     blob = store.put(b"about to be named")

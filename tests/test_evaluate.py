@@ -13,11 +13,21 @@ import torch
 
 from eqm import dossier, evaluate, images
 from eqm.agreement import Reader, thumbnails
-from eqm.config import EvaluationStage, SourceConfig, replace, stage_config
+from eqm.checkpoint import tensors_from_bytes, tensors_to_bytes
+from eqm.config import (
+    EvaluationStage,
+    GenerateConfig,
+    OODConfig,
+    OODSet,
+    SamplerConfig,
+    SourceConfig,
+    replace,
+    stage_config,
+)
 from eqm.errors import DataError
 from eqm.evaluate import Split, grid_of, looked_through
 from eqm.images import open_source
-from eqm.records import Evaluation, Record, Ref, from_json
+from eqm.records import LATER, Evaluation, Record, Ref, from_json, to_json
 from eqm.report import render_json
 from eqm.report_page import render_html
 from eqm.stage import job_digest
@@ -172,6 +182,19 @@ def test_what_samples_cost_is_counted_and_not_believed(tiny: chain.Chain, tmp_pa
     assert found == measured(tiny)
 
 
+def test_a_few_dear_samples_are_in_the_mean_cost(tiny: chain.Chain, tmp_path: Path) -> None:
+    store = chain.copied(tiny, tmp_path / "store", without=("samples", "evaluation"))
+    name = "samples-000000.safetensors"
+    table = tensors_from_bytes(store.get(tiny["samples"].outputs[name]))
+    table["evaluations"][0] += 100
+    outputs = {**tiny["samples"].outputs, name: store.put(tensors_to_bytes(table))}
+    dear = store.seal(dataclasses.replace(tiny["samples"], outputs=outputs))
+    asked = tiny.job("evaluation")
+    asked = dataclasses.replace(asked, inputs={**asked.inputs, "samples": dear.ref})
+    found = dossier.evaluation_of(chain.run(chain.elsewhere(asked, store.root)))
+    assert found.mean_field_evaluations == 5.0 + 100 / 50
+
+
 # -- the protocol -------------------------------------------------------------------------------
 
 
@@ -227,6 +250,44 @@ def test_the_protocol_does_not_depend_on(tiny: chain.Chain, changes: dict[str, A
 )
 def test_the_protocol_changes_with(tiny: chain.Chain, changes: dict[str, Any]) -> None:
     assert protocol_digest(tiny, **changes) != protocol_digest(tiny)
+
+
+NOT_OF_THE_PROTOCOL = {
+    GenerateConfig: {"keep_images", "trajectory_points", "first_seed"},
+    SamplerConfig: {"batch_size"},
+    OODConfig: set[str](),
+    OODSet: {"uri", "gated"},
+}
+
+
+def test_every_other_setting_is_of_the_protocol(tiny: chain.Chain) -> None:
+    """Also one that does not exist yet: numbers that it changes must not be compared."""
+    found = measured(tiny).protocol
+    told = {
+        GenerateConfig: found["generate"],
+        SamplerConfig: found["generate"]["sampler"],
+        OODConfig: found["ood"],
+        OODSet: found["ood"]["sets"][0],
+    }
+    for config, left_out in NOT_OF_THE_PROTOCOL.items():
+        names = {field.name for field in dataclasses.fields(config)}
+        # Settings that came later are in no digest while they have their first value.
+        later = {f.name for f in dataclasses.fields(config) if f.metadata.get(LATER)}
+        assert names - left_out - later <= told[config].keys() <= names - left_out, config
+    assert found["images"]["source"] == tiny.job("evaluation").inputs["source"].digest
+    assert found["reference_images"].keys() == {"images", "keep_features", "file"}
+
+
+def test_settings_of_the_protocol_are_told_as_they_are(tiny: chain.Chain) -> None:
+    changes = {
+        "generate.labels": "random",
+        "generate.noise_level": 0.5,
+        "generate.sampler.rule": "gd",
+        "generate.sampler.precision": "bfloat16",
+    }
+    plain = protocol_digest(tiny)
+    for name, value in changes.items():
+        assert protocol_digest(tiny, **{name.replace(".", "__"): value}) != plain, name
 
 
 # -- the whole stage ----------------------------------------------------------------------------
@@ -315,6 +376,14 @@ def test_a_report_of_sealed_records_is_the_same_twice(tiny: chain.Chain) -> None
     assert text.startswith("<!doctype html>")
     for name in chain.STAGES:
         assert tiny[name].digest[:12] in text, name
+
+
+def test_a_report_says_how_its_samples_were_made(tiny: chain.Chain) -> None:
+    found = dossier.collect(
+        tiny.store, tiny["evaluation"], title="t", model_name="m", decision=None
+    ).generated_with
+    sampler = to_json(tiny.config.generate.sampler)
+    assert found == {**sampler, "labels": "balanced", "seeds": "0 to 49"}
 
 
 def test_the_chain_is_told_in_the_order_of_the_story(tiny: chain.Chain) -> None:

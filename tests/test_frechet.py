@@ -384,6 +384,16 @@ def test_nearest_distance_to_a_copy_is_exactly_zero():
     np.testing.assert_allclose(nearest_distances(moved, references), 1e-4 * np.sqrt(D), rtol=1e-6)
 
 
+@pytest.mark.parametrize("count", [3, 4, 5, 8, 9])
+def test_every_reference_is_looked_at_however_they_come(monkeypatch, count):
+    """Also one that is alone in the last block."""
+    monkeypatch.setattr(eqm.frechet, "BLOCK_REFERENCES", 4)
+    known = np.random.default_rng(count).normal(size=(2 * count, 3))
+    number, distance = eqm.frechet.nearest(known + 1e-9, [known[:count], known[count:]])
+    assert number.tolist() == list(range(2 * count))
+    assert distance.max() < 1e-8
+
+
 @pytest.mark.parametrize("rows", [1, 64, 10_000])
 def test_blocks_change_nothing_but_memory(monkeypatch, rows):
     a, b = draw(0, 300), draw(1, 280, shift=0.2)

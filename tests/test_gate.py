@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from eqm.errors import ConfigError
 from eqm.gate import decide, differences
+from eqm.names import PREFIXES, further_key
 from eqm.policy import MetricRule, OODRule, PolicyConfig
 from eqm.records import Evaluation, Metric, OODRow, Ref, from_json, to_json
 
@@ -179,6 +180,38 @@ def test_numbers_beside_are_checked_too():
     metrics = {**good.metrics, "distance": broken}
     decision = judged(dataclasses.replace(good, metrics=metrics))
     assert "distance of real images is nan" in failed(decision)["numbers"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "below", "above"),
+    [
+        *[(kind, True, False) for kind in ("distance", "distance_held_out", "spatial_distance")],
+        ("nearest", True, False),
+        *[(kind, False, False) for kind in ("kid", "distance_endless", "score")],
+        *[(kind, True, True) for kind in ("precision", "recall", "label_agreement", "copies")],
+    ],
+)
+def test_every_metric_has_its_range(kind, below, above):
+    """A share of 1.2 or a distance of -1 is no number to decide by, nor is an end of its interval.
+
+    A kernel distance, and one without bias, may be below 0.
+    """
+    lenient = PolicyConfig(minimum_samples=1)
+    for key in (kind, further_key(kind, "clip")) if kind in PREFIXES else (kind,):
+        for value, wrong in ((-0.2, below), (1.2, above), (0.5, False)):
+            for part in ("value", "low", "high", "beside"):
+                sound = {"value": 0.5, "low": 0.5, "high": 0.5, "beside": 0.5}
+                ends = {**sound, part: value}
+                if part == "low":
+                    ends["high"] = max(value, 0.5)
+                if part == "high":
+                    ends["low"] = min(value, 0.5)
+                found = evaluation(lacking=[kind])
+                metrics = {**found.metrics, key: Metric(name=key, **ends)}
+                if kind == "distance" and key != kind:
+                    metrics["distance"] = Metric(name="distance", value=1.0)
+                decision = judged(dataclasses.replace(found, metrics=metrics), policy=lenient)
+                assert ("numbers" in failed(decision)) == wrong, (key, part, value)
 
 
 def test_every_check_is_told_after_one_failed():

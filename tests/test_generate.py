@@ -4,6 +4,7 @@ import contextlib
 import json
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import chain
@@ -383,6 +384,58 @@ def test_a_descent_that_stops_early_is_shown_to_its_end(tiny: chain.Chain) -> No
     assert len(path["images"]) == len(path["updates"])
 
 
+def test_the_descent_is_as_the_config_says_in_every_setting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(generate.sampling, "sample", lambda _, **how: asked.append(how))
+    sampler = SamplerConfig(
+        rule="heavy-ball",
+        step_size=0.02,
+        momentum=0.4,
+        updates=7,
+        guidance=1.5,
+        guidance_channels=3,
+        precision="bfloat16",
+    )
+    trained: Any = SimpleNamespace(spec=SimpleNamespace(classes=("a", "b", "c")))
+    generate.descend(GenerateConfig(sampler=sampler), trained, [4, 5])
+    (how,) = asked
+    assert how.pop("labels").tolist() == [1, 2]
+    assert how == {
+        "seeds": [4, 5],
+        "start": None,
+        "rule": eqm.HeavyBall(step_size=0.02, momentum=0.4),
+        "updates": 7,
+        "stop": None,
+        "guidance": 1.5,
+        "guidance_channels": 3,
+        "precision": "bfloat16",
+    }
+
+
+def test_what_samples_cost_and_where_they_ended_is_of_all_of_them(
+    tiny: chain.Chain, tmp_path: Path
+) -> None:
+    changes = {"stop_below": STOP_BELOW, "updates": 12, "step_size": 0.5}
+    job = fresh(tiny, tmp_path, **{f"sampler__{name}": value for name, value in changes.items()})
+    record = chain.run(job)
+    found = columns(store_of(job), record, "evaluations", "gradient_norms")
+    spent, norms = found["evaluations"].double(), found["gradient_norms"].double()
+    assert record.values["mean_field_evaluations"] == float(spent.mean()) != float(spent.median())
+    assert record.values["median_gradient_norm"] == float(norms.median()) != float(norms.mean())
+
+
+def test_a_trajectory_has_one_of_each_class_whatever_the_labels(
+    tiny: chain.Chain, tmp_path: Path
+) -> None:
+    job = fresh(tiny, tmp_path, labels="random")
+    found = chain.run(job)
+    assert columns(store_of(job), found, "labels")["labels"][:10].tolist() == PINNED[:10]
+    name = "trajectory.safetensors"
+    assert found.outputs[name] == tiny["samples"].outputs[name]
+
+
 def test_divergence_is_told_with_its_seeds(tiny: chain.Chain, tmp_path: Path) -> None:
     job = fresh(tiny, tmp_path, first_seed=3, sampler__step_size=1e9)
     with pytest.raises(DataError, match=r"20 of 20 samples diverged \(seeds 3, 4, 5, 6, 7.*lower"):
@@ -465,6 +518,11 @@ def test_another_sample_is_told_from_rounding(tiny: chain.Chain) -> None:
     assert (found.bits, found.levels, found.values) == (True, 1, 64)
     assert found.is_rounding
     assert not difference(other, sealed).is_rounding
+    # One pixel that is far away is another picture, however near the mean is.
+    one = {**sealed, "images": sealed["images"].clone()}
+    one["images"][0, 0, 4, 4] ^= 64
+    found = difference(one, sealed)
+    assert (found.levels, found.values, found.is_rounding) == (64, 1, False)
     # Without an image it is the features that tell.
     without = {name: value for name, value in sealed.items() if name != "images"}
     assert difference(other, without).levels is None

@@ -1,5 +1,7 @@
 """Intervals: how often they hold the truth, in simulations whose truth is known."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -132,6 +134,13 @@ def test_the_middle_is_the_distance_itself(count):
     assert found.plain.value == pytest.approx(frechet_from_features(samples, real), rel=1e-9)
 
 
+def test_a_distance_of_nothing_is_not_below_0():
+    """A negative end would be no distance, and a policy refuses it."""
+    rows = np.random.default_rng(0).normal(size=(400, 8))
+    plain = frechet_intervals(rows, Gaussian.of(rows)).plain
+    assert plain.low == 0 <= plain.value < 1e-9 < plain.high
+
+
 def test_a_singular_covariance_has_intervals_too():
     samples = np.random.default_rng(0).normal(size=(400, 3)) @ np.ones((3, 8))
     found = frechet_intervals(samples, Gaussian.of(np.ones((50, 8))))
@@ -200,6 +209,13 @@ def test_a_recall_of_nothing_is_not_sure():
     far = recall_interval(generator.normal(size=(300, 4)), generator.normal(50, 0.1, (256, 4)))
     assert (far.value, far.low) == (0, 0)
     assert far.high == wilson(0.0, 300)[1]
+
+
+def test_a_score_interval_is_students():
+    """Of 1, 2, 3, 6: their mean is 3, its error sqrt(14 / 3 / 4), and t has 3 degrees: 3.1824."""
+    found = score_interval([1.0, 2.0, 3.0, 6.0])
+    reach = 3.182446305284263 * math.sqrt(14 / 3 / 4)
+    assert (found.value, found.low, found.high) == pytest.approx((3, 3 - reach, 3 + reach))
 
 
 def test_score_intervals_hold_the_truth():

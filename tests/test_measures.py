@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eqm import measures
+from eqm import frechet, intervals, measures
 from eqm.config import SourceConfig
 from eqm.features import INCEPTION
 from eqm.frechet import Moments
@@ -60,6 +60,7 @@ def samples(features: Any, images: Any = None, labels: Any = None, **more: Any) 
         ("sFD", INCEPTION, 50_000, "sFID"),
         ("IS", INCEPTION, 50_000, "IS"),
         ("KID", INCEPTION, 49_999, "KID-49999"),
+        ("FD", INCEPTION, 50_001, "FID-50001"),
         ("FD", "digits-cnn", 1797, "FD[digits-cnn]-1797"),
         ("FD", "dinov2-vit-s-14", 50_000, "FD[dinov2-vit-s-14]-50000"),
         ("IS", "digits-cnn", 1797, "IS[digits-cnn]-1797"),
@@ -130,6 +131,46 @@ def test_samples_that_are_training_images_are_perfect() -> None:
     assert nearest.value == nearest.beside == 0
 
 
+def test_each_number_and_the_one_beside_it_are_of_their_own_images() -> None:
+    """Three sets of features of different widths and sizes: none may stand for another."""
+    generator = np.random.default_rng(2)
+
+    def rows(count: int, wide: float) -> Any:
+        return (wide * generator.normal(size=(count, 4))).astype(np.float32)
+
+    train, held, made = rows(300, 1.0), rows(130, 1.6), rows(200, 0.7)
+    reference: Any = Real(
+        training=side(train, train[:, :2]), held_out=side(held, held[:, :2]), extractor="some"
+    )
+    found = measures.measure(samples(made, spatial=made[:, :2]), reference, neighbours=2)
+
+    def apart(a: Any, b: Any) -> Any:
+        return pytest.approx(frechet.frechet_from_features(a, b))
+
+    assert found["distance"].value == apart(made, train)
+    assert found["distance"].beside == apart(held, train)
+    assert found["distance_held_out"].value == apart(made, held)
+    assert found["spatial_distance"].value == apart(made[:, :2], train[:, :2])
+    assert found["spatial_distance"].beside == apart(held[:, :2], train[:, :2])
+    real = side(train).gaussian()
+    for name, of in (("value", made), ("beside", held)):
+        endless = intervals.frechet_intervals(of, real)
+        assert endless is not None
+        assert endless.endless is not None
+        assert getattr(found["distance_endless"], name) == endless.endless.value
+        assert getattr(found["kid"], name) == pytest.approx(frechet.kernel_distance(of, train).mean)
+        both = frechet.precision_recall(train, of, neighbours=2)
+        assert (getattr(found["precision"], name), getattr(found["recall"], name)) == both
+    # As sure as so many samples are; of recall, no surer than so many training images.
+    hits = round(found["precision"].value * len(made))
+    share = intervals.share_interval(hits, len(made))
+    assert 0 < share.low < share.high
+    assert (found["precision"].low, found["precision"].high) == (share.low, share.high)
+    recall = intervals.recall_interval(train, made, neighbours=2)
+    assert recall is not None
+    assert (found["recall"].low, found["recall"].high) == (recall.low, recall.high)
+
+
 def test_a_tenth_of_copies_is_told() -> None:
     generator = np.random.default_rng(0)
     real = generator.integers(0, 256, (1000, 1, 8, 8), dtype=np.uint8)
@@ -183,6 +224,19 @@ def test_labels_are_read_only_where_there_are_some_and_not_too_many() -> None:
         reference: Any = Real(shown={"training": (images, labels), "held-out": (images, labels)})
         made = samples(np.zeros((300, 2)), images, labels)
         assert measures.read_labels(made, reference) == {}
+
+
+def test_the_images_that_are_kept_have_the_first_labels() -> None:
+    source = open_source(SourceConfig(image_size_px=8), None)
+    pixels = np.stack([source.read(i).numpy() for i in range(400)])
+    labels = np.array([source.entries[i].label for i in range(400)], dtype=np.int64)
+    reference: Any = Real(shown={name: (pixels, labels) for name in ("training", "held-out")})
+    # Forty of a hundred samples are kept; the labels of the others are no digits.
+    of_all = np.concatenate([labels[:40], np.full(60, 10)])
+    made = samples(np.zeros((100, 2)), pixels[:40], of_all)
+    found = measures.read_labels(made, reference)["label_agreement"]
+    assert (found.value, found.n) == (1.0, 40)
+    assert (found.low, found.high) == (intervals.share_interval(40, 40).low, 1.0)
 
 
 def test_without_features_of_real_images_there_are_distances_alone() -> None:

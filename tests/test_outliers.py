@@ -13,6 +13,7 @@ from PIL import Image
 
 import eqm
 from eqm import dossier, image_sets, ood, outliers
+from eqm.baselines import ROUNDING_VARIANCE, PrincipalComponents
 from eqm.checkpoint import tensors_from_bytes
 from eqm.config import OODConfig, OODSet, SamplerConfig, pipeline_config
 from eqm.errors import ConfigError, DataError, IntegrityError
@@ -26,6 +27,15 @@ from eqm.records import OODRow
 
 SETS = ("photographs", "constant", "flipped", "shuffled", "interpolated")
 BASELINES = ("pixel_gaussian", "pixel_pca", "feature_gaussian", "feature_neighbours")
+
+MEASURES = {
+    "auroc": "auroc",
+    "aupr": "aupr_out",
+    "aupr_in": "aupr_in",
+    "fpr95_out": "fpr95_out",
+    "fpr95_in": "fpr95_in",
+}
+"""As a row calls them -> as they are computed."""
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +103,11 @@ def test_rows_are_measures_of_the_sealed_scores(tiny: chain.Chain) -> None:
         assert row.auroc == pytest.approx(float(wins.mean()))
         assert row.aupr_in == ood.aupr(inside.numpy(), outside.numpy(), positive="in")
         assert row.fpr95_out == ood.fpr_at_95_tpr(inside.numpy(), outside.numpy(), positive="out")
+        result = ood.compare(inside.numpy(), outside.numpy())
+        for of_row, of_result in MEASURES.items():
+            assert getattr(row, of_row) == getattr(result, of_result)
+            low, high = getattr(result, f"{of_result}_interval")
+            assert (getattr(row, f"{of_row}_low"), getattr(row, f"{of_row}_high")) == (low, high)
     # They can be computed again from what is sealed, to the last bit.
     nested: dict[str, dict[str, Any]] = {}
     for row in rows:
@@ -232,6 +247,25 @@ def test_baselines_are_fitted_on_training_images_alone(subject: Subject) -> None
     expected = outliers.Neighbours(features, k=5).score(features[:9])
     assert fitted["feature_neighbours"](training[:9]) == pytest.approx(expected, abs=1e-6)
     assert outliers.fitted_baselines(OODConfig(baselines=()), subject, silent) == {}
+
+
+def test_baselines_are_fitted_as_the_config_says(subject: Subject) -> None:
+    asked = OODConfig(
+        baselines=("pixel_pca", "feature_neighbours"),
+        baseline_images=120,
+        pca_variance=0.6,
+        neighbours=2,
+    )
+    source = subject.source
+    numbers = source.numbers(held_out=False)[:120]
+    training = torch.stack([source.read(i) for i in numbers])
+    fitted = outliers.fitted_baselines(asked, subject, silent)
+    rows = training.flatten(1).double().numpy()
+    few = PrincipalComponents(rows, share=0.6, least_variance=ROUNDING_VARIANCE)
+    assert fitted["pixel_pca"](training[:9]) == pytest.approx(few.score(rows[:9]))
+    features = subject.extractor(training).double().numpy()
+    second = np.sort(np.linalg.norm(features[:9, None] - features, axis=2), axis=1)[:, 1]
+    assert fitted["feature_neighbours"](training[:9]) == pytest.approx(second, abs=1e-5)
 
 
 def test_pixels_of_large_images_are_averaged() -> None:

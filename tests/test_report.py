@@ -29,6 +29,7 @@ from eqm.figures import (
     strip_png,
 )
 from eqm.gate import decide
+from eqm.names import further_key
 from eqm.policy import PolicyConfig
 from eqm.records import (
     Blob,
@@ -42,7 +43,7 @@ from eqm.records import (
     sha256,
     to_json,
 )
-from eqm.report import SCHEMA, ReportInput, render_json
+from eqm.report import BETTER, OOD_NAMES, SCHEMA, ReportInput, better_of, render_json
 from eqm.report_page import render_html
 
 HOSTILE = "\"><script>alert(1)</script><img src=http://x.example/y onerror=z>&'$x^{"
@@ -460,6 +461,50 @@ def test_differences_to_the_champion_have_intervals():
     assert "worse" not in text
 
 
+def test_an_interval_that_ends_at_zero_holds_it():
+    """Equal numbers without spread have the interval 0 to 0: they are not told apart."""
+    equal = with_intervals()
+    same = dataclasses.replace(equal.metrics["distance"], low=6.12345, high=6.12345)
+    equal = dataclasses.replace(equal, metrics={"distance": same})
+    text = Page(render_html(report(evaluation=equal, champion=equal, decision=None))).text
+    assert "not told apart" in text
+    assert "±0" in text
+    assert not {"better", "worse"} & set(text[text.index("reads as") :])
+
+
+def test_a_difference_is_told_as_a_share_of_the_champions_too():
+    half = report(evaluation=with_intervals(), champion=with_intervals(2.0), decision=None)
+    assert " (\N{MULTIPLICATION SIGN} 0.500)" in Page(render_html(half)).text
+
+
+def test_of_scores_the_main_one_alone_is_held_against_the_champions():
+    """A baseline knows nothing of either model: it is the same of both, and says nothing."""
+    (main,) = evaluation().ood
+    others = [
+        dataclasses.replace(main, score="pixel_pca", role="baseline"),
+        dataclasses.replace(main, score="energy", role="score"),
+    ]
+    both = dataclasses.replace(evaluation(), ood=(main, *others))
+    body = json.loads(render_json(report(evaluation=both, champion=both, decision=None)))
+    compared = [c["key"] for c in body["comparison"]["changes"] if c["key"].startswith("ood.")]
+    assert compared
+    assert all(key.startswith("ood.photographs.gradient_norm.") for key in compared)
+
+
+def test_what_is_better_of_every_metric():
+    higher = ("score", "precision", "recall", "label_agreement")
+    lower = ("distance", "distance_endless", "distance_held_out", "spatial_distance", "kid")
+    assert {k for k, side in BETTER.items() if side == "higher"} == set(higher)
+    assert {k for k, side in BETTER.items() if side == "lower"} == set(lower)
+    assert better_of(further_key("recall", "clip")) == "higher"
+    assert better_of(further_key("distance", "clip")) == "lower"
+    # Nearer to training images is no better, and farther is none.
+    assert {better_of(k) for k in ("nearest", "copies", "tomorrow")} == {None}
+    areas = {k: better for k, (_, better) in OOD_NAMES.items()}
+    assert {k for k, better in areas.items() if better == "lower"} == {"fpr95_in", "fpr95_out"}
+    assert {k for k, better in areas.items() if better == "higher"} == {"auroc", "aupr", "aupr_in"}
+
+
 def test_a_metric_that_was_another_is_not_compared():
     renamed = dataclasses.replace(evaluation().metrics["kid"], name="KID[cnn]-500")
     other = dataclasses.replace(evaluation(), metrics={**evaluation().metrics, "kid": renamed})
@@ -480,7 +525,8 @@ def test_nothing_is_compared_across_protocols():
 
 
 IMAGENET = {
-    "images": {"kind": "imagenet", "image_size_px": 256},
+    "generate": {"noise_level": 1.0},
+    "images": {"kind": "imagenet", "image_size_px": 256, "channels": 3},
     "extractor": {"name": "inception-v3-compat"},
     "reference_images": {"file": "a" * 64},
 }
@@ -497,11 +543,23 @@ IMAGENET = {
             {"reference_images": {"file": None}},
             "reference: the source's own images, not a reference batch of ADM",
         ),
+        (
+            {"images": {"kind": "imagenet", "image_size_px": 256, "channels": 1}},
+            "colour: images are gray",
+        ),
+        (
+            {"generate": {"noise_level": 0.5}},
+            "starts: held-out images with noise of level 0.5, not noise alone",
+        ),
     ],
 )
 def test_published_numbers_of_another_protocol_are_set_apart(changes, departure):
-    measured = dataclasses.replace(evaluation(), protocol={**IMAGENET, **changes})
-    assert departure in published.departures(measured)
+    of_the_field = 50_000 if changes else 1797
+    measured = dataclasses.replace(
+        evaluation(), protocol={**IMAGENET, **changes}, samples=of_the_field
+    )
+    # Each by itself is enough.
+    assert published.departures(measured) == (departure,)
     text = " ".join(Page(render_html(report(evaluation=measured, decision=None))).text)
     assert "None of this evaluation's numbers may be compared" in text
     assert departure in text

@@ -27,6 +27,15 @@ def test_a_note_tells_verdict_reasons_and_numbers() -> None:
     assert not [line for line in told if "FPR95" in line or "AUPR" in line]
 
 
+def test_of_scores_a_note_has_the_main_one() -> None:
+    (main,) = evaluation().ood
+    baseline = replace(main, score="pixel_pca", role="baseline", auroc=0.999)
+    told = note(replace(evaluation(), ood=(main, baseline)))
+    assert [line for line in told.splitlines() if "AUROC" in line and line.startswith("|")] == [
+        "| AUROC: photographs by gradient\\_norm | 0.9877 | 0.9765 to 0.9988 | &ndash; |"
+    ]
+
+
 def test_a_verdict_is_that_of_the_decision() -> None:
     assert "**Passed**, by policy “mine”:" in note()
     failed = note(maximum_distance=1.0)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from bench import recipes as costs
-from eqm import studies, study_page
+from eqm import studies, study, study_page
 from eqm.config import (
     ObjectiveConfig,
     PipelineConfig,
@@ -79,6 +79,12 @@ def test_a_mean_has_students_interval() -> None:
     assert mean == 3.0
     assert low == pytest.approx(3.0 - reach, rel=1e-12)
     assert high == pytest.approx(3.0 + reach, rel=1e-12)
+
+
+def test_the_time_of_a_row_is_that_of_all_its_repetitions_or_none() -> None:
+    assert study._mean([2.0, 4.0]) == 3.0
+    assert study._mean([2.0, None]) is None
+    assert study._mean([]) is None
 
 
 def test_one_value_has_no_interval_and_none_is_refused() -> None:
@@ -198,6 +204,21 @@ def test_what_lies_outside_is_told_for_each_row_and_once_for_baselines() -> None
     assert summarise(asked(3), [scored(0.5, 0.6, 0.7)] * 2).outliers == ()
 
 
+def test_every_score_of_a_model_is_told_for_its_row() -> None:
+    """Also one that is not the main one: it is no baseline, which all rows have in common."""
+    stage = replace(asked(1), outliers=True)
+
+    def with_length(cell: Evaluation, area: float) -> Evaluation:
+        (main, baseline) = cell.ood
+        length = replace(main, score="descent_length", role="score", auroc=area)
+        return replace(cell, ood=(main, length, baseline))
+
+    rows = [[with_length(scored(0.5)[0], area)] for area in (0.6, 0.7)]
+    found = summarise(stage, rows).outliers
+    told = [(one.row, one.auroc.value) for one in found if one.score == "descent_length"]
+    assert told == [("one", 0.6), ("a|b", 0.7)]
+
+
 def test_repetitions_that_were_scored_otherwise_are_no_table() -> None:
     stage = replace(asked(2), outliers=True)
     one, other = scored(0.5, 0.75)
@@ -244,6 +265,11 @@ def assert_stable(sampler: SamplerConfig, objective: ObjectiveConfig) -> None:
     assert sampler.step_size * stiffness < (1.2 if sampler.rule == "nag" else 2.0)
 
 
+GD_BY_STEPS = {25: 56.12, 50: 43.34, 100: 38.98, 250: None}
+NAG_BY_STEPS = {25: 49.41, 50: 41.07, 100: 38.0, 250: None}
+"""Figure 6 of the paper; its steps are one more than updates."""
+
+
 def test_at_full_size_rows_are_the_papers() -> None:
     base = base_of(recipe("b2-256").config)
     adaptive = studies.study("adaptive").rows(base)
@@ -251,6 +277,14 @@ def test_at_full_size_rows_are_the_papers() -> None:
     assert chosen.changes == {"generate.sampler.stop_below": 10.0}
     steps = {row.x: row.changes for row in studies.study("step-sizes").rows(base)}
     assert steps[0.7]["generate.sampler.step_size"] == pytest.approx(0.0028, rel=5e-3)
+    few = {
+        (row.series, row.x): (row.published, row.changes["generate.sampler.updates"])
+        for row in studies.study("steps").rows(base)
+    }
+    assert few == {
+        **{("GD", n - 1): (fid, n - 1) for n, fid in GD_BY_STEPS.items()},
+        **{("NAG", n - 1): (fid, n - 1) for n, fid in NAG_BY_STEPS.items()},
+    }
     assert [row.published for row in studies.study("noise-conditioning").rows(base)] == [
         32.85,
         40.81,
@@ -264,6 +298,28 @@ def test_at_full_size_rows_are_the_papers() -> None:
     assert published["B, patch 4"] == 57.5
     assert published["patch 2"] == 34.4
     assert published["S, patch 4"] is None
+
+
+PUBLISHED = {
+    "samplers": (1.93, 1.90, 1.93),
+    "step-sizes": (33.24, 32.85, 32.96, 33.62, 34.59, 35.81),
+    "steps": (56.12, 43.34, 38.98, 49.41, 41.07, 38.00),
+    "adaptive": (32.85, 33.79),
+    "partly-noised": (59.6, 54.0, 29.5, 7.6, 4.4, 59.6, 148.5, 134.0, 152.5, 168.5),
+    "c-gamma": (38.34, 38.98, 41.22, 50.47, 38.84, 38.75, 40.81),
+    "multiplier": (32.85, 38.3, 35.0, 34.6, 34.7, 35.6),
+    "noise-conditioning": (32.85, 40.81, 36.68, 41.89),
+    "energies": (57.54, 73.40, 75.53),
+    "sizes-patches": (61.0, 34.4, 17.7, 15.6, 57.5, 104.2),
+    "eqm-vs-flow": (1.90, 2.10),
+}
+"""FIDs of the paper's tables and figures, in the order of the rows that have one."""
+
+
+@pytest.mark.parametrize("name", studies.studies())
+def test_published_figures_are_the_papers(name: str) -> None:
+    rows = studies.study(name).rows(base_of(recipe("b2-256").config))
+    assert tuple(row.published for row in rows if row.published is not None) == PUBLISHED[name]
 
 
 def test_repetitions_share_no_training_and_no_noise() -> None:

@@ -479,6 +479,29 @@ def test_a_sample_that_its_seed_does_not_give_is_found(tiny, name, exact, tmp_pa
     assert [d.place for d in check.differences] == [f"seed 0: {name}"]
 
 
+def test_samples_that_are_made_again_are_spread_over_all(tiny):
+    """Whoever edits the last ones must not find that only the first are looked at."""
+    check = check_samples(tiny.store, tiny["samples"], 3, "cpu", exact=False)
+    assert check.text.startswith("seeds 0, 24, 49, made again")
+    assert check.passed
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [("features", lambda x: x * 1.05), ("images", lambda x: (x.int() + 3).clamp(0, 255).byte())],
+)
+def test_a_sample_may_round_and_no_more(tiny, tmp_path, name, change):
+    store = chain.copied(tiny, tmp_path / "copy", without=())
+    record = tiny["samples"]
+    part = part_of(config_of(record), 0)
+    output = part.images if name == "images" else part.table
+    tensors = tensors_from_bytes(store.get(record.outputs[output]))
+    tensors[name][0] = change(tensors[name][0])
+    outputs = {**record.outputs, output: store.put(tensors_to_bytes(tensors))}
+    check = check_samples(store, replace(record, outputs=outputs), 1, "cpu", exact=False)
+    assert [d.place for d in check.differences] == [f"seed 0: {name}"]
+
+
 def test_samples_in_another_batch_are_equal_up_to_rounding(tiny):
     """The tolerance is not what lets them pass: they are far within it."""
     made = recomputation.generate.remake(tiny.store, tiny["samples"], [0, 33])
@@ -512,7 +535,11 @@ def test_what_makes_machines_alike(evaluated):
     assert is_same_kind(here, dict(here))
     assert is_same_kind(here, {**here, "began": "later", "git_revision": None})
     assert not is_same_kind(here, {**here, "threads": here["threads"] + 1})
-    assert not is_same_kind(here, {**here, "versions": {**here["versions"], "torch": "1"}})
+    for name in ("device", "machine", "cpu_capability"):
+        assert not is_same_kind(here, {**here, name: f"another {here[name]}"}), name
+    for name in ("torch", "numpy"):
+        assert not is_same_kind(here, {**here, "versions": {**here["versions"], name: "1"}}), name
+    assert is_same_kind(here, {**here, "versions": {**here["versions"], "mlflow": "1"}})
 
 
 def test_scores_that_are_others_are_named(store, evaluated, again):

@@ -1,11 +1,17 @@
 """What a night is compared with: the first one after its promotion, which nobody chose."""
 
 import datetime
+import itertools
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
 
 from eqm.records import Evaluation, Record, to_json
 from eqm.storage import LocalStore
-from flows.evaluate import first_night
+from flows.evaluate import _of_day, first_night
+from flows.plan import read_config
 
 
 def sealed(store: LocalStore, name: str, protocol: str = "ours") -> Record:
@@ -50,3 +56,16 @@ def test_nights_are_compared_with_the_first_one_after_the_promotion(tmp_path: Pa
     assert before(6) == (first, "on 2026-11-05, the first night after its promotion")
     assert before(30) == before(6)
     assert second != first
+
+
+@pytest.mark.parametrize("samples", [1, 400, 50_000])
+def test_no_two_nights_and_no_promotion_share_a_seed(samples: int) -> None:
+    """Drift takes the samples of two nights for independent."""
+    config = read_config("tiny", {"generate.samples": samples})
+    plan: Any = SimpleNamespace(config=config)
+    first = datetime.date(2026, 2, 27)
+    nights = [_of_day(plan, first + datetime.timedelta(days=k)).generate for k in range(4)]
+    seeds = [range(0, samples), *(range(n.first_seed, n.first_seed + samples) for n in nights)]
+    for earlier, later in itertools.pairwise(seeds):
+        assert earlier.stop <= later.start
+    assert {n.samples for n in nights} == {samples}

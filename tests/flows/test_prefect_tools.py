@@ -131,3 +131,35 @@ def asked_of_the_store(function: Any) -> Iterator[str]:
             yield f"{function.__name__}: {ast.unparse(call)}"
         elif inspect.isfunction(called) and called.__module__.startswith("flows."):
             yield from asked_of_the_store(called)
+
+
+FIRES = {
+    # Minute, hour, day of the month, month, day of the week; and days until it fires again.
+    "weekly": ("0 3 * * 1", 7.0),
+    "reevaluate-champion": ("30 1 * * *", 1.0),
+    "clean": ("0 6 1 * *", 28.0),
+    "study": ("0 7 2 * *", 31.0),
+}
+"""As docs/operating.md says."""
+
+
+@pytest.mark.parametrize("deployed", DEPLOYED, ids=lambda one: one["name"])
+def test_what_fires_when_and_ends_before_it_fires_again(deployed: dict[str, Any]) -> None:
+    schedules = deployed.get("schedules", [])
+    assert (len(schedules) == 1) == (deployed["name"] in FIRES)
+    if not schedules:
+        return
+    cron, days = FIRES[deployed["name"]]
+    assert schedules[0]["cron"] == cron
+    # Nobody pays for a study that nobody turned on.
+    assert schedules[0].get("active", True) == (deployed["name"] != "study")
+    module, _, name = deployed["entrypoint"].partition(":")
+    found = getattr(import_module(module.removesuffix(".py").replace("/", ".")), name)
+    assert found.timeout_seconds <= days * 24 * 3600
+    # By itself nothing deletes.
+    assert not deployed["parameters"].get("delete", False)
+
+
+def test_a_service_may_be_away_for_so_long() -> None:
+    assert round(sum(prefect_tools.AWAY_SECONDS) / 60) == 19
+    assert open_plan.retries == len(prefect_tools.AWAY_SECONDS)  # type: ignore[attr-defined]
