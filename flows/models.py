@@ -161,6 +161,7 @@ def _sampler(model: str, mlflow_uri: str | None, asked: dict[str, Any]) -> Any:
     parts += [f"until its gradient is below {stops:g}"] if stops is not None else []
     whose = "as for its evaluation" if judged and not given else "as asked for"
     whose = whose if judged or given else "as the paper"
+    whose += f", but in float32, not {base.precision}" if base.precision != "float32" else ""
     err.print(f"sampler: {', '.join(parts)} ({whose})", highlight=False, soft_wrap=True)
     return sampler
 

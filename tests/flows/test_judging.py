@@ -18,7 +18,7 @@ from eqm.records import Decision, Record, Ref, to_json
 from eqm.stage import listing_key
 from eqm.storage import LocalStore
 from flows import evaluate, weekly
-from flows.plan import Plan
+from flows.jobs import Plan
 from flows.settings import current_settings
 
 MODEL = "eqm-tiny"
