@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import needs
 import pytest
 import torch
 
@@ -180,6 +181,7 @@ def test_hidden_tokens_are_seen_once_in_blocks_computed_again():
     assert torch.allclose(found, whole, rtol=1e-5, atol=1e-7)
 
 
+@needs.compiler
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_compiled_blocks_give_the_same_gradient(checkpointing):
     compute = ComputeConfig(compile=True, checkpointing=checkpointing)
@@ -189,6 +191,7 @@ def test_compiled_blocks_give_the_same_gradient(checkpointing):
     assert float((compiled - whole).norm() / whole.norm()) < 1e-5
 
 
+@needs.compiler
 def test_blocks_of_more_shapes_than_the_compiler_keeps_versions_of_do_not_run_uncompiled(
     monkeypatch,
 ):
@@ -313,7 +316,9 @@ def test_compiled_kernels_must_be_in_a_folder_from_which_they_can_be_loaded(
         check_for_training(ComputeConfig(fused=True), gpu)
 
 
-@pytest.mark.parametrize("asked", [{"compile": True}, {"checkpointing": True}])
+@pytest.mark.parametrize(
+    "asked", [pytest.param({"compile": True}, marks=needs.compiler), {"checkpointing": True}]
+)
 def test_a_network_without_blocks_is_refused(asked):
     unet = torch.nn.Linear(2, 2)
     with pytest.raises(ConfigError, match="for a U-Net: only transformers have the blocks"):

@@ -23,6 +23,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import chain
+import needs
 import pytest
 import torch
 from chain import store_of, untrained
@@ -570,6 +571,7 @@ def test_gradients_of_the_ranks_add_up(tiny: chain.Chain, tmp_path: Path, size: 
     assert torch.allclose(torch.cat(shares), whole, rtol=1e-5)
 
 
+@needs.compiler
 def test_each_training_of_a_process_has_all_versions_that_the_compiler_keeps(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

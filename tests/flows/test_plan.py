@@ -5,6 +5,7 @@ import functools
 from pathlib import Path
 from typing import Any
 
+import needs
 import pytest
 import torch
 
@@ -252,6 +253,7 @@ def test_a_store_among_the_images_is_refused(
     make_plan("demo", changes, tracked=False)
 
 
+@needs.compiler
 def test_latents_that_nobody_trains_on_here_are_made_whatever_the_network(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
