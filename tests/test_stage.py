@@ -250,6 +250,41 @@ def test_provenance_names_no_place(tmp_path: Path) -> None:
     assert made.provenance["threads"] == 1
 
 
+COMMIT, OTHER = 40 * "a", 40 * "b"
+PACKED = f"# pack-refs\n{OTHER} refs/remotes/origin/main\n{COMMIT} refs/heads/main\n^{OTHER}\n"
+MAIN = "ref: refs/heads/main\n"
+SECOND = ".git/worktrees/second"
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({".git/HEAD": f"{COMMIT}\n"}, COMMIT),
+        ({".git/HEAD": MAIN, ".git/refs/heads/main": f"{COMMIT}\n"}, COMMIT),
+        ({".git/HEAD": MAIN, ".git/packed-refs": PACKED}, COMMIT),
+        ({".git/HEAD": "ref: refs/heads/new\n", ".git/packed-refs": PACKED}, None),
+        ({}, None),
+    ],
+    ids=["no branch", "branch", "packed", "no commit", "no git"],
+)
+@pytest.mark.parametrize("second", [False, True])
+def test_a_revision_is_that_of_the_source_tree(
+    tmp_path: Path, files: dict[str, str], found: str | None, second: bool
+) -> None:
+    there, root = dict(files), tmp_path
+    if second and files:
+        # As `git worktree add` makes it: a HEAD of its own, and the branches of the first.
+        there[f"{SECOND}/HEAD"], there[f"{SECOND}/commondir"] = files[".git/HEAD"], "../..\n"
+        there[".git/HEAD"] = f"{OTHER}\n"
+        there["second/.git"] = f"gitdir: {tmp_path / SECOND}\n"
+        root = tmp_path / "second"
+    for name, text in there.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert stage.git_revision(root) == found
+
+
 @pytest.mark.parametrize("last_seconds", [1.0, 20.0])
 def test_the_last_line_of_progress_is_said_once(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, last_seconds: float
