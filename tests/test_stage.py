@@ -194,16 +194,32 @@ def test_inputs_are_checked_before_use(tmp_path: Path) -> None:
         stage.open_ref(store, Ref(stage="latents", digest="0" * 64, content="0" * 64))
 
 
-def test_verify_looks_at_every_blob(tmp_path: Path) -> None:
-    made = stage.run(a_job(tmp_path), makes(b"data"))
+@pytest.mark.parametrize("part", ["outputs", "logs"])
+def test_verify_looks_at_every_blob(tmp_path: Path, part: str) -> None:
+    made = stage.run(
+        a_job(tmp_path), lambda _: Outcome(outputs={"out": b"data"}, logs={"out": b"seconds"})
+    )
     store = LocalStore(tmp_path / "store")
     stage.verify(store, made)
-    path = store.root / made.outputs["out"].key
-    path.write_bytes(b"dat4")
+    path = store.root / getattr(made, part)["out"].key
+    path.write_bytes(b"dat4" if part == "outputs" else b"second5")
     with pytest.raises(IntegrityError, match="damaged"):
         stage.verify(store, made)
     path.unlink()
     with pytest.raises(IntegrityError, match="is gone"):
+        stage.verify(store, made)
+
+
+def test_a_good_copy_here_does_not_hide_what_was_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stage.run(a_job(tmp_path), makes(b"data"))
+    store = LocalStore(tmp_path / "store")
+    # As where this machine has a copy of what S3 holds.
+    monkeypatch.setattr(store, "check", lambda blob: None)
+    stage.verify(store, made)
+    (store.root / made.outputs["out"].key).write_bytes(b"dat")
+    with pytest.raises(IntegrityError, match="of another size"):
         stage.verify(store, made)
 
 
