@@ -30,6 +30,7 @@ from eqm.errors import (
 from eqm.records import Ref, to_json
 from eqm.stage import Context, Outcome
 from eqm.storage import LocalStore
+from flows.doctor import PINNED
 
 CONFIG: dict[str, Any] = {"source": {}, "encode": {}}
 
@@ -264,6 +265,9 @@ def test_provenance_names_no_place(tmp_path: Path) -> None:
     made = stage.run(a_job(tmp_path), makes(b"x"))
     assert str(tmp_path) not in json.dumps(to_json(made))
     assert made.provenance["threads"] == 1
+    versions = made.provenance["versions"]
+    assert {name: versions[name].partition("+")[0] for name in PINNED} == PINNED
+    assert made.provenance["git_revision"] == stage.git_revision()
 
 
 COMMIT, OTHER = 40 * "a", 40 * "b"
