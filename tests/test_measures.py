@@ -230,6 +230,16 @@ def test_labels_are_read_only_where_there_are_some_and_not_too_many() -> None:
         assert measures.read_labels(made, reference) == {}
 
 
+def test_kept_images_are_read_by_their_own_labels() -> None:
+    """Those of the first samples, where images of fewer are kept than there are."""
+    labels = np.arange(60) % 3
+    images = np.repeat(labels * 100, 64).reshape(60, 1, 8, 8).astype(np.uint8)
+    reference: Any = Real(shown={"training": (images, labels), "held-out": (images, labels)})
+    told = np.concatenate([labels[:40], (labels[40:] + 1) % 3])
+    made = samples(np.zeros((60, 2)), images[:40], told)
+    assert measures.read_labels(made, reference)["label_agreement"].value == 1
+
+
 def test_without_features_of_real_images_there_are_distances_alone() -> None:
     """As of a file with moments and no images."""
     rows = np.random.default_rng(0).normal(size=(200, 4)).astype(np.float32)
