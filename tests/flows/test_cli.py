@@ -157,6 +157,55 @@ def test_every_flow_is_given_what_it_takes(
     assert calls == [{"config": "demo", "changes": {"train.images": 1000}, **given}]
 
 
+@pytest.mark.parametrize("promoted", [True, False])
+def test_a_model_that_is_not_promoted_is_told_by_words_and_status(
+    run, monkeypatch, promoted: bool
+) -> None:
+    """A script that promotes must be able to tell; a pipeline has done its work either way."""
+    result = {"model": "eqm-x", "version": 3, "promoted": promoted, "report": "r.html"}
+    result |= {"run_page": "http://127.0.0.1:5000/#/experiments/1/runs/2"}
+    monkeypatch.setattr("flows.promote.promote", lambda **_: promoted)
+    monkeypatch.setattr("flows.pipeline.pipeline", lambda **_: result)
+    monkeypatch.setattr(settings, "check_prefect", lambda: None)
+    told = run("promote", "demo")
+    words = "champion" if promoted else "not promoted: the reasons are above"
+    assert (told.status, told.out.strip()) == (0 if promoted else 1, words)
+    told = run("pipeline", "demo")
+    verdict = "champion" if promoted else "not promoted: the report says why"
+    assert told.status == 0
+    assert f"eqm-x version 3: {verdict}\n" in told.out
+    assert Path("r.html").resolve().as_uri() in told.out
+    assert result["run_page"] in told.out
+
+
+def test_a_policy_file_is_judged_by_with_what_is_set_besides(run, tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text("name = 'mine'\nminimum_samples = 300\n")
+    words = ("--policy", "policy.toml", "--set", "policy.minimum_samples=200", "--dry-run")
+    for name in ("pipeline", "evaluate", "promote"):
+        policy = json.loads(run(name, "demo", *words).out)["policy"]
+        assert (policy["name"], policy["minimum_samples"]) == ("mine", 200)
+        # As a whole: no floor of the demo's is left.
+        assert policy["minimum_label_agreement"] == 0
+
+
+def test_the_doctor_names_what_is_missing_and_how_to_get_it(run, monkeypatch) -> None:
+    monkeypatch.setattr("flows.doctor.PINNED", {"torch": "0.1", "nothing-of-this-name": "1"})
+    told = run("doctor")
+    found = (line.split() for line in told.out.splitlines()[1:])
+    lines = {words[1]: " ".join(words) for words in found if len(words) > 1}
+    assert told.status == 1
+    assert lines["Python"].startswith("ok")
+    for what, remedy in {
+        "torch": "make setup (wants 0.1)",
+        "nothing-of-this-name": "make setup (wants 1)",
+        "store": "eqm up",
+        "MLflow": "eqm up",
+        "Prefect": "eqm up",
+    }.items():
+        assert lines[what].startswith("no "), lines[what]
+        assert remedy in lines[what]
+
+
 # -- the champion -------------------------------------------------------------------------------
 
 
