@@ -803,6 +803,26 @@ def test_samples_of_models_with_labels_and_without(run, classes: int | None) -> 
     assert not Path("other.png").exists()
 
 
+def test_each_sample_of_a_grid_is_the_one_that_it_is_called(run, monkeypatch) -> None:
+    """Rows share no noise, and a sample has elsewhere the seed that is told."""
+    saved_model("model", classes=3)
+    given: dict[str, object] = {}
+
+    def sampled(*words: object, **how: object) -> object:
+        given.update(how)
+        return sample(*words, **how)  # type: ignore[arg-type]
+
+    sample = eqm.sample
+    monkeypatch.setattr(eqm, "sample", sampled)
+    words = ("--labels", "2,0", "--seeds", "1,4", "--guidance", "1.5", "--momentum", "0.2")
+    told = run("sample", "model", *words, "--updates", "3", "--step-size", "0.1", "--to", "g.png")
+    assert "elsewhere, label k of seed s has seed 3 s + k" in told.out
+    assert (given["labels"], given["seeds"]) == ([2, 2, 0, 0], [5, 14, 3, 12])
+    assert (given["guidance"], given["updates"]) == (1.5, 3)
+    assert given["rule"] == eqm.NAG(step_size=0.1, momentum=0.2)
+    assert "momentum 0.2, guidance 1.5 (as asked for)" in told.err
+
+
 def test_of_many_classes_the_first_are_sampled(run) -> None:
     saved_model("model", classes=12)
     told = run("sample", "model", "--updates", "1", "--seeds", "0", "--to", "grid.png")
