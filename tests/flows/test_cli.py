@@ -254,7 +254,8 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys; sys.argv = ['eqm', '--help']\n"
         "from flows import cli\n"
         "try: cli.run()\n"
-        "finally: print('|', *[n for n in ('torch', 'prefect', 'mlflow', 'boto3', 'matplotlib') "
+        "finally: print('|', *[n for n in ('torch', 'prefect', 'mlflow', 'boto3', 'matplotlib', "
+        "'numpy', 'scipy', 'sklearn', 'pandas', 'PIL', 'sqlalchemy') "
         "if n in sys.modules], file=sys.stderr)"
     )
     environ = {**os.environ, "PYTHONPATH": str(PROJECT)}
