@@ -414,13 +414,19 @@ def git_revision(root: Path | None = None) -> str | None:
     """Commit of the source tree this runs from; None outside a git checkout."""
     git = (root or Path(__file__).resolve().parent.parent) / ".git"
     try:
+        if git.is_file():
+            # Of a second working tree: a line that says where its HEAD is.
+            git = git.parent / git.read_text().removeprefix("gitdir: ").strip()
         head = (git / "HEAD").read_text().strip()
         if not head.startswith("ref: "):
             return head
         branch = head.removeprefix("ref: ")
-        if (git / branch).exists():
-            return (git / branch).read_text().strip()
-        packed = (git / "packed-refs").read_text().splitlines()
+        # All working trees share their branches.
+        common = git / "commondir"
+        shared = git / common.read_text().strip() if common.exists() else git
+        if (shared / branch).exists():
+            return (shared / branch).read_text().strip()
+        packed = (shared / "packed-refs").read_text().splitlines()
         return next((line.split()[0] for line in packed if line.endswith(f" {branch}")), None)
     except OSError:
         return None

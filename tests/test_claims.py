@@ -2,10 +2,12 @@
 
 import re
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import typer
+import yaml
 
 from flows.cli import app
 from flows.doctor import PINNED
@@ -128,6 +130,65 @@ def test_commands_on_pages_exist_with_their_options() -> None:
             told += [f"{path.name}: eqm {name} {option}" for option in given - options]
     assert told == []
     assert count > 100
+
+
+def test_programs_and_targets_on_pages_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    benchmarks = {path.stem for path in (ROOT / "bench").glob("*.py")}
+    told, count = [], 0
+    for path, page in PAGES:
+        asked = re.findall(r"(?:`|^ +)make ([a-z]+)", page, re.MULTILINE)
+        told += [f"{path.name}: make {name}" for name in asked if name not in targets]
+        named = re.findall(r"-m ((?:eqm|flows|infra|bench)\b[\w.]*)(?: ([a-z]\w*))?", page)
+        for module, word in named:
+            place = ROOT / module.rstrip(".").replace(".", "/")
+            if not (place.with_suffix(".py").exists() or (place / "__main__.py").exists()):
+                told.append(f"{path.name}: python -m {module}")
+            if module == "bench" and word and word not in benchmarks:
+                told.append(f"{path.name}: python -m bench {word}")
+        files = re.findall(r"\btests/[\w/]+\.py", page)
+        told += [f"{path.name}: {file}" for file in files if not (ROOT / file).exists()]
+        count += len(asked) + len(named) + len(files)
+    assert told == []
+    assert count > 100
+
+
+WHEN = {
+    "0 3 * * 1": "Mondays 03:00",
+    "30 1 * * *": "nightly 01:30",
+    "0 6 1 * *": "on the 1st, 06:00",
+    "0 7 2 * *": "on the 2nd, 07:00",
+}
+DAY_SECONDS = 86_400
+
+
+def test_what_runs_when_is_what_is_deployed() -> None:
+    page = (ROOT / "docs" / "operating.md").read_text()
+    rows = re.findall(r"^\| (`[a-z`, -]+) \| (.*?) \|.*\| ([\d.]+) (days|hours) \|$", page, re.M)
+    shown = {
+        name: (when, float(limit) * (DAY_SECONDS if unit == "days" else 3600))
+        for names, when, limit, unit in rows
+        for name in re.findall(r"`([a-z-]+)`", names)
+    }
+    deployed = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    assert set(shown) == {one["name"] for one in deployed}
+    flows = set()
+    for one in deployed:
+        module, _, name = one["entrypoint"].partition(":")
+        flow = getattr(import_module(module.removesuffix(".py").replace("/", ".")), name)
+        flows.add(f"{flow.name}/{one['name']}")
+        when, limit = shown[one["name"]]
+        assert flow.timeout_seconds == limit, one["name"]
+        schedules = one.get("schedules", [])
+        assert all(WHEN[each["cron"]] in when for each in schedules), one["name"]
+        # What does not fire by itself says so, and nothing else does.
+        fires = any(each.get("active", True) for each in schedules)
+        assert ("on demand" in when) == (not fires), one["name"]
+    told = {
+        name for _, text in PAGES for name in re.findall(r"deployment run ([\w-]+/[\w-]+)", text)
+    }
+    assert told
+    assert told <= flows
 
 
 def test_links_of_pages_lead_somewhere() -> None:

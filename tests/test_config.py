@@ -13,12 +13,14 @@ from eqm.config import (
     PipelineConfig,
     TrainConfig,
     demo,
+    demo_policy,
     method,
     pipeline_config,
     stage_config,
     with_settings,
 )
 from eqm.errors import ConfigError
+from eqm.pictures import digits
 from eqm.records import to_json
 
 
@@ -26,6 +28,21 @@ from eqm.records import to_json
 def test_presets_are_valid_and_survive_json(name: str) -> None:
     assert pipeline_config({"preset": name}) == PRESETS[name]()
     assert pipeline_config(to_json(PRESETS[name]())) == PRESETS[name]()
+
+
+def test_the_demo_judges_as_many_samples_as_there_are_digits_and_by_floors() -> None:
+    """The demo's policy says how few samples it is content with; any other wants 50,000."""
+    policy, config = demo_policy(), demo()
+    assert config.policy == policy
+    assert policy.name == "demo"
+    assert policy.minimum_samples == config.generate.samples == len(digits()[1]) == 1797
+    assert PipelineConfig().policy.minimum_samples == 50_000
+    # Of ten classes and of two sets: what a model that has learnt nothing gets is far below.
+    assert policy.minimum_label_agreement == 0.9
+    assert policy.minimum_auroc == {"photographs": 0.75}
+    assert min(policy.minimum_recall, policy.minimum_precision) >= 0.3
+    assert config.generate.sampler.guidance == 1
+    assert config.processes == 2, "torchrun is part of what the demo shows"
 
 
 def test_every_stage_has_a_program_and_a_number() -> None:

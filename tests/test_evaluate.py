@@ -94,6 +94,16 @@ def test_a_grid_shows_the_first_images_of_each_class() -> None:
     assert tuple(grid_of(split, classes=3, rows=1)["images"].shape) == (3, 1, 1, 2, 2)
 
 
+def test_real_images_beside_samples_are_held_out_ones(digits: dict[str, Split]) -> None:
+    """Beside images that it was trained on, a model that copies would look like a good one."""
+    source = open_source(SourceConfig(image_size_px=8), None)
+    shown = evaluate.first_of_each_class(source, 3, 4)
+    held = digits["held_out"]
+    wanted = [held.images[held.labels == label][:4] for label in range(3)]
+    np.testing.assert_array_equal(shown.images, np.concatenate(wanted))
+    assert shown.labels.tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
 def test_a_class_without_images_is_black_and_counted_so() -> None:
     """So that a report can be made where a small class has no held-out image."""
     pixels = np.full((3, 1, 2, 2), 9, dtype=np.uint8)

@@ -233,6 +233,19 @@ def test_how_long_it_took_is_kept_and_in_no_digest(tiny: chain.Chain, tmp_path: 
 # -- what is made -------------------------------------------------------------------------------
 
 
+def test_a_record_says_what_its_samples_cost(tiny: chain.Chain) -> None:
+    known = columns(tiny.store, tiny["samples"], "evaluations", "gradient_norms")
+    norms = known["gradient_norms"].double()
+    # A mean would follow the few that are far away.
+    assert norms.median() != norms.mean()
+    assert tiny["samples"].values == {
+        "samples": 50,
+        "images_kept": 40,
+        "mean_field_evaluations": float(known["evaluations"].double().mean()),
+        "median_gradient_norm": float(norms.median()),
+    }
+
+
 def test_labels_are_balanced(tiny: chain.Chain) -> None:
     found = columns(tiny.store, tiny["samples"], "labels")
     assert found.keys() == {"labels"}
@@ -452,6 +465,31 @@ def test_settings_of_the_sampler_are_in_the_digest(tiny: chain.Chain, tmp_path: 
     assert record.config == to_json(job.config)
     mine = columns(store_of(job), record)["features"]
     assert not torch.equal(mine, columns(tiny.store, tiny["samples"])["features"])
+
+
+@pytest.mark.parametrize("stop_below", [None, 1.5])
+def test_every_setting_of_the_sampler_reaches_the_descent(
+    monkeypatch: pytest.MonkeyPatch, stop_below: float | None
+) -> None:
+    given: dict[str, Any] = {}
+
+    def descent(_model: object, **how: Any) -> tuple[()]:
+        given.update(how)
+        return ()
+
+    monkeypatch.setattr(generate.sampling, "sample", descent)
+    monkeypatch.setattr(generate.sampling, "samples_as_found", descent)
+    how = {"guidance": 2.0, "guidance_channels": 3, "updates": 7, "precision": "bfloat16"}
+    rule = {"rule": "heavy-ball", "step_size": 0.5, "momentum": 0.2}
+    sampler = SamplerConfig(**how, **rule, stop_below=stop_below, batch_size=4)  # type: ignore[arg-type]
+    config = GenerateConfig(samples=6, first_seed=10, keep_images=0, sampler=sampler)
+    model: Any = SimpleNamespace(spec=SimpleNamespace(classes=("a", "b", "c")))
+    list(generate.found_in_parts(config, model, parts_of(config)[1:]))
+    assert {name: given[name] for name in how} == how
+    assert given["rule"] == eqm.HeavyBall(step_size=0.5, momentum=0.2)
+    assert given["stop"] == (None if stop_below is None else eqm.GradientNormBelow(stop_below))
+    assert (list(given["seeds"]), given["labels"].tolist()) == ([14, 15], [2, 0])
+    assert given.get("slots", 4) == 4
 
 
 def test_the_precision_of_the_descent_is_in_the_digest_and_moves_samples_little(

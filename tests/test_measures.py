@@ -171,6 +171,51 @@ def test_each_number_and_the_one_beside_it_are_of_their_own_images() -> None:
     assert (found["recall"].low, found["recall"].high) == (recall.low, recall.high)
 
 
+def test_what_stands_beside_a_number_is_that_of_held_out_images() -> None:
+    """As if they were the samples: for every number, and of numbers that differ from each other."""
+    generator = np.random.default_rng(0)
+
+    def drawn(count: int, spread: float) -> dict[str, Any]:
+        labels = np.arange(count) % 2
+        noise = generator.integers(0, 90, (count, 1, 8, 8)) * spread
+        return {
+            "features": generator.normal(size=(count, 4)) * spread + [0.2, 0, 0, 0],
+            "spatial": generator.normal(size=(count, 3)) * spread + 0.1,
+            "logits": generator.normal(size=(count, 5)) * 3 * spread,
+            "images": (20 * labels[:, None, None, None] * spread + noise).astype(np.uint8),
+            "labels": labels,
+        }
+
+    training, held, made = drawn(300, 1.0), drawn(80, 0.7), drawn(120, 1.5)
+    shown = {"training": training, "held-out": held}
+    reference: Any = Real(
+        training=side(*(training[name] for name in ("features", "spatial", "logits"))),
+        held_out=side(*(held[name] for name in ("features", "spatial", "logits"))),
+        extractor="x",
+        shown={name: (one["images"], one["labels"]) for name, one in shown.items()},
+    )
+
+    def all_of(one: dict[str, Any]) -> dict[str, Metric]:
+        some = samples(**one)
+        near = measures.nearest_training_images(some.images, reference)
+        return {
+            **measures.measure(some, reference, neighbours=3),
+            **measures.read_labels(some, reference),
+            **measures.memorisation(near, reference, some.images),
+        }
+
+    found, of_held = all_of(made), all_of(held)
+    beside = {name: one.beside for name, one in found.items() if one.beside is not None}
+    assert set(found) - set(beside) <= {"distance_held_out", "distance_endless"}
+    assert beside == {name: pytest.approx(of_held[name].value) for name in beside}
+    assert len({round(value, 6) for value in beside.values()}) == len(beside)
+    # Wide samples reach what training images are like, and much else.
+    assert found["precision"].value < 0.8 < found["recall"].value
+    wide = measures.Gaussian.of(np.float32(made["features"]))
+    narrow = measures.Gaussian.of(np.float32(held["features"]))
+    assert found["distance_held_out"].value == pytest.approx(wide.distance(narrow))
+
+
 def test_a_tenth_of_copies_is_told() -> None:
     generator = np.random.default_rng(0)
     real = generator.integers(0, 256, (1000, 1, 8, 8), dtype=np.uint8)

@@ -116,6 +116,16 @@ def test_rows_are_measures_of_the_sealed_scores(tiny: chain.Chain) -> None:
     assert rows_of(tiny.config.evaluate.ood, nested) == rows
 
 
+def test_what_others_are_told_from_is_held_out(tiny: chain.Chain, subject: Subject) -> None:
+    """Of images that it was trained on, a model that learnt them by heart would be sure."""
+    record, source = tiny["evaluation"], subject.source
+    scores = tensors_from_bytes(tiny.store.get(record.outputs["ood-scores.safetensors"]))
+    numbers = [i for i, one in enumerate(source.entries) if one.held_out][:30]
+    latents = outliers.latents_of(subject.model, torch.stack([source.read(i) for i in numbers]))
+    norms = subject.model.gradient(latents).flatten(1).norm(dim=1)
+    assert scores["gradient_norm/held-out"].numpy() == pytest.approx(norms.double().numpy())
+
+
 def test_baselines_tell_photographs_from_digits(tiny: chain.Chain) -> None:
     """The model of this chain has learnt nothing; what is simple is not fooled."""
     rows = dossier.evaluation_of(tiny["evaluation"]).ood

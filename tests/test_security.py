@@ -5,10 +5,12 @@ Every test here has its opposite: the harm is shown to work where nothing guards
 
 import importlib
 import io
+import itertools
 import pickle
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from packaging.requirements import Requirement
 from prefect import Flow, Task
 from prefect.cache_policies import NO_CACHE
 
@@ -371,6 +374,18 @@ def test_values_of_set_are_json_or_words() -> None:
 
 def test_what_is_locked_installed_and_written_passes() -> None:
     assert audit.main() == 0
+
+
+def test_all_that_the_project_asks_for_is_locked() -> None:
+    """`make setup` installs what is locked, and nothing else."""
+    asked = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    lines = [*asked["dependencies"], *itertools.chain(*asked["optional-dependencies"].values())]
+    lock = (PROJECT / "requirements.lock").read_text()
+    pins = dict(re.findall(r"^([A-Za-z0-9_.-]+)==([^ ;\\]+)", lock, re.MULTILINE))
+    wanted = [Requirement(line) for line in lines]
+    assert len(wanted) > 30
+    told = [str(r) for r in wanted if r.name not in pins or pins[r.name] not in r.specifier]
+    assert told == [], "run make lock"
 
 
 @pytest.mark.parametrize("floor", audit.FLOORS, ids=lambda floor: floor.package)

@@ -30,6 +30,7 @@ from eqm.errors import (
 from eqm.records import Ref, to_json
 from eqm.stage import Context, Outcome
 from eqm.storage import LocalStore
+from flows.doctor import PINNED
 
 CONFIG: dict[str, Any] = {"source": {}, "encode": {}}
 
@@ -194,16 +195,32 @@ def test_inputs_are_checked_before_use(tmp_path: Path) -> None:
         stage.open_ref(store, Ref(stage="latents", digest="0" * 64, content="0" * 64))
 
 
-def test_verify_looks_at_every_blob(tmp_path: Path) -> None:
-    made = stage.run(a_job(tmp_path), makes(b"data"))
+@pytest.mark.parametrize("part", ["outputs", "logs"])
+def test_verify_looks_at_every_blob(tmp_path: Path, part: str) -> None:
+    made = stage.run(
+        a_job(tmp_path), lambda _: Outcome(outputs={"out": b"data"}, logs={"out": b"seconds"})
+    )
     store = LocalStore(tmp_path / "store")
     stage.verify(store, made)
-    path = store.root / made.outputs["out"].key
-    path.write_bytes(b"dat4")
+    path = store.root / getattr(made, part)["out"].key
+    path.write_bytes(b"dat4" if part == "outputs" else b"second5")
     with pytest.raises(IntegrityError, match="damaged"):
         stage.verify(store, made)
     path.unlink()
     with pytest.raises(IntegrityError, match="is gone"):
+        stage.verify(store, made)
+
+
+def test_a_good_copy_here_does_not_hide_what_was_cut_short(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = stage.run(a_job(tmp_path), makes(b"data"))
+    store = LocalStore(tmp_path / "store")
+    # As where this machine has a copy of what S3 holds.
+    monkeypatch.setattr(store, "check", lambda blob: None)
+    stage.verify(store, made)
+    (store.root / made.outputs["out"].key).write_bytes(b"dat")
+    with pytest.raises(IntegrityError, match="of another size"):
         stage.verify(store, made)
 
 
@@ -248,6 +265,44 @@ def test_provenance_names_no_place(tmp_path: Path) -> None:
     made = stage.run(a_job(tmp_path), makes(b"x"))
     assert str(tmp_path) not in json.dumps(to_json(made))
     assert made.provenance["threads"] == 1
+    versions = made.provenance["versions"]
+    assert {name: versions[name].partition("+")[0] for name in PINNED} == PINNED
+    assert made.provenance["git_revision"] == stage.git_revision()
+
+
+COMMIT, OTHER = 40 * "a", 40 * "b"
+PACKED = f"# pack-refs\n{OTHER} refs/remotes/origin/main\n{COMMIT} refs/heads/main\n^{OTHER}\n"
+MAIN = "ref: refs/heads/main\n"
+SECOND = ".git/worktrees/second"
+
+
+@pytest.mark.parametrize(
+    ("files", "found"),
+    [
+        ({".git/HEAD": f"{COMMIT}\n"}, COMMIT),
+        ({".git/HEAD": MAIN, ".git/refs/heads/main": f"{COMMIT}\n"}, COMMIT),
+        ({".git/HEAD": MAIN, ".git/packed-refs": PACKED}, COMMIT),
+        ({".git/HEAD": "ref: refs/heads/new\n", ".git/packed-refs": PACKED}, None),
+        ({}, None),
+    ],
+    ids=["no branch", "branch", "packed", "no commit", "no git"],
+)
+@pytest.mark.parametrize("second", [False, True])
+def test_a_revision_is_that_of_the_source_tree(
+    tmp_path: Path, files: dict[str, str], found: str | None, second: bool
+) -> None:
+    there, root = dict(files), tmp_path
+    if second and files:
+        # As `git worktree add` makes it: a HEAD of its own, and the branches of the first.
+        there[f"{SECOND}/HEAD"], there[f"{SECOND}/commondir"] = files[".git/HEAD"], "../..\n"
+        there[".git/HEAD"] = f"{OTHER}\n"
+        there["second/.git"] = f"gitdir: {tmp_path / SECOND}\n"
+        root = tmp_path / "second"
+    for name, text in there.items():
+        file = tmp_path / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(text)
+    assert stage.git_revision(root) == found
 
 
 @pytest.mark.parametrize("last_seconds", [1.0, 20.0])

@@ -157,6 +157,55 @@ def test_every_flow_is_given_what_it_takes(
     assert calls == [{"config": "demo", "changes": {"train.images": 1000}, **given}]
 
 
+@pytest.mark.parametrize("promoted", [True, False])
+def test_a_model_that_is_not_promoted_is_told_by_words_and_status(
+    run, monkeypatch, promoted: bool
+) -> None:
+    """A script that promotes must be able to tell; a pipeline has done its work either way."""
+    result = {"model": "eqm-x", "version": 3, "promoted": promoted, "report": "r.html"}
+    result |= {"run_page": "http://127.0.0.1:5000/#/experiments/1/runs/2"}
+    monkeypatch.setattr("flows.promote.promote", lambda **_: promoted)
+    monkeypatch.setattr("flows.pipeline.pipeline", lambda **_: result)
+    monkeypatch.setattr(settings, "check_prefect", lambda: None)
+    told = run("promote", "demo")
+    words = "champion" if promoted else "not promoted: the reasons are above"
+    assert (told.status, told.out.strip()) == (0 if promoted else 1, words)
+    told = run("pipeline", "demo")
+    verdict = "champion" if promoted else "not promoted: the report says why"
+    assert told.status == 0
+    assert f"eqm-x version 3: {verdict}\n" in told.out
+    assert Path("r.html").resolve().as_uri() in told.out
+    assert result["run_page"] in told.out
+
+
+def test_a_policy_file_is_judged_by_with_what_is_set_besides(run, tmp_path: Path) -> None:
+    (tmp_path / "policy.toml").write_text("name = 'mine'\nminimum_samples = 300\n")
+    words = ("--policy", "policy.toml", "--set", "policy.minimum_samples=200", "--dry-run")
+    for name in ("pipeline", "evaluate", "promote"):
+        policy = json.loads(run(name, "demo", *words).out)["policy"]
+        assert (policy["name"], policy["minimum_samples"]) == ("mine", 200)
+        # As a whole: no floor of the demo's is left.
+        assert policy["minimum_label_agreement"] == 0
+
+
+def test_the_doctor_names_what_is_missing_and_how_to_get_it(run, monkeypatch) -> None:
+    monkeypatch.setattr("flows.doctor.PINNED", {"torch": "0.1", "nothing-of-this-name": "1"})
+    told = run("doctor")
+    found = (line.split() for line in told.out.splitlines()[1:])
+    lines = {words[1]: " ".join(words) for words in found if len(words) > 1}
+    assert told.status == 1
+    assert lines["Python"].startswith("ok")
+    for what, remedy in {
+        "torch": "make setup (wants 0.1)",
+        "nothing-of-this-name": "make setup (wants 1)",
+        "store": "eqm up",
+        "MLflow": "eqm up",
+        "Prefect": "eqm up",
+    }.items():
+        assert lines[what].startswith("no "), lines[what]
+        assert remedy in lines[what]
+
+
 # -- the champion -------------------------------------------------------------------------------
 
 
@@ -205,7 +254,8 @@ def test_help_imports_nothing_heavy() -> None:
         "import sys; sys.argv = ['eqm', '--help']\n"
         "from flows import cli\n"
         "try: cli.run()\n"
-        "finally: print('|', *[n for n in ('torch', 'prefect', 'mlflow', 'boto3', 'matplotlib') "
+        "finally: print('|', *[n for n in ('torch', 'prefect', 'mlflow', 'boto3', 'matplotlib', "
+        "'numpy', 'scipy', 'sklearn', 'pandas', 'PIL', 'sqlalchemy') "
         "if n in sys.modules], file=sys.stderr)"
     )
     environ = {**os.environ, "PYTHONPATH": str(PROJECT)}
@@ -768,6 +818,26 @@ def test_samples_of_models_with_labels_and_without(run, classes: int | None) -> 
     wrong = run("sample", "model", "--labels", "2", "--updates", "2", "--to", "other.png")
     refused(wrong, "leave it out" if classes is None else "asks for 2; this model has 0 to 1")
     assert not Path("other.png").exists()
+
+
+def test_each_sample_of_a_grid_is_the_one_that_it_is_called(run, monkeypatch) -> None:
+    """Rows share no noise, and a sample has elsewhere the seed that is told."""
+    saved_model("model", classes=3)
+    given: dict[str, object] = {}
+
+    def sampled(*words: object, **how: object) -> object:
+        given.update(how)
+        return sample(*words, **how)  # type: ignore[arg-type]
+
+    sample = eqm.sample
+    monkeypatch.setattr(eqm, "sample", sampled)
+    words = ("--labels", "2,0", "--seeds", "1,4", "--guidance", "1.5", "--momentum", "0.2")
+    told = run("sample", "model", *words, "--updates", "3", "--step-size", "0.1", "--to", "g.png")
+    assert "elsewhere, label k of seed s has seed 3 s + k" in told.out
+    assert (given["labels"], given["seeds"]) == ([2, 2, 0, 0], [5, 14, 3, 12])
+    assert (given["guidance"], given["updates"]) == (1.5, 3)
+    assert given["rule"] == eqm.NAG(step_size=0.1, momentum=0.2)
+    assert "momentum 0.2, guidance 1.5 (as asked for)" in told.err
 
 
 def test_of_many_classes_the_first_are_sampled(run) -> None:

@@ -25,10 +25,11 @@ from eqm.config import SamplerConfig, replace
 from eqm.errors import IntegrityError
 from eqm.latent_set import open_manifest
 from eqm.model import version_of
-from eqm.records import Decision, Record, from_json, to_json
-from eqm.stage import open_ref, verify
+from eqm.records import Decision, Record, digest, from_json, to_json
+from eqm.stage import git_revision, open_ref, verify
 from eqm.storage import Store, open_store
 from flows import cli
+from flows.plan import read_config
 from infra.deployments import PrefectApi
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(400)]
@@ -223,7 +224,10 @@ def test_mlflow_shows_the_run_and_the_model(ran: Ran) -> None:
     assert version.tags["eqm.weights"] == train.outputs["ema.safetensors"].sha256
     assert version.tags["eqm.data"] == ran.result["latents"]
     assert version.tags["eqm.evaluation"] == ran.record("evaluation").digest
-    assert {"eqm.config", "eqm.git_revision", "eqm.history", "eqm.report"} <= set(version.tags)
+    lineage = {"eqm.config": digest(read_config(str(ran.config))), "eqm.history": "1"}
+    lineage |= {"eqm.git_revision": git_revision() or "unknown"}
+    lineage |= {"eqm.report": ran.standing().report}
+    assert {name: version.tags[name] for name in lineage} == lineage
 
     run = client.get_run(str(version.run_id))
     assert run.info.status == "FINISHED"
@@ -251,6 +255,19 @@ def test_mlflow_shows_the_run_and_the_model(ran: Ran) -> None:
     kept = artifacts(client, run.info.run_id)
     assert any(path.endswith(".png") for path in kept), kept
     assert {"report/report.html", "report/report.json"} <= set(kept)
+
+
+def test_prefect_links_the_report_and_shows_its_numbers(ran: Ran) -> None:
+    api = PrefectApi(os.environ["PREFECT_API_URL"], os.environ)
+    shown = {
+        one: api._post("/artifacts/filter", {"artifacts": {"key": {"any_": [f"{MODEL}-{one}"]}}})
+        for one in ("report", "evaluation")
+    }
+    client = MlflowClient(ran.mlflow_uri)
+    version = client.get_model_version_by_alias(MODEL, "champion")
+    assert f"]({ran.mlflow_uri}/#/experiments/" in shown["report"][0]["data"]
+    assert str(version.run_id) in shown["report"][0]["data"]
+    assert shown["evaluation"][0]["data"] == version.description
 
 
 def test_mlflow_shows_the_signature_and_loads_the_model(

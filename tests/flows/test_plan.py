@@ -13,13 +13,15 @@ from eqm import encode, fit
 from eqm.config import ALGORITHMS, ComputeConfig, ExtractorFit, Job, replace
 from eqm.errors import ConfigError, StageError, TrackingError
 from eqm.recipes import recipes
-from eqm.records import Record
+from eqm.records import Record, Ref
 from eqm.stage import run
 from flows.checks import check_config, check_trainable, check_training
 from flows.encode import encode_images, fit_autoencoder, left_out
+from flows.evaluate import generate_samples, look_at_images
 from flows.jobs import Plan, autoencoder_job, latents_job, list_source, source_ref, to_be_trained_on
 from flows.plan import make_plan, read_config
 from flows.settings import current_settings
+from flows.train import train_model
 
 
 def test_how_training_runs_is_told_to_it_and_is_in_no_digest(
@@ -69,6 +71,55 @@ def test_a_store_within_the_source_is_refused_wherever_both_are(
         else contextlib.nullcontext()
     ):
         check_config(config, current_settings())
+
+
+def test_what_is_set_for_all_stages_is_told_to_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
+    monkeypatch.setenv("EQM_CACHE_SIZE", "1.5GB")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    changes = {"name": "mine", "threads": 3, "source_uri": "/data/mine"}
+    plan = make_plan("demo", changes, tracked=False)
+    for stage in ("latents", "train", "samples"):
+        told = plan.runtime(stage)
+        assert told.store == str(tmp_path / "store")
+        assert told.cache == str(tmp_path / "home" / "cache")
+        assert told.cache_bytes == 1_500_000_000
+        assert (told.threads, told.source_uri) == (3, "/data/mine")
+        assert (told.mlflow_experiment, told.run_name) == ("eqm-mine", "mine")
+        assert told.grid_sampler == plan.config.generate.sampler
+        # Only a training has a run of its own.
+        assert told.mlflow_uri == ("http://127.0.0.1:5000" if stage == "train" else None)
+
+
+@pytest.mark.parametrize(("gpus", "started"), [(0, 4), (2, 2), (8, 4)])
+def test_as_many_processes_as_asked_for_and_one_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, started: int
+) -> None:
+    monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    begun: dict[str, int] = {}
+
+    class Launched:
+        def run(self, job: Job, *, processes: int) -> None:
+            begun[job.stage] = processes
+            raise StageError("launched")
+
+    plan = replace(make_plan("demo", {"processes": 4}, tracked=False), launcher=Launched())
+    source = Ref(stage="source", digest="0" * 64, content="0" * 64)
+    made = Record(stage="x", algorithm=1, config={}, inputs={}, outputs={}, values={})
+    for begin in (
+        lambda: encode_images.fn(plan, source, made, to_train=False),  # type: ignore[attr-defined]
+        lambda: train_model.fn(plan, made),  # type: ignore[attr-defined]
+        lambda: generate_samples.fn(plan, made, made),  # type: ignore[attr-defined]
+        lambda: look_at_images.fn(plan, source, made),  # type: ignore[attr-defined]
+    ):
+        with pytest.raises(StageError):
+            begin()
+    assert begun == dict.fromkeys(("latents", "train", "samples", "reference"), started)
 
 
 @pytest.mark.parametrize("name", ["checkpoints.every_images", "checkpoints.keep"])

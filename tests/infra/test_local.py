@@ -25,7 +25,7 @@ from botocore.exceptions import ClientError
 
 from eqm.errors import ConfigError
 from flows.settings import external, read_settings
-from infra import local, ports
+from infra import local, ports, processes
 from infra.credentials import make_credentials
 from infra.deployments import PrefectApi
 from infra.processes import Leader, alive, read_process, spawn
@@ -346,9 +346,10 @@ def test_secrets_are_private_and_nowhere_else(stack: Stack, home: Home) -> None:
     assert [secret for secret in secrets if any(secret in text for text in shown)] == []
 
 
-def test_a_file_of_secrets_that_others_can_read_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("mode", [0o644, 0o640, 0o604, 0o620])
+def test_a_file_of_secrets_that_others_can_read_is_refused(tmp_path: Path, mode: int) -> None:
     local.make_credentials(tmp_path)
-    (tmp_path / "credentials.json").chmod(0o644)
+    (tmp_path / "credentials.json").chmod(mode)
     with pytest.raises(ServiceError, match="chmod 600"):
         local.read_credentials(tmp_path)
 
@@ -487,6 +488,23 @@ def test_a_number_used_again_is_not_ours(tmp_path: Path) -> None:
     os.kill(leader.pid, signal.SIGKILL)
     while alive(leader):
         time.sleep(0.01)
+
+
+def test_what_a_service_writes_is_private_and_its_log_is_put_aside_when_it_is_long(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "LOG_BYTES", 10)
+    log = tmp_path / "logs" / "one.log"
+    for words in ("the first line", "the second", "the third"):
+        program = f"echo {words}; touch made"
+        leader = spawn(["sh", "-c", program], environment={}, folder=tmp_path / "in", log=log)
+        while alive(leader):
+            time.sleep(0.01)
+        assert log.read_text() == f"{words}\n"
+    assert log.with_suffix(".log.1").read_text() == "the second\n"
+    made = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {path.stat().st_mode & 0o077 for path in made} == {0}
+    assert {path.name for path in made} == {"made", "one.log", "one.log.1"}
 
 
 def test_a_port_is_claimed_once() -> None:
