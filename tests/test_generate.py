@@ -313,40 +313,6 @@ def test_samples_are_those_of_the_public_model(tiny: chain.Chain) -> None:
     assert near(found.images(), images_of(tiny.store, tiny["samples"]))
 
 
-@pytest.mark.parametrize("stop_below", [None, 2.5])
-def test_every_setting_of_the_sampler_reaches_the_descent(
-    tiny: chain.Chain, monkeypatch: pytest.MonkeyPatch, stop_below: float | None
-) -> None:
-    sampler = SamplerConfig(
-        rule="heavy-ball",
-        step_size=0.02,
-        momentum=0.7,
-        updates=11,
-        stop_below=stop_below,
-        guidance=1.5,
-        guidance_channels=1,
-        batch_size=3,
-        precision="bfloat16",
-    )
-    config = GenerateConfig(samples=3, sampler=sampler)
-    trained, told = eqm.load(tiny.uri("train"), device="cpu"), []
-    for name in ("sample", "samples_as_found"):
-        monkeypatch.setattr(generate.sampling, name, lambda model, **how: told.append(how) or ())
-    list(generate.found_in_parts(config, trained, parts_of(config)))
-    (how,) = told
-    expected = {
-        "rule": eqm.HeavyBall(step_size=0.02, momentum=0.7),
-        "updates": 11,
-        "stop": stop_below and eqm.GradientNormBelow(stop_below),
-        "guidance": 1.5,
-        "guidance_channels": 1,
-        "precision": "bfloat16",
-    }
-    assert {name: how[name] for name in expected} == expected
-    assert list(how["seeds"]) == [0, 1, 2]
-    assert how.get("slots") == (None if stop_below is None else 3)
-
-
 def test_the_first_images_are_kept(tiny: chain.Chain) -> None:
     record = tiny["samples"]
     images = images_of(tiny.store, record)
