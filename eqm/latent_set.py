@@ -357,11 +357,20 @@ def as_webdataset(latents: LatentSet) -> Any:
     """The tars of a set as a stock ``webdataset.WebDataset``, in their order, for other tools.
 
     Each tar is verified before its path is handed over; samples are dicts with ``__key__``,
-    ``moments.npy`` (and ``mirror.npy``) as arrays, ``cls`` and ``json``.
+    ``moments.npy`` (and ``mirror.npy``) as arrays, ``cls`` and ``json``. Raises ConfigError where
+    they do not all fit into the cache, StoreError, IntegrityError.
     """
     from webdataset.compat import WebDataset
 
-    paths = [str(latents._store.fetch(shard.tar)) for shard in latents.manifest.shards]
+    store, tars = latents._store, [shard.tar for shard in latents.manifest.shards]
+    needed, limit = sum(tar.size_bytes for tar in tars), store.copies_limit_bytes
+    if limit is not None and needed > limit:
+        # webdataset opens them by path, one after the other, and the first might be gone by then.
+        raise ConfigError(
+            f"cache_bytes is {limit:,}, and the tars of {latents.where} are {needed:,} bytes; "
+            "webdataset needs all of them: raise it, or read by eqm.batches, which needs no room"
+        )
+    paths = [str(store.fetch(tar)) for tar in tars]
     return WebDataset(paths, shardshuffle=False).map(_plain)
 
 

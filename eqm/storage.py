@@ -146,6 +146,11 @@ class Store(ABC):
     def fetch_unless_full(self, blob: Blob) -> Path | None:
         """As ``fetch`` with ``remembered``; None where the cache has no room for it."""
 
+    @property
+    def copies_limit_bytes(self) -> int | None:
+        """The most that is kept on this machine of what lies elsewhere; None: no limit."""
+        return None
+
     @abstractmethod
     def check(self, blob: Blob) -> None:
         """Verify every byte of a blob as ``fetch`` does, also where the cache has no room for it.
@@ -483,6 +488,11 @@ class S3Store(Store):
         self.prefix = prefix
         self.cache = cache
         self.uri = f"s3://{bucket}/{prefix}".rstrip("/")
+
+    @property
+    def copies_limit_bytes(self) -> int | None:
+        """The most that the cache keeps; None: no limit."""
+        return self.cache.limit_bytes
 
     def name(self, key: str) -> str:
         """Key of an object in the bucket."""
