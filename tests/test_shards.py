@@ -579,7 +579,9 @@ def test_a_cache_that_is_full_costs_time_and_nothing_else(
     time.sleep(0.3)
     assert data.resident < 1
     assert "the rest is read by range" in capfd.readouterr().err
-    with pytest.raises(ConfigError, match=rf"cache_bytes is {size + 4000:,}, and the .* needs all of"):
+    with pytest.raises(
+        ConfigError, match=rf"cache_bytes is {size + 4000:,}, and the .* needs all of"
+    ):
         as_webdataset(data)
     data.close()
 

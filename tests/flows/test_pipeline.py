@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 import eqm
 from eqm import champion, dossier
-from eqm.config import SamplerConfig, replace
+from eqm.config import SamplerConfig, demo_policy, replace
 from eqm.errors import IntegrityError
 from eqm.latent_set import open_manifest
 from eqm.model import version_of
@@ -556,6 +556,35 @@ def programs(module: str, home: Path) -> list[str]:
 def from_json_record(store: Store, key: str) -> Record:
     body = json.loads(store.read(key))
     return from_json(Record, {k: v for k, v in body.items() if k not in ("digest", "content")}, key)
+
+
+# -- the demo -----------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_the_demo_becomes_champion_by_its_own_policy(all_environment: dict[str, str]) -> None:
+    """What `make demo` runs, at its full size: minutes."""
+    told = eqm_command("pipeline", "demo", "--set", "name=test-demo")
+    assert told.returncode == 0, told.stdout + told.stderr
+    assert "eqm-test-demo version 1: champion" in told.stdout
+    store = open_store("s3://eqm/store", cache=Path(all_environment["EQM_HOME"]) / "cache")
+    entry = champion.current(store, "eqm-test-demo")
+    assert entry is not None
+    assert from_json(Decision, entry.decision).policy == to_json(demo_policy())
+    measured = dossier.evaluation_of(open_ref(store, entry.evaluation))
+    assert measured.samples == 1797
+    agreement, near = measured.metrics["label_agreement"], measured.metrics["nearest"]
+    assert agreement.value >= 0.9
+    # The reader itself is right of nearly all real digits.
+    assert agreement.beside is not None
+    assert agreement.beside > 0.95
+    # Samples are no copies: not nearer to what was trained on than real images are.
+    assert near.beside is not None
+    assert near.value > near.beside
+    distance = measured.metrics["distance"]
+    assert distance.beside is not None
+    assert distance.value < distance.beside + 2
 
 
 # -- a successor, and the way back --------------------------------------------------------------
