@@ -17,7 +17,7 @@ from eqm.checkpoint import tensors_from_bytes
 from eqm.config import ALGORITHMS, Job, Runtime, replace, stage_config
 from eqm.discrepancies import Check, Difference, apart, of_values
 from eqm.distributed import connect
-from eqm.errors import DataError, EqmError
+from eqm.errors import DataError, IntegrityError, MissingError
 from eqm.records import Blob, Json, Record, to_json
 from eqm.stage import Context, provenance
 from eqm.storage import Store
@@ -129,7 +129,7 @@ def _of_arrays(
 ) -> list[Difference]:
     try:
         sealed, made = tensors_from_bytes(store.get(blob)), tensors_from_bytes(data)
-    except EqmError as error:
+    except (IntegrityError, MissingError) as error:
         return [Difference(place=place, sealed=blob.sha256, found=str(error))]
     found = of_values(sorted(sealed), sorted(made), place)
     rounded = False

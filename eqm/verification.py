@@ -17,7 +17,15 @@ from eqm import dossier, gate
 from eqm.config import ALGORITHMS, Runtime, SourceConfig, replace
 from eqm.discrepancies import Check, Difference, of_bytes, of_documents, of_values
 from eqm.distributed import pick_device
-from eqm.errors import ConfigError, DataError, EqmError, IntegrityError, OtherImagesError
+from eqm.errors import (
+    ConfigError,
+    DataError,
+    EqmError,
+    IntegrityError,
+    MissingError,
+    OtherImagesError,
+    StoreError,
+)
 from eqm.layouts import layout_of
 from eqm.policy import PolicyConfig
 from eqm.recomputation import check_numbers, compute_again
@@ -109,9 +117,9 @@ def verify(
 
     ``runtime`` says where its images lie. ``seeds`` samples are made again, alone or, with
     ``exact``, in their whole batches, which gives the same bits on the same kind of machine. Raises
-    DataError for an evaluation that is not in the store, ConfigError, DataError or StoreError where
+    DataError for an evaluation that is not in the store, ConfigError or DataError where
     ``runtime`` names a device or a place of images that is not there, or that holds other images
-    than were listed: nothing can be said then.
+    than were listed, StoreError where the store does not answer: nothing can be said then.
     """
     record, damage = as_stored(store, evaluation)
     if record is not None and not damage:
@@ -153,9 +161,16 @@ def _check_means(record: Record, runtime: Runtime) -> None:
 
 
 def _impossible(name: str, text: str, error: Exception) -> Check:
-    """A check that cannot be made has not been passed."""
+    """A check that cannot be made is not passed. Raises StoreError where a store is away."""
+    _raise_if_away(error)
     wrong = Difference(place=name, sealed="", found=_in_words(error))
     return Check(name=name, text=f"cannot be {text}", differences=(wrong,))
+
+
+def _raise_if_away(error: Exception) -> None:
+    """Where a store does not answer, nothing differs and nothing is proved: it is told so."""
+    if isinstance(error, StoreError) and not isinstance(error, MissingError):
+        raise error
 
 
 def _in_words(error: Exception) -> str:
@@ -230,6 +245,7 @@ def _trouble(place: str, read: Callable[[], object]) -> list[Difference]:
     try:
         read()
     except EqmError as error:
+        _raise_if_away(error)
         return [Difference(place=place, sealed="", found=str(error))]
     return []
 

@@ -16,7 +16,7 @@ from eqm import dossier, gate, recomputation, verification
 from eqm.checkpoint import tensors_from_bytes, tensors_to_bytes
 from eqm.config import Runtime
 from eqm.discrepancies import apart, of_bytes, of_documents, of_values, told
-from eqm.errors import DataError
+from eqm.errors import AwayError, DataError
 from eqm.generate import remake
 from eqm.recomputation import Again, check_numbers, check_samples, compute_again, is_same_kind
 from eqm.records import Reason, Ref, record_to_bytes, to_json
@@ -451,6 +451,25 @@ def test_every_damaged_blob_of_the_chain_is_named(store, evaluated, tmp_path):
         (found,) = check_chain(copy, evaluated).differences
         assert found.place.startswith(place)
         file.write_bytes(data)
+
+
+@pytest.mark.parametrize("where", ["chain", "numbers"])
+def test_a_store_that_goes_away_is_no_difference(
+    store, evaluated, runtime, report, monkeypatch, where
+):
+    """Nobody is told that a report is wrong because a cable was pulled."""
+    get, asked = LocalStore.get, set()
+
+    def gone(self, blob):
+        # The chain reads each blob once, and what computes the numbers again reads some again.
+        if where == "chain" or blob.sha256 in asked:
+            raise AwayError("S3 does not answer")
+        asked.add(blob.sha256)
+        return get(self, blob)
+
+    monkeypatch.setattr(LocalStore, "get", gone)
+    with pytest.raises(AwayError, match="S3 does not answer"):
+        verify(store, evaluated.digest, runtime, reports=[report], seeds=1)
 
 
 def test_a_broken_link_of_the_chain_is_named(store, evaluated, tmp_path):
