@@ -20,6 +20,7 @@ from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.first_weights import first_network
 from eqm.model import Model
 from eqm.records import from_json
+from eqm.registry import Version
 from eqm.rules import NAG, GradientDescent
 from eqm.sampler import GradientNormBelow
 
@@ -477,6 +478,20 @@ def test_a_sample_does_not_depend_on_its_neighbours(trained: Model, guidance: fl
     )
     assert torch.allclose(many.latents[1], few.latents[0], atol=1e-5)
     assert not torch.allclose(many.latents[0], few.latents[0], atol=1e-1)
+
+
+def test_a_version_is_loaded_with_the_content_that_it_was_registered_for(
+    tiny: chain.Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tags = {"eqm.content": tiny["train"].content}
+    version = Version(model="m", number=3, source=tiny.uri("train"), tags=tags)
+    monkeypatch.setattr(model, "version_of", lambda *_: version)
+    assert eqm.load("models:/m@champion", device="cpu").spec.classes
+    for other in ({}, {"eqm.content": "0" * 64}):
+        changed = dataclasses.replace(version, tags=other)
+        monkeypatch.setattr(model, "version_of", lambda *_, of=changed: of)
+        with pytest.raises(IntegrityError, match="version 3 was registered for content"):
+            eqm.load("models:/m@champion", device="cpu")
 
 
 def test_guidance_reaches_the_descent(trained: Model) -> None:

@@ -101,8 +101,17 @@ def test_rows_are_measures_of_the_sealed_scores(tiny: chain.Chain) -> None:
         assert (row.count, row.held_out) == (len(outside), len(inside)) == (30, 30)
         wins = (outside[:, None] > inside).double() + (outside[:, None] == inside).double() / 2
         assert row.auroc == pytest.approx(float(wins.mean()))
-        assert row.aupr_in == ood.aupr(inside.numpy(), outside.numpy(), positive="in")
-        assert row.fpr95_out == ood.fpr_at_95_tpr(inside.numpy(), outside.numpy(), positive="out")
+        both = inside.numpy(), outside.numpy()
+        assert row.aupr == ood.aupr(*both, positive="out")
+        assert row.aupr_in == ood.aupr(*both, positive="in")
+        assert row.fpr95_out == ood.fpr_at_95_tpr(*both, positive="out")
+        assert row.fpr95_in == ood.fpr_at_95_tpr(*both, positive="in")
+        told = ood.compare(*both)
+        assert (row.auroc_low, row.auroc_high) == told.auroc_interval
+        assert (row.aupr_low, row.aupr_high) == told.aupr_out_interval
+        assert (row.aupr_in_low, row.aupr_in_high) == told.aupr_in_interval
+        assert (row.fpr95_out_low, row.fpr95_out_high) == told.fpr95_out_interval
+        assert (row.fpr95_in_low, row.fpr95_in_high) == told.fpr95_in_interval
         result = ood.compare(inside.numpy(), outside.numpy())
         for of_row, of_result in MEASURES.items():
             assert getattr(row, of_row) == getattr(result, of_result)

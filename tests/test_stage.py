@@ -264,7 +264,7 @@ def test_a_program_ends_with_one_message_and_status_2(tmp_path: Path, launched: 
 def test_provenance_names_no_place(tmp_path: Path) -> None:
     made = stage.run(a_job(tmp_path), makes(b"x"))
     assert str(tmp_path) not in json.dumps(to_json(made))
-    assert made.provenance["threads"] == 1
+    assert (made.provenance["threads"], made.provenance["world_size"]) == (1, 1)
     versions = made.provenance["versions"]
     assert {name: versions[name].partition("+")[0] for name in PINNED} == PINNED
     assert made.provenance["git_revision"] == stage.git_revision()

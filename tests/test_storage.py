@@ -16,7 +16,7 @@ from eqm.errors import ConfigError, IntegrityError, MissingError, StoreError
 from eqm.first_weights import known_spec
 from eqm.records import Blob, Record
 from eqm.s3 import Bucket
-from eqm.storage import LocalStore, Store, open_store
+from eqm.storage import LocalStore, S3Store, Store, open_store
 from flows.addresses import sealed_by_digits, sealed_digests
 
 
@@ -241,6 +241,21 @@ def test_a_blob_of_another_size_is_not_held(store: Store) -> None:
     assert store.holds(blob)
     assert not store.holds(Blob(sha256=blob.sha256, size_bytes=999))
     assert not store.holds(Blob.of(b"y"))
+
+
+def test_of_two_large_writes_at_once_the_first_stands(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
+    first, second = b"1" * (6 * 2**20), b"2" * (6 * 2**20)
+    assert store.write_once("large", first)
+    if isinstance(store, S3Store):
+        # The second looked when the first was not there yet.
+        bucket, seen = store.bucket, [None]
+        look = bucket.size
+        monkeypatch.setattr(bucket, "size", lambda key: seen.pop() if seen else look(key))
+    assert not store.write_once("large", second)
+    assert store.read("large") == first
 
 
 def test_one_flipped_bit_is_noticed(store: Store) -> None:

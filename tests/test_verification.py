@@ -108,6 +108,14 @@ def test_seeds_on_the_page_make_its_pictures_again(store, evaluated):
     assert ", ".join(map(str, shown.sample_seeds[2])) in page
 
 
+def test_seeds_on_the_page_begin_where_the_samples_did(store, evaluated):
+    samples, trained = (open_ref(store, evaluated.inputs[name]) for name in ("samples", "train"))
+    generated = {**samples.config["generate"], "first_seed": 1003}
+    later = replace(samples, config={"generate": generated})
+    shown = dossier.seeds_shown(store, later, trained, (3, 2))
+    assert shown == [[1010, 1020], [1011, 1021], [1012, 1022]]
+
+
 def copied(store, folder, without=()):
     return chain.copied(chain.Chain(chain.tiniest(), store, {}), folder / "copy", without=without)
 

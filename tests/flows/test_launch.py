@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from eqm.config import Job, Runtime
+from eqm.config import Job, Runtime, replace
 from eqm.errors import AwayError, StageError
 from eqm.records import from_json
 from eqm.stage import AWAY, read_job
@@ -109,6 +109,17 @@ def a_job(**changes: Any) -> Job:
 
 
 # -- how a program ends -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("threads", "told"), [(None, "4"), (3, "3")])
+def test_processes_share_the_cores_unless_it_is_said_otherwise(
+    place: Place, monkeypatch: pytest.MonkeyPatch, threads: int | None, told: str
+) -> None:
+    monkeypatch.setattr(launch, "cores", lambda: 9)
+    place.program('Path("seen-" + os.environ["RANK"]).write_text(os.environ["OMP_NUM_THREADS"])')
+    job = a_job()
+    place.launcher.run(replace(job, runtime=replace(job.runtime, threads=threads)), processes=2)
+    assert [(place.folder / f"seen-{rank}").read_text() for rank in (0, 1)] == [told, told]
 
 
 def test_a_program_is_given_its_job_and_environment(place: Place) -> None:

@@ -27,10 +27,11 @@ from eqm.errors import ConfigError
 from flows.settings import external, read_settings
 from infra import local, ports, processes
 from infra.credentials import make_credentials
-from infra.deployments import PrefectApi
+from infra.deployments import PrefectApi, deployments_digest
 from infra.processes import Leader, alive, read_process, spawn
 from infra.services import mlflow_service, prefect_service, s3_service, worker_service
 from infra.stack import SERVICES, External, ServiceError, Stack, child_environment
+from infra.state import State
 
 pytestmark = [pytest.mark.services, pytest.mark.timeout(300)]
 
@@ -676,6 +677,34 @@ def test_a_user_whom_the_system_does_not_know_has_a_home_and_a_name(
     given = {"HOME": "/", "LOGNAME": "pod"}
     told = read_settings({**here, **given}).environ
     assert told == {**here, **given}
+
+
+def test_ports_that_were_chosen_are_kept(tmp_path: Path) -> None:
+    """Links that people have, and clients that run, lead to where a service was before."""
+    state = State(ports={"mlflow": 23456})
+    with ports.claims() as claims:
+        local._choose_ports("mlflow", state, claims)
+    assert state.ports == {"mlflow": 23456}
+
+
+def test_what_deployed_runs_would_do_is_in_the_digest_of_deployments(tmp_path: Path) -> None:
+    (tmp_path / "flows").mkdir()
+    (tmp_path / "prefect.yaml").write_text("deployments: []")
+    flow = tmp_path / "flows" / "one.py"
+    flow.write_text("def one(): ...")
+    stack = Stack(home=tmp_path, embedded=frozenset(), prefect_api_url="http://127.0.0.1:4200/api")
+    before = deployments_digest(tmp_path, stack)
+    assert deployments_digest(tmp_path, stack) == before
+    flow.write_text("def one(more=None): ...")
+    assert deployments_digest(tmp_path, stack) != before
+
+
+def test_a_store_in_a_folder_is_the_same_one_for_children(tmp_path: Path) -> None:
+    """Stage programs and deployed runs may be started in another folder."""
+    with contextlib.chdir(tmp_path):
+        found = read_settings({"EQM_STORE": "here/store", "EQM_HOME": "home"})
+    assert (found.store, found.home) == (str(tmp_path / "here/store"), tmp_path / "home")
+    assert found.child_environment()["EQM_STORE"] == found.store
 
 
 def test_a_misspelt_variable_is_refused() -> None:
