@@ -39,6 +39,8 @@ ROLL_CALL_SECONDS = 6.0
 """After a collective broke off, for the others to notice it as well and say that they are there."""
 MOST_WAITS = 12
 """For so many time-outs of collectives the first rank may be at work alone: two hours."""
+AT_WORK_SECONDS = 5.0
+"""So often at least it says so, and hears of the others."""
 LOOK_SECONDS = 5.0
 """Between two looks at what others have done, at most."""
 PR_SET_PDEATHSIG = 1
@@ -152,28 +154,37 @@ class World:
         told = torch.tensor(int(number) if self.is_first else 0, device=self.device)
         return int(self.sum_(told))
 
+    def some_say(self, asked: bool) -> bool:
+        """Whether any rank says so, for all ranks."""
+        return int(self.sum_(torch.tensor(int(asked), device=self.device))) > 0
+
     @contextlib.contextmanager
-    def first_at_work(self) -> Iterator[None]:
+    def first_at_work(self, asked: Callable[[], bool] = lambda: False) -> Iterator[threading.Event]:
         """What the first rank does within may take longer than the others wait for one another.
 
         All enter. The first one tells them all along, by a thread, that it is at it, for MOST_WAITS
-        of their time-outs: then it hangs. Within it calls no other collectives. Raises PeerError.
+        of their time-outs: then it hangs. Within it calls no other collectives. What is given is
+        set, on the first rank, as soon as another one was ``asked`` to end. Raises PeerError.
         """
+        wanted = threading.Event()
         if self.size == 1:
-            yield
+            yield wanted
             return
         if not self.is_first:
-            yield
+            yield wanted
             while self.first_says(True):
-                pass
+                self.some_say(asked())
             return
         ended, failed = threading.Event(), []
 
         def tell() -> None:
             until = time.monotonic() + MOST_WAITS * self.timeout_seconds
+            often = min(AT_WORK_SECONDS, self.timeout_seconds / 10)
             try:
-                while not ended.wait(self.timeout_seconds / 10) and time.monotonic() < until:
+                while not ended.wait(often) and time.monotonic() < until:
                     self.first_says(True)
+                    if self.some_say(False):
+                        wanted.set()
             except Exception as error:
                 # The edge of a thread: it is raised at the end of the work.
                 failed.append(error)
@@ -181,7 +192,7 @@ class World:
         telling = threading.Thread(target=tell, name="at-work", daemon=True)
         telling.start()
         try:
-            yield
+            yield wanted
         finally:
             ended.set()
             telling.join()

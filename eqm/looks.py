@@ -1,7 +1,7 @@
 """How samples look while a training goes on: grids, and a quick distance, of the EMA weights."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -44,27 +44,27 @@ def look(run: Run, asked: Sequence[int] = ()) -> bool:
     """Note how samples of the EMA weights look, and how far they are: eqm.glimpse.
 
     The first process looks, and the others wait for it. As soon as it has been told to end
-    (``asked`` is not empty), the look is left for whoever goes on: the time that is left is the
-    checkpoint's. All processes return whether to go on.
+    (``asked`` is not empty), or hears that another one has, the look is left for whoever goes on:
+    the time that is left is the checkpoint's. All processes return whether to go on.
     """
     tensors = {}
     if gathers(run):
         tensors = {**run.learner.weights(), **run.learner.whole(run.learner.ema.state_dict())}
     left = False
-    with run.world.first_at_work():
+    with run.world.first_at_work(lambda: bool(asked)) as others:
         if run.world.is_first:
             try:
-                note_look(run, tensors, asked)
+                note_look(run, tensors, lambda: bool(asked) or others.is_set())
             except _Left:
                 left = True
     return not run.world.first_says(left)
 
 
-def note_look(run: Run, tensors: dict[str, Tensor], asked: Sequence[int] = ()) -> None:
+def note_look(run: Run, tensors: dict[str, Tensor], leaves: Callable[[], bool]) -> None:
     """What :func:`look` does by itself. A look that fails is told: it costs no training."""
 
     def leave_if_asked(*_: object) -> None:
-        if asked:
+        if leaves():
             raise _Left
 
     settings = run.context.job.runtime.grid_sampler

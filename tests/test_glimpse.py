@@ -3,6 +3,7 @@
 import contextlib
 import io
 import signal
+import threading
 from collections.abc import Iterator
 from types import SimpleNamespace
 
@@ -182,9 +183,9 @@ def test_the_first_process_looks_while_the_others_wait(tiny: chain.Chain, tmp_pa
     among: list[bool] = []
 
     @contextlib.contextmanager
-    def waited_for() -> Iterator[None]:
+    def waited_for(_: object) -> Iterator[threading.Event]:
         before = len(run.log.events)
-        yield
+        yield threading.Event()
         among.append(len(run.log.events) > before)
 
     for first in (True, False):

@@ -185,10 +185,14 @@ def test_the_first_rank_is_waited_for_as_long_as_it_says_that_it_is_at_work(
 ) -> None:
     said: list[bool] = []
     monkeypatch.setattr(World, "first_says", lambda _, number: said.append(number) or number)
+    others = iter([False, False, True, *[False] * 99])
+    monkeypatch.setattr(World, "some_say", lambda *_: next(others))
     world = World(0, 2, torch.device("cpu"), timeout_seconds=0.1)
-    with world.first_at_work():
+    with world.first_at_work() as wanted:
+        assert not wanted.is_set()
         time.sleep(0.2)
         assert said.count(True) == len(said) >= 5
+        assert wanted.is_set()
     assert said.pop() is False
     # Whoever hangs is not spoken for for ever.
     said.clear()
@@ -196,11 +200,13 @@ def test_the_first_rank_is_waited_for_as_long_as_it_says_that_it_is_at_work(
     with world.first_at_work():
         time.sleep(0.3)
     assert 5 <= said.count(True) <= 10
-    others = iter([True, True, False, True])
-    monkeypatch.setattr(World, "first_says", lambda *_: next(others))
-    with World(1, 2, torch.device("cpu")).first_at_work():
+    first, told = iter([True, True, False, True]), []
+    monkeypatch.setattr(World, "first_says", lambda *_: next(first))
+    monkeypatch.setattr(World, "some_say", lambda _, asked: told.append(asked))
+    with World(1, 2, torch.device("cpu")).first_at_work(lambda: len(told) > 0):
         pass
-    assert list(others) == [True]
+    assert list(first) == [True]
+    assert told == [False, True]
 
 
 @pytest.mark.parametrize("kind", [PeerError, torch.OutOfMemoryError])

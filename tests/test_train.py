@@ -252,6 +252,14 @@ def started(job: Job, path: Path, line: list[str] = ALONE) -> subprocess.Popen[s
     )
 
 
+def worker(agent: int, rank: int) -> int:
+    """The process of a rank that torchrun started."""
+    for pid in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        if f"\0RANK={rank}\0" in Path(f"/proc/{pid}/environ").read_text():
+            return int(pid)
+    raise AssertionError(f"no rank {rank} under {agent}")
+
+
 def until(met: Callable[[], bool], child: subprocess.Popen[str]) -> None:
     deadline = time.monotonic() + 120
     while not met() and child.poll() is None and time.monotonic() < deadline:
@@ -502,15 +510,19 @@ def pairs(
     return [(store, record) for store, record in found if record is not None]
 
 
-def test_two_processes_that_are_told_to_end_leave_a_look(tiny: chain.Chain, tmp_path: Path) -> None:
-    """The first one draws samples for minutes, and the other waits for it."""
+@pytest.mark.parametrize("rank", [None, 1])
+def test_two_processes_that_are_told_to_end_leave_a_look(
+    tiny: chain.Chain, tmp_path: Path, rank: int | None
+) -> None:
+    """The first one draws samples for minutes, and the other waits for it: or is told alone."""
     looking = {"grid_every_images": 64, "grid_sampler": SamplerConfig(updates=200_000)}
-    job = untrained(tiny, tmp_path, cache=str(tmp_path / "cache"), **looking)
+    often = {"collective_timeout_seconds": 20.0}
+    job = untrained(tiny, tmp_path, cache=str(tmp_path / "cache"), **looking, **often)
     log = tmp_path / "cache" / "events" / f"{job_digest(job)}.jsonl"
     with started(job, tmp_path / "job.json", IN_PAIRS) as pair:
         until(lambda: log.is_file() and '"metrics"' in log.read_text(), pair)
         time.sleep(0.5)
-        pair.terminate()
+        os.kill(pair.pid if rank is None else worker(pair.pid, rank), signal.SIGTERM)
         _, said = pair.communicate(timeout=60)
     assert "stopped at image 64 of 640, with a checkpoint there" in said
     at = checkpoint.newest(store_of(job), job_digest(job))
