@@ -1,5 +1,5 @@
 # Everything runs in .venv, which the first target that needs it makes from requirements.lock.
-PYTHON ?= $(firstword $(foreach version,3.11 3.12 3.13,$(shell command -v python$(version) 2>/dev/null)) python3.11)
+PYTHON ?= $(firstword $(foreach version,3.11 3.12 3.13,$(shell python$(version) -c '' 2>/dev/null && echo python$(version))) python3.11)
 BIN := .venv/bin
 UV_VERSION := 0.13.9
 # Start-up is half of the demo's time where bytecode is not written.

@@ -4,7 +4,7 @@ Each stage refuses what it cannot do. Here the same is asked of all of them at o
 it depends on is known: the config, the listing of the images, the latents' shape, the machine.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ def check_apart(config: PipelineConfig, settings: Settings, *, named: str = "EQM
     ``named``: what gave the store. Raises ConfigError.
     """
     source, place = config.source_uri, settings.store
-    if config.source.kind == "digits" or source is None:
+    # Other kinds look for files of their own, which no store has.
+    if config.source.kind != "folder" or source is None:
         return
     around, within = _way(source), _way(place)
     rest = within[len(around) :]
@@ -180,8 +181,7 @@ def check_evaluation(plan: Plan, source: Ref | None, *, say: Callable[[str], Non
 
     Sets that scores are tested on and that are not what they should be, no held-out images, too few
     samples; of a ``source`` only one class or images too small for a fitted extractor, too few
-    images for a baseline. Says as well of a policy that asks for more samples than are made, or
-    that is the demo's.
+    images for a baseline.
     """
     check_counts(plan.config)
     if source is not None:
@@ -190,16 +190,20 @@ def check_evaluation(plan: Plan, source: Ref | None, *, say: Callable[[str], Non
         image_sets.check_set(one, plan.config.evaluate.ood.images)
         if one.sha256 is not None:
             say(f"set {one.name}: {one.kind} {one.sha256[:12]}")
-    asked, made = plan.config.policy.minimum_samples, plan.config.generate.samples
+
+
+def told_of_policy(config: PipelineConfig) -> Iterator[str]:
+    """What to say of a policy that asks for more samples than are made, or that is the demo's."""
+    asked, made = config.policy.minimum_samples, config.generate.samples
     if asked > made:
-        say(
-            f"warning: policy.minimum_samples is {asked:,} and generate.samples {made:,}: no model "
-            "will pass; generate more, or ask for fewer"
+        yield (
+            f"policy.minimum_samples is {asked:,} and generate.samples {made:,}: no model will "
+            "pass; generate more, or ask for fewer"
         )
-    if plan.config.policy.name == demo_policy().name and plan.config.source.kind != "digits":
-        say(
-            "warning: policy.name is 'demo', the policy of the preset, whose thresholds were made "
-            "for its digits: set those of [policy] for these images, and a name"
+    if config.policy.name == demo_policy().name and config.source.kind != "digits":
+        yield (
+            "policy.name is 'demo', the policy of the preset, whose thresholds were made for its "
+            "digits: set those of [policy] for these images, and a name"
         )
 
 

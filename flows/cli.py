@@ -404,11 +404,13 @@ def _flow(
 
     changes = changes_of(settings)
     if dry_run:
-        from flows.checks import check_config
+        from flows.checks import check_config, check_counts
         from flows.settings import current_settings
 
         checked = read_config(config, changes)
         check_config(checked, current_settings())
+        if name in ("pipeline", "evaluate", "promote"):
+            check_counts(checked)
         out.print_json(data=to_json(checked))
         return None
     from flows.calling import run_flow

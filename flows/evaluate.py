@@ -22,7 +22,7 @@ from eqm.report_note import render_note
 from eqm.report_page import render_html
 from eqm.stage import open_ref
 from eqm.storage import Store
-from flows.checks import check_evaluation
+from flows.checks import check_evaluation, told_of_policy
 from flows.encode import encode_images, fit_autoencoder, list_images, open_plan
 from flows.jobs import (
     Plan,
@@ -88,8 +88,10 @@ def find_champion(plan: Plan) -> Standing | None:
 
 @stage
 def check_sets(plan: Plan, source: Ref | None = None) -> None:
-    """Refuse before a training what its evaluation would refuse: flows.checks."""
+    """Refuse before a training what its evaluation would refuse, and tell of its policy."""
     check_evaluation(plan, source, say=logged)
+    for told in told_of_policy(plan.config):
+        logged(f"warning: {told}")
 
 
 @stage

@@ -5,6 +5,8 @@ Every cell is a sealed record, so a study that was killed goes on where it was, 
 what is equal in them. It needs no services where the store is a folder.
 """
 
+import contextlib
+import itertools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -108,10 +110,11 @@ def run_study(
     asked_for = studies.study(name)
     source = ask(_source, plan)
     fitting = autoencoder_job(plan, source)
-    ask(_check_cells, plan, asked_for, source, fitting)
+    if not ask(_is_measured, plan, asked_for, source, seeds):
+        ask(_check_cells, plan, asked_for, source, fitting)
     autoencoder = do(plan, fitting, 1)
     asked = asked_for.stage(ask(_base, plan, autoencoder), seeds)
-    plans = [[_cell_plan(plan, asked, i, k) for i in range(len(asked.rows))] for k in range(seeds)]
+    plans = _cells(plan, asked)
     for cell in plans[0]:
         ask(check_trainable, cell, autoencoder, latents_job(plan, source, autoencoder))
     ground = _ground(plan, source, autoencoder, do)
@@ -135,6 +138,31 @@ def run_study(
     for digest in sorted(trained):
         ask(_index, plan, digest, asked, record)
     return record
+
+
+class _NotMade(Exception):
+    """A job that was never done."""
+
+
+def _made(plan: Plan, job: Job, _: int) -> Record:
+    record = plan.store.record(job.stage, job_digest(job))
+    if record is None:
+        raise _NotMade
+    return record
+
+
+def _is_measured(plan: Plan, asked_for: Study, source: Ref, seeds: int) -> bool:
+    """Whether all cells of a study are sealed, or diverged: then nothing is needed any more."""
+    try:
+        autoencoder = _made(plan, autoencoder_job(plan, source), 1)
+        asked = asked_for.stage(_base(plan, autoencoder), seeds)
+        ground = _ground(plan, source, autoencoder, _made)
+        for cell in itertools.chain(*_cells(plan, asked)):
+            with contextlib.suppress(DivergedError):
+                _measure(cell, ground, _made, directly)
+    except _NotMade:
+        return False
+    return True
 
 
 def _check_cells(plan: Plan, asked_for: Study, source: Ref, fitting: Job) -> None:
@@ -162,6 +190,12 @@ def _ground(plan: Plan, source: Ref, autoencoder: Record, do: Ensure) -> Ground:
 
 def _base(plan: Plan, autoencoder: Record) -> Base:
     return Base(config=plan.config, latent_shape=latent_spec(autoencoder, plan.store).shape)
+
+
+def _cells(plan: Plan, asked: StudyStage) -> list[list[Plan]]:
+    """The plans of each repetition, one a row."""
+    rows = range(len(asked.rows))
+    return [[_cell_plan(plan, asked, i, k) for i in rows] for k in range(asked.seeds)]
 
 
 def _cell_plan(plan: Plan, asked: StudyStage, row: int, repetition: int) -> Plan:

@@ -71,13 +71,16 @@ def _rehearsed(asked: "Study", base: "PipelineConfig", seeds: int) -> Iterator[s
     from eqm.config import with_settings
     from eqm.recipes import latent_shape
     from eqm.records import digest
-    from flows.checks import check_training
+    from flows.checks import check_config, check_counts, check_training
+    from flows.settings import current_settings
 
+    check_config(base, current_settings())
     # What a latent measures is known for sure when images are encoded.
     stage = asked.stage(studies.Base(config=base, latent_shape=latent_shape(base)), seeds)
     cells = [with_settings(base, row.changes) for row in stage.rows]
     for cell in cells:
         check_training(cell)
+        check_counts(cell)
     yield from (f"{row.label}: {json.dumps(row.changes)}" for row in stage.rows)
     trained = {digest((cell.network, cell.objective, cell.train)) for cell in cells}
     yield (

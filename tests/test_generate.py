@@ -233,19 +233,6 @@ def test_how_long_it_took_is_kept_and_in_no_digest(tiny: chain.Chain, tmp_path: 
 # -- what is made -------------------------------------------------------------------------------
 
 
-def test_a_record_says_what_its_samples_cost(tiny: chain.Chain) -> None:
-    known = columns(tiny.store, tiny["samples"], "evaluations", "gradient_norms")
-    norms = known["gradient_norms"].double()
-    # A mean would follow the few that are far away.
-    assert norms.median() != norms.mean()
-    assert tiny["samples"].values == {
-        "samples": 50,
-        "images_kept": 40,
-        "mean_field_evaluations": float(known["evaluations"].double().mean()),
-        "median_gradient_norm": float(norms.median()),
-    }
-
-
 def test_labels_are_balanced(tiny: chain.Chain) -> None:
     found = columns(tiny.store, tiny["samples"], "labels")
     assert found.keys() == {"labels"}

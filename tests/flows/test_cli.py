@@ -305,6 +305,7 @@ def test_a_dry_run_of_a_file(run, tmp_path: Path) -> None:
     [
         (["compute.micro_batch=7"], "compute.micro_batch is 7"),
         (["source.kind=folder", "source_uri=."], "which is in the source .: its folders"),
+        (["source.held_out_fraction=0"], "source.held_out_fraction is 0, which leaves no"),
     ],
 )
 def test_a_dry_run_refuses_what_the_run_would(
@@ -313,6 +314,7 @@ def test_a_dry_run_refuses_what_the_run_would(
     monkeypatch.setenv("EQM_STORE", "store")
     sets = [word for change in changes for word in ("--set", change)]
     refused(run("pipeline", "tiny", *sets, "--dry-run"), words)
+    refused(run("study", "samplers", "--config", "tiny", *sets, "--dry-run"), words)
     assert list(tmp_path.iterdir()) == []
 
 

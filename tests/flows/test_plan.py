@@ -71,6 +71,9 @@ def test_a_store_within_the_source_is_refused_wherever_both_are(
         else contextlib.nullcontext()
     ):
         check_config(config, current_settings())
+    # Tars are looked for by their names, and no store has them.
+    tars = read_config("tiny", {"source.kind": "webdataset", "source_uri": source})
+    check_config(tars, current_settings())
 
 
 def test_what_is_set_for_all_stages_is_told_to_them(

@@ -138,6 +138,7 @@ FIRES = {
     "weekly": ("0 3 * * 1", 7.0),
     "reevaluate-champion": ("30 1 * * *", 1.0),
     "clean": ("0 6 1 * *", 28.0),
+    # After 28 to 31, and one at a time: in February a month's study may have to wait.
     "study": ("0 7 2 * *", 31.0),
 }
 """As docs/operating.md says."""

@@ -8,10 +8,12 @@ from typing import Any
 
 import chain
 import pytest
+from PIL import Image
 
 from eqm import studies, study
 from eqm.config import Job, StudyRow, replace, with_settings
 from eqm.errors import ConfigError, DataError, IntegrityError, StageError
+from eqm.image_sets import digest_of
 from eqm.records import to_json
 from eqm.stage import job_digest, run
 from eqm.storage import LocalStore
@@ -217,6 +219,29 @@ def test_rows_that_diverge_are_told_and_the_others_go_on(
 
     again = Told()
     assert run_study(by(plan, again), "mixed", seeds=1) == record
+    assert again.begun == []
+
+
+def test_a_sealed_study_needs_nothing_any_more(
+    plan: Plan, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    outside = tmp_path / "set"
+    for k in range(2):
+        outside.mkdir(exist_ok=True)
+        Image.new("L", (8, 8), 90 * k).save(outside / f"{k}.png")
+    files = {"kind": "folder", "uri": str(outside)}
+    own = {"evaluate.ood.sets": [{"name": "mine", **files, "sha256": digest_of(**files)}]}
+    with_set = replace(by(plan, InThisProcess()), config=with_settings(plan.config, own))
+    caplog.set_level("INFO")
+    record = run_study(with_set, "small", seeds=1)
+    assert "policy" not in caplog.text, "nothing is judged"
+    shutil.rmtree(outside)
+    again = InThisProcess()
+    assert run_study(by(with_set, again), "small", seeds=1) == record
+    assert again.begun == []
+    # One that lacks a cell is told what its evaluation will need.
+    with pytest.raises(DataError, match=r"sets\['mine'\]\.uri .* does not exist"):
+        run_study(by(with_set, again), "small", seeds=2)
     assert again.begun == []
 
 
