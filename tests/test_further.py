@@ -371,8 +371,8 @@ def test_keys_say_what_they_are_of(kind: str, extractor: str) -> None:
 @pytest.mark.parametrize(
     ("kind", "name", "metrics"),
     [
-        (dinov2, "FD[dinov2-vit-s-14]-16", KEYS),
-        (inception, "FD[inception-v3-{}]-16", (*KEYS, "spatial_distance", "score")),
+        (dinov2, "FD[dinov2-vit-s-14]-20", KEYS),
+        (inception, "FD[inception-v3-{}]-20", (*KEYS, "spatial_distance", "score")),
     ],
 )
 def test_large_extractors_beside_the_main_one(
@@ -383,7 +383,7 @@ def test_large_extractors_beside_the_main_one(
     weights: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> None:
-    config = replace(base, generate=replace(base.generate, samples=16))
+    config = replace(base, generate=replace(base.generate, samples=20))
     table = kind(weights)
     found = under(measured(config, {"large": {"extractor": table}}, tmp_path_factory), "large")
     assert set(found) == set(metrics) - {"distance_endless"}
