@@ -406,6 +406,11 @@ def test_snapshots_that_do_not_suffice_are_refused():
         reconstruct([Snapshot(0.05, 64, one)] * 2, 0.08)
     with pytest.raises(DataError, match="a snapshot is of image 0"):
         reconstruct([Snapshot(0.05, 0, one), Snapshot(0.1, 64, other)], 0.08)
+    # Whether or not the one that is wanted stands before it.
+    kept = [Snapshot(0.05, 64, one), Snapshot(0.05, 128, other)]
+    for some in (kept, kept[::-1]):
+        with pytest.raises(DataError, match=r"of image 128, after the moment wanted \(64\)"):
+            reconstruct(some, 0.05, images_seen=64)
     with pytest.raises(DataError, match=r"w has shape \(3,\) in one and \(2,\) in another"):
         reconstruct([Snapshot(0.05, 64, one), Snapshot(0.1, 64, {"w": torch.ones(2)})], 0.08)
     with pytest.raises(DataError, match=r"v has shape none in one and \(3,\) in another"):
