@@ -161,6 +161,16 @@ def test_what_is_named_while_the_first_look_is_taken_stays(
     assert store.holds(blob)
 
 
+def test_scaffolding_that_is_partly_young_stays_whole(store: LocalStore, tiny: chain.Chain) -> None:
+    """Half of a checkpoint serves nobody who reads it just now."""
+    folder = f"train/{tiny['train'].digest}/checkpoints/"
+    before = store.list(folder)
+    assert len(before) > 1
+    os.utime(store.root / before[-1])
+    sweep(store, older_than_seconds=MONTH, now=NOW)
+    assert store.list(folder) == before
+
+
 def test_what_is_stored_again_while_others_go_stays(
     store: LocalStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
