@@ -67,11 +67,12 @@ def test_a_decision_that_contradicts_its_reasons_is_none(bench: Bench) -> None:
     assert bench.moves() == []
 
 
-def test_changed_bytes_are_neither_promoted_nor_gone_back_to(bench: Bench) -> None:
+@pytest.mark.parametrize("name", ["ema.safetensors", "model.json"])
+def test_changed_bytes_are_neither_promoted_nor_gone_back_to(bench: Bench, name: str) -> None:
     """What was evaluated is read once more, whatever was said of it."""
     first, second = bench.trains(), bench.trains()
     bench.promotes(first)
-    blob = bench.trained[second.number].outputs["ema.safetensors"]
+    blob = bench.trained[second.number].outputs[name]
     file = bench.store.root / blob.key
 
     def damage(path: Path) -> bytes:
@@ -86,7 +87,7 @@ def test_changed_bytes_are_neither_promoted_nor_gone_back_to(bench: Bench) -> No
     assert (len(bench.moves()), bench.shown()) == (1, 1)
     file.write_bytes(whole)
     bench.promotes(second)
-    damage(bench.store.root / bench.trained[1].outputs["ema.safetensors"].key)
+    damage(bench.store.root / bench.trained[1].outputs[name].key)
     with pytest.raises(IntegrityError, match="is damaged"):
         bench.rolls_back()
     assert (len(bench.moves()), bench.shown()) == (2, 2)
