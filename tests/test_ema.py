@@ -261,6 +261,16 @@ def test_initial_weights_are_forgotten_at_the_first_update():
         average.update({"a": torch.ones(3, 2)}, images=1, images_seen=64)
 
 
+def test_an_update_that_was_left_out_moves_no_average():
+    start, now = {"w": torch.zeros(3)}, {"w": torch.ones(3)}
+    for made in (EMA(start, half_life_images=64), PowerEMA(start, sigma_rel=0.1)):
+        further = {"images_seen": 64} if isinstance(made, PowerEMA) else {}
+        made.update(now, images=64, happened=torch.tensor(0.0), **further)
+        assert made.state_dict()["w"].tolist() == [0, 0, 0]
+        made.update(now, images=64, happened=torch.tensor(1.0), **further)
+        assert (made.state_dict()["w"] > 0.4).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_power_functions_are_averaged_in_float32_at_least(dtype):
     path = walk(400).to(dtype)
