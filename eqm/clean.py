@@ -139,7 +139,8 @@ def sweep(store: Store, *, older_than_seconds: float, now: datetime.datetime) ->
     """Delete what a survey condemns and a second one condemns again; returns what went.
 
     What is to go is written down first, under ``cleanings/``. Bytes that were stored again since
-    stay all the same: each is looked at once more before it goes. Raises as :func:`survey`.
+    stay all the same: each is looked at once more before it goes. Where a stage went on meanwhile,
+    whatever it may name stays too. Raises as :func:`survey`.
     """
     first = survey(store, older_than_seconds=older_than_seconds, now=now)
     if not first.keys:
@@ -159,6 +160,10 @@ def sweep(store: Store, *, older_than_seconds: float, now: datetime.datetime) ->
     stayed: set[str] = set()
     with ThreadPoolExecutor(READERS) as threads:
         for ready in _in_turn(agreed.keys):
+            if stayed:
+                # What names bytes was written anew, and may name old ones.
+                stayed |= set(ready)
+                continue
             went = threads.map(lambda key: _delete_old(store, key, cutoff), ready)
             stayed |= {key for key, gone in zip(ready, went, strict=True) if not gone}
     return _without(agreed, stayed)

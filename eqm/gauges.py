@@ -75,9 +75,10 @@ def fingerprint(tensors: Iterable[Tensor]) -> int:
 
 
 def _bits(tensor: Tensor) -> Tensor:
-    # In halves of 8 bytes: the two highest bits of 64 are lost where the sums are cut to 62.
-    narrow = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int32}[tensor.itemsize]
-    return tensor.flatten().view(narrow)
+    if tensor.itemsize == 8:
+        # In halves: the two highest bits of 64 are lost where the sums are cut to 62.
+        return tensor.flatten().view(torch.int32)
+    return tensor.view({1: torch.int8, 2: torch.int16, 4: torch.int32}[tensor.itemsize])
 
 
 def peak_memory(device: torch.device) -> dict[str, float]:

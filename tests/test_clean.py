@@ -192,6 +192,29 @@ def test_what_is_stored_again_while_others_go_stays(
     assert gone.kept == len(store.list("")) - 1
 
 
+def test_what_a_training_may_name_stays_where_it_goes_on_meanwhile(
+    store: LocalStore, tiny: chain.Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsealed(store, tiny)
+    monkeypatch.setattr(clean, "READERS", 1)
+    found = look(store)
+    names = [key for key in found.keys if key.endswith(".json")]
+    rest = set(found.keys) - set(names)
+    assert len(names) > 1
+    assert rest
+    deleted = LocalStore.delete
+
+    def goes_on(self: LocalStore, key: str) -> None:
+        deleted(self, key)
+        if (self.root / names[-1]).exists():
+            os.utime(self.root / names[-1])
+
+    monkeypatch.setattr(LocalStore, "delete", goes_on)
+    gone = sweep(store, older_than_seconds=MONTH, now=NOW)
+    assert not rest & set(gone.keys)
+    assert rest | {names[-1]} <= set(store.list(""))
+
+
 def named(stage: str, digest: str) -> Record:
     """A record of a kind that nobody knows, which names a blob among its values."""
     values = {"found": {"at": f"blobs/sha256/{digest}"}}
