@@ -103,6 +103,23 @@ def test_tags_say_what_became_of_every_version(bench: Bench) -> None:
     assert status == ["earlier champion", "champion", "rolled back"]
     assert [tag["eqm.history"] for tag in tags] == ["1", "4", "3"]
     assert {tag["eqm.report"] for tag in tags} == {f"reports/{n}.html" for n in (1, 2, 3)}
+    moves = champion.history(bench.store, bench.model)
+    contents = [move.evaluation.content for move in moves[:3]]
+    assert [tag["eqm.evaluation_content"] for tag in tags] == contents
+
+
+def test_a_number_that_is_another_training_s_by_now_is_not_pointed_to(bench: Bench) -> None:
+    """A model that was deleted in MLflow and registered anew counts from 1 again."""
+    champion_, other = bench.trains(), bench.trains()
+    bench.promotes(champion_)
+    bench.registry.versions[bench.model].clear()
+    bench.registry.aliases.clear()
+    bench.registers(bench.trained[other.number])
+    bench.registers(bench.trained[champion_.number])
+    champion.repair(bench.store, bench.registry, bench.model)
+    assert bench.shown() == 2
+    assert bench.registry.by_number(bench.model, 2).source == champion_.source
+    assert "eqm.status" not in bench.registry.by_number(bench.model, 1).tags
 
 
 def test_what_was_rolled_back_is_known_as_such(bench: Bench) -> None:
