@@ -63,6 +63,12 @@ def test_interpolated_images_lie_halfway_between_pairs():
         assert ((2 * found[i] - total).abs() <= 1).all()
 
 
+@pytest.mark.parametrize("kind", ["flipped", "shuffled", "interpolated", "constant"])
+def test_a_set_has_no_more_images_than_are_asked_for(kind):
+    inside = torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8)
+    assert 2 <= len(read_set(OODSet(name="x", kind=kind), inside, 6)) <= 6
+
+
 def test_a_set_of_one_image_is_refused():
     with pytest.raises(DataError, match="set 'x' has 1 image: give at least 2"):
         read_set(OODSet(name="x", kind="flipped"), INSIDE[:1], 5)
