@@ -89,7 +89,7 @@ class Cleaning:
     at: str
     older_than_seconds: float
     deleted: dict[str, int] = field(default_factory=dict)
-    """Key -> its size in bytes."""
+    """Key -> its size in bytes; what was stored again before its turn came stays all the same."""
 
 
 def survey(store: Store, *, older_than_seconds: float, now: datetime.datetime) -> Survey:
@@ -138,7 +138,9 @@ def survey(store: Store, *, older_than_seconds: float, now: datetime.datetime) -
 def sweep(store: Store, *, older_than_seconds: float, now: datetime.datetime) -> Survey:
     """Delete what a survey condemns and a second one condemns again; returns what went.
 
-    What goes is written down first, under ``cleanings/``. Raises as :func:`survey`.
+    What is to go is written down first, under ``cleanings/``. Bytes that were stored again since
+    stay all the same: each is looked at once more before it goes. Where a stage went on meanwhile,
+    whatever it may name stays too. Raises as :func:`survey`.
     """
     first = survey(store, older_than_seconds=older_than_seconds, now=now)
     if not first.keys:
@@ -154,10 +156,43 @@ def sweep(store: Store, *, older_than_seconds: float, now: datetime.datetime) ->
     sizes = {one.key: one.size_bytes for found in condemned.values() for one in found}
     note = Cleaning(schema=SCHEMA, at=at, older_than_seconds=older_than_seconds, deleted=sizes)
     store.write_once(f"{CLEANINGS}{at}.json", note_to_bytes(note))
+    cutoff = now.timestamp() - older_than_seconds
+    stayed: set[str] = set()
     with ThreadPoolExecutor(READERS) as threads:
         for ready in _in_turn(agreed.keys):
-            list(threads.map(store.delete, ready))
-    return agreed
+            if stayed:
+                # What names bytes was written anew, and may name old ones.
+                stayed |= set(ready)
+                continue
+            went = threads.map(lambda key: _delete_old(store, key, cutoff), ready)
+            stayed |= {key for key, gone in zip(ready, went, strict=True) if not gone}
+    return _without(agreed, stayed)
+
+
+def _delete_old(store: Store, key: str, cutoff: float) -> bool:
+    """Delete a key; False, and it stays, where it was written or stored again meanwhile.
+
+    A sweep takes minutes, in which a stage may store bytes that it is about to name.
+    """
+    modified = store.modified(key)
+    if modified is not None and modified >= cutoff:
+        return False
+    store.delete(key)
+    return True
+
+
+def _without(found: Survey, stayed: set[str]) -> Survey:
+    """A survey of what went, without what stayed."""
+    if not stayed:
+        return found
+    went = {
+        why: tuple(one for one in some if one.key not in stayed)
+        for why, some in found.condemned.items()
+    }
+    left = [
+        one.size_bytes for some in found.condemned.values() for one in some if one.key in stayed
+    ]
+    return Survey(went, found.kept + len(left), found.kept_bytes + sum(left))
 
 
 def _in_turn(keys: list[str]) -> list[list[str]]:

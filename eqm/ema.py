@@ -313,7 +313,7 @@ def _moment(moments: Sequence[tuple[float, int]], sigma_rel: float, asked: int |
             "(0.05, 0.10)"
         )
     end = max(seen for _, seen in moments) if asked is None else asked
-    for sigma, seen in moments:
+    for _, seen in moments:
         if seen < 1:
             raise DataError(f"a snapshot is of image {seen}: it must be of 1 or a later one")
         if seen > end:
@@ -321,9 +321,7 @@ def _moment(moments: Sequence[tuple[float, int]], sigma_rel: float, asked: int |
                 f"a snapshot is of image {seen:,}, after the moment wanted ({end:,}): leave it "
                 "out, for it has seen weights that the average wanted has not"
             )
-        if (sigma, seen) == (sigma_rel, end):
-            return end
-    if len(set(moments)) < 2:
+    if (sigma_rel, end) not in moments and len(set(moments)) < 2:
         raise DataError(
             f"one snapshot, of sigma_rel {moments[0][0]} at image {moments[0][1]:,}, gives no "
             "other average: give more, of two lengths at best"

@@ -8,10 +8,11 @@ shuffled, interpolated), or read from files as they are distributed:
     svhn      train_32x32.mat, test_32x32.mat, extra_32x32.mat     (cropped digits, MATLAB 5)
     dtd       images/<class>/*.jpg, labels/<split>.txt             (Describable Textures)
 
-Files of a config are trusted no further than their digest, which is checked before any of them is
-parsed; what is malformed is refused by name and place, and nothing in a file is ever executed. Of a
-set that has more images than are asked for, some are taken that are spread over all of it, always
-the same ones. Called by outliers and flows.
+Files of a config are trusted no further than their digest, which is checked before any image is
+parsed (the list of a split of dtd is read first: it says what the files are); what is malformed is
+refused by name and place, and nothing in a file is ever executed. Of a set that has more images
+than are asked for, some are taken that are spread over all of it, always the same ones. Called by
+outliers and flows.
 """
 
 import sys

@@ -125,9 +125,18 @@ class Bucket:
 
     def size(self, key: str) -> int | None:
         """Bytes of an object; None if there is none."""
+        head = self._head(key)
+        return None if head is None else head["ContentLength"]
+
+    def modified(self, key: str) -> float | None:
+        """When an object was written, in seconds of Unix; None if there is none."""
+        head = self._head(key)
+        return None if head is None else head["LastModified"].timestamp()
+
+    def _head(self, key: str) -> dict[str, Any] | None:
         try:
             with self._errors(key):
-                return self.client.head_object(Bucket=self.name, Key=key)["ContentLength"]
+                return self.client.head_object(Bucket=self.name, Key=key)
         except MissingError:
             return None
 

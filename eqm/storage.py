@@ -131,6 +131,10 @@ class Store(ABC):
         """All keys that begin with a prefix, with their sizes and times."""
 
     @abstractmethod
+    def modified(self, key: str) -> float | None:
+        """The time of one key as :meth:`stored` tells it; None where it is not there."""
+
+    @abstractmethod
     def refresh(self, blob: Blob) -> None:
         """Have a blob that is there count as written now. Raises MissingError."""
 
@@ -392,11 +396,22 @@ class LocalStore(Store):
         for key in self.list(prefix):
             # One that is gone by now is none.
             with contextlib.suppress(FileNotFoundError):
-                found = self._path(key).stat()
-                # Whose times we cannot renew in `refresh` must never look old.
-                ours = found.st_uid == os.geteuid()
-                modified = found.st_mtime if ours else time.time()
-                yield Stored(key, found.st_size, max(modified, self._changed(key)))
+                size_bytes, modified = self._seen(key)
+                yield Stored(key, size_bytes, modified)
+
+    def modified(self, key: str) -> float | None:
+        """The time of one key; None where it is not there."""
+        try:
+            return self._seen(key)[1]
+        except FileNotFoundError:
+            return None
+
+    def _seen(self, key: str) -> tuple[int, float]:
+        """Size and time of a key. Raises FileNotFoundError."""
+        found = self._path(key).stat()
+        # Whose times we cannot renew in `refresh` must never look old.
+        modified = found.st_mtime if found.st_uid == os.geteuid() else time.time()
+        return found.st_size, max(modified, self._changed(key))
 
     def _changed(self, key: str) -> float:
         """When a key was replaced last; 0 for never."""
@@ -548,6 +563,10 @@ class S3Store(Store):
         cut = len(self.prefix) + 1 if self.prefix else 0
         for found in self.bucket.list(self.name(prefix)):
             yield Stored(found.key[cut:], found.size_bytes, found.modified)
+
+    def modified(self, key: str) -> float | None:
+        """The time of one key, in whole seconds; None where it is not there."""
+        return self.bucket.modified(self.name(key))
 
     def refresh(self, blob: Blob) -> None:
         """Have a blob that is there count as written now. Raises MissingError."""

@@ -122,7 +122,8 @@ class Bench:
 
     def trains(self) -> Version:
         """Seal another training, and register it."""
-        weights = f"weights {len(self.trained)}".encode()
+        names = ("ema.safetensors", "model.json")
+        outputs = {name: f"{name} {len(self.trained)}".encode() for name in names}
         runtime = Runtime(store=self.store.uri, device="cpu", threads=1)
         config: dict[str, Any] = {
             "network": {},
@@ -130,7 +131,7 @@ class Bench:
             "train": {"seed": len(self.trained)},
         }
         job = Job(stage="train", config=config, inputs={}, runtime=runtime)
-        record = stage.run(job, lambda _: Outcome(outputs={"ema.safetensors": weights}))
+        record = stage.run(job, lambda _: Outcome(outputs={**outputs}))
         version = self.registers(record)
         self.trained[version.number] = record
         return version

@@ -144,6 +144,23 @@ def test_nothing_is_trained_and_no_knob_stays_turned() -> None:
     assert identity(SOURCE).parameters == 0
 
 
+def test_precision_chosen_for_training_does_not_reach_moments_and_images() -> None:
+    """On a GPU: TF32 is on by default there, and no CPU would tell."""
+    backends, kl, told = torch.backends, a_kl(), []
+    knobs = (backends.cudnn.conv, backends.cuda.matmul)  # type: ignore[attr-defined]
+    for part in (kl.network.encoder, kl.network.decoder):  # type: ignore[union-attr]
+        part.register_forward_hook(lambda *_: told.append([k.fp32_precision for k in knobs]))
+    before = [knob.fp32_precision for knob in knobs]
+    try:
+        for knob in knobs:
+            knob.fp32_precision = "tf32"
+        kl.decode(mean_latents(kl.encode(pixels()), kl.spec))
+    finally:
+        for knob, value in zip(knobs, before, strict=True):
+            knob.fp32_precision = value
+    assert told == [["ieee", "ieee"]] * 2
+
+
 @pytest.mark.parametrize("make", [a_kl, lambda: identity(SOURCE)])
 def test_images_and_latents_of_another_form_are_refused(make: object) -> None:
     made: Autoencoder = make()  # type: ignore[operator]

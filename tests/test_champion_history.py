@@ -67,11 +67,12 @@ def test_a_decision_that_contradicts_its_reasons_is_none(bench: Bench) -> None:
     assert bench.moves() == []
 
 
-def test_changed_bytes_are_neither_promoted_nor_gone_back_to(bench: Bench) -> None:
+@pytest.mark.parametrize("name", ["ema.safetensors", "model.json"])
+def test_changed_bytes_are_neither_promoted_nor_gone_back_to(bench: Bench, name: str) -> None:
     """What was evaluated is read once more, whatever was said of it."""
     first, second = bench.trains(), bench.trains()
     bench.promotes(first)
-    blob = bench.trained[second.number].outputs["ema.safetensors"]
+    blob = bench.trained[second.number].outputs[name]
     file = bench.store.root / blob.key
 
     def damage(path: Path) -> bytes:
@@ -86,7 +87,7 @@ def test_changed_bytes_are_neither_promoted_nor_gone_back_to(bench: Bench) -> No
     assert (len(bench.moves()), bench.shown()) == (1, 1)
     file.write_bytes(whole)
     bench.promotes(second)
-    damage(bench.store.root / bench.trained[1].outputs["ema.safetensors"].key)
+    damage(bench.store.root / bench.trained[1].outputs[name].key)
     with pytest.raises(IntegrityError, match="is damaged"):
         bench.rolls_back()
     assert (len(bench.moves()), bench.shown()) == (2, 2)
@@ -102,6 +103,23 @@ def test_tags_say_what_became_of_every_version(bench: Bench) -> None:
     assert status == ["earlier champion", "champion", "rolled back"]
     assert [tag["eqm.history"] for tag in tags] == ["1", "4", "3"]
     assert {tag["eqm.report"] for tag in tags} == {f"reports/{n}.html" for n in (1, 2, 3)}
+    moves = champion.history(bench.store, bench.model)
+    contents = [move.evaluation.content for move in moves[:3]]
+    assert [tag["eqm.evaluation_content"] for tag in tags] == contents
+
+
+def test_a_number_that_is_another_training_s_by_now_is_not_pointed_to(bench: Bench) -> None:
+    """A model that was deleted in MLflow and registered anew counts from 1 again."""
+    champion_, other = bench.trains(), bench.trains()
+    bench.promotes(champion_)
+    bench.registry.versions[bench.model].clear()
+    bench.registry.aliases.clear()
+    bench.registers(bench.trained[other.number])
+    bench.registers(bench.trained[champion_.number])
+    champion.repair(bench.store, bench.registry, bench.model)
+    assert bench.shown() == 2
+    assert bench.registry.by_number(bench.model, 2).source == champion_.source
+    assert "eqm.status" not in bench.registry.by_number(bench.model, 1).tags
 
 
 def test_what_was_rolled_back_is_known_as_such(bench: Bench) -> None:

@@ -161,6 +161,60 @@ def test_what_is_named_while_the_first_look_is_taken_stays(
     assert store.holds(blob)
 
 
+def test_scaffolding_that_is_partly_young_stays_whole(store: LocalStore, tiny: chain.Chain) -> None:
+    """Half of a checkpoint serves nobody who reads it just now."""
+    folder = f"train/{tiny['train'].digest}/checkpoints/"
+    before = store.list(folder)
+    assert len(before) > 1
+    os.utime(store.root / before[-1])
+    sweep(store, older_than_seconds=MONTH, now=NOW)
+    assert store.list(folder) == before
+
+
+def test_what_is_stored_again_while_others_go_stays(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sweep(store, older_than_seconds=MONTH, now=NOW)
+    monkeypatch.setattr(clean, "READERS", 1)
+    first, last = sorted((store.put(b"one"), store.put(b"another")), key=lambda blob: blob.key)
+    age(store)
+    deleted = LocalStore.delete
+
+    def stores_again(self: LocalStore, key: str) -> None:
+        deleted(self, key)
+        store.refresh(last)
+
+    monkeypatch.setattr(LocalStore, "delete", stores_again)
+    gone = sweep(store, older_than_seconds=MONTH, now=NOW + datetime.timedelta(seconds=1))
+    assert gone.keys == [first.key]
+    assert store.holds(last)
+    # The note of this sweep came later.
+    assert gone.kept == len(store.list("")) - 1
+
+
+def test_what_a_training_may_name_stays_where_it_goes_on_meanwhile(
+    store: LocalStore, tiny: chain.Chain, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unsealed(store, tiny)
+    monkeypatch.setattr(clean, "READERS", 1)
+    found = look(store)
+    names = [key for key in found.keys if key.endswith(".json")]
+    rest = set(found.keys) - set(names)
+    assert len(names) > 1
+    assert rest
+    deleted = LocalStore.delete
+
+    def goes_on(self: LocalStore, key: str) -> None:
+        deleted(self, key)
+        if (self.root / names[-1]).exists():
+            os.utime(self.root / names[-1])
+
+    monkeypatch.setattr(LocalStore, "delete", goes_on)
+    gone = sweep(store, older_than_seconds=MONTH, now=NOW)
+    assert not rest & set(gone.keys)
+    assert rest | {names[-1]} <= set(store.list(""))
+
+
 def named(stage: str, digest: str) -> Record:
     """A record of a kind that nobody knows, which names a blob among its values."""
     values = {"found": {"at": f"blobs/sha256/{digest}"}}
@@ -378,6 +432,8 @@ def test_s3_tells_ages_and_renews_them(s3_environment: dict[str, str], tmp_path:
     store.bucket.refresh(f"clean/{blob.key}", 0)  # type: ignore[attr-defined]
     (after,) = store.stored("")
     assert after.modified > before.modified
+    assert store.modified(blob.key) == after.modified
+    assert store.modified("blobs/none") is None
     assert store.get(blob) == b"of an attempt that was killed"
     sealed = store.seal(named("invention", blob.sha256))
     assert survey(store, older_than_seconds=MONTH, now=later).keys == []

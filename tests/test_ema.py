@@ -261,6 +261,16 @@ def test_initial_weights_are_forgotten_at_the_first_update():
         average.update({"a": torch.ones(3, 2)}, images=1, images_seen=64)
 
 
+def test_an_update_that_was_left_out_moves_no_average():
+    start, now = {"w": torch.zeros(3)}, {"w": torch.ones(3)}
+    for made in (EMA(start, half_life_images=64), PowerEMA(start, sigma_rel=0.1)):
+        further = {"images_seen": 64} if isinstance(made, PowerEMA) else {}
+        made.update(now, images=64, happened=torch.tensor(0.0), **further)
+        assert made.state_dict()["w"].tolist() == [0, 0, 0]
+        made.update(now, images=64, happened=torch.tensor(1.0), **further)
+        assert (made.state_dict()["w"] > 0.4).all()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_power_functions_are_averaged_in_float32_at_least(dtype):
     path = walk(400).to(dtype)
@@ -406,6 +416,11 @@ def test_snapshots_that_do_not_suffice_are_refused():
         reconstruct([Snapshot(0.05, 64, one)] * 2, 0.08)
     with pytest.raises(DataError, match="a snapshot is of image 0"):
         reconstruct([Snapshot(0.05, 0, one), Snapshot(0.1, 64, other)], 0.08)
+    # Whether or not the one that is wanted stands before it.
+    kept = [Snapshot(0.05, 64, one), Snapshot(0.05, 128, other)]
+    for some in (kept, kept[::-1]):
+        with pytest.raises(DataError, match=r"of image 128, after the moment wanted \(64\)"):
+            reconstruct(some, 0.05, images_seen=64)
     with pytest.raises(DataError, match=r"w has shape \(3,\) in one and \(2,\) in another"):
         reconstruct([Snapshot(0.05, 64, one), Snapshot(0.1, 64, {"w": torch.ones(2)})], 0.08)
     with pytest.raises(DataError, match=r"v has shape none in one and \(3,\) in another"):

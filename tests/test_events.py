@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import chain
@@ -259,8 +260,21 @@ def test_waiting_is_told_from_working() -> None:
     assert 0 < found["images_per_second"] < 3 * 32 / 0.15
     assert found["step_seconds"] == pytest.approx(32 / found["images_per_second"])
     nothing = watch.figures(32)
-    assert nothing["images_per_second"] == 0
+    # What was waited for before the last report counts no more.
+    assert nothing["images_per_second"] == nothing["data_wait_share"] == 0
     assert "step_seconds" not in nothing
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="not Linux")
+def test_the_peak_of_memory_is_not_that_of_whoever_started_the_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A process begins with its parent's in what ``getrusage`` tells."""
+    inherited = SimpleNamespace(ru_maxrss=2**40)
+    monkeypatch.setattr(gauges.resource, "getrusage", lambda _: inherited)
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    found = gauges.peak_memory(torch.device("cpu"))["memory_peak_bytes"]
+    assert 0.99 * resident < found < 2**40
 
 
 # -- the log of a training ----------------------------------------------------------------------

@@ -573,6 +573,34 @@ def test_spatial_features_of_inception_are_those_of_adm(weights_file, inception)
     assert torch.equal(found.reshape(2, 17, 17, 7), mixed_6[:, :7].permute(0, 2, 3, 1))
 
 
+@pytest.mark.parametrize("kind", ["inception", "dinov2", "clip"])
+def test_precision_chosen_for_training_does_not_reach_networks_of_others(
+    kind, weights_file, tmp_path
+):
+    """On a GPU: TF32 is on by default there, and no CPU would tell."""
+    if kind == "inception":
+        extractor = inception_extractor(weights_file, sha256_of(weights_file))
+    elif kind == "dinov2":
+        state = DINOv2(384, 1, gated=False).state_dict()
+        extractor = dinov2_extractor(*saved(tmp_path, state))
+    else:
+        state = CLIPVisual(512, 224, 1, 64, 32).state_dict()
+        extractor = clip_extractor(*saved(tmp_path, state))
+    knobs, told = (torch.backends.cudnn.conv, torch.backends.cuda.matmul), []
+    extractor._network.register_forward_pre_hook(
+        lambda *_: told.append([knob.fp32_precision for knob in knobs])
+    )
+    before = [knob.fp32_precision for knob in knobs]
+    try:
+        for knob in knobs:
+            knob.fp32_precision = "tf32"
+        extractor(images(1, 3, 16, 16))
+    finally:
+        for knob, value in zip(knobs, before, strict=True):
+            knob.fp32_precision = value
+    assert told == [["ieee", "ieee"]]
+
+
 def test_inception_repeats_grayscale(inception):
     gray = images(1, 1, 16, 16)
     assert torch.equal(inception(gray), inception(gray.repeat(1, 3, 1, 1)))

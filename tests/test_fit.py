@@ -369,6 +369,51 @@ def test_mirrors_are_seen_where_they_are_of_the_class() -> None:
     assert torch.equal(found[~same], plain[~same].flip(-1))
 
 
+@pytest.mark.parametrize("mirror", [True, False])
+def test_an_extractor_sees_mirrors_only_where_its_source_says_so(
+    mirror: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[bool] = []
+    augmented = fit.augmented
+    monkeypatch.setattr(
+        fit,
+        "augmented",
+        lambda drawn, seed, *, mirror: told.append(mirror) or augmented(drawn, seed, mirror=mirror),
+    )
+    source = SourceConfig(kind="folder", image_size_px=8, channels=3, mirror=mirror)
+    for i in range(40):
+        name = tmp_path / "data" / ("cat", "dog")[i % 2] / f"{i}.png"
+        name.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((8, 8, 3), 6 * i, dtype=np.uint8)).save(name)
+    small = ExtractorFit(width=8, dimension=8, images=64)
+    stage.run(folder_job(tmp_path, ExtractorConfig(fit=small), source), fit.program)
+    assert set(told) == {mirror}
+
+
+def test_every_image_is_drawn_once_an_epoch_in_an_order_of_the_seed() -> None:
+    class Ten:
+        labels = torch.arange(10)
+
+        def __len__(self) -> int:
+            return 10
+
+        def at(self, positions: Any) -> torch.Tensor:
+            return torch.from_numpy(positions)
+
+    def epochs(seed: int) -> list[list[int]]:
+        settings: Any = AutoencoderFit(batch_size=5, seed=seed)
+        batches = [fit.draw(Ten(), settings, update) for update in range(4)]  # type: ignore[arg-type]
+        assert [batch.numbers.tolist() for batch in batches][1] == [5, 6, 7, 8, 9]
+        assert all(torch.equal(batch.images, batch.labels) for batch in batches)
+        found = torch.cat([batch.labels for batch in batches]).tolist()
+        return [found[:10], found[10:]]
+
+    first, second = epochs(0)
+    assert sorted(first) == sorted(second) == list(range(10))
+    assert first != second
+    assert epochs(1) != epochs(0) == [first, second]
+
+
 def test_the_rate_rises_and_falls() -> None:
     rates = [fit.rate(u, 200) for u in range(200)]
     assert rates[0] == pytest.approx(0.1, rel=0.01)

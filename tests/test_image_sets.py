@@ -63,6 +63,12 @@ def test_interpolated_images_lie_halfway_between_pairs():
         assert ((2 * found[i] - total).abs() <= 1).all()
 
 
+@pytest.mark.parametrize("kind", ["flipped", "shuffled", "interpolated", "constant"])
+def test_a_set_has_no_more_images_than_are_asked_for(kind):
+    inside = torch.randint(0, 256, (30, 1, 8, 8), dtype=torch.uint8)
+    assert 2 <= len(read_set(OODSet(name="x", kind=kind), inside, 6)) <= 6
+
+
 def test_a_set_of_one_image_is_refused():
     with pytest.raises(DataError, match="set 'x' has 1 image: give at least 2"):
         read_set(OODSet(name="x", kind="flipped"), INSIDE[:1], 5)
@@ -71,7 +77,8 @@ def test_a_set_of_one_image_is_refused():
 def test_images_are_spread_over_a_set_and_always_the_same():
     assert chosen(5, 9) == [0, 1, 2, 3, 4]
     some = chosen(10_000, 100)
-    assert some == chosen(10_000, 100)
+    # A champion is judged by these: others would move its numbers.
+    assert chosen(1000, 5) == [335, 635, 762, 886, 892]
     assert len(set(some)) == 100
     assert some == sorted(some)
     # Class folders are in order: the first hundred would be of one class.
@@ -442,6 +449,14 @@ def test_a_digest_is_of_names_and_bytes_wherever_they_lie(tmp_path):
     assert digest_of("cifar10", str(cifar_folder(tmp_path / "two"))) == first
     (tmp_path / "two/test_batch.bin").write_bytes(cifar(pixels(4, 9), range(4)))
     assert digest_of("cifar10", str(tmp_path / "two")) != first
+    # Names decide which images are taken, and in what order.
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    for i in range(2):
+        Image.fromarray(pixels(1, i)[0]).save(plain / f"{i}.png")
+    before = digest_of("folder", str(plain))
+    (plain / "1.png").rename(plain / "2.png")
+    assert digest_of("folder", str(plain)) != before
 
 
 def test_files_that_change_after_their_digest_are_refused(tmp_path):

@@ -158,6 +158,17 @@ def test_a_fingerprint_changes_with_every_bit(bit: int, at: int, table: int, see
     assert 0 <= before < 2**62
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_a_fingerprint_has_the_highest_bits_of_wide_numbers(dtype: torch.dtype) -> None:
+    table = torch.ones(2, 3, dtype=dtype)
+    before = gauges.fingerprint([table])
+    for bit in range(64):
+        changed = table.clone()
+        # 2^63 is the sign.
+        changed.view(torch.int64)[1, 2] ^= (1 << bit) - (bit == 63) * 2**64
+        assert gauges.fingerprint([changed]) != before
+
+
 @pytest.mark.parametrize(
     ("told", "said"),
     [

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import recipes as costs
-from eqm.config import PipelineConfig, pipeline_config
+from eqm.config import INCEPTION_SHA256, PipelineConfig, pipeline_config
 from eqm.errors import ConfigError
 from eqm.recipes import UNKNOWN_DIGEST, recipe, recipes, to_toml
 from flows.plan import read_config
@@ -67,6 +67,10 @@ def test_all_models_of_the_paper_are_there_with_its_settings() -> None:
         epochs = 1400 if one.name == "xl2-256-1400" else 80
         assert train.updates == epochs * 5004
         assert (config.generate.samples, config.generate.sampler.updates) == (50_000, 249)
+        # What a recipe says of itself, and all 1,281,167 images: the others are held out.
+        assert (train.precision, config.generate.sampler.precision) == ("bfloat16", "tf32")
+        assert (config.source.mirror, config.source.held_out_fraction) == (True, 0.0)
+        assert config.extractor.pretrained.sha256 == INCEPTION_SHA256
 
 
 EXPECTED = {

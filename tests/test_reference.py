@@ -16,10 +16,11 @@ from eqm.config import Job, stage_config
 from eqm.distributed import World
 from eqm.errors import ConfigError, DataError
 from eqm.features import INCEPTION, load_extractor
-from eqm.frechet import Moments
+from eqm.frechet import Gaussian, Moments
 from eqm.images import open_source
+from eqm.records import note_from_bytes
 from eqm.stage import Context, job_digest
-from eqm.statistics import Reference, open_reference
+from eqm.statistics import Reference, Side, open_reference
 
 COUNTS = (1432, 365)
 """Training and held-out digits."""
@@ -125,6 +126,28 @@ def test_it_goes_on_where_it_was_and_ranks_share_the_work(
     assert chain.run(job).content == chain.run(alone).content
 
 
+def interrupted(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+def test_a_part_whose_bytes_were_lost_is_made_again(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "PART_IMAGES", 500)
+    job, alone = fresh(tiny, tmp_path / "lost"), fresh(tiny, tmp_path / "alone")
+    with monkeypatch.context() as patch:
+        patch.setattr(reference, "gather", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            chain.run(job)
+    store = chain.store_of(job)
+    for number, name in enumerate(("moments", "images")):
+        key = f"reference/{job_digest(job)}/parts/training-{number:04d}.json"
+        made = note_from_bytes(reference.Made, store.read(key), key)
+        store.delete(getattr(made, name).key)
+    assert chain.run(job).content == chain.run(alone).content
+    opened(job)
+
+
 def test_without_held_out_images_nothing_is_measured(tiny: chain.Chain, tmp_path: Path) -> None:
     job = fresh(tiny, tmp_path, {"source.held_out_fraction": 0.0})
     with pytest.raises(DataError, match=r"no held-out images.*source\.held_out_fraction"):
@@ -150,6 +173,15 @@ def test_features_that_are_not_finite_are_refused(
     with pytest.raises(DataError, match=r"broken gives NaN .* training images, first for number 1"):
         chain.run(job)
     assert chain.store_of(job).record("reference", job_digest(job)) is None
+
+
+def test_where_features_of_few_images_are_kept_a_distance_is_that_of_all_of_them() -> None:
+    rows = np.random.default_rng(2).normal(size=(20, 8)).astype(np.float32)
+    other = Gaussian.of(np.random.default_rng(3).normal(size=(20, 8)))
+    expected = Gaussian.of(rows).distance(other)
+    for kept in (20, 6):
+        side = Side(moments=Moments.of(rows), spatial=None, features=rows[:kept], logits=None)
+        assert side.gaussian().distance(other) == pytest.approx(expected, rel=1e-6)
 
 
 # -- a batch of ADM in place of the training images ---------------------------------------------
@@ -229,3 +261,7 @@ def test_moments_that_do_not_fit_are_refused(
         chain.run(fresh(tiny, tmp_path / "b", known))
     monkeypatch.setattr(reference, "load_extractor", lambda *_: Coloured())
     assert opened(fresh(tiny, tmp_path / "c", known)).training.count == 9
+    # As many features of another extractor are others all the same.
+    monkeypatch.setattr(Coloured, "name", "digits-cnn")
+    with pytest.raises(ConfigError, match=r"12 features .*digits-cnn gives 12 others"):
+        chain.run(fresh(tiny, tmp_path / "d", known))

@@ -287,6 +287,18 @@ def test_every_setting_of_the_sampler_reaches_the_descent(
     assert {name: told[0][name] for name in expected} == expected
 
 
+def test_what_is_served_has_every_setting_of_the_sampler_that_was_given(
+    trained: chain.Chain, tmp_path: Path
+) -> None:
+    """MLflow's signature holds three of them, and fills these in."""
+    sampler = SamplerConfig(
+        rule="heavy-ball", step_size=0.02, momentum=0.7, updates=7, stop_below=2.5, guidance=1.5
+    )
+    files = serving.files_of(trained.store, trained["train"], sampler)
+    (tmp_path / serving.FILE).write_bytes(files[serving.FILE])
+    assert serving._load_pyfunc(str(tmp_path / serving.FILE)).sampler == sampler
+
+
 def test_damaged_weights_are_not_served(trained: chain.Chain, tmp_path: Path) -> None:
     store = chain.copied(trained, tmp_path / "store", without=())
     record = trained["train"]

@@ -108,6 +108,17 @@ def test_a_run_is_found_behind_a_page_of_experiments(
         assert registry.add_evidence(digest, metrics={}, files={}) == run_id
 
 
+def test_of_two_runs_of_a_training_the_older_one_counts(
+    registry: Registry, uri: str, model: str
+) -> None:
+    """An answer that got lost made two; whoever asks must be told of the same one."""
+    client = MlflowClient(uri)
+    experiment, tags = client.create_experiment(model), {"eqm.digest": model}
+    runs = [client.create_run(experiment, start_time=t, tags=tags) for t in (3000, 1000, 2000)]
+    found = registry.add_evidence(model, metrics={}, files={})
+    assert found == runs[1].info.run_id
+
+
 def test_an_alias_is_moved_and_taken_away(registry: Registry, model: str) -> None:
     assert registry.by_alias(model, "champion") is None
     version = registered(registry, model, "c1")
@@ -321,12 +332,20 @@ def test_what_no_checkpoint_holds_is_not_shown_yet(uri: str, model: str) -> None
     assert steps(uri, mirror) == [64, 128]
 
 
-def test_the_same_digest_goes_on_in_the_same_run(uri: str, model: str) -> None:
+def test_the_same_digest_goes_on_in_the_same_run(registry: Registry, uri: str, model: str) -> None:
+    def status() -> str:
+        return MlflowClient(uri).get_run(str(first.run_id)).info.status
+
     log = a_log(64, 128)
     first = opened(uri, model, "d", log)
     first.close("KILLED")
+    # One that has all of it is sent nothing more: this one has not.
+    assert (status(), registry.has_finished(f"{model}-d")) == ("KILLED", False)
     again = opened(uri, model, "d", more(log, 192))
+    wait_for(lambda: status() == "RUNNING")
+    assert not registry.has_finished(f"{model}-d")
     again.close("FINISHED")
+    assert (status(), registry.has_finished(f"{model}-d")) == ("FINISHED", True)
     assert again.run_id == first.run_id
     assert shown(uri, again) == told(log)
     other = opened(uri, model, "e", a_log(64))
