@@ -3,8 +3,9 @@
 The truth is an append-only history in the store, ``history/<model>/<number>.json``. Entries are
 create-once: of two promotions that race, one writes the next number and the other is told. Each
 holds the digests of its evidence and of the entry before, so that one that is changed, lost or put
-in later is noticed. MLflow's alias ``champion`` and the tags of versions mirror it, and are set
-again from it whenever they differ.
+in later is noticed; of the last one, which no entry names yet, MLflow's tags hold the digest. The
+alias ``champion`` and the tags of versions mirror the history, and are set again from it whenever
+they differ.
 """
 
 import datetime

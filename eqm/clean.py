@@ -6,8 +6,8 @@ enough:
 
 * *blobs* that nothing names: an attempt was killed before it sealed, or lost a race;
 * *abandoned* stages: not sealed, and nothing of them written since, not even their lease;
-* *scaffolding* of sealed stages: checkpoints and commits of snapshots of a training, and parts of
-  samples. What they hold is in the record.
+* *scaffolding* of sealed stages: checkpoints and commits of snapshots of a training, parts
+  of samples, and parts of a look at real images. What they hold is in the record.
 
 A name is any digest that stands anywhere in a kept JSON, so a kind of record that this module has
 never heard of keeps its blobs too; or in a list that such a JSON names: a manifest names shards,
@@ -36,7 +36,11 @@ LEAST_SECONDS = 24 * 3600.0
 BLOBS = "blobs/sha256/"
 CLEANINGS = "cleanings/"
 """What was deleted, and when: these lists keep nothing."""
-SCAFFOLDING = {"train": ("checkpoints", "snapshots"), "samples": ("parts",)}
+SCAFFOLDING = {
+    "train": ("checkpoints", "snapshots"),
+    "samples": ("parts",),
+    "reference": ("parts",),
+}
 """Stage -> folders that serve until its seal."""
 UNITS = {"h": 3600.0, "d": 24 * 3600.0, "w": 7 * 24 * 3600.0}
 READERS = 16
