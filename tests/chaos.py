@@ -160,9 +160,11 @@ class Scenario:
         proxy: FaultProxy,
         shown: FaultProxy | None,
         services: Path,
+        stack: Stack,
         seed: int,
     ) -> None:
         """``proxy`` stands before S3, ``shown`` before MLflow where that is served."""
+        self.stack = stack
         self.job, self.processes, self.home, self.proxy = job, processes, home, proxy
         self.shown, self.services = shown, services
         self.random = random.Random(seed)
@@ -311,7 +313,11 @@ class Scenario:
 
     def _revive(self) -> None:
         time.sleep(S3_AWAY_SECONDS)
-        serve(self.services, mlflow=self.shown is not None)
+        self.stack = serve(self.services, mlflow=self.shown is not None)
+        # Another program's server may have the old port by now.
+        self.proxy.aim(str(self.stack.s3_endpoint))
+        if self.shown is not None:
+            self.shown.aim(str(self.stack.mlflow_uri))
 
     def _beside(self, work: Any) -> None:
         thread = threading.Thread(target=work)
@@ -514,11 +520,18 @@ def run(
         uri = None if shown is None else shown.endpoint
         job, store = job_in(made, f"chaos-{seed}-{processes}", home / "cache", uri)
         scenario = Scenario(
-            *(job, processes), home=home, proxy=proxy, shown=shown, services=services, seed=seed
+            *(job, processes),
+            home=home,
+            proxy=proxy,
+            shown=shown,
+            services=services,
+            stack=stack,
+            seed=seed,
         )
         scenario.there = {key.rpartition("/")[2] for key in store.list(BLOB)}
         rows = scenario.attack(strikes)
-        scenario.check(expected, store)
+        with pointed_at(scenario.stack.environment()):
+            scenario.check(expected, open_store(store.uri, cache=home / "cache"))
     return rows
 
 

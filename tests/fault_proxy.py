@@ -120,8 +120,8 @@ class FaultProxy:
 
         ``keep_host=False`` tells the server its own address, for one that answers to no other.
         """
-        split = urlsplit(target)
-        self.target = (split.hostname or "", split.port or 80)
+        self._keep_host = keep_host
+        self.aim(target)
         self.faults = list(faults)
         self.seed = seed
         self.seen: list[Seen] = []
@@ -130,12 +130,17 @@ class FaultProxy:
         self.kept: dict[str, bytes] = {}
         self.watches: list[Watch] = []
         self._keep = keep
-        self.host = None if keep_host else split.netloc
         self._lock = threading.Lock()
         self._asked: Counter[Seen] = Counter()
         self._suffered: Counter[Seen] = Counter()
         self._spoilt: Counter[Fault] = Counter()
         self._listings: defaultdict[str, list[Answer]] = defaultdict(list)
+
+    def aim(self, target: str) -> None:
+        """Pass requests on to another server, or to one that came back elsewhere."""
+        split = urlsplit(target)
+        self.target = (split.hostname or "", split.port or 80)
+        self.host = None if self._keep_host else split.netloc
 
     def __enter__(self) -> "FaultProxy":
         handler = type("Handler", (_Handler,), {"proxy": self})
