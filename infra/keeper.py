@@ -5,8 +5,10 @@
 container of a worker may start. The Prefect is that of the environment (PREFECT_API_URL).
 """
 
+import contextlib
 import datetime
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ import time
 from types import FrameType
 
 from infra.deployments import PrefectApi
-from infra.orphans import Orphans, living_runs
+from infra.orphans import Orphans, living_runs, stage_programs
 from infra.processes import MARK
 from infra.stack import ServiceError
 
@@ -35,6 +37,9 @@ class Keeper:
 
     def __init__(self, name: str, command: list[str], *, api: PrefectApi) -> None:
         self._command = command
+        # `eqm down` tells every process that has its mark; nobody else tells those of a container.
+        self._tells = MARK not in os.environ
+        self._mark = os.environ.get(MARK) or secrets.token_hex(16)
         self._orphans = Orphans(api, name, say=_say)
         self._end = threading.Event()
 
@@ -65,7 +70,7 @@ class Keeper:
     def _watch(self) -> int:
         """Start the worker and look after it until it ends; its status."""
         since = datetime.datetime.now(datetime.UTC)
-        child = subprocess.Popen(self._command)
+        child = subprocess.Popen(self._command, env={**os.environ, MARK: self._mark})
         looked = time.monotonic()
         while child.poll() is None:
             if self._end.wait(LOOK_SECONDS):
@@ -81,11 +86,16 @@ class Keeper:
     def _wait_for_programs(self) -> None:
         """Let programs of runs make their checkpoints: with us, a container kills all that is left.
 
-        The worker kills its flows after 30 s; they told their programs to end, which take longer.
+        The worker kills its flows at once, which then tell their programs nothing.
         """
         deadline = time.monotonic() + PROGRAMS_SECONDS
-        mark = f"{MARK}={os.environ.get(MARK, '')}".encode() if MARK in os.environ else b""
+        mark = f"{MARK}={self._mark}".encode()
+        told: set[int] = set()
         while any(living_runs(mark)) and time.monotonic() < deadline:
+            for pid in set(stage_programs(mark)) - told if self._tells else ():
+                told.add(pid)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGTERM)
             time.sleep(LEAST_SECONDS)
 
     def _look(self, since: datetime.datetime) -> None:

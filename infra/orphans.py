@@ -29,6 +29,8 @@ PENDING_SECONDS = 120.0
 CRASHED_HOURS = 24.0
 """A worker that outlives a killed process calls the run crashed; if not longer ago, it goes on."""
 RUN_ID = b"PREFECT__FLOW_RUN_ID="
+PROGRAM = b"_EQM_PROGRAM="
+"""What flows give the programs of their stages (flows.launch)."""
 
 Say = Callable[[str], None]
 Run = dict[str, Any]
@@ -94,6 +96,20 @@ def living_runs(mark: bytes = b"") -> Iterator[str]:
 
     ``mark``: only of processes that have this, NAME=value, in their environment.
     """
+    for _, words in _environments(mark):
+        for word in words:
+            if word.startswith(RUN_ID):
+                yield word.removeprefix(RUN_ID).decode(errors="replace")
+
+
+def stage_programs(mark: bytes) -> Iterator[int]:
+    """Process ids of the programs of stages that have a mark; not of the flows that wait for them."""
+    for pid, words in _environments(mark):
+        if any(word.startswith(PROGRAM) for word in words):
+            yield pid
+
+
+def _environments(mark: bytes) -> Iterator[tuple[int, list[bytes]]]:
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
@@ -101,6 +117,5 @@ def living_runs(mark: bytes = b"") -> Iterator[str]:
             except OSError:
                 # Gone, or somebody else's.
                 continue
-            for word in words if not mark or mark in words else ():
-                if word.startswith(RUN_ID):
-                    yield word.removeprefix(RUN_ID).decode(errors="replace")
+            if not mark or mark in words:
+                yield int(entry.name), words

@@ -7,6 +7,11 @@ import time
 import uuid
 from pathlib import Path
 
+import pytest
+
+from flows import launch
+from infra import orphans
+
 PROJECT = Path(__file__).parents[2]
 PROGRAM = """
 import pathlib, signal, sys, time
@@ -20,25 +25,32 @@ time.sleep(60)
 """
 WORKER = """
 import os, signal, subprocess, sys, time
-run = {**os.environ, "PREFECT__FLOW_RUN_ID": sys.argv[1]}
+run = {**os.environ, "PREFECT__FLOW_RUN_ID": sys.argv[1], "_EQM_PROGRAM": "a"}
 program = subprocess.Popen([sys.executable, "program.py"], env=run)
 def end(*_):
-    program.terminate()
+    if sys.argv[2] == "tells":
+        program.terminate()
     os._exit(0)
 signal.signal(signal.SIGTERM, end)
 time.sleep(60)
 """
 
 
-def test_programs_may_make_their_checkpoints(tmp_path: Path) -> None:
-    """A keeper is the first process of a container: when it ends, all others are killed."""
+@pytest.mark.parametrize("worker", ["tells", "leaves"])
+def test_programs_may_make_their_checkpoints(worker: str, tmp_path: Path) -> None:
+    """A keeper is the first process of a container: when it ends, all others are killed.
+
+    Prefect's worker tells nobody: it kills the flow, and the flow's program learns nothing of it.
+    """
     (tmp_path / "program.py").write_text(PROGRAM)
     (tmp_path / "worker.py").write_text(WORKER)
-    # Programs of other workers of this machine are not waited for.
-    mine = {"_EQM_SERVICE": uuid.uuid4().hex, "PREFECT_API_URL": "http://127.0.0.1:9/api"}
-    worker = [sys.executable, "worker.py", str(uuid.uuid4())]
+    # Programs of other workers of this machine are not waited for, and `eqm down` tells its own.
+    mine = {"PREFECT_API_URL": "http://127.0.0.1:9/api"}
+    if worker == "tells":
+        mine["_EQM_SERVICE"] = uuid.uuid4().hex
+    command = [sys.executable, "worker.py", str(uuid.uuid4()), worker]
     keeper = subprocess.Popen(
-        [sys.executable, "-m", "infra.keeper", "a", *worker],
+        [sys.executable, "-m", "infra.keeper", "a", *command],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(PROJECT), **mine},
     )
@@ -48,3 +60,7 @@ def test_programs_may_make_their_checkpoints(tmp_path: Path) -> None:
     keeper.terminate()
     assert keeper.wait(20) == 0
     assert (tmp_path / "checkpoint").exists()
+
+
+def test_programs_are_known_by_what_their_flows_give_them() -> None:
+    assert f"{launch.MARK}=".encode() == orphans.PROGRAM
