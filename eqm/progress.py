@@ -1,7 +1,10 @@
 """Progress of long work: a Rich bar in a terminal, a plain line now and then elsewhere."""
 
+import contextlib
+import os
 import sys
 import time
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
@@ -67,6 +70,51 @@ class Progress:
         line = f"{self.label}: {self.done:,} of {self.total:,} {self.unit}"
         sys.stderr.write(f"{line}, {_rate(rate)}/s{ending}{more}\n")
         sys.stderr.flush()
+
+
+class Unheard:
+    """A stream of words that goes on, silent, once nobody reads it any more.
+
+    What a stage program says is read by the worker that started its flow, which may be killed. A
+    training would otherwise end at the next line that it says.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    def write(self, words: str) -> int:
+        """As of a file."""
+        try:
+            return self._stream.write(words)
+        except BrokenPipeError:
+            self._fall_silent()
+            return len(words)
+
+    def flush(self) -> None:
+        """As of a file."""
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._fall_silent()
+
+    def _fall_silent(self) -> None:
+        # All that writes there, libraries and children too.
+        with open(os.devnull, "wb") as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
+@contextlib.contextmanager
+def unheard() -> Iterator[None]:
+    """Inside, sys.stdout and sys.stderr are :class:`Unheard`."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = Unheard(sys.stdout), Unheard(sys.stderr)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
 
 
 def _rate(per_second: float) -> str:

@@ -33,7 +33,7 @@ from eqm.errors import (
     StageError,
 )
 from eqm.patience import PASSING
-from eqm.progress import Progress
+from eqm.progress import Progress, unheard
 from eqm.records import (
     Blob,
     Record,
@@ -214,9 +214,14 @@ def main(
         names = " or ".join(stages)
         sys.stderr.write(f"usage: python -m {_module()} CONFIG.json  (seals stage {names})\n")
         return EXIT_REFUSED
+    with unheard():
+        return _main(stages, program, Path(argv[0]), sealed)
+
+
+def _main(stages: tuple[str, ...], program: Program, path: Path, sealed: Afterwards | None) -> int:
     job = None
     try:
-        job = read_job(Path(argv[0]), stages)
+        job = read_job(path, stages)
         run_part(job, program, afterwards=sealed)
     except EqmError as error:
         return _refuse(error, job)

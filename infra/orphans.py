@@ -103,7 +103,7 @@ def living_runs(mark: bytes = b"") -> Iterator[str]:
 
 
 def stage_programs(mark: bytes) -> Iterator[int]:
-    """Process ids of the programs of stages that have a mark; not of the flows that wait for them."""
+    """Processes of stage programs that have a mark; not of the flows that wait for them."""
     for pid, words in _environments(mark):
         if any(word.startswith(PROGRAM) for word in words):
             yield pid

@@ -261,6 +261,34 @@ def test_a_program_ends_with_one_message_and_status_2(tmp_path: Path, launched: 
     assert not launched or done.stderr == f"error: {reason.read_text()}\n"
 
 
+SPEAKS = """
+import sys, time
+from eqm import stage
+def program(context):
+    print("begun", flush=True)
+    for name in ("stdout", "stderr") * 2:
+        time.sleep(0.1)
+        getattr(sys, name).write("more\\n")
+        getattr(sys, name).flush()
+    return stage.Outcome(outputs={"out": b"x"})
+sys.exit(stage.main(("latents",), program, sys.argv[1:]))
+"""
+
+
+def test_a_program_goes_on_where_nobody_reads_what_it_says(tmp_path: Path) -> None:
+    """The worker reads it, and may be killed: a training that goes on without it is not to end."""
+    job = a_job(tmp_path)
+    path = tmp_path / "job.json"
+    path.write_text(json.dumps(to_json(job)))
+    line = [sys.executable, "-c", SPEAKS, str(path)]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"begun\n"
+        child.stdout.close()
+        assert child.wait(60) == 0
+    assert LocalStore(tmp_path / "store").record("latents", stage.job_digest(job)) is not None
+
+
 def test_provenance_names_no_place(tmp_path: Path) -> None:
     made = stage.run(a_job(tmp_path), makes(b"x"))
     assert str(tmp_path) not in json.dumps(to_json(made))
