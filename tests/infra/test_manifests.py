@@ -137,6 +137,24 @@ def test_images_are_of_a_version(compose: dict[str, Any]) -> None:
     assert "--require-hashes" in "\n".join(lines)
 
 
+def test_the_image_is_built_once(compose: dict[str, Any]) -> None:
+    """Compose labels what it builds with the service: several would take the name from each other,
+    and the next `up` would start containers anew for nothing."""
+    built_by = [name for name, one in compose["services"].items() if "build" in one]
+    assert len(built_by) == 1
+    ours = [one for one in compose["services"].values() if one["image"].startswith("eqm:")]
+    assert all(one["pull_policy"] == "never" for one in ours)
+
+
+def test_containers_have_no_volumes_without_a_name(compose: dict[str, Any]) -> None:
+    """Of a VOLUME in the image, each `up` would leave one more, and none of them be read again."""
+    assert not re.search("^VOLUME", (INFRA / "Dockerfile").read_text(), re.M)
+    named = {
+        v.partition(":")[0] for one in compose["services"].values() for v in one.get("volumes", ())
+    }
+    assert named == {*compose["volumes"], "./compose/databases.sh"}
+
+
 def test_kernels_can_be_compiled_where_they_run(compose: dict[str, Any]) -> None:
     """By g++ (and gcc, which it brings), into a folder that programs may be loaded from."""
     final = (INFRA / "Dockerfile").read_text().rpartition("FROM")[2]
