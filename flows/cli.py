@@ -102,11 +102,11 @@ def down() -> None:
 @app.command(rich_help_panel=SERVICES)
 def status() -> None:
     """Show services, and the champion of every model."""
-    from flows.settings import current_home
+    from flows.settings import current_home, given_from_outside
     from infra import local
 
     table = table_of("service", "state", "address")
-    services = local.status(current_home())
+    services = local.status(current_home(), given_from_outside())
     for service in services:
         table.add_row(service.name, service.state, service.address)
     show(table, out)

@@ -134,11 +134,14 @@ def remembered(root: Path) -> Stack | None:
     return stack_of(root, state, read_credentials(root), planned=known) if known else None
 
 
-def status(root: Path) -> list[ServiceStatus]:
-    """One line for each service, in the order of SERVICES."""
+def status(root: Path, given: External | None = None) -> list[ServiceStatus]:
+    """One line for each service, in the order of SERVICES.
+
+    ``given``: services of somebody else that this shell names, also where `eqm up` never ran.
+    """
     root = root.resolve()
     state = read_state(root)
-    return [_status(name, root, state) for name in SERVICES]
+    return [_status(name, root, state, given or External()) for name in SERVICES]
 
 
 def shortage(root: Path) -> str | None:
@@ -366,10 +369,11 @@ def _stop(together: Sequence[str], root: Path, state: State, report: Report) -> 
         state.running.pop(name, None)
 
 
-def _status(name: str, root: Path, state: State) -> ServiceStatus:
+def _status(name: str, root: Path, state: State, given: External) -> ServiceStatus:
     title = TITLES[name]
     if state.external.replaces(name):
         given = state.external
+    if given.replaces(name):
         where = {S3: given.s3_endpoint, MLFLOW: given.mlflow_uri, PREFECT: given.prefect_api_url}
         return ServiceStatus(title, "external", where.get(name) or "-")
     if not state.lives(name):

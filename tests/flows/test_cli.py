@@ -550,6 +550,16 @@ def test_status_without_services(run) -> None:
     assert "Traceback" not in told.out + told.err
 
 
+def test_status_of_services_of_somebody_else(run) -> None:
+    """In a shell that names them; `eqm up` was never run here, and there is nothing of ours."""
+    os.environ["EQM_STORE"] = "s3://eqm/store"
+    os.environ["EQM_S3_ENDPOINT"] = f"http://127.0.0.1:{port_of_nobody()}"
+    os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:5"
+    told = run("status")
+    assert (told.out.count("external"), told.out.count("stopped")) == (2, 2)
+    assert "http://127.0.0.1:5" in told.out
+
+
 def test_prefect_is_down(run, tmp_path: Path) -> None:
     address = f"http://127.0.0.1:{port_of_nobody()}/api"
     os.environ["PREFECT_API_URL"] = address
