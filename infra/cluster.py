@@ -2,8 +2,9 @@
 
 ``s3`` is the SeaweedFS of the embedded stack, with S3 alone open to other containers. ``setup``
 makes the bucket, the work pool and the alarms and registers the deployments, then ends; doing it
-again changes nothing. Addresses and credentials come from the environment, under the names that
-boto3, MLflow and Prefect know. One whose secret is missing does not start.
+again changes nothing. ``bucket`` makes the bucket alone, for a restore. Addresses and credentials
+come from the environment, under the names that boto3, MLflow and Prefect know. One whose secret is
+missing does not start.
 """
 
 import os
@@ -39,16 +40,7 @@ def s3(environ: Mapping[str, str]) -> None:
 
 def setup(environ: Mapping[str, str], project: Path = local.PROJECT) -> None:
     """Make bucket, work pool, deployments and alarms. Raises ServiceError."""
-    stack = Stack(
-        home=Path(_needed(environ, "EQM_HOME")),
-        embedded=frozenset(),
-        s3_endpoint=_needed(environ, "EQM_S3_ENDPOINT"),
-        s3_access_key=_needed(environ, "AWS_ACCESS_KEY_ID"),
-        s3_secret_key=_needed(environ, "AWS_SECRET_ACCESS_KEY"),
-        s3_bucket=urlsplit(_needed(environ, "EQM_STORE")).netloc,
-        s3_region=environ.get("AWS_DEFAULT_REGION", REGION),
-        prefect_api_url=_needed(environ, "PREFECT_API_URL"),
-    )
+    stack = replace(_stack(environ), prefect_api_url=_needed(environ, "PREFECT_API_URL"))
     local.make_bucket(stack)
     target = alarms.target_of(environ)
     api = deployments.PrefectApi(str(stack.prefect_api_url), environ)
@@ -59,6 +51,25 @@ def setup(environ: Mapping[str, str], project: Path = local.PROJECT) -> None:
     sys.stdout.write("bucket, work pool, deployments and alarms are there\n")
 
 
+def bucket(environ: Mapping[str, str]) -> None:
+    """Make the bucket: a restore needs it before the servers start. Raises ServiceError."""
+    stack = _stack(environ)
+    local.make_bucket(stack)
+    sys.stdout.write(f"bucket {stack.s3_bucket} is there\n")
+
+
+def _stack(environ: Mapping[str, str]) -> Stack:
+    return Stack(
+        home=Path(_needed(environ, "EQM_HOME")),
+        embedded=frozenset(),
+        s3_endpoint=_needed(environ, "EQM_S3_ENDPOINT"),
+        s3_access_key=_needed(environ, "AWS_ACCESS_KEY_ID"),
+        s3_secret_key=_needed(environ, "AWS_SECRET_ACCESS_KEY"),
+        s3_bucket=urlsplit(_needed(environ, "EQM_STORE")).netloc,
+        s3_region=environ.get("AWS_DEFAULT_REGION", REGION),
+    )
+
+
 def _needed(environ: Mapping[str, str], name: str) -> str:
     value = environ.get(name)
     if not value:
@@ -66,7 +77,7 @@ def _needed(environ: Mapping[str, str], name: str) -> str:
     return value
 
 
-VERBS = {"s3": s3, "setup": setup}
+VERBS = {"s3": s3, "setup": setup, "bucket": bucket}
 
 if __name__ == "__main__":
     try:

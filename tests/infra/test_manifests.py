@@ -30,7 +30,7 @@ from prefect.utilities.templating import apply_values
 from eqm.errors import ConfigError
 from flows import launch, recovery
 from flows.settings import read_settings
-from infra import cluster, health, keeper, services
+from infra import cluster, health, keeper, local, services
 from infra.credentials import environment_file, make_credentials
 from infra.ports import PREFERRED
 from infra.stack import JOBS_POOL, ServiceError, Stack
@@ -213,13 +213,38 @@ def test_only_s3_listens_to_other_containers(tmp_path: Path) -> None:
     assert "s3.ip.bind=127.0.0.1" in plain.telling["options"]
 
 
-@pytest.mark.parametrize("verb", ["s3", "setup"])
+@pytest.mark.parametrize("verb", ["s3", "setup", "bucket"])
 def test_without_its_secrets_a_container_does_not_start(verb: str, tmp_path: Path) -> None:
     given = {"EQM_HOME": str(tmp_path), "EQM_S3_ENDPOINT": "http://s3:8333"}
     with pytest.raises(ServiceError, match="AWS_ACCESS_KEY_ID is not set"):
         cluster.VERBS[verb](given)
     with pytest.raises(ServiceError, match="AWS_SECRET_ACCESS_KEY is not set"):
         cluster.VERBS[verb]({**given, "AWS_ACCESS_KEY_ID": "eqm", "AWS_SECRET_ACCESS_KEY": ""})
+
+
+def test_a_restore_has_a_bucket_before_there_is_a_prefect(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    made: list[Stack] = []
+    monkeypatch.setattr(local, "make_bucket", made.append)
+    given = {"EQM_HOME": str(tmp_path), "EQM_S3_ENDPOINT": "http://s3:8333"}
+    keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "EQM_STORE": "s3://mine/store"}
+    cluster.VERBS["bucket"]({**given, **keys})
+    assert [(stack.s3_bucket, stack.prefect_api_url) for stack in made] == [("mine", None)]
+
+
+def test_s3_is_given_time_for_its_volumes_and_no_more(
+    compose: dict[str, Any], objects: dict[str, list[dict[str, Any]]]
+) -> None:
+    """It never ends by itself while somebody listens: every `down` took all of the time."""
+    (pod,) = [
+        one["spec"]["template"]["spec"]
+        for one in objects["overlays/standalone"]
+        if (one["kind"], one["metadata"]["name"]) == ("StatefulSet", "eqm-s3")
+    ]
+    least = services.GRACE_SECONDS[services.S3]
+    assert least < pod["terminationGracePeriodSeconds"] <= 5
+    assert compose["services"]["s3"]["stop_grace_period"] == "5s"
 
 
 def test_health_is_a_status() -> None:
