@@ -7,6 +7,7 @@ features of kustomize, which are applied here.
 
 import http.server
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -77,6 +78,27 @@ def test_compose_files_fit_the_specification(name: str) -> None:
         jsonschema.validate(broken, schema)
 
 
+def lacks(*command: str) -> bool:
+    """Whether this machine does not have a program, or not that part of it."""
+    if shutil.which(command[0]) is None:
+        return True
+    return subprocess.run(command, capture_output=True, check=False).returncode != 0
+
+
+@pytest.mark.skipif(lacks("docker", "compose", "version"), reason="no Docker Compose here")
+def test_docker_compose_reads_both_files_and_refuses_a_start_without_passwords() -> None:
+    files = [f"--file={INFRA / name}" for name in ("compose.yaml", "compose.gpu.yaml")]
+    line = ["docker", "compose", *files, "--env-file=/dev/null", "config", "--format=json"]
+    bare = {name: value for name, value in os.environ.items() if name not in SECRETS}
+    refused = subprocess.run(line, env=bare, capture_output=True, text=True, check=False)
+    assert refused.returncode != 0
+    assert "eqm secrets" in refused.stderr
+    told = {**bare, **dict.fromkeys(SECRETS, "a:b")}
+    read = json.loads(subprocess.run(line, env=told, capture_output=True, check=True).stdout)
+    (gpus,) = read["services"]["worker"]["deploy"]["resources"]["reservations"]["devices"]
+    assert gpus["driver"] == "nvidia"
+
+
 def test_ports_are_published_on_loopback_alone(compose: dict[str, Any]) -> None:
     published = [port for one in compose["services"].values() for port in one.get("ports", ())]
     assert len(published) == 3
@@ -89,7 +111,8 @@ def test_compose_has_no_password_and_none_is_missing(compose: dict[str, Any]) ->
     for one in compose["services"].values():
         for name, value in one.get("environment", {}).items():
             if re.search("PASSWORD|SECRET|AUTH_STRING|ACCESS_KEY", name):
-                found = re.fullmatch(r"\$\{(\w+):\?[^}]+\}", value)
+                # Compose tells of one that is missing, whichever it comes to first.
+                found = re.fullmatch(r"\$\{(\w+):\?[^}]+eqm secrets --to infra/.env\}", value)
                 assert found, (name, value)
                 named.add(found[1])
     assert named | {"MLFLOW_TRACKING_USERNAME"} == SECRETS
@@ -329,6 +352,20 @@ def test_manifests_fit_the_schemas(name: str, objects: dict[str, list[dict[str, 
             assert models.TrainerV1alpha1TrainingRuntime.from_dict(one).to_dict() == one
         else:
             kubernetes_validate.validate(one, NEWEST, strict=True)
+
+
+@pytest.mark.skipif(lacks("kubectl", "version", "--client"), reason="no kubectl here")
+@pytest.mark.parametrize("name", OVERLAYS)
+def test_kubectl_makes_of_them_what_is_tested_here(
+    name: str, objects: dict[str, list[dict[str, Any]]]
+) -> None:
+    line = ["kubectl", "kustomize", str(INFRA / "k8s" / name)]
+    made = subprocess.run(line, capture_output=True, text=True, check=True).stdout
+    assert by_name(list(yaml.safe_load_all(made))) == by_name(objects[name])
+
+
+def by_name(found: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(one["kind"], one["metadata"]["name"]): one for one in found}
 
 
 def test_an_unknown_field_would_be_refused(objects: dict[str, list[dict[str, Any]]]) -> None:
