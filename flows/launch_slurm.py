@@ -20,7 +20,7 @@ from typing import TypeVar
 import infra
 from eqm.config import PROGRAMS, Job, replace
 from eqm.disk import locked
-from eqm.errors import ConfigError, StageError
+from eqm.errors import AwayError, ConfigError, StageError
 from eqm.records import to_json
 from eqm.stage import failure
 from flows.clusters import Slurm
@@ -104,7 +104,8 @@ SLURMCTLD_COMMUNICATIONS_*, for SLURM_PROTOCOL_SOCKET_* and for ESLURM_IN_STANDB
 Linux says of sockets. Whatever is refused, as ESLURM_INVALID_PARTITION_NAME, has other words."""
 WHY = {
     "TIMEOUT": "ran out of time before it could make a checkpoint: raise EQM_SLURM_TIME",
-    "OUT_OF_MEMORY": "ran out of memory: choose another EQM_SLURM_PARTITION or a smaller batch",
+    "OUT_OF_MEMORY": "ran out of memory: raise EQM_PROCESS_MEMORY, or lower processes or "
+    "compute.micro_batch",
     "CANCELLED": "was cancelled: run it again to go on",
     "PREEMPTED": "was preempted and not put back into the queue: run it again to go on",
     "NODE_FAIL": "lost its node and was not put back into the queue: run it again to go on",
@@ -174,7 +175,7 @@ class SlurmLauncher:
 
         with ended_with_flow(name, end, leaves=self.leaves, say=self.say):
             number = self._started(job, name, processes)
-            state = self._watch(number, name)
+            state = self._watch(job, number, name)
         self._forget(name)
         if state == "GONE" and is_sealed(job):
             return
@@ -273,7 +274,8 @@ class SlurmLauncher:
                 time.sleep(POLL_SECONDS)
 
     def _write(self, job: Job, name: str, processes: int) -> None:
-        self._file(name, "error").unlink(missing_ok=True)
+        for left in ("error", "done"):
+            self._file(name, left).unlink(missing_ok=True)
         error = str(self._file(name, "error"))
         told = replace(job, runtime=replace(job.runtime, error_file=error))
         self._file(name, "json").write_text(json.dumps(to_json(told), indent=1))
@@ -302,6 +304,8 @@ class SlurmLauncher:
             "PYTHON": shlex.quote(sys.executable),
             "JOB": str(self._file(name, "json")),
             "ERROR": str(self._file(name, "error")),
+            "LOG": str(self._file(name, "log")),
+            "DONE": str(self._file(name, "done")),
             "ENVIRONMENT": str(self._file(name, "env")),
             # Since Slurm 22.05 a step does not inherit it, and has one core of those of its job.
             "CORES": f"--cpus-per-task={cores}" if cores else "",
@@ -323,7 +327,7 @@ class SlurmLauncher:
 
     # -- watched --
 
-    def _watch(self, number: str, name: str) -> str:
+    def _watch(self, job: Job, number: str, name: str) -> str:
         """The state in which a job ended; GONE if nobody knows it any more."""
         before, looks, reached = "", 0, time.monotonic()
         told: set[str] = set()
@@ -345,10 +349,22 @@ class SlurmLauncher:
             if state != before or (word and word not in told):
                 self.say(f"{name}: job {number} is {_in_words(state, reason, number)}")
             told.add(word)
+            if state == "PENDING" and state != before and self._has_sealed(job):
+                # Of a job that was preempted, Slurm may start again what has ended well since.
+                self.say(f"{name}: has sealed its record, so job {number} is not waited for")
+                self._cancel(name, number)
+                return "COMPLETED"
             before = state
             if state in ENDED or (state in (*UNSETTLED, "GONE") and looks >= SETTLED_LOOKS):
                 return state
             time.sleep(POLL_SECONDS)
+
+    def _has_sealed(self, job: Job) -> bool:
+        """Whether there is nothing left to do for a job, as far as its store can be asked."""
+        try:
+            return is_sealed(job)
+        except AwayError:
+            return False
 
     def _cancel(self, name: str, number: str | None) -> None:
         """End a job, also one that may or may not have been submitted."""
@@ -386,7 +402,7 @@ class SlurmLauncher:
     def _why(self, name: str, number: str, state: str) -> str:
         error = self._file(name, "error")
         # A job that was stopped says so in its error file; why it was stopped is Slurm's to say.
-        if state == "FAILED" and error.exists():
+        if state in ("FAILED", "GONE") and error.exists():
             return f"{name}: {error.read_text()}"
         log = self._file(name, "log")
         if state == "GONE":

@@ -4,7 +4,7 @@
 #SBATCH --nodes=@NODES@
 #SBATCH --ntasks-per-node=1
 #SBATCH --chdir=@FOLDER@
-#SBATCH --output=@FOLDER@/@NAME@.log
+#SBATCH --output=@LOG@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:TERM@120
@@ -14,6 +14,10 @@
 # Nothing is exported by sbatch: what the program needs, secrets too, is in a file that only its
 # owner can read, not in the controller's spool.
 unset SLURM_EXPORT_ENV
+# Slurm may start a job again that has ended well: where it was preempted once, or its node is lost.
+if [ "$(cat @DONE@ 2>/dev/null)" = "$SLURM_JOB_ID" ]; then
+    exit 0
+fi
 if [ ! -r @ENVIRONMENT@ ]; then
     echo "@ENVIRONMENT@ is gone, and credentials with it: run the flow again" | tee @ERROR@ >&2
     exit 2
@@ -37,8 +41,13 @@ end_in_time() {
 trap end_in_time TERM
 
 # A partition may give a job that is preempted some time to end (GraceTime). The steps are told then,
-# and one that leaves in that time is over for Slurm: it is requeued only by asking.
-is_preempted() {
+# and before 24.05 one that leaves in that time is over for Slurm: it is requeued only by asking.
+# Since then Slurm does that itself, and starts a job that has asked once more after its good end.
+is_lost_if_preempted() {
+    version=$(scontrol --version | grep --only-matching "[0-9]*\.[0-9]*" | head -n 1)
+    if [ "$(printf "%s\n" 24.05 "$version" | sort --version-sort | head -n 1)" = 24.05 ]; then
+        return 1
+    fi
     scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null | grep -q "PreemptTime=[0-9]"
 }
 
@@ -58,9 +67,11 @@ for step in range(12000):
     print(port)
     break
 ' "$SLURM_JOB_ID")
+# The log has what earlier starts of this job wrote as well.
+written=$(($(stat --format=%s @LOG@ 2>/dev/null || echo 0) + 1))
 # Torchrun would kill after 30 s what is still writing a checkpoint.
 srun --export=ALL --kill-on-bad-exit=1 @CORES@ \
-    @PYTHON@ -m torch.distributed.run --nnodes=@NODES@ --nproc-per-node=@PROCESSES@ \
+    @PYTHON@ -m flows.torchrun --nnodes=@NODES@ --nproc-per-node=@PROCESSES@ \
     --shutdown-timeout=@SHUTDOWN@ \
     --rdzv-backend=c10d --rdzv-endpoint="$first:$port" \
     --rdzv-id="$SLURM_JOB_ID-${SLURM_RESTART_COUNT:-0}" \
@@ -73,7 +84,7 @@ if [ -n "$out_of_time" ]; then
     wait "$step"
     status=$?
 fi
-if [ "$status" -ne 0 ] && { [ -n "$out_of_time" ] || is_preempted; }; then
+if [ "$status" -ne 0 ] && { [ -n "$out_of_time" ] || is_lost_if_preempted; }; then
     state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
     # A job that is being cancelled is told to end as well, and is not to come back.
     if [ "$state" = RUNNING ]; then
@@ -83,8 +94,16 @@ if [ "$status" -ne 0 ] && { [ -n "$out_of_time" ] || is_preempted; }; then
 Slurm did not requeue the job: run it again to go on" | tee -a @ERROR@ >&2
     fi
 fi
+# What is killed for its memory has no last words. Slurm has some, and no state of its own for a job
+# whose step it was. What other ranks say then is what followed from it.
+if [ "$status" -ne 0 ] && [ -z "$out_of_time" ] && tail --bytes=+"$written" @LOG@ |
+    grep --quiet --extended-regexp "oom-kill event|Out Of Memory|xceeded (job )?memory limit"; then
+    echo "it was killed because it used more memory than it may have: raise EQM_PROCESS_MEMORY, or \
+lower processes or compute.micro_batch; run it again to go on" >@ERROR@
+fi
 # One that was preempted without such time comes back: it needs its environment.
 if [ "$status" -eq 0 ]; then
+    echo "$SLURM_JOB_ID" >@DONE@
     rm -f @ENVIRONMENT@
 fi
 exit "$status"

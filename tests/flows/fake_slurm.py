@@ -2,7 +2,8 @@
 
 It starts what it is given, as processes of this machine, and obeys files that a test puts beside
 its state (``hold``, ``reason``, ``down``, ``purge``, ``no-accounts``, ``no-requeue``,
-``sbatch.says``, ``sbatch.away``, ``sbatch.lost``, ``ID.preempt``, ``ID.grace``, ``ID.timeout``).
+``sbatch.says``, ``sbatch.away``, ``sbatch.lost``, ``version``, ``ID.preempt``, ``ID.grace``,
+``ID.timeout``, ``ID.again``).
 What Slurm is known to do is done here too: a job starts with an environment of its own, the signal
 of ``--signal=B:`` reaches the batch shell alone, a requeued job starts its script from the
 beginning, a job that is ended from outside is COMPLETING until its processes are gone,
@@ -59,6 +60,11 @@ def options(words):
     return dict(word.removeprefix("--").partition("=")[::2] for word in words if word[:2] == "--")
 
 
+def version():
+    file = STATE / "version"
+    return file.read_text() if file.exists() else "22.05.8"
+
+
 def taken(number, kind):
     """Whether a test, or scontrol, asks for something; asked once."""
     file = STATE / f"{number}.{kind}"
@@ -86,7 +92,15 @@ def sbatch(words):
     if taken("sbatch", "away"):
         return refuse(f"{FAILED} Unable to contact slurm controller (connect failure)")
     number = max(jobs(), default=int((STATE / "first").read_text()) - 1) + 1
-    write(number, state="PENDING", name=given["job-name"], options=given, script=script, restarts=0)
+    write(
+        number,
+        state="PENDING",
+        name=given["job-name"],
+        options=given,
+        script=script,
+        restarts=0,
+        graced=False,
+    )
     with (STATE / "submissions").open("a") as file:
         file.write(words[1] + "\n")
     line = [sys.executable, __file__, "slurmd", str(number)]
@@ -153,6 +167,9 @@ def scontrol(words):
     if words[:2] == ["show", "hostnames"]:
         sys.stdout.write("\n".join(words[2].split(",")) + "\n")
         return 0
+    if words == ["--version"]:
+        sys.stdout.write(f"slurm-wlm {version()}\n")
+        return 0
     if words[:3] == ["show", "job", "--oneliner"]:
         since = "2026-11-27T12:00:00" if read(int(words[3])).get("preempted") else "None"
         sys.stdout.write(
@@ -214,6 +231,13 @@ def slurmd(number):
         if taken(number, "cancel"):
             return write(number, state="CANCELLED")
         end = once(number)
+        # What has asked for it in its time of grace is put back once more: a bit is never cleared.
+        graced = read(number)["graced"]
+        if graced and version() >= "24.05":
+            write(number, graced=end == "REQUEUED")
+            end = "REQUEUED"
+        if taken(number, "again"):
+            end = "REQUEUED"
         if end != "REQUEUED":
             return write(number, state=end)
         write(number, state="REQUEUED", restarts=read(number)["restarts"] + 1)
@@ -265,7 +289,7 @@ def asked(number, shell, given):
         os.kill(shell, signal.SIGTERM)
     if taken(number, "grace"):
         # Told, and given time to end before it is requeued: whoever ends then has ended.
-        write(number, preempted=True)
+        write(number, preempted=True, graced=True)
         tell(steps(number), signal.SIGTERM)
     for kind, state in (("cancel", "CANCELLED"), ("preempt", "REQUEUED"), ("lose", "NODE_FAIL")):
         if taken(number, kind):

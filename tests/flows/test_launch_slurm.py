@@ -171,11 +171,16 @@ def test_a_preempted_job_comes_back_and_ends_in_the_same_bits(
     assert place.submissions() == 1
 
 
-def test_a_job_that_leaves_in_its_time_of_grace_comes_back(place: Place, expected: Record) -> None:
+@pytest.mark.parametrize("version", ["22.05.8", "24.11.5"])
+def test_a_job_that_leaves_in_its_time_of_grace_comes_back(
+    place: Place, expected: Record, version: str
+) -> None:
+    (place.state / "version").write_text(version)
     preempts = place.when(place.has_checkpoint, (place.state / f"{place.number}.grace").touch)
     place.launcher.run(place.job)
     preempts.join()
     assert place.slurm()["states"].count("RUNNING") == 2
+    assert place.slurm()["states"][-1] == "COMPLETED"
     assert place.record().content == expected.content  # type: ignore[union-attr]
     assert place.submissions() == 1
 
@@ -191,6 +196,28 @@ def test_a_job_out_of_time_makes_a_checkpoint_and_requeues_itself(
     assert "with a checkpoint there" in place.file("log").read_text()
     assert place.record().content == expected.content  # type: ignore[union-attr]
     assert not place.file("error").exists()
+
+
+def test_a_job_that_comes_back_after_its_record_is_sealed_is_not_waited_for(place: Place) -> None:
+    # As Slurm does since 24.05 of a job that did not leave in its time of grace.
+    (place.state / f"{place.number}.again").touch()
+    place.when(place.has_step, (place.state / "hold").touch)
+    place.launcher.run(place.job)
+    assert place.slurm()["states"][-2:] == ["PENDING", "CANCELLED"]
+    assert is_sealed(place.job)
+    assert not place.file("env").exists()
+
+
+def test_a_job_that_has_ended_well_does_nothing_when_it_is_started_again(place: Place) -> None:
+    (place.state / f"{place.number}.again").touch()
+    number = place.launcher._started(place.job, place.name, 1)
+    wait_for(lambda: launch_slurm._state(number)[0] in fake_slurm.ENDED)
+    assert place.slurm()["states"].count("RUNNING") == 2
+    assert place.slurm()["states"][-1] == "COMPLETED"
+    assert not place.file("error").exists()
+    # What is not its own end says nothing of the next job of its name.
+    place.launcher._write(place.job, place.name, 1)
+    assert not place.file("done").exists()
 
 
 @pytest.mark.slow
@@ -303,7 +330,7 @@ def test_a_reason_is_said_once_whatever_nodes_it_names(
     looks = iter([*(("PENDING", reason) for reason in reasons), ("COMPLETED", "")])
     monkeypatch.setattr(launch_slurm, "_state", lambda _: next(looks))
     monkeypatch.setattr(launch_slurm, "POLL_SECONDS", 0.0)
-    assert place.launcher._watch("7", "NAME") == "COMPLETED"
+    assert place.launcher._watch(place.job, "7", "NAME") == "COMPLETED"
     assert [line.removeprefix("NAME: job 7 is ") for line in place.said] == [
         "PENDING, waiting in the queue",
         f"PENDING ({nodes}n1), nodes are down or reserved: a shorter EQM_SLURM_TIME may fit in "
@@ -547,6 +574,37 @@ def test_the_message_of_the_program_is_the_message(place: Place) -> None:
     # The queue has forgotten it; the accounts have not.
     (place.state / "purge").touch()
     assert launch_slurm._state(str(place.number)) == ("FAILED", "")
+
+
+def test_the_message_of_a_program_outlives_what_slurm_knows_of_its_job(place: Place) -> None:
+    (place.state / "purge").touch()
+    (place.state / "no-accounts").touch()
+    (place.store.root / "latents").rename(place.store.root / "elsewhere")
+    with pytest.raises(StageError, match=rf"^{place.name}: latents .* is not sealed in .*: run th"):
+        place.launcher.run(place.job)
+
+
+def test_what_is_killed_for_its_memory_is_told_so(place: Place) -> None:
+    # Slurm's own words are in the log; ranks that lost another have theirs in the error file.
+    words = "slurmstepd-n1: error: Detected 1 oom-kill event(s) in StepId=7.0."
+    script = place.launcher.script(place.job, 1)
+    place.launcher.cluster.folder.mkdir()
+    log, error = place.file("log"), place.file("error")
+    srun = place.folder / "bin" / "srun"
+    srun.write_text(f"#!/bin/sh\necho 'rank 1 is gone' >{error}\necho '{words}'\nexit 1\n")
+    place.file("env").touch()
+    environ = {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n1"}
+    with log.open("w") as output:
+        output.write("of a start before\n")
+        output.flush()
+        ended = subprocess.run(["bash", "-c", script], env=environ, stdout=output, check=False)
+    assert ended.returncode == 1
+    assert "more memory than it may have: raise EQM_PROCESS_MEMORY" in error.read_text()
+    # What an earlier start was killed for is not what ends this one.
+    srun.write_text(f"#!/bin/sh\necho 'rank 1 is gone' >{error}\nexit 1\n")
+    with log.open("a") as output:
+        subprocess.run(["bash", "-c", script], env=environ, stdout=output, check=False)
+    assert error.read_text() == "rank 1 is gone\n"
 
 
 def test_a_program_whose_store_was_away_may_be_tried_again(
