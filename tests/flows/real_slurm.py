@@ -56,11 +56,13 @@ JobAcctGatherType=jobacct_gather/linux
 JobAcctGatherFrequency=task=1
 JobAcctGatherParams=OverMemoryKill
 AccountingStorageType=accounting_storage/none
+GresTypes=gpu
 {more}
-NodeName=n1 NodeAddr={first} CPUs=4 RealMemory=8000
-NodeName=n2 NodeAddr={second} CPUs=4 RealMemory=8000
+NodeName=n1 NodeAddr={first} CPUs=4 RealMemory=8000 Gres=gpu:2
+NodeName=n2 NodeAddr={second} CPUs=4 RealMemory=8000 Gres=gpu:2
 PartitionName=long Nodes=n1,n2 Default=YES MaxTime=INFINITE OverSubscribe=NO PriorityTier=1 {grace}
 PartitionName=short Nodes=n1,n2 MaxTime=5 PriorityTier=1
+PartitionName=one Nodes=n1 MaxTime=INFINITE PriorityTier=1
 PartitionName=first Nodes=n1,n2 MaxTime=INFINITE PriorityTier=9 PreemptMode=OFF
 """
 
@@ -128,6 +130,8 @@ class RealSlurm:
             )
         )
         (self.folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\n")
+        # GPUs to be counted; there is nothing behind them.
+        (self.folder / "gres.conf").write_text("NodeName=n[1-2] Name=gpu File=/dev/loop[0-1]\n")
         pairs = zip(ADDRESSES, NODES, strict=True)
         names = "".join(f"{address} {name}\n" for address, name in pairs)
         (self.folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}")

@@ -146,6 +146,33 @@ def test_two_nodes_train_together(place: Place) -> None:
     assert place.shown("NodeList") == "n[1-2]"
 
 
+def test_processes_have_the_gpus_and_cores_of_their_node(place: Place) -> None:
+    nodes = Nodes(processes=2, gpus=1, cpus=2, memory_gib=2)
+    place.launcher.cluster = replace(place.launcher.cluster, nodes=nodes)
+    place.longer(4)
+    given: list[dict[str, str]] = []
+    looks = when(place.has_checkpoint, lambda: given.extend(environments("-m eqm.train")))
+    place.launcher.run(place.job, processes=4)
+    looks.join()
+    assert is_sealed(place.job)
+    assert len(given) == 4
+    assert {one["CUDA_VISIBLE_DEVICES"] for one in given} == {"0,1"}
+    assert {one["SLURM_CPUS_PER_TASK"] for one in given} == {"4"}
+
+
+def environments(program: str) -> list[dict[str, str]]:
+    """Of the ranks of a program."""
+    found: list[dict[str, str]] = []
+    for process in Path("/proc").glob("[1-9]*"):
+        with contextlib.suppress(OSError):
+            line = (process / "cmdline").read_text().replace("\0", " ")
+            words = (process / "environ").read_text().split("\0")
+            pairs = dict(word.partition("=")[::2] for word in words)
+            if program in line and "RANK" in pairs:
+                found.append(pairs)
+    return found
+
+
 def test_a_requeued_job_ends_in_the_same_bits(place: Place, expected: Record) -> None:
     requeues = when(
         lambda: place.is_running() and place.has_checkpoint(),
