@@ -91,6 +91,8 @@ class Bucket:
     def __init__(self, name: str) -> None:
         self.name = name
         self.client = _client()
+        self._bare = False
+        """Whether this server compares If-Match with an ETag without its quotes, as Ceph does."""
 
     def where(self, key: str) -> str:
         """Full address of a key, for people."""
@@ -227,13 +229,15 @@ class Bucket:
         """Change an object with If-Match; its new version, or None if it is another one by now.
 
         Like :meth:`create`, it knows its own write again when an answer was lost, and tries again
-        where it was refused although nothing has changed.
+        where it was refused although nothing has changed: then also with the version in the other
+        of the two forms that servers know.
         """
         for number in range(TRIES):
             try:
                 with self._errors(key):
                     sent = {"Bucket": self.name, "Key": key, "Body": data}
-                    return self.client.put_object(**sent, IfMatch=version)["ETag"]
+                    match = version.strip('"') if self._bare else version
+                    return self.client.put_object(**sent, IfMatch=match)["ETag"]
             except (KeyTakenError, MissingError):
                 try:
                     found, there = self.read_version(key)
@@ -243,6 +247,7 @@ class Bucket:
                     return there
                 if there != version:
                     return None
+                self._bare = not self._bare
             time.sleep(REFUSED_SECONDS * 2**number)
         raise StoreError(
             NEITHER.format(endpoint=self.client.meta.endpoint_url, where=self.where(key))

@@ -432,7 +432,8 @@ def test_s3_tells_ages_and_renews_them(s3_environment: dict[str, str], tmp_path:
     store.bucket.refresh(f"clean/{blob.key}", 0)  # type: ignore[attr-defined]
     (after,) = store.stored("")
     assert after.modified > before.modified
-    assert store.modified(blob.key) == after.modified
+    # Of one object it tells whole seconds; listings of other servers have parts of them.
+    assert store.modified(blob.key) == int(after.modified)
     assert store.modified("blobs/none") is None
     assert store.get(blob) == b"of an attempt that was killed"
     sealed = store.seal(named("invention", blob.sha256))

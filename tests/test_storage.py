@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from eqm import s3, storage
 from eqm.config import PretrainedFile
@@ -75,6 +76,35 @@ def test_a_key_is_changed_only_by_who_knows_its_version(store: Store) -> None:
     assert store.replace("pointer", b"3", first) is None
     assert store.read_version("pointer") == (b"2", second)
     assert store.list("") == ["pointer"]
+
+
+@pytest.mark.services
+@pytest.mark.usefixtures("s3_environment")
+def test_a_server_that_knows_versions_without_their_quotes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ceph 18 compares If-Match with the bare ETag, and refuses one in the quotes of HTTP."""
+    bucket, key = Bucket("eqm"), f"bare-{tmp_path.name}/a"
+    real, asked = bucket.client.put_object, []
+
+    def like_ceph(**sent: Any) -> Any:
+        match = sent.get("IfMatch")
+        asked.append(match)
+        if match and match.startswith('"'):
+            answer = {"Error": {"Code": "PreconditionFailed"}, "ResponseMetadata": {}}
+            raise ClientError(answer, "PutObject")  # type: ignore[arg-type]
+        return real(**{**sent, **({"IfMatch": f'"{match}"'} if match else {})})
+
+    monkeypatch.setattr(bucket.client, "put_object", like_ceph)
+    assert bucket.create(key, b"1")
+    _, first = bucket.read_version(key)
+    second = bucket.replace(key, b"2", first)
+    assert second is not None
+    assert bucket.replace(key, b"3", first) is None
+    assert bucket.read_version(key) == (b"2", second)
+    # It is asked in vain once.
+    assert bucket.replace(key, b"4", second) is not None
+    assert [match.startswith('"') for match in asked if match] == [True, False, False, False]
 
 
 def test_what_was_sent_twice_is_ours_all_the_same(store: Store) -> None:
