@@ -1,6 +1,7 @@
 """Progress of long work: a Rich bar in a terminal, a plain line now and then elsewhere."""
 
 import contextlib
+import errno
 import os
 import sys
 import time
@@ -72,11 +73,16 @@ class Progress:
         sys.stderr.flush()
 
 
+UNREAD = (errno.EPIPE, errno.EIO)
+"""Of a pipe whose other end is closed, and of a terminal that is gone."""
+
+
 class Unheard:
     """A stream of words that goes on, silent, once nobody reads it any more.
 
-    What a stage program says is read by the worker that started its flow, which may be killed. A
-    training would otherwise end at the next line that it says.
+    What a stage program says is read by the worker that started its flow, which may be killed, or
+    shown by a terminal, whose connection may end. A training would otherwise end at the next line
+    that it says.
     """
 
     def __init__(self, stream: Any) -> None:
@@ -86,18 +92,20 @@ class Unheard:
         """As of a file."""
         try:
             return self._stream.write(words)
-        except BrokenPipeError:
-            self._fall_silent()
+        except OSError as error:
+            self._fall_silent(error)
             return len(words)
 
     def flush(self) -> None:
         """As of a file."""
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            self._fall_silent()
+        except OSError as error:
+            self._fall_silent(error)
 
-    def _fall_silent(self) -> None:
+    def _fall_silent(self, error: OSError) -> None:
+        if error.errno not in UNREAD:
+            raise error
         # All that writes there, libraries and children too.
         with open(os.devnull, "wb") as nowhere:
             os.dup2(nowhere.fileno(), self._stream.fileno())
@@ -108,12 +116,17 @@ class Unheard:
 
 @contextlib.contextmanager
 def unheard() -> Iterator[None]:
-    """Inside, sys.stdout and sys.stderr are :class:`Unheard`."""
+    """Inside, sys.stdout and sys.stderr are :class:`Unheard`, where there are any."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = Unheard(sys.stdout), Unheard(sys.stderr)  # type: ignore[assignment]
+    inside = [Unheard(stream) if stream is not None else None for stream in before]
+    sys.stdout, sys.stderr = inside  # type: ignore[assignment]
     try:
         yield
     finally:
+        # Python flushes at its end, and what fails then is the program's exit status.
+        for stream in inside:
+            if stream is not None:
+                stream.flush()
         sys.stdout, sys.stderr = before
 
 

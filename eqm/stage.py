@@ -272,8 +272,9 @@ def _used_up(error: Exception, job: Job | None) -> EqmError | None:
 
 
 def _refuse(error: EqmError, job: Job | None) -> int:
-    sys.stderr.write(f"error: {error}\n")
+    # First for whoever started it: the other may have nobody who reads it.
     _leave(f"{error}{AWAY if isinstance(error, PASSING) else ''}", job)
+    sys.stderr.write(f"error: {error}\n")
     return EXIT_REFUSED
 
 

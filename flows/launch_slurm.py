@@ -177,7 +177,8 @@ class SlurmLauncher:
             number = self._started(job, name, processes)
             state = self._watch(job, number, name)
         self._forget(name)
-        if state == "GONE" and is_sealed(job):
+        # Since 24.05 what ends well in its time of grace may be PREEMPTED all the same.
+        if state in (*UNSETTLED, "GONE") and is_sealed(job):
             return
         if state != "COMPLETED":
             raise failure(self._why(name, number, state))
@@ -403,12 +404,12 @@ class SlurmLauncher:
         error = self._file(name, "error")
         # A job that was stopped says so in its error file; why it was stopped is Slurm's to say.
         if state in ("FAILED", "GONE") and error.exists():
-            return f"{name}: {error.read_text()}"
+            return f"{name}: {error.read_text().strip()}"
         log = self._file(name, "log")
         if state == "GONE":
             return f"{name}: neither squeue nor sacct knows job {number} any more; see {log}"
         why = WHY.get(state, "failed")
-        said = f" ({error.read_text()})" if error.exists() else ""
+        said = f" ({error.read_text().strip()})" if error.exists() else ""
         return f"{name}: job {number} of Slurm {why}{said}; its output is in {log}"
 
 

@@ -1,6 +1,8 @@
 """Around every stage program: skip what is sealed, seal last, refuse in words."""
 
 import json
+import os
+import pty
 import re
 import subprocess
 import sys
@@ -264,27 +266,35 @@ def test_a_program_ends_with_one_message_and_status_2(tmp_path: Path, launched: 
 SPEAKS = """
 import sys, time
 from eqm import stage
+from eqm.progress import Progress
 def program(context):
-    print("begun", flush=True)
-    for name in ("stdout", "stderr") * 2:
+    print("begun", file=sys.stderr, flush=True)
+    print("kept in a buffer", end="")
+    for number in range(4):
         time.sleep(0.1)
-        getattr(sys, name).write("more\\n")
-        getattr(sys, name).flush()
+        print("more", file=(sys.stdout, sys.stderr)[number % 2], flush=True)
+    print("until the end", end="")
+    with Progress("working", total=2) as progress:
+        progress.advance(2)
     return stage.Outcome(outputs={"out": b"x"})
 sys.exit(stage.main(("latents",), program, sys.argv[1:]))
 """
 
 
-def test_a_program_goes_on_where_nobody_reads_what_it_says(tmp_path: Path) -> None:
-    """The worker reads it, and may be killed: a training that goes on without it is not to end."""
+@pytest.mark.parametrize("heard_by", ["a pipe", "a terminal", "no stdout"])
+def test_a_program_goes_on_where_nobody_reads_what_it_says(heard_by: str, tmp_path: Path) -> None:
+    """A worker may be killed, and a connection end: a training that goes on is not to end by it."""
     job = a_job(tmp_path)
     path = tmp_path / "job.json"
     path.write_text(json.dumps(to_json(job)))
     line = [sys.executable, "-c", SPEAKS, str(path)]
-    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as child:
-        assert child.stdout is not None
-        assert child.stdout.readline() == b"begun\n"
-        child.stdout.close()
+    if heard_by == "no stdout":
+        line = ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *line]
+    reads, writes = pty.openpty() if heard_by == "a terminal" else os.pipe()
+    with subprocess.Popen(line, stdout=writes, stderr=writes, start_new_session=True) as child:
+        os.close(writes)
+        assert b"begun" in os.read(reads, 1000)
+        os.close(reads)
         assert child.wait(60) == 0
     assert LocalStore(tmp_path / "store").record("latents", stage.job_digest(job)) is not None
 

@@ -16,6 +16,7 @@
 unset SLURM_EXPORT_ENV
 # Slurm may start a job again that has ended well: where it was preempted once, or its node is lost.
 if [ "$(cat @DONE@ 2>/dev/null)" = "$SLURM_JOB_ID" ]; then
+    echo "job $SLURM_JOB_ID has ended well already: nothing to do"
     exit 0
 fi
 if [ ! -r @ENVIRONMENT@ ]; then
@@ -41,13 +42,10 @@ end_in_time() {
 trap end_in_time TERM
 
 # A partition may give a job that is preempted some time to end (GraceTime). The steps are told then,
-# and before 24.05 one that leaves in that time is over for Slurm: it is requeued only by asking.
-# Since then Slurm does that itself, and starts a job that has asked once more after its good end.
-is_lost_if_preempted() {
-    version=$(scontrol --version | grep --only-matching "[0-9]*\.[0-9]*" | head -n 1)
-    if [ "$(printf "%s\n" 24.05 "$version" | sort --version-sort | head -n 1)" = 24.05 ]; then
-        return 1
-    fi
+# and one that leaves in that time is over for Slurm: it is requeued only by asking. Since 24.05 Slurm
+# requeues it itself, where PreemptMode is not CANCEL, and once more after the good end of one that
+# has asked: that start has nothing to do.
+is_preempted() {
     scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null | grep -q "PreemptTime=[0-9]"
 }
 
@@ -84,7 +82,7 @@ if [ -n "$out_of_time" ]; then
     wait "$step"
     status=$?
 fi
-if [ "$status" -ne 0 ] && { [ -n "$out_of_time" ] || is_lost_if_preempted; }; then
+if [ "$status" -ne 0 ] && { [ -n "$out_of_time" ] || is_preempted; }; then
     state=$(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T)
     # A job that is being cancelled is told to end as well, and is not to come back.
     if [ "$state" = RUNNING ]; then
@@ -97,7 +95,7 @@ fi
 # What is killed for its memory has no last words. Slurm has some, and no state of its own for a job
 # whose step it was. What other ranks say then is what followed from it.
 if [ "$status" -ne 0 ] && [ -z "$out_of_time" ] && tail --bytes=+"$written" @LOG@ |
-    grep --quiet --extended-regexp "oom-kill event|Out Of Memory|xceeded (job )?memory limit"; then
+    grep --quiet --extended-regexp "oom.kill event|Out Of Memory|xceeded (job )?memory limit"; then
     echo "it was killed because it used more memory than it may have: raise EQM_PROCESS_MEMORY, or \
 lower processes or compute.micro_batch; run it again to go on" >@ERROR@
 fi

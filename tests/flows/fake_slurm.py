@@ -2,8 +2,8 @@
 
 It starts what it is given, as processes of this machine, and obeys files that a test puts beside
 its state (``hold``, ``reason``, ``down``, ``purge``, ``no-accounts``, ``no-requeue``,
-``sbatch.says``, ``sbatch.away``, ``sbatch.lost``, ``version``, ``ID.preempt``, ``ID.grace``,
-``ID.timeout``, ``ID.again``).
+``sbatch.says``, ``sbatch.away``, ``sbatch.lost``, ``version``, ``cancels``, ``ID.preempt``,
+``ID.grace``, ``ID.timeout``, ``ID.again``).
 What Slurm is known to do is done here too: a job starts with an environment of its own, the signal
 of ``--signal=B:`` reaches the batch shell alone, a requeued job starts its script from the
 beginning, a job that is ended from outside is COMPLETING until its processes are gone,
@@ -23,7 +23,7 @@ HERE = Path(__file__).absolute().parent
 STATE = HERE / "state"
 NAMES = ("sbatch", "squeue", "sacct", "scancel", "scontrol", "srun")
 FAILED = "sbatch: error: Batch job submission failed:"
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
 
 
 def install(folder, first):
@@ -232,8 +232,10 @@ def slurmd(number):
             return write(number, state="CANCELLED")
         end = once(number)
         # What has asked for it in its time of grace is put back once more: a bit is never cleared.
-        graced = read(number)["graced"]
-        if graced and version() >= "24.05":
+        graced = read(number)["graced"] and version() >= "24.05"
+        if graced and (STATE / "cancels").exists():
+            end = end if end == "REQUEUED" else "PREEMPTED"
+        elif graced:
             write(number, graced=end == "REQUEUED")
             end = "REQUEUED"
         if taken(number, "again"):

@@ -171,18 +171,29 @@ def test_a_preempted_job_comes_back_and_ends_in_the_same_bits(
     assert place.submissions() == 1
 
 
-@pytest.mark.parametrize("version", ["22.05.8", "24.11.5"])
+@pytest.mark.parametrize(
+    ("version", "mode", "ends"),
+    [
+        ("22.05.8", "requeues", ("COMPLETED",)),
+        # It is put back once more, has nothing to do, and is not waited for.
+        ("24.11.5", "requeues", ("COMPLETED", "CANCELLED")),
+        ("24.11.5", "cancels", ("PREEMPTED",)),
+    ],
+)
 def test_a_job_that_leaves_in_its_time_of_grace_comes_back(
-    place: Place, expected: Record, version: str
+    place: Place, expected: Record, version: str, mode: str, ends: tuple[str, ...]
 ) -> None:
     (place.state / "version").write_text(version)
+    (place.state / mode).touch()
     preempts = place.when(place.has_checkpoint, (place.state / f"{place.number}.grace").touch)
     place.launcher.run(place.job)
     preempts.join()
-    assert place.slurm()["states"].count("RUNNING") == 2
-    assert place.slurm()["states"][-1] == "COMPLETED"
     assert place.record().content == expected.content  # type: ignore[union-attr]
     assert place.submissions() == 1
+    wait_for(lambda: place.slurm()["state"] in fake_slurm.ENDED)
+    assert place.slurm()["states"][-1] in ends
+    assert place.slurm()["states"].count("RUNNING") >= 2
+    assert not place.file("env").exists()
 
 
 @pytest.mark.slow

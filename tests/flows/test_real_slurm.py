@@ -194,7 +194,8 @@ def test_a_preempted_job_makes_a_checkpoint_in_its_grace_time_and_comes_back(pla
     first = when(lambda: place.is_running() and place.has_checkpoint(), preempts)
     place.launcher.run(place.job, processes=2)
     first.join()
-    assert place.shown("Restarts") == "1", place.log()
+    # Since 24.05 it is put back once more, and is not waited for.
+    assert place.shown("Restarts") in ("1", "2"), place.log()
     assert "with a checkpoint there" in place.log()
     assert is_sealed(place.job)
 
