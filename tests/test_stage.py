@@ -269,11 +269,10 @@ from eqm import stage
 from eqm.progress import Progress
 def program(context):
     print("begun", file=sys.stderr, flush=True)
-    print("kept in a buffer", end="")
     for number in range(4):
         time.sleep(0.1)
-        print("more", file=(sys.stdout, sys.stderr)[number % 2], flush=True)
-    print("until the end", end="")
+        print("in a buffer until the end")
+        print("more", file=sys.stderr, flush=True)
     with Progress("working", total=2) as progress:
         progress.advance(2)
     return stage.Outcome(outputs={"out": b"x"})
@@ -291,7 +290,8 @@ def test_a_program_goes_on_where_nobody_reads_what_it_says(heard_by: str, tmp_pa
     if heard_by == "no stdout":
         line = ["/bin/sh", "-c", 'exec "$@" >&-', "sh", *line]
     reads, writes = pty.openpty() if heard_by == "a terminal" else os.pipe()
-    with subprocess.Popen(line, stdout=writes, stderr=writes, start_new_session=True) as child:
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with subprocess.Popen(line, stdout=writes, stderr=writes, env=env) as child:
         os.close(writes)
         assert b"begun" in os.read(reads, 1000)
         os.close(reads)
