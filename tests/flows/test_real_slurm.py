@@ -149,9 +149,9 @@ def test_two_nodes_train_together(place: Place) -> None:
 def test_processes_have_the_gpus_and_cores_of_their_node(place: Place) -> None:
     nodes = Nodes(processes=2, gpus=1, cpus=2, memory_gib=2)
     place.launcher.cluster = replace(place.launcher.cluster, nodes=nodes)
-    place.longer(4)
+    place.longer(10)
     given: list[dict[str, str]] = []
-    looks = when(place.has_checkpoint, lambda: given.extend(environments("-m eqm.train")))
+    looks = when(place.has_checkpoint, lambda: given.extend(ranks_of(place.number())))
     place.launcher.run(place.job, processes=4)
     looks.join()
     assert is_sealed(place.job)
@@ -160,15 +160,15 @@ def test_processes_have_the_gpus_and_cores_of_their_node(place: Place) -> None:
     assert {one["SLURM_CPUS_PER_TASK"] for one in given} == {"4"}
 
 
-def environments(program: str) -> list[dict[str, str]]:
-    """Of the ranks of a program."""
+def ranks_of(number: str) -> list[dict[str, str]]:
+    """The environments of the ranks of a job."""
     found: list[dict[str, str]] = []
     for process in Path("/proc").glob("[1-9]*"):
         with contextlib.suppress(OSError):
             line = (process / "cmdline").read_text().replace("\0", " ")
             words = (process / "environ").read_text().split("\0")
             pairs = dict(word.partition("=")[::2] for word in words)
-            if program in line and "RANK" in pairs:
+            if "-m eqm.train" in line and "RANK" in pairs and pairs.get("SLURM_JOB_ID") == number:
                 found.append(pairs)
     return found
 
