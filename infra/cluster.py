@@ -7,6 +7,7 @@ come from the environment, under the names that boto3, MLflow and Prefect know. 
 missing does not start.
 """
 
+import contextlib
 import os
 import sys
 from collections.abc import Mapping
@@ -28,6 +29,7 @@ EVERYWHERE = "0.0.0.0"  # noqa: S104
 def s3(environ: Mapping[str, str]) -> None:
     """Become the S3 server: data and inner secrets in EQM_HOME. Raises ServiceError."""
     root = make_private_folder(Path(_needed(environ, "EQM_HOME")))
+    _close_again(root / "credentials.json")
     secrets = replace(
         make_credentials(root),
         s3_access_key=_needed(environ, "AWS_ACCESS_KEY_ID"),
@@ -36,6 +38,13 @@ def s3(environ: Mapping[str, str]) -> None:
     service = s3_service(root, ports.PREFERRED["s3"], secrets, environ, bind=EVERYWHERE)
     os.chdir(service.folder)
     os.execve(service.command[0], service.command, dict(service.environment))  # noqa: S606
+
+
+def _close_again(path: Path) -> None:
+    """Take from the group what Kubernetes gives it (fsGroup): it opens a volume's files to it
+    whenever a pod starts, and the pod is alone in that group."""
+    with contextlib.suppress(FileNotFoundError):
+        path.chmod(0o600)
 
 
 def setup(environ: Mapping[str, str], project: Path = local.PROJECT) -> None:
