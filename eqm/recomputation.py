@@ -31,7 +31,7 @@ PIXEL_LEVELS = 1.0
 """What samples made again in another batch may differ by, in the mean over their pixels."""
 FEATURES_APART = 0.02
 """What their features may differ by, in norms of the sealed ones."""
-KIND_OF_MACHINE = ("device", "machine", "cpu_capability", "threads")
+KIND_OF_MACHINE = ("device", "machine", "cpu_capability", "blas", "threads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,11 @@ def _read(store: Store, data: bytes | Path | Blob) -> bytes:
 
 
 def is_same_kind(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
-    """Whether results made there and here are equal to the last bit (provenance of a record)."""
+    """Whether results made there and here are equal to the last bit (provenance of a record).
+
+    Records of before the library that multiplies was written down are taken to have this one's.
+    """
+    then = {"blas": now.get("blas"), **then}
     kinds = [
         [where.get(key) for key in KIND_OF_MACHINE]
         + [where.get("versions", {}).get(name) for name in ("torch", "numpy")]

@@ -45,6 +45,7 @@ from eqm.records import (
     to_json,
 )
 from eqm.storage import Store, open_store
+from eqm.threads import blas_kernels
 
 AWAY = " (The store was away.)"
 """Behind the message that a program leaves for whoever started it: trying again may help."""
@@ -402,6 +403,7 @@ def provenance(world: World, began: str) -> dict[str, Any]:
         "device": str(world.device.type),
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "blas": blas_kernels(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "versions": {name: _version(name) for name in VERSIONS_OF},

@@ -4,7 +4,8 @@ OpenBLAS has threads of its own, as many as the machine has cores, that wait for
 spinning. Beside other work that costs a multiple of what is computed, and how many they are decides
 how results are rounded. Pieces on one core each give the same bits on any number of cores, and use
 as many as torch was told to. What waits and does not compute has threads of its own
-(:func:`ahead`). Called by batches, checkpoint, distributed, frechet, image_sets and intervals.
+(:func:`ahead`). Called by batches, checkpoint, distributed, frechet, image_sets,
+intervals and stage.
 """
 
 import contextlib
@@ -39,6 +40,16 @@ def one_core_products() -> Iterator[None]:
     """Products and decompositions of numpy take one core each; torch's are left alone."""
     with _libraries(len(sys.modules)).limit(limits=1, user_api="blas"):
         yield
+
+
+def blas_kernels() -> list[str]:
+    """Libraries that multiply for numpy, with the processor that they take this one for.
+
+    OpenBLAS chooses by the processor's model, or by OPENBLAS_CORETYPE, and each choice adds up in
+    an order of its own: the last bits of products and decompositions are others.
+    """
+    found = _libraries(len(sys.modules)).select(user_api="blas").info()
+    return sorted({f"{each['internal_api']} {each.get('architecture')}" for each in found})
 
 
 def ahead(

@@ -2,17 +2,19 @@
 
 ``s3`` is the SeaweedFS of the embedded stack, with S3 alone open to other containers. ``setup``
 makes the bucket, the work pool and the alarms and registers the deployments, then ends; doing it
-again changes nothing. ``bucket`` makes the bucket alone, for a restore. Addresses and credentials
+again changes nothing. EQM_WORK_POOL=eqm-jobs: runs of the deployments are Jobs of Kubernetes. ``bucket`` makes the bucket alone, for a restore. Addresses and credentials
 come from the environment, under the names that boto3, MLflow and Prefect know. One whose secret is
 missing does not start.
 """
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 from eqm.errors import EqmError
@@ -20,7 +22,7 @@ from infra import alarms, deployments, local, ports
 from infra.credentials import make_credentials
 from infra.files import make_private_folder
 from infra.services import s3_service
-from infra.stack import REGION, ServiceError, Stack
+from infra.stack import JOBS_POOL, POOL, REGION, ServiceError, Stack
 
 # In a container, whose network decides who comes in.
 EVERYWHERE = "0.0.0.0"  # noqa: S104
@@ -49,15 +51,31 @@ def _close_again(path: Path) -> None:
 
 def setup(environ: Mapping[str, str], project: Path = local.PROJECT) -> None:
     """Make bucket, work pool, deployments and alarms. Raises ServiceError."""
+    pool = environ.get("EQM_WORK_POOL") or POOL
+    if pool not in (POOL, JOBS_POOL):
+        raise ServiceError(f"EQM_WORK_POOL is {pool!r}; it must be {POOL} or {JOBS_POOL}")
     stack = replace(_stack(environ), prefect_api_url=_needed(environ, "PREFECT_API_URL"))
     local.make_bucket(stack)
     target = alarms.target_of(environ)
     api = deployments.PrefectApi(str(stack.prefect_api_url), environ)
+    # Of this one as well where runs are Jobs: its worker and keeper are there.
     api.make_pool()
+    if pool == JOBS_POOL:
+        api.make_jobs_pool(_jobs_template(project, environ))
     log = stack.home / "logs" / "deploy.log"
-    deployments.deploy_all(project, log=log, environment=environ)
+    deployments.deploy_all(project, log=log, environment=environ, pool=pool)
     alarms.register(api, target)
     sys.stdout.write("bucket, work pool, deployments and alarms are there\n")
+
+
+def _jobs_template(project: Path, environ: Mapping[str, str]) -> dict[str, Any]:
+    """What a flow run's Job looks like, with the image and the namespace of this installation."""
+    path = project / "infra" / "k8s" / "components" / "jobs" / "work-pool.json"
+    template = json.loads(path.read_text())
+    known = template["variables"]["properties"]
+    known["image"]["default"] = _needed(environ, "EQM_KUBERNETES_IMAGE")
+    known["namespace"]["default"] = _needed(environ, "EQM_KUBERNETES_NAMESPACE")
+    return template
 
 
 def bucket(environ: Mapping[str, str]) -> None:

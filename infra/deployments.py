@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from infra.files import make_private_folder, open_private
+from infra.files import make_private_folder, open_private, write_private
 from infra.processes import last_lines
-from infra.stack import LOOPBACK, POOL, ServiceError, Stack, digest_of
+from infra.stack import JOBS_POOL, LOOPBACK, POOL, ServiceError, Stack, digest_of
 
 DEPLOY_SECONDS = 180.0
 
@@ -46,6 +46,13 @@ class PrefectApi:
     def make_pool(self) -> None:
         """Make the process work pool, if it is missing."""
         self._post("/work_pools/", {"name": POOL, "type": "process"}, accept=(409,))
+
+    def make_jobs_pool(self, template: Mapping[str, Any]) -> None:
+        """Make the pool whose runs are Jobs of Kubernetes, or give it another template."""
+        body = {"name": JOBS_POOL, "type": "kubernetes", "base_job_template": dict(template)}
+        if self._post("/work_pools/", body, accept=(409,)) is None:
+            changed = {"base_job_template": dict(template)}
+            self._send("PATCH", f"/work_pools/{JOBS_POOL}", changed, accept=())
 
     def heard_of_worker(self, name: str) -> str | None:
         """When a worker was last heard of, by the clock of the server."""
@@ -209,10 +216,26 @@ def declared_names(project: Path) -> set[str]:
         raise ServiceError(f"{path} declares no deployments that can be read ({error})") from error
 
 
-def deploy_all(project: Path, *, log: Path, environment: Mapping[str, str]) -> None:
+def in_pool(project: Path, pool: str, folder: Path) -> Path:
+    """A prefect.yaml whose deployments are of another pool: with --all, --pool is ignored."""
+    import yaml
+
+    declared = yaml.safe_load((project / "prefect.yaml").read_text())
+    for deployment in declared["deployments"]:
+        deployment["work_pool"] = {**deployment["work_pool"], "name": pool}
+    made = folder / f"prefect-{pool}.yaml"
+    write_private(made, yaml.safe_dump(declared, sort_keys=False).encode())
+    return made
+
+
+def deploy_all(
+    project: Path, *, log: Path, environment: Mapping[str, str], pool: str = POOL
+) -> None:
     """``prefect deploy --all`` in the project's folder. Raises ServiceError with what it said."""
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     make_private_folder(log.parent)
+    if pool != POOL:
+        command += ["--prefect-file", str(in_pool(project, pool, log.parent))]
     log.unlink(missing_ok=True)
     with open_private(log) as output:
         try:

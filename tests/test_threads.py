@@ -1,6 +1,7 @@
 """numpy's work on many cores: in order, with the same bits on any number of them."""
 
 import itertools
+import os
 import subprocess
 import sys
 import threading
@@ -57,6 +58,23 @@ def test_what_is_loaded_later_takes_one_core_as_well():
     line = [sys.executable, "-c", LATER]
     told = subprocess.run(line, capture_output=True, text=True, check=True)
     assert told.stdout == "[1, 1]\n"
+
+
+def test_the_kernels_are_those_that_openblas_was_told_to_take():
+    code = "import numpy, eqm.threads; print(*eqm.threads.blas_kernels())"
+    said = {
+        kernel: subprocess.run(
+            [sys.executable, "-c", code],
+            env={**os.environ, "OPENBLAS_CORETYPE": kernel},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for kernel in ("Haswell", "Sandybridge")
+    }
+    if "openblas" not in said["Haswell"]:
+        pytest.skip("numpy multiplies with another library here")
+    assert said == {"Haswell": "openblas Haswell\n", "Sandybridge": "openblas Sandybridge\n"}
 
 
 @pytest.mark.parametrize("kind", [iter, lambda items: itertools.chain(items, itertools.count(9))])

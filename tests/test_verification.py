@@ -562,8 +562,10 @@ def test_what_makes_machines_alike(evaluated):
     assert is_same_kind(here, dict(here))
     assert is_same_kind(here, {**here, "began": "later", "git_revision": None})
     assert not is_same_kind(here, {**here, "threads": here["threads"] + 1})
-    for name in ("device", "machine", "cpu_capability"):
+    for name in ("device", "machine", "cpu_capability", "blas"):
         assert not is_same_kind(here, {**here, name: f"another {here[name]}"}), name
+    older = {name: value for name, value in here.items() if name != "blas"}
+    assert is_same_kind(older, here)
     for name in ("torch", "numpy"):
         assert not is_same_kind(here, {**here, "versions": {**here["versions"], name: "1"}}), name
     assert is_same_kind(here, {**here, "versions": {**here["versions"], "mlflow": "1"}})

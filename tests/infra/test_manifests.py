@@ -5,6 +5,7 @@ The schemas are those of the Compose specification (check-jsonschema has a copy)
 features of kustomize, which are applied here.
 """
 
+import copy
 import http.server
 import json
 import os
@@ -27,6 +28,7 @@ import pytest
 import yaml
 from kubeflow_trainer_api import models
 from prefect.utilities.templating import apply_values
+from prefect_kubernetes.worker import KubernetesWorkerJobConfiguration
 
 from eqm.errors import ConfigError
 from flows import launch, recovery
@@ -38,7 +40,7 @@ from infra.stack import JOBS_POOL, ServiceError, Stack
 
 INFRA = Path(__file__).parents[2] / "infra"
 PROJECT = INFRA.parent
-OVERLAYS = ("base", "overlays/standalone", "overlays/jobs")
+OVERLAYS = ("base", "overlays/standalone")
 SECRETS = {line.partition("=")[0] for line in environment_file().splitlines()}
 NEWEST = max(kubernetes_validate.utils.all_versions(), key=lambda v: [*map(int, v.split("."))])
 
@@ -304,7 +306,9 @@ def built(folder: Path) -> list[dict[str, Any]]:
     for name in asked.get("components", ()):
         component = kustomization(folder / name)
         assert component["kind"] == "Component"
-        assert set(component) == {"apiVersion", "kind", "patches"}
+        assert set(component) <= {"apiVersion", "kind", "resources", "patches"}
+        for path in component.get("resources", ()):
+            found += [one for one in yaml.safe_load_all((folder / name / path).read_text()) if one]
         patched(found, component["patches"])
     return patched(found, asked.get("patches", ()))
 
@@ -340,12 +344,25 @@ def ours(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def objects(ours: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+def jobs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An overlay with runs as Jobs, in a copy of the folder."""
+    copy = tmp_path_factory.mktemp("jobs") / "k8s"
+    shutil.copytree(INFRA / "k8s", copy)
+    folder = copy / "overlays" / "jobs"
+    folder.mkdir()
+    parts = {"resources": ["../standalone"], "components": ["../../components/jobs"]}
+    kind = {"apiVersion": "kustomize.config.k8s.io/v1beta1", "kind": "Kustomization"}
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump({**kind, **parts}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def objects(ours: list[dict[str, Any]], jobs: Path) -> dict[str, list[dict[str, Any]]]:
     found = {name: built(INFRA / "k8s" / name) for name in OVERLAYS}
-    return {**found, "overlays/ours": ours}
+    return {**found, "overlays/ours": ours, "overlays/jobs": built(jobs)}
 
 
-@pytest.mark.parametrize("name", [*OVERLAYS, "overlays/ours"])
+@pytest.mark.parametrize("name", [*OVERLAYS, "overlays/ours", "overlays/jobs"])
 def test_manifests_fit_the_schemas(name: str, objects: dict[str, list[dict[str, Any]]]) -> None:
     for one in objects[name]:
         if one["kind"] == "TrainingRuntime":
@@ -355,11 +372,12 @@ def test_manifests_fit_the_schemas(name: str, objects: dict[str, list[dict[str, 
 
 
 @pytest.mark.skipif(lacks("kubectl", "version", "--client"), reason="no kubectl here")
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", [*OVERLAYS, "overlays/jobs"])
 def test_kubectl_makes_of_them_what_is_tested_here(
-    name: str, objects: dict[str, list[dict[str, Any]]]
+    name: str, objects: dict[str, list[dict[str, Any]]], jobs: Path
 ) -> None:
-    line = ["kubectl", "kustomize", str(INFRA / "k8s" / name)]
+    folder = jobs if name == "overlays/jobs" else INFRA / "k8s" / name
+    line = ["kubectl", "kustomize", str(folder)]
     made = subprocess.run(line, capture_output=True, text=True, check=True).stdout
     assert by_name(list(yaml.safe_load_all(made))) == by_name(objects[name])
 
@@ -577,7 +595,7 @@ def test_the_worker_of_the_cluster_has_a_keeper(
     assert ("PersistentVolumeClaim", claim["claimName"]) in base
 
 
-@pytest.mark.parametrize("name", OVERLAYS)
+@pytest.mark.parametrize("name", [*OVERLAYS, "overlays/jobs"])
 def test_what_hangs_is_started_again(name: str, objects: dict[str, list[dict[str, Any]]]) -> None:
     for one in objects[name]:
         if one["kind"] in ("Deployment", "StatefulSet"):
@@ -595,7 +613,7 @@ def test_alarms_know_the_pool_whose_runs_are_jobs(objects: dict[str, list[dict[s
 
 
 def test_the_work_pool_makes_a_valid_job() -> None:
-    template = json.loads((INFRA / "k8s/overlays/jobs/work-pool.json").read_text())
+    template = json.loads((INFRA / "k8s/components/jobs/work-pool.json").read_text())
     variables = template["variables"]
     jsonschema.Draft7Validator.check_schema(variables)
     defaults = {name: one["default"] for name, one in variables["properties"].items()}
@@ -604,11 +622,14 @@ def test_the_work_pool_makes_a_valid_job() -> None:
     jsonschema.validate(defaults, variables)
     given = {**defaults, "command": "prefect flow-run execute", "namespace": "research"}
     made: Any = apply_values(template["job_configuration"], given)
-    job = made["job_manifest"]
-    # The worker turns the command into a list.
-    job["spec"]["template"]["spec"]["containers"][0]["args"] = given["command"].split()
-    kubernetes_validate.validate(job, NEWEST, strict=True)
+    # As the worker reads it.
+    job = copy.deepcopy(KubernetesWorkerJobConfiguration(**made).job_manifest)
     pod = job["spec"]["template"]["spec"]
+    # Prefect asks for them in this place, where Kubernetes knows none and drops them.
+    assert (pod.pop("parallelism"), pod.pop("completions")) == (1, 1)
+    # The worker turns the command into a list.
+    pod["containers"][0]["args"] = given["command"].split()
+    kubernetes_validate.validate(job, NEWEST, strict=True)
     assert pod["enableServiceLinks"] is False
     assert pod["securityContext"]["runAsNonRoot"] is True
     (container,) = pod["containers"]
