@@ -258,6 +258,40 @@ def test_a_restore_has_a_bucket_before_there_is_a_prefect(
     assert [(stack.s3_bucket, stack.prefect_api_url) for stack in made] == [("mine", None)]
 
 
+def test_secrets_that_a_volume_gave_to_its_group_are_private_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kubernetes does so (fsGroup) whenever a pod starts; S3 then started once and never again."""
+    started: list[str] = []
+    monkeypatch.setattr(os, "execve", lambda *told: started.append(told[0]))
+    monkeypatch.chdir(tmp_path)
+    given = {
+        "EQM_HOME": str(tmp_path),
+        "AWS_ACCESS_KEY_ID": "eqm",
+        "AWS_SECRET_ACCESS_KEY": "a-secret",
+    }
+    cluster.s3(given)
+    made = tmp_path / "credentials.json"
+    before = made.read_bytes()
+    made.chmod(0o660)
+    cluster.s3(given)
+    assert len(started) == 2
+    assert (made.stat().st_mode & 0o777, made.read_bytes()) == (0o600, before)
+
+
+def test_volumes_are_opened_to_their_group_once(
+    objects: dict[str, list[dict[str, Any]]],
+) -> None:
+    """And not file by file at every start, which for 500 GiB takes minutes."""
+    for one in objects["overlays/standalone"]:
+        if one["kind"] not in ("Deployment", "StatefulSet"):
+            continue
+        pod = one["spec"]["template"]["spec"]
+        claims = [v for v in pod.get("volumes", ()) if "persistentVolumeClaim" in v]
+        if claims or "volumeClaimTemplates" in one["spec"]:
+            assert pod["securityContext"]["fsGroupChangePolicy"] == "OnRootMismatch"
+
+
 def test_s3_is_given_time_for_its_volumes_and_no_more(
     compose: dict[str, Any], objects: dict[str, list[dict[str, Any]]]
 ) -> None:
