@@ -2,9 +2,10 @@
 
 ``s3`` is the SeaweedFS of the embedded stack, with S3 alone open to other containers. ``setup``
 makes the bucket, the work pool and the alarms and registers the deployments, then ends; doing it
-again changes nothing. EQM_WORK_POOL=eqm-jobs: runs of the deployments are Jobs of Kubernetes. ``bucket`` makes the bucket alone, for a restore. Addresses and credentials
-come from the environment, under the names that boto3, MLflow and Prefect know. One whose secret is
-missing does not start.
+again changes nothing. With EQM_WORK_POOL=eqm-jobs runs of the deployments are Jobs of Kubernetes.
+``bucket`` makes the bucket alone, for a restore. Addresses and credentials come from the
+environment, under the names that boto3, MLflow and Prefect know. One whose secret is missing does
+not start.
 """
 
 import contextlib

@@ -26,7 +26,7 @@ from kubeflow import LABEL, Trainer
 
 IMAGE = os.environ.get("EQM_TEST_KUBERNETES_IMAGE", "")
 INFRA = Path(__file__).parents[2] / "infra" / "k8s"
-NODE = "eqm-flow"
+POD = "eqm-flow"
 """The pod that flows run in."""
 SECRET = "eqm"
 KEYS = (
@@ -89,11 +89,24 @@ class RealKubernetes:
         return self.listed("pods", **{LABEL: name})
 
     def applied(self, *bodies: Mapping[str, Any]) -> None:
-        self.ask("apply", "--filename=-", given=json.dumps({"apiVersion": "v1", "kind": "List", "items": bodies}))
+        self.ask(
+            "apply",
+            "--filename=-",
+            given=json.dumps({"apiVersion": "v1", "kind": "List", "items": bodies}),
+        )
 
     def within(self, *command: str) -> list[str]:
         """A command line that runs something in the flows' pod."""
-        return ["kubectl", "--namespace", self.namespace, "exec", NODE, "--container=main", "--", *command]
+        return [
+            "kubectl",
+            "--namespace",
+            self.namespace,
+            "exec",
+            POD,
+            "--container=main",
+            "--",
+            *command,
+        ]
 
     def install(self) -> None:
         told = {key: secrets.token_hex(16) for key in KEYS}
@@ -103,7 +116,7 @@ class RealKubernetes:
             self.ask("apply", "--filename", str(INFRA / "base" / name))
         self.applied(*object_store(), *flow_pod())
         self.ask("rollout", "status", "statefulset/eqm-s3", f"--timeout={SECONDS - 10}s")
-        self.ask("wait", "--for=condition=Ready", f"pod/{NODE}", f"--timeout={SECONDS - 10}s")
+        self.ask("wait", "--for=condition=Ready", f"pod/{POD}", f"--timeout={SECONDS - 10}s")
         subprocess.run(self.within("python", "-m", "infra.cluster", "bucket"), check=True)
 
 
@@ -151,8 +164,10 @@ def flow_pod() -> list[dict[str, Any]]:
     env: list[dict[str, Any]] = [{"name": name, "value": value} for name, value in told.items()]
     for key in KEYS:
         env.append({"name": key, "valueFrom": {"secretKeyRef": {"name": SECRET, "key": key}}})
-    mlflow = "mlflow server --host=0.0.0.0 --workers=1 --allowed-hosts=eqm-mlflow:5000,127.0.0.1:5000"
-    labels = {"app.kubernetes.io/name": NODE}
+    mlflow = (
+        "mlflow server --host=0.0.0.0 --workers=1 --allowed-hosts=eqm-mlflow:5000,127.0.0.1:5000"
+    )
+    labels = {"app.kubernetes.io/name": POD}
     spec = {
         "serviceAccountName": "eqm-flows",
         "terminationGracePeriodSeconds": 1,
@@ -164,7 +179,7 @@ def flow_pod() -> list[dict[str, Any]]:
     }
     service = {"selector": labels, "ports": [{"port": 5000}], "publishNotReadyAddresses": True}
     return [
-        _body("Pod", NODE, spec, labels=labels),
+        _body("Pod", POD, spec, labels=labels),
         _body("Service", "eqm-mlflow", service),
     ]
 

@@ -150,7 +150,9 @@ def test_memory_that_is_used_up_is_told(start: Starts) -> None:
     batch = {"train.batch_size": 400_000}
     flow = start(5, 800_000, batch, EQM_PROCESS_MEMORY="1")
     assert flow.end() not in (0, 130)
-    assert "OOMKilled (it needed more memory than it may have: raise EQM_PROCESS_MEMORY)" in flow.text
+    assert (
+        "OOMKilled (it needed more memory than it may have: raise EQM_PROCESS_MEMORY)" in flow.text
+    )
 
 
 # -- what keeps pods from running ---------------------------------------------------------------
