@@ -12,6 +12,7 @@ import pytest
 import torch
 from threadpoolctl import threadpool_info, threadpool_limits
 
+import eqm.threads
 from eqm import frechet
 from eqm.distributed import connect
 from eqm.frechet import Gaussian
@@ -75,6 +76,30 @@ def test_the_kernels_are_those_that_openblas_was_told_to_take():
     if "openblas" not in said["Haswell"]:
         pytest.skip("numpy multiplies with another library here")
     assert said == {"Haswell": "openblas Haswell\n", "Sandybridge": "openblas Sandybridge\n"}
+
+
+def test_the_kernels_are_the_same_whatever_else_is_loaded(monkeypatch):
+    class Loaded:
+        def __init__(self, *wheels: str) -> None:
+            self.wheels = wheels
+
+        def select(self, **_: str) -> "Loaded":
+            return self
+
+        def info(self) -> list[dict[str, str]]:
+            kernels = {"numpy.libs": "Zen", "scipy.libs": "Haswell", "lib": "Haswell"}
+            return [
+                {"internal_api": "openblas", "architecture": kernels[w], "filepath": f"/{w}/a.so"}
+                for w in self.wheels
+            ]
+
+    def with_loaded(*wheels: str) -> list[str]:
+        monkeypatch.setattr(eqm.threads, "_libraries", lambda _: Loaded(*wheels))
+        return eqm.threads.blas_kernels()
+
+    assert with_loaded("numpy.libs", "scipy.libs") == with_loaded("numpy.libs") == ["openblas Zen"]
+    # Of a distribution where all share one.
+    assert with_loaded("lib") == ["openblas Haswell"]
 
 
 @pytest.mark.parametrize("kind", [iter, lambda items: itertools.chain(items, itertools.count(9))])
