@@ -8,7 +8,6 @@ environment, under the names that boto3, MLflow and Prefect know. One whose secr
 not start.
 """
 
-import contextlib
 import json
 import os
 import sys
@@ -45,9 +44,17 @@ def s3(environ: Mapping[str, str]) -> None:
 
 def _close_again(path: Path) -> None:
     """Take from the group what Kubernetes gives it (fsGroup): it opens a volume's files to it
-    whenever a pod starts, and the pod is alone in that group."""
-    with contextlib.suppress(FileNotFoundError):
-        path.chmod(0o600)
+    whenever a pod starts, and the pod is alone in that group. What others may read stays refused.
+    """
+    try:
+        path.chmod(path.stat().st_mode & 0o7707)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise ServiceError(
+            f"{path} cannot be closed to its group ({error.strerror}): give it to user "
+            f"{os.getuid()}"
+        ) from error
 
 
 def setup(environ: Mapping[str, str], project: Path = local.PROJECT) -> None:
@@ -101,7 +108,10 @@ def _stack(environ: Mapping[str, str]) -> Stack:
 def _needed(environ: Mapping[str, str], name: str) -> str:
     value = environ.get(name)
     if not value:
-        raise ServiceError(f"{name} is not set: `eqm secrets` makes the passwords, see README.md")
+        raise ServiceError(
+            f"{name} is not set: `eqm secrets` makes the passwords, the rest is in config.yaml or "
+            "compose.yaml, see infra/README.md"
+        )
     return value
 
 

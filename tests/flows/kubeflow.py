@@ -25,6 +25,8 @@ ATTEMPT = "jobset.sigs.k8s.io/restart-attempt"
 PORT = 29400
 SECONDS = 0.3
 """Between two looks."""
+KINDS = "/apis/apiextensions.k8s.io/v1/customresourcedefinitions"
+PLAYED = {"app.kubernetes.io/managed-by": "eqm-tests"}
 INDEXED = 24
 """Minor version of Kubernetes from which on Jobs of several numbered pods are settled."""
 
@@ -52,7 +54,7 @@ def _kind(version: str, kind: str, schema: dict[str, Any]) -> dict[str, Any]:
     return {
         "apiVersion": "apiextensions.k8s.io/v1",
         "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{plural}.{group}"},
+        "metadata": {"name": f"{plural}.{group}", "labels": PLAYED},
         "spec": {
             "group": group,
             "scope": "Namespaced",
@@ -141,10 +143,15 @@ class Plain:
 
 
 class Trainer:
-    """The controller; it runs from ``with`` on, in all namespaces."""
+    """The controller; it runs from ``with`` on, in one namespace.
 
-    def __init__(self, address: str) -> None:
+    The kinds are made, and go with it. Where somebody else has made them it refuses to start: there
+    a Kubeflow is installed, and two controllers would undo each other's work.
+    """
+
+    def __init__(self, address: str, namespace: str) -> None:
         self.api = Plain(address)
+        self.namespace = namespace
         self.paused = threading.Event()
         """While it is set, nothing is done: a controller that is away."""
         self.said: list[str] = []
@@ -155,7 +162,17 @@ class Trainer:
 
     def __enter__(self) -> "Trainer":
         for kind in kinds():
-            self.api.ensured("/apis/apiextensions.k8s.io/v1/customresourcedefinitions", kind)
+            try:
+                self.api.call("POST", KINDS, kind)
+            except Refused as error:
+                if error.status != 409:
+                    raise
+                name = kind["metadata"]["name"]
+                there = self.api.call("GET", f"{KINDS}/{name}")
+                if there["metadata"].get("labels") != PLAYED:
+                    raise RuntimeError(
+                        f"{name} is there: set EQM_TEST_KUBEFLOW=installed if a controller is, too"
+                    ) from None
         minor = self.api.call("GET", "/version")["minor"]
         self._indexed = int(minor.rstrip("+")) >= INDEXED
         self._thread.start()
@@ -164,13 +181,16 @@ class Trainer:
     def __exit__(self, *_: object) -> None:
         self._over.set()
         self._thread.join()
+        for kind in kinds():
+            self.api.call("DELETE", f"{KINDS}/{kind['metadata']['name']}")
 
     def _run(self) -> None:
+        path = f"/apis/{TRAINER}/namespaces/{self.namespace}/trainjobs"
         while not self._over.wait(SECONDS):
             # A server that is away, or an object that somebody else has changed: the next look.
             try:
                 if not self.paused.is_set():
-                    for job in self.api.call("GET", f"/apis/{TRAINER}/trainjobs")["items"]:
+                    for job in self.api.call("GET", path)["items"]:
                         self._reconcile(job)
             except (OSError, Refused, ValueError) as error:
                 self.said.append(str(error))

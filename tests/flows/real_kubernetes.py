@@ -37,6 +37,8 @@ KEYS = (
     "MLFLOW_TRACKING_PASSWORD",
 )
 SECONDS = 180
+FIRST_SECONDS = 900
+"""For a first pull of an image of 7 GB."""
 
 
 def missing() -> str | None:
@@ -58,7 +60,7 @@ class RealKubernetes:
     def __enter__(self) -> "RealKubernetes":
         with contextlib.ExitStack() as stack:
             if os.environ.get("EQM_TEST_KUBEFLOW") != "installed":
-                stack.enter_context(Trainer(stack.enter_context(proxied())))
+                stack.enter_context(Trainer(stack.enter_context(proxied()), self.namespace))
             self.ask("create", "namespace", self.namespace)
             stack.callback(
                 self.ask, "delete", "namespace", self.namespace, "--grace-period=1", where=False
@@ -74,7 +76,12 @@ class RealKubernetes:
         """What kubectl says."""
         line = ["kubectl", *(["--namespace", self.namespace] if where else []), *words]
         done = subprocess.run(
-            line, input=given, capture_output=True, text=True, timeout=SECONDS, check=False
+            line,
+            input=given,
+            capture_output=True,
+            text=True,
+            timeout=FIRST_SECONDS + 10,
+            check=False,
         )
         assert done.returncode == 0, f"{line}: {done.stderr}"
         return done.stdout
@@ -115,8 +122,8 @@ class RealKubernetes:
         for name in ("access.yaml", "runtime.yaml"):
             self.ask("apply", "--filename", str(INFRA / "base" / name))
         self.applied(*object_store(), *flow_pod())
-        self.ask("rollout", "status", "statefulset/eqm-s3", f"--timeout={SECONDS - 10}s")
-        self.ask("wait", "--for=condition=Ready", f"pod/{POD}", f"--timeout={SECONDS - 10}s")
+        self.ask("rollout", "status", "statefulset/eqm-s3", f"--timeout={FIRST_SECONDS}s")
+        self.ask("wait", "--for=condition=Ready", f"pod/{POD}", f"--timeout={FIRST_SECONDS}s")
         subprocess.run(self.within("python", "-m", "infra.cluster", "bucket"), check=True)
 
 

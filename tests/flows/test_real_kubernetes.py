@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from real_kubernetes import IMAGE, Flow, RealKubernetes, changed, missing
+from real_kubernetes import Flow, RealKubernetes, changed, missing
 
 pytestmark = [
     pytest.mark.slow,
-    pytest.mark.timeout(400),
+    pytest.mark.timeout(1500),
     pytest.mark.skipif(missing() is not None, reason=str(missing())),
 ]
 
@@ -83,6 +83,12 @@ def is_training(cluster: RealKubernetes, name: str) -> Callable[[], bool]:
     return so
 
 
+def another(cluster: RealKubernetes, name: str, before: dict[str, Any]) -> Callable[[], bool]:
+    """Whether a TrainJob has another pod by now."""
+    uid = before["metadata"]["uid"]
+    return lambda: any(pod["metadata"]["uid"] != uid for pod in cluster.pods(name))
+
+
 def is_running(pod: dict[str, Any]) -> bool:
     return pod["status"].get("phase") == "Running"
 
@@ -127,6 +133,7 @@ def test_a_pod_that_is_evicted_begins_again_and_ends_in_the_same_bits(
     versions = cluster.ask("api-versions", where=False).split()
     body["apiVersion"] = "policy/v1" if "policy/v1" in versions else "policy/v1beta1"
     cluster.ask("create", "--raw", f"{place}/eviction", "--filename=-", given=json.dumps(body))
+    wait_for(another(cluster, name, pod))
     assert disturbed.end() == 0, disturbed.text
     undisturbed = start(3, LONG, EQM_STORE="s3://eqm/undisturbed")
     assert undisturbed.end() == 0, undisturbed.text
@@ -142,6 +149,7 @@ def test_a_container_that_is_killed_begins_again(cluster: RealKubernetes, start:
     kill = "import os, signal; [os.kill(int(n), signal.SIGKILL) for n in os.listdir('/proc')"
     kill += " if n.isdigit() and int(n) not in (1, os.getpid())]"
     cluster.ask("exec", pod["metadata"]["name"], "--", "python", "-c", kill)
+    wait_for(another(cluster, name, pod))
     assert flow.end() == 0, flow.text
     assert flow.sealed()
 
@@ -162,7 +170,7 @@ def test_memory_that_is_used_up_is_told(start: Starts) -> None:
     ("environment", "words"),
     [
         ({"EQM_PROCESS_CPUS": "9999"}, ("Unschedulable", "Insufficient cpu")),
-        ({"EQM_KUBERNETES_IMAGE": f"{IMAGE.rpartition(':')[0]}:none"}, ("none", "Pull")),
+        ({"EQM_KUBERNETES_IMAGE": "eqm.invalid/eqm:none"}, ("none", "Pull")),
         ({"EQM_KUBERNETES_SECRET": "other"}, ("CreateContainerConfigError", 'secret "other"')),
     ],
     ids=["no node", "no image", "no secret"],

@@ -36,6 +36,9 @@ def test_all_deployments_are_of_the_pool_whose_runs_are_jobs(tmp_path: Path) -> 
         known = pool["base_job_template"]["variables"]["properties"]
         assert known["image"]["default"] == "registry.example/eqm:2"
         assert known["namespace"]["default"] == "vision"
+        # And back.
+        cluster.setup({**told, "EQM_WORK_POOL": ""})
+        assert pools(home.api) == {POOL}
 
 
 def pools(api: PrefectApi) -> set[str]:

@@ -277,6 +277,9 @@ def test_secrets_that_a_volume_gave_to_its_group_are_private_again(
     cluster.s3(given)
     assert len(started) == 2
     assert (made.stat().st_mode & 0o777, made.read_bytes()) == (0o600, before)
+    made.chmod(0o664)
+    with pytest.raises(ServiceError, match="can be read by other users"):
+        cluster.s3(given)
 
 
 def test_volumes_are_opened_to_their_group_once(
