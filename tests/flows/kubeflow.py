@@ -152,8 +152,6 @@ class Trainer:
     def __init__(self, address: str, namespace: str) -> None:
         self.api = Plain(address)
         self.namespace = namespace
-        self.paused = threading.Event()
-        """While it is set, nothing is done: a controller that is away."""
         self.said: list[str] = []
         """What went wrong, for whoever looks."""
         self._over = threading.Event()
@@ -189,9 +187,8 @@ class Trainer:
         while not self._over.wait(SECONDS):
             # A server that is away, or an object that somebody else has changed: the next look.
             try:
-                if not self.paused.is_set():
-                    for job in self.api.call("GET", path)["items"]:
-                        self._reconcile(job)
+                for job in self.api.call("GET", path)["items"]:
+                    self._reconcile(job)
             except (OSError, Refused, ValueError) as error:
                 self.said.append(str(error))
 
@@ -234,7 +231,7 @@ class Trainer:
         pods = self._listed(job, "v1", "pods")
         counts = {
             "active": sum(1 for end in ends if end is None),
-            "ready": sum(1 for pod in pods if is_ready(pod)) if pods else 0,
+            "ready": sum(1 for pod in pods if is_ready(pod)),
             "failed": ends.count("Failed"),
             "succeeded": ends.count("Complete"),
             "suspended": 0,

@@ -5,12 +5,12 @@ real_kubernetes.py says what it needs.
 """
 
 import json
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 from real_kubernetes import Flow, RealKubernetes, changed, missing
+from waiting import wait_for
 
 pytestmark = [
     pytest.mark.slow,
@@ -59,13 +59,6 @@ def start(cluster: RealKubernetes) -> Iterator[Starts]:
     cluster.ask("delete", "trainjobs", "--all", "--cascade=foreground", "--wait=true")
 
 
-def wait_for(true: Callable[[], Any], seconds: float = 120) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-
-
 def left(cluster: RealKubernetes) -> list[str]:
     """What TrainJobs have left behind."""
     kinds = ("trainjobs", "jobsets", "jobs", "pods", "configmaps")
@@ -81,6 +74,14 @@ def is_training(cluster: RealKubernetes, name: str) -> Callable[[], bool]:
         return bool(logs) and any("images/s" in text or "/s," in text for text in logs)
 
     return so
+
+
+def training(cluster: RealKubernetes, start: Starts, seed: int) -> tuple[Flow, str]:
+    """A flow whose training is under way, and the name of its TrainJob."""
+    flow = start(seed, LONG)
+    name = flow.train_job()
+    wait_for(is_training(cluster, name))
+    return flow, name
 
 
 def another(cluster: RealKubernetes, name: str, before: dict[str, Any]) -> Callable[[], bool]:
@@ -120,18 +121,15 @@ def test_two_nodes_train_together(cluster: RealKubernetes, start: Starts) -> Non
 def test_a_pod_that_is_evicted_begins_again_and_ends_in_the_same_bits(
     cluster: RealKubernetes, start: Starts
 ) -> None:
-    disturbed = start(3, LONG)
-    name = disturbed.train_job()
-    wait_for(is_training(cluster, name))
+    disturbed, name = training(cluster, start, 3)
     [pod] = cluster.pods(name)
     place = f"/api/v1/namespaces/{cluster.namespace}/pods/{pod['metadata']['name']}"
+    versions = cluster.ask("api-versions", where=False).split()
     body = {
-        "apiVersion": "policy/v1",
+        "apiVersion": "policy/v1" if "policy/v1" in versions else "policy/v1beta1",
         "kind": "Eviction",
         "metadata": {"name": pod["metadata"]["name"], "namespace": cluster.namespace},
     }
-    versions = cluster.ask("api-versions", where=False).split()
-    body["apiVersion"] = "policy/v1" if "policy/v1" in versions else "policy/v1beta1"
     cluster.ask("create", "--raw", f"{place}/eviction", "--filename=-", given=json.dumps(body))
     wait_for(another(cluster, name, pod))
     assert disturbed.end() == 0, disturbed.text
@@ -141,9 +139,7 @@ def test_a_pod_that_is_evicted_begins_again_and_ends_in_the_same_bits(
 
 
 def test_a_container_that_is_killed_begins_again(cluster: RealKubernetes, start: Starts) -> None:
-    flow = start(4, LONG)
-    name = flow.train_job()
-    wait_for(is_training(cluster, name))
+    flow, name = training(cluster, start, 4)
     [pod] = cluster.pods(name)
     # Its first process is torchrun; what has no handler for it in a container hears no KILL.
     kill = "import os, signal; [os.kill(int(n), signal.SIGKILL) for n in os.listdir('/proc')"
@@ -207,15 +203,11 @@ def test_a_quota_is_said(cluster: RealKubernetes, start: Starts) -> None:
 def test_an_interrupt_deletes_the_train_job_after_a_checkpoint(
     cluster: RealKubernetes, start: Starts
 ) -> None:
-    flow = start(9, LONG)
-    name = flow.train_job()
-    wait_for(is_training(cluster, name))
+    flow, name = training(cluster, start, 9)
     flow.tell("INT")
     assert flow.end() == 130, flow.text
     assert not cluster.pods(name)
-    again = start(9, LONG)
-    name = again.train_job()
-    wait_for(is_training(cluster, name))
+    again, name = training(cluster, start, 9)
     [pod] = cluster.pods(name)
     assert "goes on from image" in cluster.ask("logs", pod["metadata"]["name"])
     assert again.end() == 0, again.text
@@ -224,9 +216,7 @@ def test_an_interrupt_deletes_the_train_job_after_a_checkpoint(
 def test_a_flow_that_is_killed_leaves_its_train_job_to_the_next(
     cluster: RealKubernetes, start: Starts
 ) -> None:
-    first = start(10, LONG)
-    name = first.train_job()
-    wait_for(is_training(cluster, name))
+    first, name = training(cluster, start, 10)
     first.tell("KILL")
     first.end()
     [before] = cluster.pods(name)
