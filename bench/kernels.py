@@ -27,12 +27,18 @@ IMAGES, TOKENS, ROUNDS, TIMES = 128, 256, 5, 10
 SIZES = {"XL": (16, 72), "B": (12, 64)}
 """Size -> heads, and channels of one."""
 TILES = [
-    *((128, 128, 8, 2), (128, 128, 8, 3), (128, 64, 8, 2), (128, 64, 4, 2)),
-    *((64, 128, 4, 2), (64, 64, 4, 2), (64, 64, 4, 3)),
-    *((64, 128, 8, 1), (64, 128, 8, 2), (64, 64, 8, 1), (64, 64, 8, 2), (64, 64, 4, 1)),
-    *((32, 128, 8, 1), (32, 128, 8, 2), (32, 64, 4, 1), (32, 64, 4, 2), (32, 128, 4, 1)),
+    *((64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (32, 64, 4, 2)),
+    *((64, 32, 4, 2), (64, 32, 4, 3), (32, 64, 4, 1), (32, 64, 4, 3), (64, 128, 4, 1)),
+    *((64, 128, 4, 2), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
+    *((64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (32, 128, 8, 3), (128, 32, 4, 2)),
 ]
 """Queries, keys, warps, stages."""
+PIECES = [
+    *((8, 256, 16, 4), (8, 256, 8, 4), (8, 256, 32, 4), (4, 256, 16, 4), (4, 512, 16, 4)),
+    *((2, 1024, 16, 4), (16, 256, 8, 8), (8, 512, 16, 8), (4, 256, 32, 2), (8, 128, 16, 2)),
+    *((16, 128, 8, 4), (4, 512, 32, 8), (16, 256, 8, 4), (8, 512, 8, 4)),
+]
+"""Rows, columns, steps, warps of GELU's backward."""
 WALKS = [(walk, warps) for walk in (8, 16, 32, 64) for warps in (2, 4, 8)]
 """Tokens of a program, warps."""
 
@@ -126,7 +132,7 @@ def compare(size: str) -> None:
 
 def tile(size: str) -> None:
     """Print what kernels take by what one of their programs computes at once."""
-    from eqm.kernels import adaln
+    from eqm.kernels import adaln, gelu
     from eqm.kernels import attention as kernels
 
     heads, head = SIZES[size]
@@ -137,9 +143,14 @@ def tile(size: str) -> None:
     tiles = [(kernels.Tiles(*numbers),) for numbers in TILES]
     for name, way in (
         ("FORWARD", lambda: kernels._forward(qkv, heads)),
-        ("BACKWARD", lambda: kernels._backward(out, qkv, out, mass, heads)),
+        ("TO_QUERIES", lambda: kernels._backward(out, qkv, out, mass, heads)),
+        ("TO_KEYS", lambda: kernels._backward(out, qkv, out, mass, heads)),
     ):
         choose(f"{size}/2, attention's {name}, ms {of}", kernels, (name,), tiles, way)
+    u, up = (draw(IMAGES, TOKENS, 4 * width).detach() for _ in range(2))
+    names, title = ("ROWS", "COLUMNS", "STEPS", "WARPS"), f"{size}/2, GELU's backward, ms by "
+    title += "(rows, columns, steps, warps)"
+    choose(title, gelu, names, PIECES, lambda: gelu._backward(up, u))
     x = draw(IMAGES, TOKENS, width, dtype=torch.float32).detach()
     parts = draw(IMAGES, 3 * width).detach().chunk(3, dim=1)
     sums, h, mean, rstd = adaln._forward(x, out, *parts)

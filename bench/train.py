@@ -119,16 +119,16 @@ def ours(
     precision: Precision = "float32",
     compiled: bool = False,
     fused: bool = False,
-    attends: bool = False,
+    attention: Literal["auto", "torch"] = "auto",
     in_order: bool = ON_GPU,
 ) -> Callable[[], None]:
     """What eqm.train does between two batches.
 
-    ``attends``: attention by our kernel. ``in_order``: by kernels that always add alike.
+    ``attention`` of fused blocks. ``in_order``: by kernels that always add alike.
     """
     torch.use_deterministic_algorithms(False)
     if in_order:
-        choose_deterministic()
+        choose_deterministic(DEVICE)
     if not ON_GPU:
         keep_freed()
     config = TrainConfig(batch_size=batch, learning_rate=1e-4, precision=precision)
@@ -136,7 +136,7 @@ def ours(
     net, objective = network(size), ObjectiveConfig()
     small = ON_GPU and torch.cuda.get_device_properties(DEVICE).total_memory < ROOMY
     micro = MICRO_BATCH.get(size) if small else None
-    compute = ComputeConfig(compile=compiled, fused=fused, attention="eqm" if attends else "torch")
+    compute = ComputeConfig(compile=compiled, fused=fused, attention=attention)
     prepare(net, compute, objective, DEVICE)
     learner = Learner(net, objective, config, device=DEVICE, micro_batch=micro)
     x, labels = latents(batch)
@@ -180,14 +180,15 @@ for _name, _precision in PRECISIONS.items():
             ours, precision=_precision, compiled=True
         )
 if ON_GPU:
-    whole = functools.partial(ours, precision="bfloat16", compiled=True, fused=True)
+    half = functools.partial(ours, precision="bfloat16")
     SIDES = {
         "plain, TF32": plain,
-        "ours, bf16": functools.partial(ours, precision="bfloat16"),
-        "ours, bf16, compiled": functools.partial(ours, precision="bfloat16", compiled=True),
-        "ours, bf16, compiled, fused": whole,
-        "and attention": functools.partial(whole, attends=True),
-        "the same, in any order": functools.partial(whole, attends=True, in_order=False),
+        "ours, bf16": half,
+        "ours, bf16, compiled": functools.partial(half, compiled=True),
+        "ours, bf16, fused": functools.partial(half, fused=True),
+        "the same, compiled": functools.partial(half, fused=True, compiled=True),
+        "fused, attention of torch": functools.partial(half, fused=True, attention="torch"),
+        "fused, in any order": functools.partial(half, fused=True, in_order=False),
     }
 
 

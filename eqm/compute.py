@@ -29,6 +29,8 @@ Forward = Callable[..., Any]
 SLOW_PRODUCTS = 1.2
 """Products in bfloat16 that take so many times as long as in float32 are told; half the memory may
 be worth less than that."""
+WIDEST_HEAD = 128
+"""Channels of a head that our attention keeps in registers; more spill."""
 PRODUCTS = 8
 """Products of each kind that are timed: together a tenth of a second."""
 
@@ -127,7 +129,8 @@ def fuse(network: nn.Module, compute: ComputeConfig, objective: ObjectiveConfig)
     from eqm.kernels.blocks import block_forward, head_forward
 
     # The dispersive loss looks at tokens as they leave a block.
-    attends = compute.attention == "eqm"
+    config = cast(NetworkConfig, network.config)
+    attends = compute.attention != "torch" and not unknown_to_attention(config)
     forward = block_forward(attends=attends, carries=not objective.dispersive_weight)
     for block in blocks:
         block.forward = forward.__get__(block)
@@ -245,13 +248,21 @@ def check_micro_batch(compute: ComputeConfig, objective: ObjectiveConfig, share:
 
 def check_attention(compute: ComputeConfig, network: NetworkConfig, config: TrainConfig) -> None:
     """Refuse our attention for what it is not for. Raises ConfigError."""
-    if compute.attention == "torch":
+    if compute.attention != "eqm":
         return
-    plain = not (network.qk_norm or network.rope)
-    rule = "'torch' with network.qk_norm or network.rope, which ours knows nothing of"
-    require(plain, "compute.attention", compute.attention, rule)
-    rule = f"'torch' with train.precision {config.precision!r}: ours is quick in 'bfloat16' alone"
+    unknown = unknown_to_attention(network)
+    rule = f"'auto' or 'torch' with {unknown}, which ours is not for"
+    require(unknown is None, "compute.attention", compute.attention, rule)
+    rule = f"'auto' with train.precision {config.precision!r}: ours is quick in 'bfloat16' alone"
     require(config.precision == "bfloat16", "compute.attention", compute.attention, rule)
+
+
+def unknown_to_attention(network: NetworkConfig) -> str | None:
+    """What our attention knows nothing of in a network; None for a network that it is for."""
+    if network.qk_norm or network.rope:
+        return "network.qk_norm or network.rope"
+    head = network.width // network.heads
+    return None if head <= WIDEST_HEAD else f"heads of {head} channels (network.width over heads)"
 
 
 def check_halves(

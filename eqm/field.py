@@ -31,6 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eqm.errors import ConfigError, DataError
 from eqm.network import check_labels
+from eqm.precision import deterministic
 
 Energy = Literal["implicit", "dot", "l2"]
 
@@ -129,7 +130,8 @@ class Field:
                 "with objective.backward = 'directional', or leave the network uncompiled"
             )
         # Autograd cannot record inference tensors, and enable_grad alone does not end that mode.
-        with torch.inference_mode(False), torch.enable_grad(), _attention(create_graph):
+        fixed = deterministic(x.device) if x.is_cuda else nullcontext()
+        with torch.inference_mode(False), torch.enable_grad(), _attention(create_graph), fixed:
             tracked = create_graph and x.requires_grad
             at = x if tracked else x.detach().clone().requires_grad_(True)
             given = (None if t is None else t.clone() for t in (labels, gamma))

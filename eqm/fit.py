@@ -391,7 +391,7 @@ def program(context: Context) -> Outcome | None:
         listing=context.listing(),
     )
     make = extractor_outcome if isinstance(stage, ExtractorStage) else autoencoder_outcome
-    with deterministic():
+    with deterministic(context.world.device):
         return make(context, source)
 
 

@@ -1,9 +1,11 @@
-"""The gradient of all weights in one buffer, allocated once. Pure; called by learner.
+"""The gradient of all weights in one buffer, allocated once. Pure; called by learner and kernels.
 
 Each parameter's ``.grad`` is a view of it, which autograd adds to in place: so the norm, and the
 sum over processes, are calls on one tensor, in an order that never changes, and nothing is ever
 copied together for them. The sum is of segments, which a backward ends with one after the other,
 the last layers' first: those that are done are summed while it goes on.
+
+A product that makes a weight's gradient may add to the buffer in autograd's place (:class:`Update`).
 """
 
 import contextlib
@@ -16,6 +18,41 @@ SEGMENT_BYTES = 25 * 2**20
 """Of a segment, at least: less would be calls that wait for answers alone. As torch's DDP."""
 ALIGNED = 64
 """Numbers of which the weights' part begins at a multiple."""
+
+
+class Update:
+    """What the backwards of one update share: sums, and weights in a product's number type.
+
+    A product that makes a weight's gradient may add it to ``sum_of(weight)`` itself, and give None
+    to autograd.
+    """
+
+    def __init__(self, gradient: "FlatGradient") -> None:
+        self._gradient = gradient
+        self._numbers = {id(w): number for number, w in enumerate(gradient.weights)}
+        self._cast: dict[tuple[int, torch.dtype], Tensor] = {}
+
+    def sum_of(self, weight: Tensor) -> Tensor | None:
+        """Where the gradients of a weight are summed; None of one that is not among them."""
+        number = self._numbers.get(id(weight))
+        return None if number is None else self._gradient.sum_of(number)
+
+    def cast(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        """A weight in another number type, cast once."""
+        if id(weight) not in self._numbers:
+            return weight.to(dtype)
+        key = id(weight), dtype
+        if key not in self._cast:
+            self._cast[key] = weight.detach().to(dtype)
+        return self._cast[key]
+
+
+_under_way: Update | None = None
+
+
+def update_under_way() -> Update | None:
+    """Of this process, whose backward may run in a thread of autograd's."""
+    return _under_way
 
 
 class FlatGradient:
@@ -83,6 +120,21 @@ class FlatGradient:
             self._collect(number)
         return self.flat
 
+    @contextlib.contextmanager
+    def adding(self) -> Iterator[None]:
+        """One update: within, products may add to the sums. All that goes backward is summed."""
+        global _under_way
+        before, _under_way = _under_way, Update(self)
+        try:
+            yield
+        finally:
+            _under_way = before
+
+    def sum_of(self, number: int) -> Tensor:
+        """Where autograd adds the gradients of a weight, and others may."""
+        self._collect(number)
+        return self.views[number]
+
     def _collect(self, number: int) -> None:
         weight, view = self.weights[number], self.views[number]
         if weight.grad is not view:
@@ -120,6 +172,7 @@ class FlatGradient:
         ends = [len(self.weights), *self._firsts]
         for segment, (first, end) in enumerate(zip(self._firsts, ends, strict=False)):
             for number in range(first, end):
+                # Told of a gradient that is None, too: a product has added it to the sum then.
                 self.weights[number].register_post_accumulate_grad_hook(self._told(number, segment))
 
     def _told(self, number: int, segment: int) -> Callable[[Tensor], None]:

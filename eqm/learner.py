@@ -10,6 +10,7 @@ dropped) is a function of (seed, n). Pure: knows no files and no ranks.
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -162,6 +163,12 @@ class Learner:
         ``take`` is handed all segments of the gradient but the last, each when it is complete
         (:meth:`eqm.gradients.FlatGradient.handing`).
         """
+        # What an energy's gradient by x goes back through are the same products, at other times.
+        adding = self.gradients.adding() if self.field.kind == "implicit" else nullcontext()
+        with adding:
+            return self._of_parts(at, take)
+
+    def _of_parts(self, at: Corrupted, take: Callable[[Tensor], None] | None) -> Tensor:
         *first, last = parts(at, self.micro_batch)
         losses = [self._backward(part) for part in first]
         if take is None:
@@ -363,7 +370,7 @@ def learn(
     learner = Learner(network, asked, config, device=device, c=c)
     products = "tf32" if config.precision == "tf32" else "float32"
     # As the stage trains, and as it was before once this is over.
-    with deterministic(), products_in(products, device, setting="train.precision"):
+    with deterministic(device), products_in(products, device, setting="train.precision"):
         curve = _descend(learner, x, given, on_update)
     _keep_averages(learner)
     return Learnt(learner.field, curve, learner.averages())

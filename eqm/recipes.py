@@ -40,7 +40,8 @@ UPDATES_AN_EPOCH = IMAGENET_IMAGES // 256
 HALF_LIFE = math.log(0.5) / math.log(0.9999) * 256
 """In images, of an average that keeps 0.9999 of itself at every update of 256 images."""
 EVERY_EPOCH = CheckpointConfig(every_images=1_280_000, grid_every_images=12_800_000)
-ON_GPUS = ComputeConfig(compile=True, fused=True)
+ON_GPUS = ComputeConfig(fused=True)
+"""Compiled as well, a step took as long or longer, and 20 s to begin."""
 SD_VAE_CHANNELS, SD_VAE_PIXELS = 4, 8
 """Of a latent, and of an image's side for one of a latent's."""
 UNKNOWN_DIGEST = "0" * 64

@@ -207,7 +207,7 @@ def corrupted(run: Run, batch: Batch) -> Corrupted:
 
 def program(context: Context) -> Outcome | None:
     """Train to the end of the config; the first rank returns the outcome."""
-    choose_deterministic()
+    choose_deterministic(context.world.device)
     # Until the record is sealed: nobody begins the run again between its end and its seal.
     mine = context.until_sealed.enter_context(only_trainer(context))
     run = setup(context, mine)

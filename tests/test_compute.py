@@ -229,7 +229,7 @@ from eqm.pictures import digits, sample_photographs
 from eqm.precision import deterministic
 
 config, like = NetworkConfig(width=32, depth=1, heads=2), {"size": 8, "channels": 1, "classes": 10}
-with deterministic(), torch.inference_mode():
+with deterministic(torch.device("cpu")), torch.inference_mode():
     Transformer(config, **like)(torch.zeros(1, 1, 8, 8), torch.tensor([0]))
 with torch.device("meta"):
     Transformer(config, **like)

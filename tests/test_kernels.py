@@ -1,5 +1,6 @@
 """Our kernels are the plain formulas: run by Triton's interpreter, in a process of its own."""
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -55,7 +56,7 @@ def test_they_are_the_plain_formulas() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ok") == 2 * len(WIDTHS) + len(ATTENTIONS) + 1 + len(NETWORKS) + 1
+    assert done.stdout.count("ok") == 2 * len(WIDTHS) + len(ATTENTIONS) + 1 + len(NETWORKS) + 2
 
 
 def network(**changes: object) -> Transformer:
@@ -87,11 +88,13 @@ def test_what_our_attention_is_not_for_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"attention is 'eqm'; .*where compute\.fused is"):
         ComputeConfig(attention="eqm")
     ours, half = ComputeConfig(fused=True, attention="eqm"), TrainConfig(precision="bfloat16")
-    usual = NetworkConfig()
+    usual, wide = NetworkConfig(), NetworkConfig(width=272, heads=2)
     check_attention(ours, usual, half)
     check_attention(ComputeConfig(), usual, TrainConfig())
-    with pytest.raises(ConfigError, match=r"'torch' with network\.qk_norm or"):
-        check_attention(ours, replace(usual, rope=True), half)
+    for odd, said in ((replace(usual, rope=True), r"network\.qk_norm or"), (wide, "heads of 136")):
+        with pytest.raises(ConfigError, match=f"'auto' or 'torch' with {said}"):
+            check_attention(ours, odd, half)
+        check_attention(replace(ours, attention="auto"), odd, half)
     with pytest.raises(ConfigError, match=r"train\.precision 'float32'"):
         check_attention(ours, usual, TrainConfig())
 
@@ -106,7 +109,7 @@ def test_an_h100_takes_them(heads: int, head: int) -> None:
     block = {**adaln._shapes(width), "GATED": True}
     qkv = torch.empty(1, 256, 3 * width, device="meta")
     parts = []
-    for tiles in (attention.FORWARD, attention.BACKWARD):
+    for tiles in (attention.FORWARD, attention.TO_QUERIES, attention.TO_KEYS):
         shapes = attention._shapes(qkv, heads, tiles)
         parts.append(({n: v for n, v in shapes.items() if n.isupper()}, shapes["num_warps"]))
     tile = {"ROWS": gelu.ROWS, "COLUMNS": gelu.COLUMNS, "STEPS": gelu.STEPS}
@@ -115,7 +118,8 @@ def test_an_h100_takes_them(heads: int, head: int) -> None:
         (adaln._backward_kernel, {**block, "WALK": adaln.WALK}, adaln.WARPS),
         (gelu._backward_kernel, tile, gelu.WARPS),
         (attention._forward_kernel, *parts[0]),
-        (attention._backward_kernel, *parts[1]),
+        (attention._to_queries_kernel, *parts[1]),
+        (attention._to_keys_kernel, *parts[2]),
     ):
         found = built(kernel, constants, warps)
         assert found.metadata.shared <= SHARED_BYTES
@@ -131,8 +135,8 @@ def built(kernel: Any, constants: dict[str, int], warps: int) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    whole = {"sum_at", "mean_at", "rstd_at", "dsum_at", "dx_at", "x_at", "mass_at", "kept_at"}
-    whole |= {"sums_at", "dshift_at", "dscale_at", "dgate_at", "dbias_at"}
+    whole = {"sum_at", "mean_at", "rstd_at", "dsum_at", "dx_at", "x_at", "mass_at"}
+    whole |= {"delta_at", "sums_at", "dshift_at", "dscale_at", "dgate_at", "dbias_at"}
     names = [n for n in kernel.arg_names if n not in constants]
     kinds = {n: "*fp32" if n in whole else "*bf16" for n in names if n.endswith("_at")}
     floats = dict.fromkeys({"eps", "slope", "scale"} & set(names), "fp32")
@@ -194,7 +198,7 @@ def check_mixing(
     """Against autograd through the formula in float64, of the same numbers; two heads."""
     from eqm.kernels import attention as kernels
 
-    kernels.FORWARD = kernels.BACKWARD = kernels.Tiles(*tiles, warps=1, stages=1)
+    kernels.FORWARD = kernels.TO_QUERIES = kernels.TO_KEYS = kernels.Tiles(*tiles, 1, 1)
     qkv = draw(2, tokens, 6 * head).detach()
     if offset:
         # One channel of each head, of q and of k, gives it to all of a head's logits.
@@ -274,6 +278,30 @@ def check_network(compiled: bool, changes: dict[str, object], asked: dict[str, o
     blocks.ATTENDED = usual
 
 
+def check_sums() -> None:
+    """Products that add to an update's sums: what autograd adds, and each weight is told of."""
+    from eqm.gradients import FlatGradient
+
+    def summed(*, adds: bool) -> tuple[Tensor, list[Tensor]]:
+        net, taken = fused(drawn(), attends=False, carries=True), []
+        gradient = FlatGradient(tuple(net.parameters()), room=1, segment_bytes=64)
+        for number in range(2):
+            x = draw(2, 4, 4, 4, seed=2 + number)
+            with contextlib.ExitStack() as held:
+                if adds:
+                    held.enter_context(gradient.adding())
+                if number:
+                    held.enter_context(gradient.handing(lambda s: taken.append(s.clone())))
+                net(x, torch.tensor([0, 2])).square().sum().backward()
+                early = len(taken)
+        assert early == len(taken), "segments wait for the backward's end"
+        return gradient.collect().clone(), taken
+
+    (ours, handed), (theirs, others) = (summed(adds=adds) for adds in (True, False))
+    assert len(handed) == len(others) > 9
+    near([ours, *handed], [theirs, *others], 1e-6)
+
+
 def check_half() -> None:
     """Under autocast no farther from float32 than torch's own way. (bfloat16 the interpreter cuts
     off where a GPU rounds.)"""
@@ -296,6 +324,7 @@ def main() -> None:
     check_gelu(rows=70, width=260)
     for compiled, changes, asked in NETWORKS:
         check_network(compiled, changes, asked)
+    check_sums()
     check_half()
 
 

@@ -30,6 +30,7 @@ from eqm.objective import (
     inner_product_loss,
     norms_loss,
 )
+from eqm.precision import deterministic
 from eqm.rules import NAG, GradientDescent
 from eqm.sampler import descend
 
@@ -762,6 +763,9 @@ def test_learning_in_memory_takes_the_precision_asked_for_and_kernels_of_a_fixed
     )
     assert seen == [True]
     assert not torch.are_deterministic_algorithms_enabled()
+    # On a GPU, what has no such kernels is an error: only then does torch choose those it has.
+    with deterministic(torch.device("cuda")), pytest.raises(RuntimeError, match="deterministic"):
+        torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
     with pytest.raises(ConfigError, match=r"train\.precision is 'tf32'.*use 'float32'"):
         learn(network(), *digits, train=replace(SHORT, precision="tf32"))
 

@@ -44,17 +44,17 @@ class ComputeConfig:
     fused: bool = False
     """Whether what a transformer's blocks do between their products are kernels of ours
     (eqm.kernels); on GPUs of NVIDIA alone."""
-    attention: Literal["torch", "eqm"] = "torch"
-    """Whose kernels mix the tokens of a fused block. "eqm": ours, for up to some hundred tokens in
-    bfloat16."""
+    attention: Literal["auto", "torch", "eqm"] = "auto"
+    """Whose kernels mix the tokens of a fused block. "auto": ours ("eqm") in bfloat16, and torch's
+    for networks that ours does not know."""
     timeout_seconds: float = 600.0
     """How long ranks wait for one that stalls before they end, and name it."""
 
     def __post_init__(self) -> None:
         known(self, "compute")
         positive(self, "compute", "timeout_seconds")
-        rule = "'torch' where compute.fused is false, for ours is a kernel of a fused block"
-        require(self.fused or self.attention == "torch", "compute.attention", self.attention, rule)
+        rule = "'auto' where compute.fused is false, for ours is a kernel of a fused block"
+        require(self.fused or self.attention != "eqm", "compute.attention", self.attention, rule)
         size = self.micro_batch
         require(size is None or size > 0, "compute.micro_batch", size, "greater than 0, or null")
 

@@ -5,12 +5,13 @@ For those CPUs, what torch has no quick instructions for, in C++ (train.precisio
     halves     layers and attention whose products are taken in float16
 
 For GPUs, what a block does between its products (compute.fused). Products are bound by arithmetic
-and left to torch; all between them is bound by memory, and here read and written as few times as
-can be:
+and left to torch; all between them, and what becomes of a weight's gradient, is bound by memory,
+and here read and written as few times as can be:
 
     adaln      norm, modulation, gate and residual
     attention  attention of few tokens, from the product's output to the next product's input
     gelu       GELU's backward
+    product    layers whose weights' gradients are added to an update's sum by the product itself
     blocks     blocks made of them, for eqm.compute
 
 A product's bias costs nothing going forward, and going back the sum of a gradient over all tokens:

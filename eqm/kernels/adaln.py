@@ -217,17 +217,21 @@ def _backward(
     scale: Tensor,
     mean: Tensor,
     rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x (B, N, D) and y; of shift, scale, gate and bias (B, walks, D), to be added."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x (B, N, D) and y; of shift, scale, gate and bias (4, B, walks, D), to be added.
+
+    Of the first two alone without y.
+    """
     batch, tokens, width = sums.shape
     gated = y is not None and gate is not None
-    found = _backward_fake(dh, dsums, sums, y, gate, scale, mean, rstd)
-    cast(Any, _backward_kernel)[(found[2].shape[1], batch)](
+    dx, dy, found = _backward_fake(dh, dsums, sums, y, gate, scale, mean, rstd)
+    shift_scale_gate_bias = found if gated else (*found, *found)
+    cast(Any, _backward_kernel)[(found.shape[2], batch)](
         dh, dsums, sums, y if gated else sums, gate if gated else scale, scale, mean, rstd,
-        *found, tokens, _row(gate), _row(scale),
+        dx, dy, *shift_scale_gate_bias, tokens, _row(gate), _row(scale),
         **_shapes(width), GATED=gated, WALK=WALK, num_warps=WARPS,
     )  # fmt: skip
-    return found
+    return dx, dy, found
 
 
 @_backward.register_fake
@@ -240,16 +244,13 @@ def _backward_fake(
     scale: Tensor,
     mean: Tensor,
     rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     batch, tokens, width = sums.shape
-    walks = batch, -(-tokens // WALK), width
+    walks = 2 if y is None else 4, batch, -(-tokens // WALK), width
     return (
         torch.empty_like(sums),
         sums.new_empty(0) if y is None else torch.empty_like(y),
         sums.new_empty(walks, dtype=torch.float32),
-        sums.new_empty(walks, dtype=torch.float32),
-        sums.new_empty((0,) if y is None else walks, dtype=torch.float32),
-        sums.new_empty((0,) if y is None else walks, dtype=torch.float32),
     )
 
 
@@ -286,14 +287,14 @@ class _AdaLN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dsums: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         sums, y, gate, scale, mean, rstd = ctx.saved_tensors
-        dx, dy, dshift, dscale, dgate, dbias = _backward(
+        dx, dy, found = _backward(
             dh.contiguous(), dsums.contiguous(), sums, y, gate, scale, mean, rstd
         )
-        dshift, dscale = (d.sum(dim=1).to(scale.dtype) for d in (dshift, dscale))
+        found = found.sum(dim=2)
+        dshift, dscale, *dgate = found[:3].to(scale.dtype)
         if y is None:
             return dx, None, None, None, dshift, dscale
-        dgate = dgate.sum(dim=1).to(scale.dtype)
-        return dx, dy, dbias.sum(dim=(0, 1)).to(ctx.dtype), dgate, dshift, dscale
+        return dx, dy, found[3].sum(dim=0).to(ctx.dtype), *dgate, dshift, dscale
 
 
 @torch.compiler.allow_in_graph

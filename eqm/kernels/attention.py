@@ -3,11 +3,11 @@
     out = softmax(q k^T / sqrt(d)) v            of each head of each image
 
 Other kernels give the gradients of q, k and v apart, to be put together for the product before,
-whose bias asks for their sums; here they are written where they belong, and summed. A program of
-the backward has all of one head: it walks over keys, and for each part of them over queries, so
-that scores are computed once for all three gradients. What other parts of the keys add to a
-query's gradient is kept in float32 between them. Of these biases only those of q and v get a
-gradient: k's adds the same to all scores of a query, which softmax takes away.
+whose bias asks for their sums; here they are written where they belong, and summed. Two kernels go
+back, one for queries and one for keys and values: scores are computed in both, but neither waits
+for the other's sums or needs more than a part of a processor's registers, so that several programs
+are at work on one. Of these biases only those of q and v get a gradient: k's adds the same to all
+scores of a query, which softmax takes away.
 
 A head of 72 channels is 64 and the rest of them, 8, which products take as 16: padded to 128, as
 one power of two, it would cost 1.6 times as much.
@@ -37,31 +37,31 @@ class Tiles:
     """Parts that are fetched ahead of the one that is computed, and itself."""
 
 
-FORWARD = Tiles(queries=128, keys=128, warps=8, stages=2)
-BACKWARD = Tiles(queries=64, keys=128, warps=8, stages=2)
-"""As large as fits into the registers of an H100 with 72 channels a head: its compiler says so."""
+FORWARD = Tiles(queries=64, keys=64, warps=4, stages=3)
+TO_QUERIES = Tiles(queries=64, keys=64, warps=4, stages=2)
+TO_KEYS = Tiles(queries=64, keys=64, warps=4, stages=3)
 LEAST = 16
 """Rows and columns that products of tiles have at least."""
 
 
 @triton.jit
-def _load_part(at, rows, row, columns, tokens, HEAD: tl.constexpr):
+def _load(
+    at, rows, row, tokens,
+    HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Rows of a head that lie ``row`` apart, in two parts; zeros beyond tokens and channels."""
+    wide, rest = tl.arange(0, WIDE), WIDE + tl.arange(0, REST)
+    if WHOLE and WIDE <= HEAD:
+        found = tl.load(at + rows[:, None] * row + wide[None, :])
+    else:
+        found = _load_some(at, rows, row, wide, tokens, HEAD)
+    return found, _load_some(at, rows, row, rest, tokens, HEAD)
+
+
+@triton.jit
+def _load_some(at, rows, row, columns, tokens, HEAD: tl.constexpr):
     inside = (rows < tokens)[:, None] & (columns < HEAD)[None, :]
     return tl.load(at + rows[:, None] * row + columns[None, :], mask=inside, other=0.0)
-
-
-@triton.jit
-def _load(at, rows, row, tokens, HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr):
-    """Rows of a head that lie ``row`` apart, in two parts; zeros beyond tokens and channels."""
-    wide = _load_part(at, rows, row, tl.arange(0, WIDE), tokens, HEAD)
-    return wide, _load_part(at, rows, row, WIDE + tl.arange(0, REST), tokens, HEAD)
-
-
-@triton.jit
-def _store_part(at, rows, row, columns, tokens, HEAD: tl.constexpr, tile):
-    inside = (rows < tokens)[:, None] & (columns < HEAD)[None, :]
-    here = at + rows[:, None] * row + columns[None, :]
-    tl.store(here, tile.to(at.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -72,6 +72,22 @@ def _store(
     _store_part(at, rows, row, tl.arange(0, WIDE), tokens, HEAD, wide)
     if HEAD > WIDE:
         _store_part(at, rows, row, WIDE + tl.arange(0, REST), tokens, HEAD, rest)
+
+
+@triton.jit
+def _store_part(at, rows, row, columns, tokens, HEAD: tl.constexpr, tile):
+    inside = (rows < tokens)[:, None] & (columns < HEAD)[None, :]
+    here = at + rows[:, None] * row + columns[None, :]
+    tl.store(here, tile.to(at.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _store_sums(at, wide, rest, HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr):
+    """Sums over the rows of both parts."""
+    column, further = tl.arange(0, WIDE), WIDE + tl.arange(0, REST)
+    tl.store(at + column, tl.sum(wide, axis=0), mask=column < HEAD)
+    if HEAD > WIDE:
+        tl.store(at + further, tl.sum(rest, axis=0), mask=further < HEAD)
 
 
 @triton.jit
@@ -101,7 +117,7 @@ def _zeros(rows: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr):
 def _forward_kernel(
     qkv_at, out_at, mass_at, tokens, heads, slope,
     HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Some queries of a head: out (B, N, D), and log2 of what softmax divides by, (B heads, N)."""
     parts = tl.cdiv(tokens, QUERIES)
@@ -112,22 +128,23 @@ def _forward_kernel(
     qkv_at += image * tokens * row + head * HEAD
     out_at += image * tokens * width + head * HEAD
     query = tl.program_id(0) % parts * QUERIES + tl.arange(0, QUERIES)
-    q, q_rest = _load(qkv_at, query, row, tokens, HEAD, WIDE, REST)
+    q, q_rest = _load(qkv_at, query, row, tokens, HEAD, WIDE, REST, WHOLE)
     out, out_rest = _zeros(QUERIES, WIDE, REST)
     top = tl.full([QUERIES], -float("inf"), dtype=tl.float32)
     total = tl.zeros([QUERIES], dtype=tl.float32)
     for start in tl.range(0, tokens, KEYS, num_stages=STAGES):
         key = start + tl.arange(0, KEYS)
-        k, k_rest = _load(qkv_at + width, key, row, tokens, HEAD, WIDE, REST)
-        scores = _over_channels(q, q_rest, k, k_rest, HEAD, WIDE)
-        scores = tl.where((key < tokens)[None, :], scores * slope, -float("inf"))
+        k, k_rest = _load(qkv_at + width, key, row, tokens, HEAD, WIDE, REST, WHOLE)
+        scores = _over_channels(q, q_rest, k, k_rest, HEAD, WIDE) * slope
+        if not WHOLE:
+            scores = tl.where((key < tokens)[None, :], scores, -float("inf"))
         higher = tl.maximum(top, tl.max(scores, axis=1))
         shrink = tl.exp2(top - higher)
         p = tl.exp2(scores - higher[:, None])
         total = total * shrink + tl.sum(p, axis=1)
         top = higher
         out, out_rest = out * shrink[:, None], out_rest * shrink[:, None]
-        v, v_rest = _load(qkv_at + 2 * width, key, row, tokens, HEAD, WIDE, REST)
+        v, v_rest = _load(qkv_at + 2 * width, key, row, tokens, HEAD, WIDE, REST, WHOLE)
         out, out_rest = _over_tokens(p.to(v.dtype), v, v_rest, out, out_rest, HEAD, WIDE)
     out, out_rest = out / total[:, None], out_rest / total[:, None]
     _store(out_at, query, width, tokens, out, out_rest, HEAD, WIDE, REST)
@@ -135,13 +152,17 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(  # noqa: PLR0915 - what it saves is to go once over what it holds
-    qkv_at, out_at, dout_at, mass_at, dqkv_at, sums_at, kept_at, tokens, heads, slope, scale,
+def _to_queries_kernel(
+    qkv_at, out_at, dout_at, mass_at, delta_at, dqkv_at, sums_at, tokens, heads, slope, scale,
     HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
-    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One head: dqkv (B, N, 3 D), and its sums over the image's tokens (B, 3 D), k's left alone."""
-    number = tl.program_id(0).to(tl.int64)
+    """Some queries of a head: their gradients in dqkv (B, N, 3 D), and the sum of those.
+
+    And delta, the sum of dout out over a query's channels, (B heads, N), for the keys.
+    """
+    parts = tl.cdiv(tokens, QUERIES)
+    number, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
     image, head = number // heads, number % heads
     width = heads * HEAD
     row = 3 * width
@@ -149,62 +170,76 @@ def _backward_kernel(  # noqa: PLR0915 - what it saves is to go once over what i
     dqkv_at += image * tokens * row + head * HEAD
     out_at += image * tokens * width + head * HEAD
     dout_at += image * tokens * width + head * HEAD
-    mass_at += number * tokens
-    kept_at += number * tokens * HEAD
-    q_sum, q_sum_rest = _zeros(1, WIDE, REST)  # pyright: ignore[reportGeneralTypeIssues]
-    v_sum, v_sum_rest = _zeros(1, WIDE, REST)
-    for start in range(0, tokens, KEYS):
+    query = part * QUERIES + tl.arange(0, QUERIES)
+    q, q_rest = _load(qkv_at, query, row, tokens, HEAD, WIDE, REST, WHOLE)  # pyright: ignore[reportGeneralTypeIssues]
+    dout, dout_rest = _load(dout_at, query, width, tokens, HEAD, WIDE, REST, WHOLE)
+    out, out_rest = _load(out_at, query, width, tokens, HEAD, WIDE, REST, WHOLE)
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
+    if HEAD > WIDE:
+        delta += tl.sum(dout_rest.to(tl.float32) * out_rest.to(tl.float32), axis=1)
+    tl.store(delta_at + number * tokens + query, delta, mask=query < tokens)
+    mass = tl.load(mass_at + number * tokens + query, mask=query < tokens, other=0.0)
+    dq, dq_rest = _zeros(QUERIES, WIDE, REST)
+    for start in tl.range(0, tokens, KEYS, num_stages=STAGES):
         key = start + tl.arange(0, KEYS)
-        k, k_rest = _load(qkv_at + width, key, row, tokens, HEAD, WIDE, REST)
-        v, v_rest = _load(qkv_at + 2 * width, key, row, tokens, HEAD, WIDE, REST)
-        dk, dk_rest = _zeros(KEYS, WIDE, REST)
-        dv, dv_rest = _zeros(KEYS, WIDE, REST)
-        pull = tl.zeros([KEYS], dtype=tl.float32)
-        for first in tl.range(0, tokens, QUERIES, num_stages=STAGES):
-            # Keys down and queries across: p and ds then are left sides of products as they are.
-            query = first + tl.arange(0, QUERIES)
-            q, q_rest = _load(qkv_at, query, row, tokens, HEAD, WIDE, REST)
-            dout, dout_rest = _load(dout_at, query, width, tokens, HEAD, WIDE, REST)
-            out, out_rest = _load(out_at, query, width, tokens, HEAD, WIDE, REST)
-            delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
-            if HEAD > WIDE:
-                delta += tl.sum(dout_rest.to(tl.float32) * out_rest.to(tl.float32), axis=1)
-            scores = _over_channels(k, k_rest, q, q_rest, HEAD, WIDE)
-            dp = _over_channels(v, v_rest, dout, dout_rest, HEAD, WIDE)
-            # Beyond the tokens, queries weigh 1 and meet zeros in dout and q. Keys there weigh
-            # nothing: of score 0 they would, of a query with low scores, infinity, times 0 in k.
-            mass = tl.load(mass_at + query, mask=query < tokens, other=0.0)
-            scores = tl.where((key < tokens)[:, None], scores * slope, -float("inf"))
-            p = tl.exp2(scores - mass[None, :])
-            ds = p * (dp - delta[None, :])
-            pull += tl.sum(ds, axis=1)
-            p, ds = p.to(dout.dtype), ds.to(q.dtype)
-            dv, dv_rest = _over_tokens(p, dout, dout_rest, dv, dv_rest, HEAD, WIDE)
-            dk, dk_rest = _over_tokens(ds, q, q_rest, dk, dk_rest, HEAD, WIDE)
-            dq, dq_rest = _zeros(QUERIES, WIDE, REST)
-            dq, dq_rest = _over_tokens(tl.trans(ds), k, k_rest, dq, dq_rest, HEAD, WIDE)
-            if start > 0:
-                kept, kept_rest = _load(kept_at, query, HEAD, tokens, HEAD, WIDE, REST)
-                dq, dq_rest = dq + kept, dq_rest + kept_rest
-            if start + KEYS < tokens:
-                _store(kept_at, query, HEAD, tokens, dq, dq_rest, HEAD, WIDE, REST)
-            else:
-                dq, dq_rest = dq * scale, dq_rest * scale
-                _store(dqkv_at, query, row, tokens, dq, dq_rest, HEAD, WIDE, REST)
-        # The sum over queries of their gradients, ds k, is that of (sum of ds) k.
-        q_sum += tl.sum(k.to(tl.float32) * pull[:, None], axis=0, keep_dims=True)
-        q_sum_rest += tl.sum(k_rest.to(tl.float32) * pull[:, None], axis=0, keep_dims=True)
-        v_sum += tl.sum(dv, axis=0, keep_dims=True)
-        v_sum_rest += tl.sum(dv_rest, axis=0, keep_dims=True)
-        dk, dk_rest = dk * scale, dk_rest * scale
-        _store(dqkv_at + width, key, row, tokens, dk, dk_rest, HEAD, WIDE, REST)
-        _store(dqkv_at + 2 * width, key, row, tokens, dv, dv_rest, HEAD, WIDE, REST)
-        # What was kept is read by other threads than wrote it.
-        tl.debug_barrier()
-    one = tl.arange(0, 1)
-    sums_at += image * row + head * HEAD
-    _store(sums_at, one, row, 1, q_sum * scale, q_sum_rest * scale, HEAD, WIDE, REST)
-    _store(sums_at + 2 * width, one, row, 1, v_sum, v_sum_rest, HEAD, WIDE, REST)
+        k, k_rest = _load(qkv_at + width, key, row, tokens, HEAD, WIDE, REST, WHOLE)
+        v, v_rest = _load(qkv_at + 2 * width, key, row, tokens, HEAD, WIDE, REST, WHOLE)
+        scores = _over_channels(q, q_rest, k, k_rest, HEAD, WIDE) * slope
+        dp = _over_channels(dout, dout_rest, v, v_rest, HEAD, WIDE)
+        if not WHOLE:
+            # Of score 0 a key beyond would weigh, for a query of low scores, infinity, times 0.
+            scores = tl.where((key < tokens)[None, :], scores, -float("inf"))
+        ds = (tl.exp2(scores - mass[:, None]) * (dp - delta[:, None])).to(k.dtype)
+        dq, dq_rest = _over_tokens(ds, k, k_rest, dq, dq_rest, HEAD, WIDE)
+    dq, dq_rest = dq * scale, dq_rest * scale
+    _store(dqkv_at, query, row, tokens, dq, dq_rest, HEAD, WIDE, REST)
+    sums_at += (image * parts + part) * width + head * HEAD
+    _store_sums(sums_at, dq, dq_rest, HEAD, WIDE, REST)
+
+
+@triton.jit
+def _to_keys_kernel(
+    qkv_at, dout_at, mass_at, delta_at, dqkv_at, sums_at, tokens, heads, slope, scale,
+    HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """Some keys of a head: gradients of them and of their values in dqkv, and the values' sum."""
+    parts = tl.cdiv(tokens, KEYS)
+    number, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    image, head = number // heads, number % heads
+    width = heads * HEAD
+    row = 3 * width
+    qkv_at += image * tokens * row + head * HEAD
+    dqkv_at += image * tokens * row + head * HEAD
+    dout_at += image * tokens * width + head * HEAD
+    mass_at += number * tokens
+    delta_at += number * tokens
+    key = part * KEYS + tl.arange(0, KEYS)
+    k, k_rest = _load(qkv_at + width, key, row, tokens, HEAD, WIDE, REST, WHOLE)  # pyright: ignore[reportGeneralTypeIssues]
+    v, v_rest = _load(qkv_at + 2 * width, key, row, tokens, HEAD, WIDE, REST, WHOLE)
+    dk, dk_rest = _zeros(KEYS, WIDE, REST)
+    dv, dv_rest = _zeros(KEYS, WIDE, REST)
+    for start in tl.range(0, tokens, QUERIES, num_stages=STAGES):
+        # Keys down and queries across: p and ds then are left sides of products as they are.
+        query = start + tl.arange(0, QUERIES)
+        q, q_rest = _load(qkv_at, query, row, tokens, HEAD, WIDE, REST, WHOLE)
+        dout, dout_rest = _load(dout_at, query, width, tokens, HEAD, WIDE, REST, WHOLE)
+        # Beyond the tokens, queries weigh 1 and meet zeros in dout and q.
+        mass = tl.load(mass_at + query, mask=query < tokens, other=0.0)
+        delta = tl.load(delta_at + query, mask=query < tokens, other=0.0)
+        scores = _over_channels(k, k_rest, q, q_rest, HEAD, WIDE) * slope
+        dp = _over_channels(v, v_rest, dout, dout_rest, HEAD, WIDE)
+        if not WHOLE:
+            scores = tl.where((key < tokens)[:, None], scores, -float("inf"))
+        p = tl.exp2(scores - mass[None, :])
+        ds = (p * (dp - delta[None, :])).to(q.dtype)
+        dv, dv_rest = _over_tokens(p.to(dout.dtype), dout, dout_rest, dv, dv_rest, HEAD, WIDE)
+        dk, dk_rest = _over_tokens(ds, q, q_rest, dk, dk_rest, HEAD, WIDE)
+    dk, dk_rest = dk * scale, dk_rest * scale
+    _store(dqkv_at + width, key, row, tokens, dk, dk_rest, HEAD, WIDE, REST)
+    _store(dqkv_at + 2 * width, key, row, tokens, dv, dv_rest, HEAD, WIDE, REST)
+    sums_at += (image * parts + part) * width + head * HEAD
+    _store_sums(sums_at, dv, dv_rest, HEAD, WIDE, REST)
 
 
 def _power(count: int) -> int:
@@ -216,13 +251,15 @@ def _shapes(qkv: Tensor, heads: int, tiles: Tiles) -> dict[str, int]:
     """What kernels are compiled for: parts of a head, and tiles no larger than there are tokens."""
     head, tokens = qkv.shape[2] // (3 * heads), max(LEAST, _power(qkv.shape[1]))
     wide = max(LEAST, 2 ** int(math.log2(head)))
+    queries, keys = min(tiles.queries, tokens), min(tiles.keys, tokens)
     return {
         "HEAD": head,
         "WIDE": wide,
         "REST": max(LEAST, _power(head - wide)),
-        "QUERIES": min(tiles.queries, tokens),
-        "KEYS": min(tiles.keys, tokens),
+        "QUERIES": queries,
+        "KEYS": keys,
         "STAGES": tiles.stages,
+        "WHOLE": not (qkv.shape[1] % queries or qkv.shape[1] % keys),
         "num_warps": tiles.warps,
     }
 
@@ -249,27 +286,34 @@ def _forward_fake(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("eqm::attention_backward", mutates_args=())
 def _backward(
     dout: Tensor, qkv: Tensor, out: Tensor, mass: Tensor, heads: int
-) -> tuple[Tensor, Tensor]:
-    """Gradient of qkv (B, N, 3 D), and its sums over the tokens of each image, (B, 3 D)."""
-    shapes = _shapes(qkv, heads, BACKWARD)
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient of qkv (B, N, 3 D), and sums of q's and v's over some tokens each, (B, parts, D)."""
     tokens = qkv.shape[1]
-    dqkv, sums = torch.empty_like(qkv), qkv.new_zeros(len(qkv), qkv.shape[2], dtype=torch.float32)
-    again = shapes["KEYS"] < tokens
-    kept = qkv.new_empty(out.numel() if again else 0, dtype=torch.float32)
-    scale = 1 / math.sqrt(shapes["HEAD"])
-    cast(Any, _backward_kernel)[(len(mass),)](
-        qkv, out, dout, mass, dqkv, sums, kept, tokens, heads, math.log2(math.e) * scale, scale,
-        **shapes,
-    )  # fmt: skip
-    return dqkv, sums
+    scale = 1 / math.sqrt(qkv.shape[2] // (3 * heads))
+    slope = math.log2(math.e) * scale
+    queries, keys = _shapes(qkv, heads, TO_QUERIES), _shapes(qkv, heads, TO_KEYS)
+    dqkv, q_sums, v_sums = _backward_fake(dout, qkv, out, mass, heads)
+    delta = torch.empty_like(mass)
+    cast(Any, _to_queries_kernel)[(q_sums.shape[1] * len(mass),)](
+        qkv, out, dout, mass, delta, dqkv, q_sums, tokens, heads, slope, scale, **queries
+    )
+    cast(Any, _to_keys_kernel)[(v_sums.shape[1] * len(mass),)](
+        qkv, dout, mass, delta, dqkv, v_sums, tokens, heads, slope, scale, **keys
+    )
+    return dqkv, q_sums, v_sums
 
 
 @_backward.register_fake
 def _backward_fake(
     dout: Tensor, qkv: Tensor, out: Tensor, mass: Tensor, heads: int
-) -> tuple[Tensor, Tensor]:
-    sums = qkv.new_empty(len(qkv), qkv.shape[2], dtype=torch.float32)
-    return torch.empty_like(qkv), sums
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, tokens, width = out.shape
+    parts = (
+        -(-tokens // _shapes(qkv, heads, TO_QUERIES)["QUERIES"]),
+        -(-tokens // _shapes(qkv, heads, TO_KEYS)["KEYS"]),
+    )
+    q_sums, v_sums = (out.new_empty(batch, p, width, dtype=torch.float32) for p in parts)
+    return torch.empty_like(qkv), q_sums, v_sums
 
 
 class _Attention(torch.autograd.Function):
@@ -285,8 +329,9 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, mass = ctx.saved_tensors
-        dqkv, sums = _backward(dout.contiguous(), qkv, out, mass, ctx.heads)
-        return dqkv, sums.sum(dim=0).to(ctx.dtype), None
+        dqkv, q_sums, v_sums = _backward(dout.contiguous(), qkv, out, mass, ctx.heads)
+        q_sum, v_sum = q_sums.sum(dim=(0, 1)), v_sums.sum(dim=(0, 1))
+        return dqkv, torch.cat((q_sum, torch.zeros_like(q_sum), v_sum)).to(ctx.dtype), None
 
 
 @torch.compiler.allow_in_graph

@@ -14,6 +14,7 @@ from torch.nn import functional
 from eqm.kernels.adaln import adaln
 from eqm.kernels.attention import attention
 from eqm.kernels.gelu import gelu
+from eqm.kernels.product import product
 from eqm.network import MLP, Attention, Block, GatedMLP, Head
 
 Stream = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -34,7 +35,7 @@ def block_forward(*, attends: bool, carries: bool) -> Forward:
     """
 
     def forward(block: Block, given: Tensor | Stream, condition: Tensor) -> Tensor | Stream:
-        parts = block.modulation(condition).chunk(6, dim=-1)
+        parts = _product(block.modulation, condition, sums_bias=True).chunk(6, dim=-1)
         tokens, hidden = _normed(given, parts[0], parts[1])
         y, bias = _attended(block.attention, hidden, attends=attends)
         tokens, hidden = adaln(tokens, y, bias, *parts[2:5])
@@ -49,9 +50,9 @@ def block_forward(*, attends: bool, carries: bool) -> Forward:
 
 def head_forward(head: Head, given: Tensor | Stream, condition: Tensor) -> Tensor:
     """What ``Head.forward`` computes, (B, N, P * P * channels)."""
-    shift, scale = head.modulation(condition).chunk(2, dim=-1)
+    shift, scale = _product(head.modulation, condition, sums_bias=True).chunk(2, dim=-1)
     _, hidden = _normed(given, shift, scale)
-    return head.linear(hidden)
+    return _product(head.linear, hidden, sums_bias=True)
 
 
 def _normed(given: Tensor | Stream, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -77,6 +78,11 @@ def _activated(mlp: MLP | GatedMLP, hidden: Tensor) -> Tensor:
     return gelu(_product(mlp.up, hidden), mlp.up.bias)
 
 
-def _product(layer: nn.Linear, x: Tensor) -> Tensor:
-    """A layer's output, whose bias gets no gradient here: who reads the output gives it."""
-    return functional.linear(x, layer.weight, layer.bias.detach())
+def _product(layer: nn.Linear, x: Tensor, *, sums_bias: bool = False) -> Tensor:
+    """A layer's output. Not ``sums_bias``: who reads it gives the bias its gradient.
+
+    Compiled code adds to no sum: what it makes, autograd adds.
+    """
+    if torch.compiler.is_compiling():
+        return functional.linear(x, layer.weight, layer.bias if sums_bias else layer.bias.detach())
+    return product(x, layer.weight, layer.bias, sums_bias=sums_bias)

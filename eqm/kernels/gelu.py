@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-ROWS, COLUMNS, STEPS, WARPS = 8, 256, 16, 4
+ROWS, COLUMNS, STEPS, WARPS = 16, 128, 8, 4
 """Of u that one program holds at once, how many times it goes on down, and its warps."""
 
 
