@@ -2,7 +2,8 @@
 
 Each forward and backward, as a block of XL/2 and B/2 at 256 tokens has them in bfloat16, with
 what stands around them in a step: attention from qkv to the gradient of qkv and of its bias, GELU
-with its bias's gradient, norm and residual with theirs. Compiled as training is. Then what a
+with its bias's gradient, norm and residual with theirs; torch's ways compiled. Counted is what the
+GPU's kernels take, not the wait for the calls that start them. Then what a
 program of attention's and of adaLN's kernels could compute at once: what eqm.kernels is set to
 should be the quickest. And, of XL/2's products, ways to add the gradient of weights to its sum.
 """
@@ -15,8 +16,10 @@ from types import ModuleType
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.profiler import ProfilerActivity, profile
 
 from bench.energies import DEVICE
 from bench.timing import alternate, show
@@ -56,8 +59,11 @@ def wait() -> None:
         torch.cuda.synchronize()
 
 
-def both_ways(way: Way, *leaves: Tensor) -> Callable[[], None]:
-    """Forward and backward, TIMES over, until the GPU is done; of all that comes out."""
+def both_ways(way: Way, *leaves: Tensor, summed: int | None = None) -> Callable[[], None]:
+    """Forward and backward, TIMES over; of all that comes out.
+
+    ``summed``: of which leaf the gradient's sum over tokens is taken, for the bias before it.
+    """
 
     def outputs() -> tuple[Tensor, ...]:
         found = way(*leaves)
@@ -67,20 +73,35 @@ def both_ways(way: Way, *leaves: Tensor) -> Callable[[], None]:
 
     def run() -> None:
         for _ in range(TIMES):
-            torch.autograd.grad(outputs(), leaves, slopes)
-        wait()
+            found = torch.autograd.grad(outputs(), leaves, slopes)
+            if summed is not None:
+                found[summed].sum(dim=(0, 1))
 
     return run
 
 
-def by_torch(qkv: Tensor, bias: Tensor, heads: int) -> Tensor:
-    """Attention as eqm.network has it, of a product to which its bias is added here."""
-    q, k, v = (qkv + bias).unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
+def of_kernels(runs: dict[str, Callable[[], None]]) -> dict[str, list[float]]:
+    """Seconds that the GPU's kernels take of each run, in turn, after one that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in runs}
+    for number in range(ROUNDS + 1):
+        for name, run in runs.items():
+            with profile(activities=[ProfilerActivity.CUDA]) as found:
+                run()
+                wait()
+            if number:
+                spans = (e.time_range for e in found.events() if e.device_type == DeviceType.CUDA)
+                seconds[name].append(sum(span.elapsed_us() for span in spans) / 1e6)
+    return seconds
+
+
+def by_torch(qkv: Tensor, heads: int) -> Tensor:
+    """Attention as eqm.network has it."""
+    q, k, v = qkv.unflatten(2, (3, heads, -1)).permute(2, 0, 3, 1, 4)
     return functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
 def compare(size: str) -> None:
-    """Print what each kernel takes, and torch's way."""
+    """Print what each kernel takes, and torch's way; of what products give, their bias within."""
     from eqm.kernels.adaln import adaln
     from eqm.kernels.attention import attention
     from eqm.kernels.gelu import gelu
@@ -92,42 +113,42 @@ def compare(size: str) -> None:
     x = draw(IMAGES, TOKENS, width, dtype=torch.float32)
     y, out, parts = draw(IMAGES, TOKENS, width), draw(width), draw(IMAGES, 3 * width)
 
-    def ours(qkv: Tensor, bias: Tensor) -> Tensor:
-        return attention(qkv + bias.detach(), bias, heads)
-
-    def plain_gelu(u: Tensor, bias: Tensor) -> Tensor:
-        return functional.gelu(u + bias, approximate="tanh")
-
-    def our_gelu(u: Tensor, bias: Tensor) -> Tensor:
-        return gelu(u + bias.detach(), bias)
+    def plain_gelu(u: Tensor) -> Tensor:
+        return functional.gelu(u, approximate="tanh")
 
     # Both leave x' and h to whoever reads them, the residual and the next product.
-    def plain_norm(x: Tensor, y: Tensor, bias: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
+    def plain_norm(x: Tensor, y: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
         gate, shift, scale = parts.unsqueeze(1).chunk(3, dim=2)
-        x = x + gate * (y + bias)
+        x = x + gate * y
         return x, modulate(layer_norm(x), shift, scale).to(parts.dtype)
 
     def our_norm(x: Tensor, y: Tensor, bias: Tensor, parts: Tensor) -> tuple[Tensor, Tensor]:
-        return adaln(x, y + bias.detach(), bias, *parts.chunk(3, dim=1))
+        return adaln(x, y, bias, *parts.chunk(3, dim=1))
 
     def backed(backend: SDPBackend) -> Callable[[], None]:
-        def way(qkv: Tensor, bias: Tensor) -> Tensor:
+        def way(qkv: Tensor) -> Tensor:
             with sdpa_kernel(backend):
-                return by_torch(qkv, bias, heads)
+                return by_torch(qkv, heads)
 
-        return both_ways(compiled(way), qkv, bias)
+        return both_ways(compiled(way), qkv, summed=0)
 
-    for name, leaves, sides in (
-        ("attention", (qkv, bias), {"ours": ours}),
-        ("GELU", (u, up), {"torch": plain_gelu, "ours": our_gelu}),
-        ("norm", (x, y, out, parts), {"torch": plain_norm, "ours": our_norm}),
-    ):
-        runs = {side: both_ways(compiled(way), *leaves) for side, way in sides.items()}
-        if name == "attention":
-            kinds = {"cuDNN": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-            runs = {kind: backed(backend) for kind, backend in kinds.items()} | runs
+    for name, runs in {
+        "attention": {
+            "cuDNN": backed(SDPBackend.CUDNN_ATTENTION),
+            "flash": backed(SDPBackend.FLASH_ATTENTION),
+            "ours": both_ways(lambda qkv, bias: attention(qkv, bias, heads), qkv, bias),
+        },
+        "GELU": {
+            "torch": both_ways(compiled(plain_gelu), u, summed=0),
+            "ours": both_ways(gelu, u, up),
+        },
+        "norm": {
+            "torch": both_ways(compiled(plain_norm), x, y, parts, summed=1),
+            "ours": both_ways(our_norm, x, y, out, parts),
+        },
+    }.items():
         print(f"-- {size}/2, {name}, forward and backward of {IMAGES} images", flush=True)
-        show(alternate(runs, rounds=ROUNDS), base=next(iter(runs)), unit="ms", scale=1e3 / TIMES)
+        show(of_kernels(runs), base=next(iter(runs)), unit="ms", scale=1e3 / TIMES)
 
 
 def tile(size: str) -> None:

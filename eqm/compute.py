@@ -123,10 +123,10 @@ def check_kernels(network: nn.Module, compute: ComputeConfig, device: torch.devi
 
 
 def fuse(network: nn.Module, compute: ComputeConfig, objective: ObjectiveConfig) -> None:
-    """Have a transformer's blocks and its head computed by our kernels, in place."""
+    """Have a transformer's blocks, what is before and after them, computed our way, in place."""
     blocks = blocks_of(network, compute)
     # Its compiler is not everywhere where torch is, and takes a second.
-    from eqm.kernels.blocks import block_forward, head_forward
+    from eqm.kernels.blocks import block_forward, head_forward, patches_forward
 
     # The dispersive loss looks at tokens as they leave a block.
     config = cast(NetworkConfig, network.config)
@@ -134,8 +134,9 @@ def fuse(network: nn.Module, compute: ComputeConfig, objective: ObjectiveConfig)
     forward = block_forward(attends=attends, carries=not objective.dispersive_weight)
     for block in blocks:
         block.forward = forward.__get__(block)
-    head = cast(nn.Module, network.head)
-    head.forward = head_forward.__get__(head)
+    for part, way in (("patches", patches_forward), ("head", head_forward)):
+        module = cast(nn.Module, getattr(network, part))
+        module.forward = way.__get__(module)
 
 
 def _recomputed(forward: Forward, *args: object) -> Any:

@@ -5,7 +5,7 @@ sum over processes, are calls on one tensor, in an order that never changes, and
 copied together for them. The sum is of segments, which a backward ends with one after the other,
 the last layers' first: those that are done are summed while it goes on.
 
-A product that makes a weight's gradient may add to the buffer in autograd's place (:class:`Update`).
+A product that makes a weight's gradient may add to the buffer itself (:class:`Update`).
 """
 
 import contextlib

@@ -69,10 +69,9 @@ def philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, .
 
 def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
     """High and low word of a * b."""
-    # The product has 64 bits and int64 would wrap: multiply by the halves of a, which have 16.
-    low = b * (a & 0xFFFF)
-    high = b * (a >> 16) + (low >> 16)
-    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+    # The product has 64 bits: int64 may take the highest for a sign, and keeps them all.
+    whole = b * a
+    return (whole >> 32) & WORD, whole & WORD
 
 
 def bits(seed: int, stream: int, numbers: Tensor, count: int) -> Tensor:

@@ -249,13 +249,14 @@ def drawn(**changes: object) -> Transformer:
 
 
 def fused(net: Transformer, *, compiled: bool = False, **asked: object) -> Transformer:
-    from eqm.kernels.blocks import block_forward, head_forward
+    from eqm.kernels.blocks import block_forward, head_forward, patches_forward
 
     forward = block_forward(**asked)  # type: ignore[arg-type]
     if compiled:
         forward = torch.compile(forward, backend="aot_eager", fullgraph=True)
     for block in net.blocks:
         block.forward = forward.__get__(block)  # type: ignore[attr-defined]
+    net.patches.forward = patches_forward.__get__(net.patches)  # type: ignore[method-assign]
     net.head.forward = head_forward.__get__(net.head)  # type: ignore[attr-defined]
     return net
 

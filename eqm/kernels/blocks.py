@@ -1,4 +1,4 @@
-"""A transformer's blocks and its head by our kernels: what eqm.network computes, in other pieces.
+"""A transformer's parts by our kernels: what eqm.network computes, in other pieces.
 
 A block ends with a residual, and the next one begins with a norm of it: one kernel for both, where
 what is yet to be added goes from block to block beside the tokens.
@@ -6,6 +6,7 @@ what is yet to be added goes from block to block beside the tokens.
 
 import functools
 from collections.abc import Callable
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,20 @@ def block_forward(*, attends: bool, carries: bool) -> Forward:
         return tokens, _product(down, hidden), down.bias.clone(), parts[5]
 
     return forward
+
+
+def patches_forward(patches: nn.Conv2d, x: Tensor) -> Tensor:
+    """What the convolution makes of latents (B, C, H, W), (B, D, H / P, W / P): a product.
+
+    Its tokens lie as blocks read them; what cuDNN makes would have to be copied.
+    """
+    size = patches.kernel_size[0]
+    cells = x.unflatten(3, (-1, size)).unflatten(2, (-1, size)).permute(0, 2, 4, 1, 3, 5)
+    rows, columns = cells.shape[1:3]
+    # A view of the weight, so that autograd adds its gradient; it is a small one.
+    weight, bias = patches.weight.flatten(1), cast(Tensor, patches.bias)
+    tokens = product(cells.flatten(3).flatten(1, 2), weight, bias)
+    return tokens.transpose(1, 2).unflatten(2, (rows, columns))
 
 
 def head_forward(head: Head, given: Tensor | Stream, condition: Tensor) -> Tensor:
