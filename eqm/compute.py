@@ -247,6 +247,16 @@ def check_micro_batch(compute: ComputeConfig, objective: ObjectiveConfig, share:
     require(whole, "compute.micro_batch", size, rule)
 
 
+def is_replayed(compute: ComputeConfig, objective: ObjectiveConfig, device: torch.device) -> bool:
+    """Whether the backward of a learner is recorded once and replayed (eqm.recorded).
+
+    That of Eq. 3 alone, by kernels of ours: it makes no choice by numbers, and nothing hooks it.
+    """
+    plain = objective.loss == "gradient" and not objective.dispersive_weight
+    ours = compute.fused and compute.parallel == "ddp" and device.type == "cuda"
+    return compute.replay == "auto" and ours and plain and objective.energy == "implicit"
+
+
 def check_attention(compute: ComputeConfig, network: NetworkConfig, config: TrainConfig) -> None:
     """Refuse our attention for what it is not for. Raises ConfigError."""
     if compute.attention != "eqm":

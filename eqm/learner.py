@@ -31,6 +31,7 @@ from eqm.network import check_labels, uncompiled
 from eqm.objective import Corrupted, Decay
 from eqm.precision import deterministic, products_in
 from eqm.randomness import Stream, normal, order, uniform
+from eqm.recorded import Recorded
 
 if TYPE_CHECKING:
     from eqm.sharding import Shards
@@ -47,9 +48,11 @@ class Learner:
     ``c`` takes the place of the objective's c. ``micro_batch`` is how many images go backward at
     once; None: all that are given. ``shards`` are of a network that processes share: weights,
     moments and averages are then this process's rows. ``room`` is how many numbers are summed over
-    processes beside the gradient. Raises ConfigError for a c that cannot be
-    (:func:`eqm.objective.check_decay`), for weights in half precision whose energy would be trained
-    by differences, and where "float16" cannot be (:func:`eqm.compute.check_halves`).
+    processes beside the gradient. ``replays``: the backward is recorded once and replayed
+    (:func:`eqm.compute.is_replayed`); all batches are then of one size. Raises ConfigError for a c
+    that cannot be (:func:`eqm.objective.check_decay`), for weights in half precision whose energy
+    would be trained by differences, and where "float16" cannot be
+    (:func:`eqm.compute.check_halves`).
     """
 
     def __init__(
@@ -63,6 +66,7 @@ class Learner:
         micro_batch: int | None = None,
         shards: "Shards | None" = None,
         room: int = FLAGS,
+        replays: bool = False,
     ) -> None:
         if c is not None:
             objective.check_decay(c)
@@ -84,6 +88,8 @@ class Learner:
         self.optimiser = AdamW(trained, betas=config.betas, weight_decay=config.weight_decay)
         if shards is not None:
             shards.attach(self.gradients.views)
+        remedy = "set compute.replay to 'never'"
+        self._recorded = Recorded(self._all_parts, remedy=remedy) if replays else None
         self.ema = EMA(trained, half_life_images=config.ema_half_life_images)
         self.tracks = {h: EMA(trained, half_life_images=h) for h in config.ema_tracks}
         """Half-life in images -> further averages."""
@@ -161,12 +167,24 @@ class Learner:
         Returns the loss of each image, (B,), detached. Parts of the share go back one after the
         other, each with its part of the sum, so that they add up to what the whole would give.
         ``take`` is handed all segments of the gradient but the last, each when it is complete
-        (:meth:`eqm.gradients.FlatGradient.handing`).
+        (:meth:`eqm.gradients.FlatGradient.handing`); of a backward that is replayed, after it.
         """
+        if self._recorded is not None:
+            losses = self._recorded(at.x, at.goal, at.gamma, at.labels)
+            if take is not None:
+                for segment in self.gradients.segments[:-1]:
+                    take(segment)
+            return losses
         # What an energy's gradient by x goes back through are the same products, at other times.
         adding = self.gradients.adding() if self.field.kind == "implicit" else nullcontext()
         with adding:
             return self._of_parts(at, take)
+
+    def _all_parts(
+        self, x: Tensor, goal: Tensor, gamma: Tensor, labels: Tensor | None = None
+    ) -> Tensor:
+        with self.gradients.adding():
+            return self._of_parts(Corrupted(x, goal, gamma, labels), None)
 
     def _of_parts(self, at: Corrupted, take: Callable[[Tensor], None] | None) -> Tensor:
         *first, last = parts(at, self.micro_batch)

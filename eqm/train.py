@@ -22,7 +22,14 @@ from torch import Tensor
 
 from eqm import gauges, lease, model
 from eqm.batches import Batch, batches
-from eqm.compute import blocks_of, check_attention, check_micro_batch, prepare, slow_bfloat16
+from eqm.compute import (
+    blocks_of,
+    check_attention,
+    check_micro_batch,
+    is_replayed,
+    prepare,
+    slow_bfloat16,
+)
 from eqm.config import TrainConfig, TrainStage
 from eqm.distributed import OnItsWay, World
 from eqm.errors import DataError
@@ -97,6 +104,7 @@ def setup(context: Context, mine: lease.Held | None = None) -> Run:
             micro_batch=compute.micro_batch,
             shards=shards,
             room=FLAGS + 2 * gauges.BANDS,
+            replays=is_replayed(compute, stage.objective, device),
         ),
         mine=mine,
     )

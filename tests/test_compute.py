@@ -16,10 +16,11 @@ from eqm.compute import (
     check_for_training,
     check_kernels,
     check_micro_batch,
+    is_replayed,
     prepare,
     slow_bfloat16,
 )
-from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig
+from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig, replace
 from eqm.errors import ConfigError
 from eqm.gradients import FlatGradient
 from eqm.learner import Learner, parts
@@ -216,6 +217,25 @@ def test_blocks_of_more_shapes_than_the_compiler_keeps_versions_of_do_not_run_un
 def test_blocks_that_a_double_backward_goes_through_stay_as_they_are(name):
     with pytest.raises(ConfigError, match=rf"compute\.{name} is true, .*'directional'"):
         learner(DOT["double"], compute=ComputeConfig(**{name: True}))
+
+
+@pytest.mark.parametrize(
+    ("compute", "objective", "device"),
+    [
+        ({"fused": False}, {}, "cuda"),
+        ({"replay": "never"}, {}, "cuda"),
+        ({"parallel": "fsdp2"}, {}, "cuda"),
+        ({}, {"energy": "dot", "backward": "directional"}, "cuda"),
+        ({}, {"loss": "norms"}, "cuda"),
+        ({}, {"dispersive_weight": 0.5}, "cuda"),
+        ({}, {}, "cpu"),
+    ],
+)
+def test_a_step_is_replayed_where_it_is_always_the_same(compute, objective, device):
+    usual = ComputeConfig(fused=True)
+    assert is_replayed(usual, ObjectiveConfig(), torch.device("cuda"))
+    asked = replace(usual, **compute), replace(ObjectiveConfig(), **objective)
+    assert not is_replayed(*asked, torch.device(device))
 
 
 LOADS = """

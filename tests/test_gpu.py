@@ -23,7 +23,7 @@ from torch import Tensor
 
 from eqm import checkpoint
 from eqm.batches import batches, read_batch
-from eqm.compute import prepare
+from eqm.compute import is_replayed, prepare
 from eqm.config import (
     ComputeConfig,
     Job,
@@ -104,7 +104,8 @@ def learner(
 ) -> Learner:
     asked, net = objective or ObjectiveConfig(), network(device)
     prepare(net, compute or ComputeConfig(), asked, device)
-    return Learner(net, asked, settings(**changes), device=device)
+    again = is_replayed(compute or ComputeConfig(), asked, device)
+    return Learner(net, asked, settings(**changes), device=device, replays=again)
 
 
 def trained(of: Learner, updates: int = 4) -> list[Tensor]:
@@ -158,6 +159,23 @@ def test_the_same_training_twice_has_the_same_bits(
     compute = ComputeConfig(**asked)  # type: ignore[arg-type]
     one, other = (trained(learner(compute=compute, precision=precision)) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+@pytest.mark.parametrize("compile_", [True, False], ids=["compiled", "as-it-stands"])
+@pytest.mark.parametrize("micro_batch", [None, 4])
+def test_a_step_that_is_replayed_has_the_bits_of_one_that_is_not(
+    compile_: bool, micro_batch: int | None
+) -> None:
+    """Also with labels and noise that differ from update to update, in the loop of a training."""
+    found = []
+    for replay in ("auto", "never"):
+        asked = ComputeConfig(compile=compile_, fused=True, replay=replay)  # type: ignore[arg-type]
+        of = learner(compute=asked, precision="bfloat16")
+        of.micro_batch = micro_batch
+        assert (of._recorded is not None) == (replay == "auto")
+        found.append(trained(of, updates=6))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert len(set(found[0][0].tolist())) == 6
 
 
 @pytest.mark.parametrize("energy", ["implicit", "dot"])
@@ -247,10 +265,12 @@ def no_waiting() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
-def test_an_update_never_waits_for_the_device(on_nonfinite: str) -> None:
-    of = learner(on_nonfinite=on_nonfinite, gradient_clip=1.0, precision="bfloat16")
+@pytest.mark.parametrize("fused", [False, True])
+def test_an_update_never_waits_for_the_device(on_nonfinite: str, fused: bool) -> None:
+    compute, bound = ComputeConfig(fused=fused), {"gradient_clip": 1.0}
+    of = learner(compute=compute, on_nonfinite=on_nonfinite, precision="bfloat16", **bound)
     x, labels, numbers = data()
-    trained(of, updates=1)
+    trained(of, updates=3)
     with no_waiting():
         loss = of.backward(of.corrupted(x, labels, numbers)).mean()
         of.apply(of.gradient(), images_seen=0, loss=loss)

@@ -55,6 +55,21 @@ def learner(**changes: object) -> Learner:
     return found
 
 
+def test_a_backward_that_is_replayed_gives_what_others_give() -> None:
+    """But for the recording, which is a GPU's."""
+    numbers, found = torch.arange(8), []
+    for replays in (True, False):
+        of, taken = learner(), []
+        if replays:
+            of._recorded = of._all_parts  # type: ignore[assignment]
+        x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+        at = of.corrupted(x, None, numbers)
+        losses = of.backward(at, lambda segment, into=taken: into.append(segment.clone()))
+        found.append([losses, of.gradient().clone(), *taken])
+    assert len(found[0]) == len(found[1]) > 4
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def gradient_of(of: Learner, *, handed: bool) -> tuple[Tensor, list[tuple[int, Tensor]]]:
     """The gradient, and what was handed, when: layers that the backward had yet to reach."""
     numbers = torch.arange(8)

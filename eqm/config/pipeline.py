@@ -47,6 +47,10 @@ class ComputeConfig:
     attention: Literal["auto", "torch", "eqm"] = "auto"
     """Whose kernels mix the tokens of a fused block. "auto": ours ("eqm") in bfloat16, and torch's
     for networks that ours does not know."""
+    replay: Literal["auto", "never"] = "auto"
+    """Whether the kernels of a fused step are started one by one ("never"), or by one call that
+    replays them ("auto"), which saves the host's time and keeps the step's memory for it. FSDP2 and
+    explicit energies have no such call."""
     timeout_seconds: float = 600.0
     """How long ranks wait for one that stalls before they end, and name it."""
 
