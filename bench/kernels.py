@@ -29,13 +29,14 @@ from eqm.network import layer_norm, modulate
 IMAGES, TOKENS, ROUNDS, TIMES = 128, 256, 5, 10
 SIZES = {"XL": (16, 72), "B": (12, 64)}
 """Size -> heads, and channels of one."""
-TILES = [
+TILES: list[tuple[int, ...]] = [
+    *((64, 64, 4, 2, 128), (64, 64, 4, 3, 128), (64, 64, 4, 2, 168), (64, 64, 4, 3, 168)),
     *((64, 64, 4, 1), (64, 64, 4, 2), (64, 64, 4, 3), (64, 64, 4, 4), (32, 64, 4, 2)),
     *((64, 32, 4, 2), (64, 32, 4, 3), (32, 64, 4, 1), (32, 64, 4, 3), (64, 128, 4, 1)),
     *((64, 128, 4, 2), (128, 64, 4, 2), (128, 64, 8, 2), (128, 64, 8, 3), (128, 128, 8, 2)),
     *((64, 128, 8, 2), (64, 128, 8, 3), (32, 128, 8, 2), (32, 128, 8, 3), (128, 32, 4, 2)),
 ]
-"""Queries, keys, warps, stages."""
+"""Queries, keys, warps, stages, and at most so many registers."""
 PIECES = [
     *((8, 256, 16, 4), (8, 256, 8, 4), (8, 256, 32, 4), (4, 256, 16, 4), (4, 512, 16, 4)),
     *((2, 1024, 16, 4), (16, 256, 8, 8), (8, 512, 16, 8), (4, 256, 32, 2), (8, 128, 16, 2)),
@@ -160,14 +161,24 @@ def tile(size: str) -> None:
     width = heads * head
     qkv = draw(IMAGES, TOKENS, 3 * width).detach()
     out, mass = kernels._forward(qkv, heads)
-    of = "by (queries, keys, warps, stages)"
-    tiles = [(kernels.Tiles(*numbers),) for numbers in TILES]
-    for name, way in (
-        ("FORWARD", lambda: kernels._forward(qkv, heads)),
-        ("TO_QUERIES", lambda: kernels._backward(out, qkv, out, mass, heads)),
-        ("TO_KEYS", lambda: kernels._backward(out, qkv, out, mass, heads)),
+    of = "by (queries, keys, warps, stages, registers)"
+    tiles, back = [kernels.Tiles(*numbers) for numbers in TILES], kernels._backward
+    # Both of the backward have as many programs: what the other one has is not tried.
+    for name, tried, way in (
+        ("FORWARD", tiles, lambda: kernels._forward(qkv, heads)),
+        (
+            "TO_QUERIES",
+            [t for t in tiles if t.queries == kernels.TO_KEYS.keys],
+            lambda: back(out, qkv, out, mass, heads),
+        ),
+        (
+            "TO_KEYS",
+            [t for t in tiles if t.keys == kernels.TO_QUERIES.queries],
+            lambda: back(out, qkv, out, mass, heads),
+        ),
     ):
-        choose(f"{size}/2, attention's {name}, ms {of}", kernels, (name,), tiles, way)
+        choices = [(tile,) for tile in tried]
+        choose(f"{size}/2, attention's {name}, ms {of}", kernels, (name,), choices, way)
     u, up = (draw(IMAGES, TOKENS, 4 * width).detach() for _ in range(2))
     names, title = ("ROWS", "COLUMNS", "STEPS", "WARPS"), f"{size}/2, GELU's backward, ms by "
     title += "(rows, columns, steps, warps)"

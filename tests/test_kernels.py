@@ -116,6 +116,7 @@ def test_an_h100_takes_them(heads: int, head: int) -> None:
     for kernel, constants, warps in (
         (adaln._forward_kernel, block, adaln.WARPS),
         (adaln._backward_kernel, {**block, "WALK": adaln.WALK}, adaln.WARPS),
+        (adaln._sums_kernel, {"PARTS": 4, "COLUMNS": adaln.COLUMNS, "GATED": True}, adaln.WARPS),
         (gelu._backward_kernel, tile, gelu.WARPS),
         (attention._forward_kernel, *parts[0]),
         (attention._to_queries_kernel, *parts[1]),
@@ -136,7 +137,16 @@ def built(kernel: Any, constants: dict[str, int], warps: int) -> Any:
     from triton.compiler import ASTSource
 
     whole = {"sum_at", "mean_at", "rstd_at", "dsum_at", "dx_at", "x_at", "mass_at"}
-    whole |= {"delta_at", "sums_at", "dshift_at", "dscale_at", "dgate_at", "dbias_at"}
+    whole |= {
+        "delta_at",
+        "sums_at",
+        "dshift_at",
+        "dscale_at",
+        "dgate_at",
+        "dbias_at",
+        "walks_at",
+        "bias_at",
+    }
     names = [n for n in kernel.arg_names if n not in constants]
     kinds = {n: "*fp32" if n in whole else "*bf16" for n in names if n.endswith("_at")}
     floats = dict.fromkeys({"eps", "slope", "scale"} & set(names), "fp32")
@@ -198,7 +208,8 @@ def check_mixing(
     """Against autograd through the formula in float64, of the same numbers; two heads."""
     from eqm.kernels import attention as kernels
 
-    kernels.FORWARD = kernels.TO_QUERIES = kernels.TO_KEYS = kernels.Tiles(*tiles, 1, 1)
+    kernels.FORWARD = kernels.TO_QUERIES = kernels.Tiles(*tiles, 1, 1)
+    kernels.TO_KEYS = kernels.Tiles(*reversed(tiles), 1, 1)
     qkv = draw(2, tokens, 6 * head).detach()
     if offset:
         # One channel of each head, of q and of k, gives it to all of a head's logits.

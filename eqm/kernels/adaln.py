@@ -29,6 +29,8 @@ WALK = 32
 WARPS = 2
 """Of 2, 4 and 8, and walks of 8, 16 and 32, the quickest on an H100 at D = 1152, when a row was one
 power of two."""
+COLUMNS = 128
+"""Of which one program adds up the walks."""
 TOGETHER = 4
 """Numbers that a thread takes at once, of any type: 16 bytes of float32. Of bfloat16 16 bytes would
 be 8, and numbers would change threads, through shared memory, wherever both types meet."""
@@ -164,6 +166,30 @@ def _backward_kernel(
         _store(dbias_at + kept, total * gate, total_rest * gate_rest, WIDTH, WIDE, REST)
 
 
+@triton.jit
+def _sums_kernel(
+    walks_at, parts_at, bias_at, walks, width,
+    PARTS: tl.constexpr, COLUMNS: tl.constexpr, GATED: tl.constexpr,
+):  # fmt: skip
+    """Sums over an image's walks (PARTS, B, walks, D) -> shift's, scale's and gate's gradients.
+
+    And, where there is a branch, the image's part of its bias's: the last of PARTS.
+    """
+    image, images = tl.program_id(0).to(tl.int64), tl.num_programs(0)
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = column < width
+    for part in tl.static_range(PARTS):  # pyright: ignore[reportGeneralTypeIssues]
+        here = walks_at + (part * images + image) * walks * width + column
+        total = tl.zeros([COLUMNS], dtype=tl.float32)
+        for walk in range(walks):
+            total += tl.load(here + walk * width, mask=inside, other=0.0)
+        if GATED and part == PARTS - 1:
+            tl.store(bias_at + image * width + column, total, mask=inside)
+        else:
+            there = parts_at + (part * images + image) * width + column
+            tl.store(there, total.to(parts_at.dtype.element_ty), mask=inside)
+
+
 def _shapes(width: int) -> dict[str, int]:
     """What kernels are compiled for: a row's two parts, of which the second may be less than full.
 
@@ -217,21 +243,27 @@ def _backward(
     scale: Tensor,
     mean: Tensor,
     rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x (B, N, D) and y; of shift, scale, gate and bias (4, B, walks, D), to be added.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of x (B, N, D) and y; of shift, scale and gate (3, B, D), and of bias (B, D).
 
-    Of the first two alone without y.
+    The last is yet to be added up. Without y, of x, shift and scale alone.
     """
     batch, tokens, width = sums.shape
     gated = y is not None and gate is not None
-    dx, dy, found = _backward_fake(dh, dsums, sums, y, gate, scale, mean, rstd)
+    dx, dy, parts, bias = _backward_fake(dh, dsums, sums, y, gate, scale, mean, rstd)
+    walks = -(-tokens // WALK)
+    found = sums.new_empty(4 if gated else 2, batch, walks, width, dtype=torch.float32)
     shift_scale_gate_bias = found if gated else (*found, *found)
-    cast(Any, _backward_kernel)[(found.shape[2], batch)](
+    cast(Any, _backward_kernel)[(walks, batch)](
         dh, dsums, sums, y if gated else sums, gate if gated else scale, scale, mean, rstd,
         dx, dy, *shift_scale_gate_bias, tokens, _row(gate), _row(scale),
         **_shapes(width), GATED=gated, WALK=WALK, num_warps=WARPS,
     )  # fmt: skip
-    return dx, dy, found
+    cast(Any, _sums_kernel)[(batch, triton.cdiv(width, COLUMNS))](
+        found, parts, bias, walks, width,
+        PARTS=len(found), COLUMNS=COLUMNS, GATED=gated, num_warps=WARPS,
+    )  # fmt: skip
+    return dx, dy, parts, bias
 
 
 @_backward.register_fake
@@ -244,13 +276,13 @@ def _backward_fake(
     scale: Tensor,
     mean: Tensor,
     rstd: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    batch, tokens, width = sums.shape
-    walks = 2 if y is None else 4, batch, -(-tokens // WALK), width
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    batch, _, width = sums.shape
     return (
         torch.empty_like(sums),
         sums.new_empty(0) if y is None else torch.empty_like(y),
-        sums.new_empty(walks, dtype=torch.float32),
+        scale.new_empty(2 if y is None else 3, batch, width),
+        sums.new_empty((0,) if y is None else (batch, width), dtype=torch.float32),
     )
 
 
@@ -287,14 +319,12 @@ class _AdaLN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dsums: Tensor, dh: Tensor) -> tuple[Tensor | None, ...]:
         sums, y, gate, scale, mean, rstd = ctx.saved_tensors
-        dx, dy, found = _backward(
+        dx, dy, (dshift, dscale, *dgate), dbias = _backward(
             dh.contiguous(), dsums.contiguous(), sums, y, gate, scale, mean, rstd
         )
-        found = found.sum(dim=2)
-        dshift, dscale, *dgate = found[:3].to(scale.dtype)
         if y is None:
             return dx, None, None, None, dshift, dscale
-        return dx, dy, found[3].sum(dim=0).to(ctx.dtype), *dgate, dshift, dscale
+        return dx, dy, dbias.sum(dim=0).to(ctx.dtype), *dgate, dshift, dscale
 
 
 @torch.compiler.allow_in_graph

@@ -35,6 +35,8 @@ class Tiles:
     warps: int
     stages: int
     """Parts that are fetched ahead of the one that is computed, and itself."""
+    registers: int | None = None
+    """Of a thread, at most: fewer have room for more programs at once."""
 
 
 FORWARD = Tiles(queries=64, keys=64, warps=4, stages=3)
@@ -261,6 +263,7 @@ def _shapes(qkv: Tensor, heads: int, tiles: Tiles) -> dict[str, int]:
         "STAGES": tiles.stages,
         "WHOLE": not (qkv.shape[1] % queries or qkv.shape[1] % keys),
         "num_warps": tiles.warps,
+        **({} if tiles.registers is None else {"maxnreg": tiles.registers}),
     }
 
 
@@ -286,34 +289,31 @@ def _forward_fake(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor]:
 @torch.library.custom_op("eqm::attention_backward", mutates_args=())
 def _backward(
     dout: Tensor, qkv: Tensor, out: Tensor, mass: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradient of qkv (B, N, 3 D), and sums of q's and v's over some tokens each, (B, parts, D)."""
+) -> tuple[Tensor, Tensor]:
+    """Gradient of qkv (B, N, 3 D), and sums of q's and v's over some tokens, (2, B parts, D)."""
     tokens = qkv.shape[1]
     scale = 1 / math.sqrt(qkv.shape[2] // (3 * heads))
     slope = math.log2(math.e) * scale
     queries, keys = _shapes(qkv, heads, TO_QUERIES), _shapes(qkv, heads, TO_KEYS)
-    dqkv, q_sums, v_sums = _backward_fake(dout, qkv, out, mass, heads)
-    delta = torch.empty_like(mass)
-    cast(Any, _to_queries_kernel)[(q_sums.shape[1] * len(mass),)](
-        qkv, out, dout, mass, delta, dqkv, q_sums, tokens, heads, slope, scale, **queries
+    dqkv, sums = _backward_fake(dout, qkv, out, mass, heads)
+    delta, programs = torch.empty_like(mass), (sums.shape[1] * heads,)
+    cast(Any, _to_queries_kernel)[programs](
+        qkv, out, dout, mass, delta, dqkv, sums[0], tokens, heads, slope, scale, **queries
     )
-    cast(Any, _to_keys_kernel)[(v_sums.shape[1] * len(mass),)](
-        qkv, dout, mass, delta, dqkv, v_sums, tokens, heads, slope, scale, **keys
+    cast(Any, _to_keys_kernel)[programs](
+        qkv, dout, mass, delta, dqkv, sums[1], tokens, heads, slope, scale, **keys
     )
-    return dqkv, q_sums, v_sums
+    return dqkv, sums
 
 
 @_backward.register_fake
 def _backward_fake(
     dout: Tensor, qkv: Tensor, out: Tensor, mass: Tensor, heads: int
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     batch, tokens, width = out.shape
-    parts = (
-        -(-tokens // _shapes(qkv, heads, TO_QUERIES)["QUERIES"]),
-        -(-tokens // _shapes(qkv, heads, TO_KEYS)["KEYS"]),
-    )
-    q_sums, v_sums = (out.new_empty(batch, p, width, dtype=torch.float32) for p in parts)
-    return torch.empty_like(qkv), q_sums, v_sums
+    assert TO_QUERIES.queries == TO_KEYS.keys, "both have as many programs"
+    parts = -(-tokens // _shapes(qkv, heads, TO_KEYS)["KEYS"])
+    return torch.empty_like(qkv), out.new_empty(2, batch * parts, width, dtype=torch.float32)
 
 
 class _Attention(torch.autograd.Function):
@@ -329,9 +329,10 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         qkv, out, mass = ctx.saved_tensors
-        dqkv, q_sums, v_sums = _backward(dout.contiguous(), qkv, out, mass, ctx.heads)
-        q_sum, v_sum = q_sums.sum(dim=(0, 1)), v_sums.sum(dim=(0, 1))
-        return dqkv, torch.cat((q_sum, torch.zeros_like(q_sum), v_sum)).to(ctx.dtype), None
+        dqkv, sums = _backward(dout.contiguous(), qkv, out, mass, ctx.heads)
+        dbias = sums.new_zeros(3, sums.shape[2])
+        dbias[::2] = sums.sum(dim=1)
+        return dqkv, dbias.flatten().to(ctx.dtype), None
 
 
 @torch.compiler.allow_in_graph
