@@ -4,6 +4,7 @@ What starts a kernel costs the host 5 to 200 us, and a kernel of a small network
 S/2's update of 256 images was 30 ms of work on an H200, and 80 of calls. Called by learner.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -49,7 +50,7 @@ class Recorded:
 
     def _aside(self, given: tuple[Tensor | None, ...]) -> Tensor:
         """In a stream of its own, as CUDA asks of what is to be recorded."""
-        here, aside = torch.cuda.current_stream(), torch.cuda.Stream()
+        here, aside = torch.cuda.current_stream(), _stream(torch.cuda.current_device())
         aside.wait_stream(here)
         with torch.cuda.stream(aside):
             found = self._function(*given)
@@ -59,13 +60,10 @@ class Recorded:
 
     def _record(self, given: tuple[Tensor | None, ...]) -> torch.cuda.CUDAGraph:
         self._given = tuple(None if t is None else t.clone() for t in given)
-        # What the calls before needed is not what it will be kept in.
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        graph = torch.cuda.CUDAGraph()
+        graph, stream = torch.cuda.CUDAGraph(), _stream(torch.cuda.current_device())
         try:
             # Of this thread alone: others copy checkpoints and batches meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._found = self._function(*self._given)
         except torch.OutOfMemoryError:
             raise
@@ -73,6 +71,12 @@ class Recorded:
             said = str(error).partition("\n")[0]
             raise ConfigError(f"this step cannot be recorded ({said}): {self._remedy}") from error
         return graph
+
+
+@functools.cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One for all: libraries keep memory for each stream that they were ever called in."""
+    return torch.cuda.Stream(device)
 
 
 def _shape(tensor: Tensor | None) -> tuple[int, ...] | None:

@@ -1,7 +1,7 @@
 """What only a GPU can show: ``pytest --noconftest -m gpu tests/test_gpu.py``.
 
-Needs torch, numpy, safetensors, isal, Pillow and scikit-learn alone. Without a GPU these tests
-fail: they are asked for by name.
+Needs torch, numpy, safetensors, isal, Pillow and scikit-learn alone, and diffusers for the test of
+encoding. Without a GPU these tests fail: they are asked for by name.
 """
 
 import contextlib
@@ -466,10 +466,12 @@ def killed_midway(job: Job, folder: Path) -> None:
     assert store.record("train", digest) is None
 
 
+@pytest.mark.parametrize("fused", [False, True])
 def test_one_nccl_rank_killed_and_started_again_has_the_same_bits(
-    tiny: chain.Chain, tmp_path: Path
+    tiny: chain.Chain, tmp_path: Path, fused: bool
 ) -> None:
-    whole, cut = (on_gpu(tiny, tmp_path / name) for name in ("whole", "cut"))
+    """A step that is replayed begins anew with some that are not."""
+    whole, cut = (on_gpu(tiny, tmp_path / name, fused=fused) for name in ("whole", "cut"))
     undisturbed = ended(whole, tmp_path / "whole")
     store, digest = chain.store_of(cut), job_digest(cut)
     killed_midway(cut, tmp_path / "cut")

@@ -35,12 +35,10 @@ class Tiles:
     warps: int
     stages: int
     """Parts that are fetched ahead of the one that is computed, and itself."""
-    registers: int | None = None
-    """Of a thread, at most: fewer have room for more programs at once."""
 
 
 FORWARD = Tiles(queries=64, keys=64, warps=4, stages=3)
-TO_QUERIES = Tiles(queries=64, keys=64, warps=4, stages=2)
+TO_QUERIES = Tiles(queries=64, keys=32, warps=4, stages=3)
 TO_KEYS = Tiles(queries=64, keys=64, warps=4, stages=3)
 LEAST = 16
 """Rows and columns that products of tiles have at least."""
@@ -263,7 +261,6 @@ def _shapes(qkv: Tensor, heads: int, tiles: Tiles) -> dict[str, int]:
         "STAGES": tiles.stages,
         "WHOLE": not (qkv.shape[1] % queries or qkv.shape[1] % keys),
         "num_warps": tiles.warps,
-        **({} if tiles.registers is None else {"maxnreg": tiles.registers}),
     }
 
 
