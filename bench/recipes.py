@@ -14,7 +14,7 @@ from eqm.network import Transformer
 from eqm.recipes import IMAGENET_IMAGES, Recipe, latent_shape, recipes
 from eqm.unet import UNet
 
-PEAK, UTILISATION = 989e12, 0.40
+PEAK, UTILISATION = 989e12, 0.44
 """bf16 FLOP/s of an H100, dense, and the share of them that an update is taken to reach."""
 TRAINING_BYTES = 4 + 4 + 8 + 4
 """A weight: itself, its gradient, AdamW's two moments, its average; all float32."""

@@ -130,7 +130,7 @@ def test_latents_are_as_large_as_their_arrays() -> None:
 
 def test_hours_are_flops_over_rate() -> None:
     hours = costs.gpu_hours(1_793_433_600, 237_200_000_000)
-    assert math.isclose(hours, 1_793_433_600 * 711.6e9 / (0.40 * 989e12) / 3600)
+    assert math.isclose(hours, 1_793_433_600 * 711.6e9 / (0.44 * 989e12) / 3600)
 
 
 def test_the_page_has_the_table() -> None:
