@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from eqm.config import NetworkConfig, ObjectiveConfig, TrainConfig
-from eqm.gradients import FlatGradient, cut
+from eqm.gradients import FlatGradient, cut, update_under_way
 from eqm.learner import Learner
 from eqm.network import Transformer
 
@@ -63,11 +63,32 @@ def test_a_backward_that_is_replayed_gives_what_others_give() -> None:
         if replays:
             of._recorded = of._all_parts  # type: ignore[assignment]
         x = torch.randn(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-        at = of.corrupted(x, None, numbers)
+        at = of.corrupted(x, numbers % 3, numbers)
         losses = of.backward(at, lambda segment, into=taken: into.append(segment.clone()))
         found.append([losses, of.gradient().clone(), *taken])
     assert len(found[0]) == len(found[1]) > 4
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+def test_weights_are_cast_once_an_update_and_products_add_in_none_but_it() -> None:
+    of = learner()
+    weight, other = of.gradients.weights[0], torch.ones(3)
+    assert update_under_way() is None
+    with of.gradients.adding():
+        update = update_under_way()
+        assert update is not None
+        assert update.sum_of(weight) is weight.grad
+        assert update.sum_of(other) is None
+        half = update.cast(weight, torch.bfloat16)
+        assert update.cast(weight, torch.bfloat16) is half
+        assert update.cast(other, torch.bfloat16) is not update.cast(other, torch.bfloat16)
+    assert update_under_way() is None
+    with torch.no_grad():
+        weight += 1
+    with of.gradients.adding():
+        anew = update_under_way()
+        assert anew is not None
+        assert torch.equal(anew.cast(weight, torch.bfloat16), half + 1)
 
 
 def gradient_of(of: Learner, *, handed: bool) -> tuple[Tensor, list[tuple[int, Tensor]]]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from eqm.compute import check_attention, prepare
+from eqm.compute import check_attention, fuse, prepare
 from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig, replace
 from eqm.errors import ConfigError
 from eqm.network import Transformer, layer_norm, modulate
@@ -97,6 +97,27 @@ def test_what_our_attention_is_not_for_is_refused() -> None:
         check_attention(replace(ours, attention="auto"), odd, half)
     with pytest.raises(ConfigError, match=r"train\.precision 'float32'"):
         check_attention(ours, usual, TrainConfig())
+
+
+@pytest.mark.parametrize(
+    ("attention", "changes", "objective", "ours"),
+    [
+        ("auto", {}, IMPLICIT, {"attends": True, "carries": True}),
+        ("eqm", {}, IMPLICIT, {"attends": True, "carries": True}),
+        ("torch", {}, IMPLICIT, {"attends": False, "carries": True}),
+        ("auto", {"rope": True}, IMPLICIT, {"attends": False, "carries": True}),
+        ("auto", {}, replace(IMPLICIT, dispersive_weight=0.5), {"attends": True, "carries": False}),
+    ],
+)
+def test_all_of_a_network_goes_our_way(attention, changes, objective, ours) -> None:
+    from eqm.kernels import blocks
+
+    net = network(**changes)
+    fuse(net, ComputeConfig(fused=True, attention=attention), objective)
+    asked = {part.forward.__func__ for part in net.blocks}
+    assert asked == {blocks.block_forward(**ours)}
+    assert net.patches.forward.__func__ is blocks.patches_forward  # type: ignore[attr-defined]
+    assert net.head.forward.__func__ is blocks.head_forward  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
