@@ -31,7 +31,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from eqm.errors import ConfigError, DataError
 from eqm.network import check_labels
-from eqm.precision import deterministic
+from eqm.precision import deterministic, without_order
 
 Energy = Literal["implicit", "dot", "l2"]
 
@@ -81,8 +81,8 @@ class Field:
         Detached, unless ``create_graph`` keeps what a loss needs to reach the weights (and x, if
         that requires a gradient). ``gamma`` reaches only a network that is conditioned on it.
         Raises ValueError where a graph is asked for and grad mode is off, and for explicit energies
-        ConfigError where a graph of compiled code is asked for, or weights that autograd cannot
-        record were made under inference_mode.
+        ConfigError where a graph of compiled code is asked for, weights that autograd cannot record
+        were made under inference_mode, or an operation on a GPU adds in no fixed order.
         """
         if create_graph and not torch.is_grad_enabled():
             raise ValueError(
@@ -139,6 +139,8 @@ class Field:
                 g = self.energy(at, *given)
                 return torch.autograd.grad(g.sum(), at, create_graph=create_graph)[0]
             except RuntimeError as error:
+                if (said := without_order(error)) is not None:
+                    raise ConfigError(said) from error
                 # Asked only now: a look at every weight costs each evaluation.
                 if (name := _inference_weight(self.network)) is None:
                     raise

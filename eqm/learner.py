@@ -10,7 +10,6 @@ dropped) is a function of (seed, n). Pure: knows no files and no ranks.
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -29,7 +28,7 @@ from eqm.gradients import FlatGradient
 from eqm.kernels.halves import in_halves, parts_of
 from eqm.network import check_labels, uncompiled
 from eqm.objective import Corrupted, Decay
-from eqm.precision import deterministic, products_in
+from eqm.precision import deterministic, products_in, without_order
 from eqm.randomness import Stream, normal, order, uniform
 from eqm.recorded import Recorded
 
@@ -175,9 +174,7 @@ class Learner:
                 for segment in self.gradients.segments[:-1]:
                     take(segment)
             return losses
-        # What an energy's gradient by x goes back through are the same products, at other times.
-        adding = self.gradients.adding() if self.field.kind == "implicit" else nullcontext()
-        with adding:
+        with self.gradients.adding():
             return self._of_parts(at, take)
 
     def _all_parts(
@@ -368,7 +365,8 @@ def learn(
     device. The same arguments give the same bits on one kind of device. Warns of averages that will
     hold much of the initial weights. Raises DataError for data that do not fit or are not finite,
     DivergedError for a loss or gradient that is not finite (unless train.on_nonfinite is "skip"),
-    and ConfigError for settings that cannot be trained with.
+    and ConfigError for settings that cannot be trained with, and for an operation on a GPU that adds
+    in no fixed order.
     """
     asked, config = objective or ObjectiveConfig(), train or TrainConfig()
     if config.init_from is not None:
@@ -389,7 +387,12 @@ def learn(
     products = "tf32" if config.precision == "tf32" else "float32"
     # As the stage trains, and as it was before once this is over.
     with deterministic(device), products_in(products, device, setting="train.precision"):
-        curve = _descend(learner, x, given, on_update)
+        try:
+            curve = _descend(learner, x, given, on_update)
+        except RuntimeError as error:
+            if (said := without_order(error)) is None:
+                raise
+            raise ConfigError(said) from error
     _keep_averages(learner)
     return Learnt(learner.field, curve, learner.averages())
 

@@ -4,6 +4,7 @@ Called by autoencoder, encode, features, field, fit, learner, outliers, sampling
 """
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -82,13 +83,61 @@ def choose_deterministic(device: torch.device) -> None:
 
 @contextlib.contextmanager
 def deterministic(device: torch.device) -> Iterator[None]:
-    """:func:`choose_deterministic`, and what was chosen before it afterwards."""
-    before = torch.get_deterministic_debug_mode()
-    choose_deterministic(device)
+    """:func:`choose_deterministic`, and what was chosen before it afterwards.
+
+    The choice is one of the process: where several threads are within, it is that of the strictest,
+    and put back by the last.
+    """
+    with _CHOICE:
+        outer = torch.get_deterministic_debug_mode()
+        _CHOICE.enter(outer)
+        choose_deterministic(device)
+        torch.set_deterministic_debug_mode(max(outer, torch.get_deterministic_debug_mode()))
     try:
         yield
     finally:
-        torch.set_deterministic_debug_mode(before)
+        with _CHOICE:
+            _CHOICE.leave()
+
+
+class _Choice:
+    """What was chosen before the first of those who are within :func:`deterministic`."""
+
+    def __init__(self) -> None:
+        self._lock, self._within = threading.Lock(), 0
+        self._before = 0, True
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def enter(self, mode: int) -> None:
+        if not self._within:
+            self._before = mode, torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+        self._within += 1
+
+    def leave(self) -> None:
+        self._within -= 1
+        if not self._within:
+            mode, fill = self._before
+            torch.set_deterministic_debug_mode(mode)
+            torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+
+
+_CHOICE = _Choice()
+
+
+def without_order(error: RuntimeError) -> str | None:
+    """What to say of an operation that has no kernel of a fixed order; None of other errors."""
+    operation, told, _ = str(error).partition(" does not have a deterministic implementation")
+    if not told:
+        return None
+    return (
+        f"{operation}, which this network goes through, has no kernel that adds in a fixed order "
+        "on this device: results would differ every time. Use another operation, or the CPU"
+    )
 
 
 @contextlib.contextmanager

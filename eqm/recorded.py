@@ -65,9 +65,11 @@ class Recorded:
             # Of this thread alone: others copy checkpoints and batches meanwhile.
             with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                 self._found = self._function(*self._given)
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as error:
+        except RuntimeError as last:
+            # Where the step fails, so does the end of its recording, which says less.
+            error = last.__context__ if isinstance(last.__context__, RuntimeError) else last
+            if isinstance(error, torch.OutOfMemoryError):
+                raise error from last
             said = str(error).partition("\n")[0]
             raise ConfigError(f"this step cannot be recorded ({said}): {self._remedy}") from error
         return graph

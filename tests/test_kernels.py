@@ -1,6 +1,7 @@
 """Our kernels are the plain formulas: run by Triton's interpreter, in a process of its own."""
 
 import contextlib
+import functools
 import os
 import subprocess
 import sys
@@ -56,7 +57,7 @@ def test_they_are_the_plain_formulas() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("ok") == 2 * len(WIDTHS) + len(ATTENTIONS) + 1 + len(NETWORKS) + 2
+    assert done.stdout.count("ok") == 2 * len(WIDTHS) + len(ATTENTIONS) + 1 + len(NETWORKS) + 5
 
 
 def network(**changes: object) -> Transformer:
@@ -335,6 +336,52 @@ def check_sums() -> None:
     near([ours, *handed], [theirs, *others], 1e-6)
 
 
+def check_learner() -> None:
+    """A learner lets products add, of blocks that are computed again too, and casts once."""
+    from eqm.compute import _recomputed
+    from eqm.gradients import Update
+    from eqm.kernels import product
+    from eqm.learner import Learner
+
+    handed, usual, made = product._handed, Update.cast, []
+
+    def gradient(*, again: bool, objective: ObjectiveConfig, half: bool) -> tuple[Tensor, int]:
+        net = fused(drawn(), attends=False, carries=True)
+        if again:
+            for block in net.blocks:
+                block.forward = functools.partial(_recomputed, block.forward)
+        train = TrainConfig(batch_size=2, precision="bfloat16" if half else "float32")
+        of = Learner(net, objective, train, device=torch.device("cpu"), micro_batch=1)
+        of.backward(of.corrupted(draw(2, 4, 4, 4).detach(), torch.tensor([0, 2]), torch.arange(2)))
+        return of.gradient().clone(), len(list(net.parameters()))
+
+    directional = replace(IMPLICIT, energy="dot", backward="directional")
+    for objective in (IMPLICIT, directional):
+        found = []
+        for again in (False, True):
+            added: list[bool] = []
+            product._handed = lambda *a, to=added: (d := handed(*a), to.append(d is None))[0]
+            found.append(gradient(again=again, objective=objective, half=False)[0])
+            # All but the patches' weight, of which a view goes in.
+            assert added.count(False) * 11 == len(added)
+        product._handed = lambda update, *rest: handed(None, *rest)
+        found.append(gradient(again=False, objective=objective, half=False)[0])
+        near(found[:2], [found[2]] * 2, 1e-6)
+    product._handed = handed
+
+    def counted(update: Update, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        made.append(usual(update, weight, dtype))
+        return made[-1]
+
+    Update.cast = counted  # type: ignore[method-assign]
+    _, weights = gradient(again=True, objective=IMPLICIT, half=True)
+    Update.cast = usual  # type: ignore[method-assign]
+    distinct = {found.data_ptr() for found in made}
+    assert len(made) > 2 * len(distinct)
+    assert len(distinct) <= weights + 4, "a weight is cast for every part of its batch"
+    print("ok")  # noqa: T201
+
+
 def check_half() -> None:
     """Under autocast no farther from float32 than torch's own way. (bfloat16 the interpreter cuts
     off where a GPU rounds.)"""
@@ -358,6 +405,7 @@ def main() -> None:
     for compiled, changes, asked in NETWORKS:
         check_network(compiled, changes, asked)
     check_sums()
+    check_learner()
     check_half()
 
 

@@ -766,6 +766,46 @@ def test_learning_in_memory_takes_the_precision_asked_for_and_kernels_of_a_fixed
     # On a GPU, what has no such kernels is an error: only then does torch choose those it has.
     with deterministic(torch.device("cuda")), pytest.raises(RuntimeError, match="deterministic"):
         torch.zeros(2).put_(torch.tensor([0]), torch.ones(1))
+
+
+class Unordered(torch.nn.Module):
+    """A network whose operation has no kernel that adds in a fixed order."""
+
+    shape, classes, conditioned = (1, 8, 8), None, False
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(64))
+
+    def forward(self, x, labels=None):
+        put = torch.zeros(64).put(torch.arange(64), self.weight)
+        return x * put.view(1, 8, 8)
+
+
+def test_a_network_that_adds_in_any_order_is_told_in_words(digits):
+    x = digits[0][:64]
+    with deterministic(torch.device("cuda")):
+        with pytest.raises(ConfigError, match=r"put.*, which this network goes through, has no k"):
+            Field(Unordered(), energy="dot").gradient(x)
+        with pytest.raises(ConfigError, match=r"put.* Use another operation, or the CPU"):
+            learn(Unordered(), x, train=replace(SHORT, images=64, ema_half_life_images=1.0))
+
+
+def test_what_was_chosen_is_put_back_by_the_last_who_leaves():
+    torch.set_deterministic_debug_mode("default")
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    one, other = deterministic(torch.device("cuda")), deterministic(CPU)
+    one.__enter__()
+    other.__enter__()
+    assert torch.get_deterministic_debug_mode() == 2
+    one.__exit__(None, None, None)
+    assert torch.get_deterministic_debug_mode() == 2
+    other.__exit__(None, None, None)
+    assert torch.get_deterministic_debug_mode() == 0
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def test_a_gpus_number_type_is_refused_in_memory(digits):
     with pytest.raises(ConfigError, match=r"train\.precision is 'tf32'.*use 'float32'"):
         learn(network(), *digits, train=replace(SHORT, precision="tf32"))
 

@@ -49,8 +49,8 @@ class ComputeConfig:
     for networks that ours does not know."""
     replay: Literal["auto", "never"] = "auto"
     """Whether the kernels of a fused step are started one by one ("never"), or by one call that
-    replays them ("auto"), which saves the host's time and keeps the step's memory for it. FSDP2 and
-    explicit energies have no such call."""
+    replays them ("auto"), which saves the host's time and keeps the step's memory for it. Only
+    Eq. 3 of implicit fields has such a call, and not under FSDP2."""
     timeout_seconds: float = 600.0
     """How long ranks wait for one that stalls before they end, and name it."""
 

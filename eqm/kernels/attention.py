@@ -114,20 +114,29 @@ def _zeros(rows: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr):
 
 
 @triton.jit
+def _place(tokens, heads, ROWS: tl.constexpr, HEAD: tl.constexpr):
+    """Number of a program's head, its rows, and where in qkv, in out and in sums it is."""
+    parts = tl.cdiv(tokens, ROWS)
+    number, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
+    image, width = number // heads, heads * HEAD
+    column = number % heads * HEAD
+    in_out = image * tokens * width + column
+    in_sums = (image * parts + part) * width + column
+    return number, part * ROWS + tl.arange(0, ROWS), 3 * in_out - 2 * column, in_out, in_sums
+
+
+@triton.jit
 def _forward_kernel(
     qkv_at, out_at, mass_at, tokens, heads, slope,
     HEAD: tl.constexpr, WIDE: tl.constexpr, REST: tl.constexpr,
     QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Some queries of a head: out (B, N, D), and log2 of what softmax divides by, (B heads, N)."""
-    parts = tl.cdiv(tokens, QUERIES)
-    number = (tl.program_id(0) // parts).to(tl.int64)
-    image, head = number // heads, number % heads
     width = heads * HEAD
     row = 3 * width
-    qkv_at += image * tokens * row + head * HEAD
-    out_at += image * tokens * width + head * HEAD
-    query = tl.program_id(0) % parts * QUERIES + tl.arange(0, QUERIES)
+    number, query, in_qkv, in_out, _ = _place(tokens, heads, QUERIES, HEAD)  # pyright: ignore[reportGeneralTypeIssues]
+    qkv_at += in_qkv
+    out_at += in_out
     q, q_rest = _load(qkv_at, query, row, tokens, HEAD, WIDE, REST, WHOLE)
     out, out_rest = _zeros(QUERIES, WIDE, REST)
     top = tl.full([QUERIES], -float("inf"), dtype=tl.float32)
@@ -161,17 +170,14 @@ def _to_queries_kernel(
 
     And delta, the sum of dout out over a query's channels, (B heads, N), for the keys.
     """
-    parts = tl.cdiv(tokens, QUERIES)
-    number, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
-    image, head = number // heads, number % heads
     width = heads * HEAD
     row = 3 * width
-    qkv_at += image * tokens * row + head * HEAD
-    dqkv_at += image * tokens * row + head * HEAD
-    out_at += image * tokens * width + head * HEAD
-    dout_at += image * tokens * width + head * HEAD
-    query = part * QUERIES + tl.arange(0, QUERIES)
-    q, q_rest = _load(qkv_at, query, row, tokens, HEAD, WIDE, REST, WHOLE)  # pyright: ignore[reportGeneralTypeIssues]
+    number, query, in_qkv, in_out, in_sums = _place(tokens, heads, QUERIES, HEAD)  # pyright: ignore[reportGeneralTypeIssues]
+    qkv_at += in_qkv
+    dqkv_at += in_qkv
+    out_at += in_out
+    dout_at += in_out
+    q, q_rest = _load(qkv_at, query, row, tokens, HEAD, WIDE, REST, WHOLE)
     dout, dout_rest = _load(dout_at, query, width, tokens, HEAD, WIDE, REST, WHOLE)
     out, out_rest = _load(out_at, query, width, tokens, HEAD, WIDE, REST, WHOLE)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), axis=1)
@@ -193,8 +199,7 @@ def _to_queries_kernel(
         dq, dq_rest = _over_tokens(ds, k, k_rest, dq, dq_rest, HEAD, WIDE)
     dq, dq_rest = dq * scale, dq_rest * scale
     _store(dqkv_at, query, row, tokens, dq, dq_rest, HEAD, WIDE, REST)
-    sums_at += (image * parts + part) * width + head * HEAD
-    _store_sums(sums_at, dq, dq_rest, HEAD, WIDE, REST)
+    _store_sums(sums_at + in_sums, dq, dq_rest, HEAD, WIDE, REST)
 
 
 @triton.jit
@@ -204,18 +209,15 @@ def _to_keys_kernel(
     QUERIES: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Some keys of a head: gradients of them and of their values in dqkv, and the values' sum."""
-    parts = tl.cdiv(tokens, KEYS)
-    number, part = (tl.program_id(0) // parts).to(tl.int64), tl.program_id(0) % parts
-    image, head = number // heads, number % heads
     width = heads * HEAD
     row = 3 * width
-    qkv_at += image * tokens * row + head * HEAD
-    dqkv_at += image * tokens * row + head * HEAD
-    dout_at += image * tokens * width + head * HEAD
+    number, key, in_qkv, in_out, in_sums = _place(tokens, heads, KEYS, HEAD)  # pyright: ignore[reportGeneralTypeIssues]
+    qkv_at += in_qkv
+    dqkv_at += in_qkv
+    dout_at += in_out
     mass_at += number * tokens
     delta_at += number * tokens
-    key = part * KEYS + tl.arange(0, KEYS)
-    k, k_rest = _load(qkv_at + width, key, row, tokens, HEAD, WIDE, REST, WHOLE)  # pyright: ignore[reportGeneralTypeIssues]
+    k, k_rest = _load(qkv_at + width, key, row, tokens, HEAD, WIDE, REST, WHOLE)
     v, v_rest = _load(qkv_at + 2 * width, key, row, tokens, HEAD, WIDE, REST, WHOLE)
     dk, dk_rest = _zeros(KEYS, WIDE, REST)
     dv, dv_rest = _zeros(KEYS, WIDE, REST)
@@ -238,8 +240,7 @@ def _to_keys_kernel(
     dk, dk_rest = dk * scale, dk_rest * scale
     _store(dqkv_at + width, key, row, tokens, dk, dk_rest, HEAD, WIDE, REST)
     _store(dqkv_at + 2 * width, key, row, tokens, dv, dv_rest, HEAD, WIDE, REST)
-    sums_at += (image * parts + part) * width + head * HEAD
-    _store_sums(sums_at, dv, dv_rest, HEAD, WIDE, REST)
+    _store_sums(sums_at + in_sums, dv, dv_rest, HEAD, WIDE, REST)
 
 
 def _power(count: int) -> int:

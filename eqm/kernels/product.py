@@ -27,6 +27,9 @@ class _Product(torch.autograd.Function):
         x = x.to(torch.get_autocast_dtype(device)) if half else x
         # Not as it was cast: FSDP2 takes a weight away until its gradient is asked for.
         ctx.save_for_backward(x, weight, bias)
+        # But as itself where it is summed: blocks that are computed again give a copy of it.
+        known = ctx.update is not None and ctx.update.sum_of(weight) is not None
+        ctx.summed = weight if known else None
         given = (_cast(ctx.update, w, x.dtype) for w in (weight, bias))
         with torch.autocast(device, enabled=False):
             return functional.linear(x, *given)
@@ -35,6 +38,7 @@ class _Product(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias = ctx.saved_tensors
+        weight = weight if ctx.summed is None else ctx.summed
         rows, inputs = dy.flatten(0, -2), x.flatten(0, -2)
         dx = dw = db = None
         with torch.autocast(dy.device.type, enabled=False):
