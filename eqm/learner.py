@@ -365,8 +365,8 @@ def learn(
     device. The same arguments give the same bits on one kind of device. Warns of averages that will
     hold much of the initial weights. Raises DataError for data that do not fit or are not finite,
     DivergedError for a loss or gradient that is not finite (unless train.on_nonfinite is "skip"),
-    and ConfigError for settings that cannot be trained with, and for an operation on a GPU that adds
-    in no fixed order.
+    and ConfigError for settings that cannot be trained with, and for an operation on a GPU that
+    adds in no fixed order.
     """
     asked, config = objective or ObjectiveConfig(), train or TrainConfig()
     if config.init_from is not None:
