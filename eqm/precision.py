@@ -88,45 +88,28 @@ def deterministic(device: torch.device) -> Iterator[None]:
     The choice is one of the process: where several threads are within, it is that of the strictest,
     and put back by the last.
     """
-    with _CHOICE:
-        outer = torch.get_deterministic_debug_mode()
-        _CHOICE.enter(outer)
+    with _CHOOSING:
+        mode, fill = torch.get_deterministic_debug_mode(), _fills()
+        _BEFORE.append((mode, fill))
         choose_deterministic(device)
-        torch.set_deterministic_debug_mode(max(outer, torch.get_deterministic_debug_mode()))
+        torch.set_deterministic_debug_mode(max(mode, torch.get_deterministic_debug_mode()))
     try:
         yield
     finally:
-        with _CHOICE:
-            _CHOICE.leave()
+        with _CHOOSING:
+            mode, fill = _BEFORE.pop()
+            if not _BEFORE:
+                torch.set_deterministic_debug_mode(mode)
+                torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
 
 
-class _Choice:
-    """What was chosen before the first of those who are within :func:`deterministic`."""
-
-    def __init__(self) -> None:
-        self._lock, self._within = threading.Lock(), 0
-        self._before = 0, True
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def enter(self, mode: int) -> None:
-        if not self._within:
-            self._before = mode, torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-        self._within += 1
-
-    def leave(self) -> None:
-        self._within -= 1
-        if not self._within:
-            mode, fill = self._before
-            torch.set_deterministic_debug_mode(mode)
-            torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+_CHOOSING = threading.Lock()
+_BEFORE: list[tuple[int, bool]] = []
+"""What those within :func:`deterministic` found; what the first one did is taken out last."""
 
 
-_CHOICE = _Choice()
+def _fills() -> bool:
+    return torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
 
 
 def without_order(error: RuntimeError) -> str | None:
