@@ -88,28 +88,37 @@ def deterministic(device: torch.device) -> Iterator[None]:
     The choice is one of the process: where several threads are within, it is that of the strictest,
     and put back by the last.
     """
+    global _before
     with _CHOOSING:
-        mode, fill = torch.get_deterministic_debug_mode(), _fills()
-        _BEFORE.append((mode, fill))
+        if not _within:
+            _before = torch.get_deterministic_debug_mode(), _fills()
         choose_deterministic(device)
-        torch.set_deterministic_debug_mode(max(mode, torch.get_deterministic_debug_mode()))
+        mine = torch.get_deterministic_debug_mode()
+        _within.append(mine)
+        _choose_strictest()
     try:
         yield
     finally:
         with _CHOOSING:
-            mode, fill = _BEFORE.pop()
-            if not _BEFORE:
-                torch.set_deterministic_debug_mode(mode)
-                torch.utils.deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+            _within.remove(mine)
+            _choose_strictest()
+            if not _within:
+                torch.utils.deterministic.fill_uninitialized_memory = _before[1]  # type: ignore[attr-defined]
 
 
 _CHOOSING = threading.Lock()
-_BEFORE: list[tuple[int, bool]] = []
-"""What those within :func:`deterministic` found; what the first one did is taken out last."""
+_within: list[int] = []
+"""Modes of those who are within :func:`deterministic`."""
+_before = 0, True
+"""Mode, and whether fresh memory was filled, before the first of them."""
 
 
 def _fills() -> bool:
     return torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+
+
+def _choose_strictest() -> None:
+    torch.set_deterministic_debug_mode(max(_before[0], *_within, 0))
 
 
 def without_order(error: RuntimeError) -> str | None:

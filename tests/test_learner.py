@@ -794,14 +794,16 @@ def test_a_network_that_adds_in_any_order_is_told_in_words(digits):
 def test_what_was_chosen_is_put_back_by_the_last_who_leaves():
     torch.set_deterministic_debug_mode("default")
     torch.utils.deterministic.fill_uninitialized_memory = True
-    one, other = deterministic(torch.device("cuda")), deterministic(CPU)
-    one.__enter__()
-    other.__enter__()
-    assert torch.get_deterministic_debug_mode() == 2
-    one.__exit__(None, None, None)
-    assert torch.get_deterministic_debug_mode() == 2
-    other.__exit__(None, None, None)
-    assert torch.get_deterministic_debug_mode() == 0
+    for first, then in ((0, 1), (1, 0)):
+        two = deterministic(torch.device("cuda")), deterministic(CPU)
+        two[first].__enter__()
+        two[1 - first].__enter__()
+        assert torch.get_deterministic_debug_mode() == 2
+        assert not torch.utils.deterministic.fill_uninitialized_memory
+        two[then].__exit__(None, None, None)
+        assert torch.get_deterministic_debug_mode() == 2 - (then == 0)
+        two[1 - then].__exit__(None, None, None)
+        assert torch.get_deterministic_debug_mode() == 0
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
