@@ -29,6 +29,8 @@ Forward = Callable[..., Any]
 SLOW_PRODUCTS = 1.2
 """Products in bfloat16 that take so many times as long as in float32 are told; half the memory may
 be worth less than that."""
+FLOAT16_PRODUCTS = 0.6
+"""Products in float16 over those in float32 where there are instructions for it (docs/LOG.md)."""
 WIDEST_HEAD = 128
 """Channels of a head that our attention keeps in registers; more spill."""
 PRODUCTS = 8
@@ -312,11 +314,23 @@ def slow_bfloat16(config: TrainConfig, device: torch.device) -> str | None:
     ratio = bfloat16_products()
     if ratio <= SLOW_PRODUCTS:
         return None
-    faster = ", and 'float16' faster still" if lacking() is None else ""
+    faster = ", and 'float16' faster still" if quickest_precision(ratio) == "float16" else ""
     return (
         f"train.precision is 'bfloat16', but products in it take {ratio:.1f} times as long as in "
         f"float32 on this processor: 'float32' is faster here, and more exact{faster}"
     )
+
+
+def quickest_precision(bfloat16: float) -> str:
+    """The ``train.precision`` that trains transformers quickest on this CPU.
+
+    ``bfloat16`` is what :func:`bfloat16_products` says. What is not clearly less than float32's
+    time is not worth digits.
+    """
+    float16 = FLOAT16_PRODUCTS if lacking() is None else 1.0
+    if bfloat16 < min(float16, 1 / SLOW_PRODUCTS):
+        return "bfloat16"
+    return "float32" if float16 == 1 else "float16"
 
 
 def bfloat16_products() -> float:

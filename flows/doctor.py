@@ -98,10 +98,9 @@ def accelerator() -> Finding:
     """GPU, or the cores there are instead."""
     import torch
 
-    from eqm.compute import check_for_training
+    from eqm.compute import bfloat16_products, check_for_training, quickest_precision
     from eqm.config import ComputeConfig
     from eqm.distributed import why_unusable
-    from eqm.kernels.halves import lacking
 
     if torch.cuda.is_available():
         name, cuda = torch.cuda.get_device_name(), torch.device("cuda")
@@ -114,9 +113,9 @@ def accelerator() -> Finding:
         told = f"a GPU that torch cannot use: {why}"
         remedy = f"a driver for CUDA {torch.version.cuda} that nvidia-smi shows the GPU with"
         return Finding("accelerator", False, told, remedy, needed=False)
+    quickest = quickest_precision(bfloat16_products())
     text = f"none; {cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
-    if lacking() is None:
-        text += " with FP16: train.precision 'float16' is the quickest"
+    text += f"; train.precision '{quickest}' trains transformers quickest"
     return Finding("accelerator", False, text, "fine for the demo", needed=False)
 
 

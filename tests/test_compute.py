@@ -18,6 +18,7 @@ from eqm.compute import (
     check_micro_batch,
     is_replayed,
     prepare,
+    quickest_precision,
     slow_bfloat16,
 )
 from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig, replace
@@ -379,6 +380,23 @@ def test_bfloat16_that_is_slower_is_told(monkeypatch):
     assert slow_bfloat16(half, torch.device("cuda")) is None
     monkeypatch.setattr(compute, "bfloat16_products", lambda: 0.6)
     assert slow_bfloat16(half, CPU) is None
+
+
+@pytest.mark.parametrize(
+    ("bfloat16", "lacks", "quickest"),
+    [
+        (0.25, None, "bfloat16"),
+        (0.25, "avx512_fp16", "bfloat16"),
+        (0.65, None, "float16"),
+        (0.65, "avx512_fp16", "bfloat16"),
+        (0.9, "avx512_fp16", "float32"),
+        (2.0, "avx512_fp16", "float32"),
+        (2.0, None, "float16"),
+    ],
+)
+def test_the_quickest_precision_of_a_cpu(monkeypatch, bfloat16, lacks, quickest):
+    monkeypatch.setattr(compute, "lacking", lambda: lacks)
+    assert quickest_precision(bfloat16) == quickest
 
 
 def test_products_are_timed_on_this_machine():

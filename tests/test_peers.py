@@ -19,7 +19,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eqm import distributed, gauges, guards, train
+from eqm import compute, distributed, gauges, guards, train
 from eqm.config import ComputeConfig
 from eqm.distributed import World, pick_device
 from eqm.errors import ConfigError, IntegrityError, PeerError, ReplicaError
@@ -83,6 +83,10 @@ def test_a_gpu_that_torch_cannot_use_is_told_and_not_passed_over(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert pick_device("auto").type == "cpu"
+    for ratio, quickest in ((0.2, "bfloat16"), (0.9, "float32")):
+        monkeypatch.setattr(compute, "bfloat16_products", lambda ratio=ratio: ratio)
+        monkeypatch.setattr(compute, "lacking", lambda: "avx512_fp16")
+        assert f"'{quickest}' trains transformers quickest" in doctor.accelerator().found
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     # Of another job on a shared machine: control groups refuse to open it.
     (tmp_path / "nvidia0").unlink()

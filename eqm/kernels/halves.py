@@ -7,7 +7,7 @@ takes three products,
     y (T, O) = x W^T + b        dx (T, I) = dy W        dW (O, I) = dy^T x
 
 and the sums of dy, which are the bias's, stay torch's; attending.cpp says what attention takes.
-Called by compute, learner and flows.
+Called by compute and learner.
 """
 
 import contextlib
