@@ -12,10 +12,12 @@ import re
 import sys
 import threading
 import time
+import weakref
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from io import FileIO
 from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, Literal
@@ -95,7 +97,7 @@ class EventLog:
         self._next = 0
         self._parts: list[_Part] = []
         self._committed = 0
-        self._file: Path | None = None
+        self._file: FileIO | None = None
 
     @property
     def events(self) -> list[Event]:
@@ -170,26 +172,31 @@ class EventLog:
         It is a convenience: where it cannot be written that is told once, and nothing else is lost.
         """
         with self._lock:
-            self._file = file
             try:
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_bytes(b"")
+                # Not the same file emptied: a process that was replaced and wakes up writes there.
+                file.unlink(missing_ok=True)
+                self._file = file.open("xb", buffering=0)
             except OSError as error:
-                self._give_up(error)
+                self._give_up(file, error)
+                return
+            weakref.finalize(self, self._file.close)
             self._write(*(event.line for event in self._events))
 
     def _write(self, *lines: bytes) -> None:
         if self._file is None:
             return
+        rest = memoryview(b"".join(lines))
         try:
-            with self._file.open("ab") as file:
-                file.writelines(lines)
+            while rest:
+                # All of it, or what the disk says.
+                rest = rest[self._file.write(rest) :]
         except OSError as error:
-            self._give_up(error)
+            self._give_up(self._file.name, error)
 
-    def _give_up(self, error: OSError) -> None:
+    def _give_up(self, file: str | Path, error: OSError) -> None:
         sys.stderr.write(
-            f"warning: the log of events at {self._file} cannot be written ({error.strerror}); it "
+            f"warning: the log of events at {file} cannot be written ({error.strerror}); it "
             "is kept with every checkpoint all the same\n"
         )
         self._file = None

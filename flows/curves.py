@@ -128,7 +128,9 @@ def events_of(training: str) -> list[Any]:
             # for nobody to pass over.
             if isinstance(error, IntegrityError) or len(here) != 1:
                 raise
-            return events.events_of(here[0].read_bytes(), str(here[0]))
+            written = here[0].read_bytes()
+            # Its last line may be on its way still, or have been when its writer was killed.
+            return events.events_of(written[: written.rfind(b"\n") + 1], str(here[0]))
     if events.EVENTS not in record.logs:
         raise DataError(f"{training} was sealed without a log: there is nothing to draw")
     return events.events_of(

@@ -230,6 +230,17 @@ def test_a_copy_that_cannot_be_written_is_told_once(tmp_path: Path, capfd: Any) 
     assert capfd.readouterr().err.count("cannot be written") == 1
 
 
+def test_who_was_replaced_and_wakes_up_writes_nothing_into_the_copy(tmp_path: Path) -> None:
+    file = tmp_path / "log.jsonl"
+    asleep, awake = EventLog(), EventLog()
+    for log in (asleep, awake):
+        log.append("start", 0)
+        log.follow(file)
+    awake.append("metrics", 64)
+    asleep.append("metrics", 32)
+    assert file.read_bytes() == awake.to_bytes()
+
+
 # -- what is measured ---------------------------------------------------------------------------
 
 
