@@ -5,6 +5,8 @@ sampled nor whitened, channels [mean..., std...]. Whitening is the LatentSpec's:
 Pure.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -37,4 +39,12 @@ def unwhiten(latents: Tensor, spec: LatentSpec) -> Tensor:
 
 
 def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device).view(1, -1, 1, 1)
+    return _there(values, like.dtype, like.device)
+
+
+@functools.lru_cache(maxsize=16)
+def _there(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Once a device: what a GPU is given of the host is waited for, with all that it has to do."""
+    # Whoever asks first may keep no graphs; another one keeps it in one.
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=dtype, device=device).view(1, -1, 1, 1)

@@ -38,11 +38,12 @@ from eqm.events import events_of
 from eqm.field import Field
 from eqm.gradients import FlatGradient
 from eqm.latent_set import open_manifest
+from eqm.latents import sample_latents
 from eqm.learner import Learner
 from eqm.network import Transformer
 from eqm.precision import choose_products, deterministic, products_in
 from eqm.randomness import Stream, bits, normal, uniform
-from eqm.records import Record, to_json
+from eqm.records import LatentSpec, Record, to_json
 from eqm.rules import NAG
 from eqm.sampler import Descent, GradientNormBelow, descend, start_noise
 from eqm.sharding import Shards
@@ -60,6 +61,14 @@ TORCHRUN = [
 SMALL = NetworkConfig(width=128, depth=3, heads=4, patch=2)
 BATCH, CLASSES = 16, 10
 SHAPE = (4, 16, 16)
+LATENTS = LatentSpec(
+    autoencoder="",
+    image_size_px=16,
+    image_channels=4,
+    shape=SHAPE,
+    shift=(0.5,) * 4,
+    scale=(2.0,) * 4,
+)
 IMAGES = 9_600
 """Of a training that is to be killed before it ends."""
 
@@ -270,8 +279,12 @@ def test_an_update_never_waits_for_the_device(on_nonfinite: str, fused: bool) ->
     compute, bound = ComputeConfig(fused=fused), {"gradient_clip": 1.0}
     of = learner(compute=compute, on_nonfinite=on_nonfinite, precision="bfloat16", **bound)
     x, labels, numbers = data()
+    moments, spec = torch.cat([x, x.abs()], dim=1).half(), LATENTS
+    sample_latents(moments, x, spec)
     trained(of, updates=3)
     with no_waiting():
+        noise = normal(0, Stream.POSTERIOR, numbers, SHAPE)
+        x = sample_latents(moments, noise, spec)
         loss = of.backward(of.corrupted(x, labels, numbers)).mean()
         of.apply(of.gradient(), images_seen=0, loss=loss)
         told = OnItsWay(loss)
