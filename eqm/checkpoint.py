@@ -90,6 +90,12 @@ class Position(NamedTuple):
         """What its keys begin with."""
         return f"{self.images_seen:012d}" + (f"-{self.token:06d}" if self.token else "")
 
+    @classmethod
+    def of_file(cls, name: str) -> "tuple[Position, str] | None":
+        """Position and end of the name of a file; None for a name that is none of ours."""
+        found = re.fullmatch(r"(\d{12,})(?:-(\d{6,}))?\.(.+)", name)
+        return None if found is None else (cls(int(found[1]), int(found[2] or 0)), found[3])
+
 
 # -- writing ------------------------------------------------------------------------------------
 
@@ -184,9 +190,11 @@ class Writer:
         key = save(
             *(self.store, self.digest, state),
             token=self.token,
-            check=self._check,
+            check=partial(self._check, Position(state.images_seen, self.token).name),
             patience=self._patience,
         )
+        # It counts: else MLflow would be shown what another process tells as well.
+        self._patience(self._check)
         self._durable(state)
         mine = self.mine
         if mine is not None:
@@ -201,9 +209,9 @@ class Writer:
             patience=self._patience,
         )
 
-    def _check(self) -> None:
+    def _check(self, sealing: str | None = None) -> None:
         if self.mine is not None:
-            self.mine.check()
+            self.mine.check(sealing=sealing)
 
     @contextlib.contextmanager
     def _stalled(self) -> Iterator[None]:
@@ -363,7 +371,7 @@ def terms(store: Store, digest: str) -> lease.Fix:
 
     def fix(former: lease.Lease | None) -> lease.Terms:
         listed = _listed(store, digest)
-        counting = _counting(listed, former)
+        counting = _counting(store, digest, listed, former)
         snapshots = (at for at, _ in _listed(store, digest, "snapshots"))
         return lease.Terms(
             accepted=tuple(at.name for at in counting),
@@ -378,7 +386,7 @@ def complete(store: Store, digest: str) -> list[Position]:
 
     What a former holder of the lease commits after it was replaced does not count.
     """
-    return _counting(_listed(store, digest), lease.read(store, lease_key(digest)))
+    return _counting(store, digest, _listed(store, digest), lease.read(store, lease_key(digest)))
 
 
 def newest(store: Store, digest: str) -> Position | None:
@@ -386,18 +394,27 @@ def newest(store: Store, digest: str) -> Position | None:
     return next(reversed(complete(store, digest)), None)
 
 
-def _counting(listed: list[tuple[Position, str]], holder: lease.Lease | None) -> list[Position]:
-    commits = sorted(at for at, end in listed if end == "json")
+def _counting(
+    store: Store, digest: str, listed: list[tuple[Position, str]], holder: lease.Lease | None
+) -> list[Position]:
+    there = {at for at, end in listed if end == "json"}
     if holder is None:
-        return commits
-    return [at for at in commits if at.token == holder.token or at.name in holder.accepted]
+        return sorted(there)
+    counting = {at for at in there if at.token == holder.token or at.name in holder.accepted}
+    # A list may be behind: what the lease names is looked for by its name.
+    for name in (*holder.accepted, holder.sealing):
+        named = Position.of_file(f"{name}.json")
+        if named is not None and named[0] not in there:
+            at, end = named
+            counting |= {at} if store.exists(_key(digest, at, end)) else set()
+    return sorted(counting)
 
 
 def _listed(store: Store, digest: str, folder: str = "checkpoints") -> list[tuple[Position, str]]:
     """Position and end of the name of every file of checkpoints, or of snapshots."""
     keys = store.list(f"train/{digest}/{folder}/")
-    found = (re.fullmatch(r"(\d{12,})(?:-(\d{6,}))?\.(.+)", key.rpartition("/")[2]) for key in keys)
-    return [(Position(int(m[1]), int(m[2] or 0)), m[3]) for m in found if m is not None]
+    found = (Position.of_file(key.rpartition("/")[2]) for key in keys)
+    return [one for one in found if one is not None]
 
 
 def _key(digest: str, at: Position, end: str, folder: str = "checkpoints") -> str:
@@ -673,8 +690,11 @@ def read_snapshot(store: Store, digest: str, images_seen: int) -> SnapshotCommit
     """
     key = _key(digest, _read_at(store, digest, images_seen), "json", "snapshots")
     if not store.exists(key):
-        # Another one took its place since it was listed, or it was never there.
+        # Another one took its place since it was listed, or it was never there ...
         key = _key(digest, _read_at(store, digest, images_seen), "json", "snapshots")
+    if not store.exists(key):
+        # ... or lists are behind.
+        key = _unlisted(store, digest, images_seen) or key
     where = store.where(key)
     try:
         commit = note_from_bytes(SnapshotCommit, store.read(key), where)
@@ -697,6 +717,14 @@ def _read_at(store: Store, digest: str, images_seen: int) -> Position:
     """Which of the snapshots of a position is read."""
     there = [at for at, _ in _listed(store, digest, "snapshots") if at.images_seen == images_seen]
     return max(there, default=Position(images_seen, 0))
+
+
+def _unlisted(store: Store, digest: str, images_seen: int) -> str | None:
+    """Key of the snapshot that is read, looked for by every name that it may have."""
+    holder = lease.read(store, lease_key(digest))
+    tokens = range(1 if holder is None else holder.token, -1, -1)
+    keys = (_key(digest, Position(images_seen, t), "json", "snapshots") for t in tokens)
+    return next(filter(store.exists, keys), None)
 
 
 # -- tensors <-> bytes --------------------------------------------------------------------------

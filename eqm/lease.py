@@ -76,6 +76,9 @@ class Lease:
     released: bool = False
     accepted: tuple[str, ...] = ()
     """Names of what was there of former holders when this one took over, and counts."""
+    sealing: str = ""
+    """Name of the newest that its holder was about to seal: whether it is there, a look tells, and
+    no list, which may be behind."""
 
 
 @dataclass(frozen=True)
@@ -228,15 +231,27 @@ class Held:
         """Whether a renewal has failed for good. False says nothing: only ``check`` is certain."""
         return self._lost is not None
 
-    def check(self) -> None:
+    def is_ours(self) -> bool:
+        """Whether it is, as far as the store answers: where that is away, nobody else has said."""
+        try:
+            self.check()
+        except StoreError:
+            return not self.is_lost
+        except EqmError:
+            return False
+        return True
+
+    def check(self, *, sealing: str | None = None) -> None:
         """Renew it: on return it was ours, and nobody has taken it since it was last looked at.
 
-        Raises LostLeaseError, naming the new holder, and StoreError.
+        ``sealing`` names what is sealed next, for whoever takes the lease over. Raises
+        LostLeaseError, naming the new holder, and StoreError.
         """
         with self._lock:
             if self._lost is not None:
                 raise self._lost
-            self._change(renewals=self._lease.renewals + 1)
+            named = self._lease.sealing if sealing is None else sealing
+            self._change(renewals=self._lease.renewals + 1, sealing=named)
 
     def _change(self, **changes: object) -> None:
         wanted = dataclasses.replace(self._lease, **changes)  # type: ignore[arg-type]

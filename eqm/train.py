@@ -236,7 +236,9 @@ def mirrored(run: Run) -> None:
         if mine is not None:
             run.patience(mine.check)
     except BaseException as error:
-        if mirror is not None and isinstance(error, lease.LostLeaseError):
+        # Of a process that slept the error may be another one: that its peers are gone.
+        lost = isinstance(error, lease.LostLeaseError)
+        if mirror is not None and (lost or (mine is not None and not mine.is_ours())):
             # Whoever has the lease shows the run; as this one sees it, it is over.
             mirror.abandon()
         elif mirror is not None:

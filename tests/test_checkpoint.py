@@ -588,6 +588,75 @@ def test_what_a_replaced_holder_commits_late_is_never_read(tmp_path: Path, keep:
     assert not store.exists(late)
 
 
+def test_what_a_replaced_holder_commits_late_is_shown_by_nobody(tmp_path: Path) -> None:
+    store, shown = LocalStore(tmp_path), list[int]()
+    sleeper = Sleeps(tmp_path, 256, lambda: takes_over(store) and None)
+    old = takes_over(sleeper)
+    writer = Writer(
+        *(sleeper, RUN), keep=3, mine=old, durable=lambda state: shown.append(state.images_seen)
+    )
+    writer.write(a_state(128))
+    writer.write(a_state(256))
+    with pytest.raises(lease.LostLeaseError):
+        writer.wait()
+    writer.close()
+    assert newest(store, RUN) == Position(128, 1)
+    assert shown == [128]
+
+
+class Behind(LocalStore):
+    """A store whose lists lack what has just been written."""
+
+    lacking = "nothing"
+
+    def list(self, prefix: str) -> list[str]:
+        return [key for key in super().list(prefix) if self.lacking not in key]
+
+
+def test_a_list_that_is_behind_costs_no_checkpoint(tmp_path: Path) -> None:
+    store = Behind(tmp_path)
+    old = takes_over(store)
+    write(store, old, 128, 192)
+    old.release()
+    store.lacking = f"{192:012d}"
+    for _ in range(2):
+        held = takes_over(store)
+        assert newest(store, RUN) == Position(192, 1)
+        held.release()
+    # Nor do those that what its holder seals next lets go.
+    held = takes_over(store)
+    write(store, held, 256, keep=2)
+    store.lacking = "nothing"
+    assert checkpoint.complete(store, RUN) == [(192, 1), (256, held.token)]
+    assert_same(load(store, RUN, Position(192, 1)), a_state(192))
+
+
+def test_a_checkpoint_that_was_only_about_to_be_sealed_is_none(tmp_path: Path) -> None:
+    store = Behind(tmp_path)
+    old = takes_over(store)
+    write(store, old, 128)
+    old.check(sealing=Position(192, old.token).name)
+    old.release()
+    new = takes_over(store)
+    # It comes as late as that: nobody is to read it.
+    checkpoint.save(store, RUN, a_state(192), token=old.token)
+    assert newest(store, RUN) == Position(128, 1)
+    new.release()
+    takes_over(store)
+    assert newest(store, RUN) == Position(128, 1)
+
+
+def test_a_snapshot_is_found_though_lists_are_behind(tmp_path: Path) -> None:
+    store = Behind(tmp_path)
+    for _ in range(3):
+        held = takes_over(store)
+        held.release()
+    checkpoint.save_snapshot(store, RUN, 128, KEPT, token=1)
+    checkpoint.save_snapshot(store, RUN, 128, {0.1: a_state(9).ema}, token=3)
+    store.lacking = f"{128:012d}"
+    assert len(checkpoint.read_snapshot(store, RUN, 128).tracks) == 1
+
+
 def test_of_two_at_one_position_the_greater_token_is_read(tmp_path: Path) -> None:
     store = LocalStore(tmp_path)
     for _ in range(2):

@@ -28,6 +28,7 @@ import pytest
 import torch
 from chain import store_of, untrained
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eqm import checkpoint, compute, lease, train
 from eqm.batches import read_batch
@@ -49,6 +50,7 @@ from eqm.errors import (
     EqmError,
     IntegrityError,
     MissingError,
+    PeerError,
     StoreError,
 )
 from eqm.events import events_of
@@ -93,6 +95,44 @@ def set_up(job: Job, world: World | None = None) -> train.Run:
     alone = World(0, 1, torch.device("cpu"))
     config = stage_config("train", job.config)
     return train.setup(Context(job=job, config=config, store=store_of(job), world=world or alone))
+
+
+# -- one update ---------------------------------------------------------------------------------
+
+
+class Made(TorchDispatchMode):
+    """What an operation makes of numbers of the host, or tells it: a GPU would be waited for."""
+
+    WAITS = ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero", "lift_fresh")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func._schema.name.partition("::")[2]
+        if name in self.WAITS:
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"objective.energy": "dot"}, {"train.on_nonfinite": "skip", "train.ema_power": (0.1,)}],
+)
+def test_an_update_asks_its_device_nothing(tmp_path: Path, changes: dict[str, Any]) -> None:
+    """From the moments to the averages; tests/test_gpu.py has the update itself on a device."""
+    made = chain.build(tmp_path, changes, until="latents")
+    run = set_up(chain.job(made.config, made.store, "train", made.records))
+    with contextlib.closing(train.feed(run)) as feed:
+        train.step(run, next(feed), False)
+        batch = next(feed)
+        with Made() as seen:
+            train.step(run, batch, False)
+            assert seen.found == []
+            # It sees what it is for.
+            assert float(torch.tensor(1.0)) == 1
+        assert seen.found == ["lift_fresh", "_local_scalar_dense"]
 
 
 # -- the curve ----------------------------------------------------------------------------------
@@ -355,7 +395,7 @@ def test_a_trainer_that_was_replaced_while_it_slept_changes_nothing_and_says_who
     assert readable(job) == before
 
 
-@pytest.mark.parametrize("when", ["in the loop", "after it"])
+@pytest.mark.parametrize("when", ["in the loop", "after it", "and its peers are gone", "away"])
 def test_a_trainer_that_was_replaced_leaves_alone_what_mlflow_shows(
     tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
@@ -371,15 +411,24 @@ def test_a_trainer_that_was_replaced_leaves_alone_what_mlflow_shows(
     def lost(run: train.Run) -> None:
         if when == "after it":
             loop(run)
+        if when == "away":
+            # Nobody says that it is another one's.
+            monkeypatch.setattr(LocalStore, "replace", away)
+            raise PeerError("rank 1 does not answer")
         run.context.store.delete(checkpoint.lease_key(job_digest(job)))
         if when == "in the loop":
             loop(run)
+        if when == "and its peers are gone":
+            raise PeerError("rank 1 does not answer")
+
+    def away(*_: object) -> None:
+        raise AwayError("no store")
 
     monkeypatch.setattr(train, "open_mirror", lambda _: Shown())
     monkeypatch.setattr(train, "loop", lost)
-    with pytest.raises(lease.LostLeaseError):
+    with pytest.raises((lease.LostLeaseError, PeerError)):
         chain.run(job)
-    assert told == ["abandoned"]
+    assert told == (["KILLED"] if when == "away" else ["abandoned"])
     assert store_of(job).record("train", job_digest(job)) is None
 
 
