@@ -231,15 +231,15 @@ class Held:
         """Whether a renewal has failed for good. False says nothing: only ``check`` is certain."""
         return self._lost is not None
 
-    def is_ours(self) -> bool:
-        """Whether it is, as far as the store answers: where that is away, nobody else has said."""
+    def why_lost(self) -> EqmError | None:
+        """Why it is not ours any more; None if it is, or the store is away: nobody has said so."""
         try:
             self.check()
         except StoreError:
-            return not self.is_lost
-        except EqmError:
-            return False
-        return True
+            return self._lost
+        except EqmError as error:
+            return error
+        return None
 
     def check(self, *, sealing: str | None = None) -> None:
         """Renew it: on return it was ours, and nobody has taken it since it was last looked at.

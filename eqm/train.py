@@ -32,7 +32,7 @@ from eqm.compute import (
 )
 from eqm.config import TrainConfig, TrainStage
 from eqm.distributed import OnItsWay, World
-from eqm.errors import DataError
+from eqm.errors import DataError, EqmError
 from eqm.first_weights import first_network
 from eqm.latent_set import open_manifest
 from eqm.latents import sample_latents
@@ -237,12 +237,14 @@ def mirrored(run: Run) -> None:
             run.patience(mine.check)
     except BaseException as error:
         # Of a process that slept the error may be another one: that its peers are gone.
-        lost = isinstance(error, lease.LostLeaseError)
-        if mirror is not None and (lost or (mine is not None and not mine.is_ours())):
+        lost = None if mine is None else mine.why_lost()
+        if mirror is not None and lost is not None:
             # Whoever has the lease shows the run; as this one sees it, it is over.
             mirror.abandon()
         elif mirror is not None:
             mirror.close("KILLED")
+        if isinstance(error, EqmError) and lost not in (None, error):
+            raise lost from error
         raise
     with run.world.first_at_work():
         if run.world.is_first:
