@@ -14,8 +14,13 @@ from eqm.network import Transformer
 from eqm.recipes import IMAGENET_IMAGES, Recipe, latent_shape, recipes
 from eqm.unet import UNet
 
-PEAK, UTILISATION = 989e12, 0.44
-"""bf16 FLOP/s of an H100, dense, and the share of them that an update is taken to reach."""
+PEAK = 989e12
+"""bf16 FLOP/s of an H100, dense."""
+UTILISATION = {"EqM-S/2": 0.26, "EqM-B/2": 0.40, "EqM-XL/2": 0.44}
+"""Model at MEASURED_PX -> the share of them that its update was measured to reach (docs/LOG.md)."""
+MEASURED_PX = 256
+MOST = 0.44
+"""The share that no other is taken to exceed."""
 TRAINING_BYTES = 4 + 4 + 8 + 4
 """A weight: itself, its gradient, AdamW's two moments, its average; all float32."""
 CHECKPOINT_BYTES = 4 + 8 + 4
@@ -50,9 +55,19 @@ def forward_flops(net: Transformer | UNet) -> int:
     return counter.get_total_flops()
 
 
-def gpu_hours(images: int, flops: int) -> float:
-    """Of training on so many images, ``flops`` a forward, on an H100 at UTILISATION."""
-    return images * 3 * flops / (PEAK * UTILISATION) / 3600
+def gpu_hours(images: int, flops: int, share: float) -> float:
+    """Of training on so many images, ``flops`` a forward, on an H100 at this share of PEAK."""
+    return images * 3 * flops / (PEAK * share) / 3600
+
+
+def hours(recipe: Recipe, flops: int) -> str:
+    """By the measured share; or at least so many, by that of the same size, or the most of all."""
+    config, size = recipe.config, recipe.title.partition("/")[0]
+    measured = recipe.title in UTILISATION and config.source.image_size_px == MEASURED_PX
+    near = config.source.image_size_px <= MEASURED_PX
+    share = UTILISATION.get(f"{size}/2", MOST) if near else MOST
+    found = figure(gpu_hours(config.train.images, flops, share))
+    return found if measured or found.startswith("<") else f"> {found}"
 
 
 def latents_bytes(config: PipelineConfig) -> int:
@@ -73,7 +88,7 @@ def row(recipe: Recipe) -> str:
         f"{parameters(net):,}",
         f"{config.train.images / 1e6:,.1f}",
         figure(flops / 1e9),
-        figure(gpu_hours(config.train.images, flops)),
+        hours(recipe, flops),
         figure(TRAINING_BYTES * weights / 1e9),
         figure(CHECKPOINT_BYTES * weights / 1e9),
         figure(latents_bytes(config) / 1e9),

@@ -129,8 +129,25 @@ def test_latents_are_as_large_as_their_arrays() -> None:
 
 
 def test_hours_are_flops_over_rate() -> None:
-    hours = costs.gpu_hours(1_793_433_600, 237_200_000_000)
+    hours = costs.gpu_hours(1_793_433_600, 237_200_000_000, 0.44)
     assert math.isclose(hours, 1_793_433_600 * 711.6e9 / (0.44 * 989e12) / 3600)
+
+
+@pytest.mark.parametrize(
+    ("name", "images_per_second"), [("s2-256", 7_196), ("b2-256", 2_851), ("xl2-256", 612)]
+)
+def test_hours_are_those_of_the_measured_rates(name: str, images_per_second: float) -> None:
+    """docs/LOG.md, an H100: `python -m bench train`."""
+    one = recipe(name)
+    said = float(costs.hours(one, costs.forward_flops(costs.network(one.config))))
+    assert said == pytest.approx(one.config.train.images / images_per_second / 3600, rel=0.02)
+
+
+def test_what_was_not_measured_is_said_to_cost_more() -> None:
+    for one in recipes().values():
+        said = costs.hours(one, costs.forward_flops(costs.network(one.config)))
+        known = one.name in {"s2-256", "b2-256", "xl2-256", "xl2-256-1400"}
+        assert (said[0] not in "<>") == known, one.name
 
 
 def test_the_page_has_the_table() -> None:
