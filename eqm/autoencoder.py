@@ -445,15 +445,15 @@ def _place(file: PretrainedFile, weights: str = HUB_WEIGHTS) -> _Place:
         root, found = (folder, name) if is_file else (uri, weights)
         return _Place(root, open_store(root), found)
     if "://" in uri:
-        raise ConfigError(f"pretrained.uri is {uri!r}; it must be a path, s3://… or a hub id")
+        raise ConfigError(f"uri is {uri!r}; it must be a path, s3://… or a hub id")
     path = Path(uri)
     if path.exists():
         root, found = (path, weights) if path.is_dir() else (path.parent, path.name)
         return _Place(str(root), open_store(str(root)), found)
     if file.revision is None or not HUB_ID.fullmatch(uri):
         hub = HUB_ID.fullmatch(uri) is not None
-        hint = "; to take it from the hub, give pretrained.revision" if hub else ""
-        raise DataError(f"pretrained.uri {uri!r}: there is no such file or folder{hint}")
+        hint = "; to take it from the hub, give its revision" if hub else ""
+        raise DataError(f"uri {uri!r}: there is no such file or folder{hint}")
     if is_file and HUB_ID.fullmatch(folder):
         return _Place(folder, None, name)
     return _Place(uri, None, weights)
@@ -487,8 +487,8 @@ def _checked(file: PretrainedFile, data: bytes) -> bytes:
     found = sha256(data)
     if found != file.sha256:
         raise IntegrityError(
-            f"the weights at {file.uri} have SHA-256 {found}, but pretrained.sha256 is "
-            f"{file.sha256}: fetch them again, or correct the digest if you trust this file"
+            f"the file at {file.uri} has SHA-256 {found}, but the sha256 given with it is "
+            f"{file.sha256}: fetch it again, or correct the digest if you trust this file"
         )
     return data
 

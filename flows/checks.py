@@ -10,14 +10,14 @@ from typing import Any
 
 from eqm import image_sets
 from eqm.baselines import LEAST_ROWS
-from eqm.config import Job, PipelineConfig, demo_policy
+from eqm.config import Job, PipelineConfig, PretrainedFile, demo_policy
 from eqm.errors import ConfigError, DataError
 from eqm.features import SMALLEST_IMAGE_PX
 from eqm.images import ImageSource
 from eqm.records import LatentSpec, Record, Ref, to_json
 from eqm.stage import job_digest
 from eqm.words import counted
-from flows.jobs import Plan, listed
+from flows.jobs import Plan, extractor_job, listed, reference_job
 from flows.settings import Settings
 
 
@@ -87,13 +87,15 @@ def check_training(config: PipelineConfig) -> None:
 
 
 def check_foreseen(plan: Plan, autoencoder: Job) -> None:
-    """As ``check_trainable``, before an autoencoder is fitted. Raises ConfigError.
+    """As ``check_trainable``, before an autoencoder is fitted. Raises as that.
 
     Of one that somebody else made, the shape of its latents is known when it is sealed.
     """
     config = plan.config
-    there = plan.store.record("autoencoder", job_digest(autoencoder)) is not None
-    if there or config.autoencoder.kind == "pretrained":
+    if plan.store.record("autoencoder", job_digest(autoencoder)) is not None:
+        return
+    _check_file(plan, config.train.init_from)
+    if config.autoencoder.kind == "pretrained":
         return
     from eqm.recipes import latent_shape
 
@@ -116,15 +118,31 @@ def check_foreseen(plan: Plan, autoencoder: Job) -> None:
 def check_trainable(plan: Plan, autoencoder: Record, latents: Job) -> None:
     """Refuse before latents are made what could not be trained on them. Raises ConfigError.
 
-    Patches that do not tile them, levels of a U-Net that do not halve them; and what this machine
-    cannot do, where it is the one that trains.
+    Patches that do not tile them, levels of a U-Net that do not halve them; weights to begin with
+    that are not there, or others (DataError, IntegrityError); and what this machine cannot do,
+    where it is the one that trains.
     """
     from eqm.autoencoder import latent_spec
 
     network = _untrained(plan.config, latent_spec(autoencoder, plan.store))
     # Of latents that are there, the model may be as well, trained on another machine.
-    if plan.settings.cluster is None and plan.store.record("latents", job_digest(latents)) is None:
+    if plan.store.record("latents", job_digest(latents)) is not None:
+        return
+    _check_file(plan, plan.config.train.init_from)
+    if plan.settings.cluster is None:
         _check_machine(plan, network)
+
+
+def _check_file(plan: Plan, file: PretrainedFile | None) -> None:
+    """Refuse a file that is not there, or another one. Raises DataError, IntegrityError.
+
+    What lies on the disks of a cluster is not seen from here.
+    """
+    if file is None or (plan.settings.cluster is not None and not file.uri.startswith("s3://")):
+        return
+    from eqm.autoencoder import read_pretrained
+
+    read_pretrained(file)
 
 
 def _untrained(config: PipelineConfig, latent: LatentSpec) -> Any:
@@ -181,11 +199,12 @@ def check_evaluation(plan: Plan, source: Ref | None, *, say: Callable[[str], Non
 
     Sets that scores are tested on and that are not what they should be, no held-out images, too few
     samples; of a ``source`` only one class or images too small for a fitted extractor, too few
-    images for a baseline.
+    images for a baseline, a reference batch that is not there or another one (IntegrityError).
     """
     check_counts(plan.config)
     if source is not None:
         _check_images(plan.config, listed(plan, source))
+        _check_references(plan, source)
     for one in plan.config.evaluate.ood.sets:
         image_sets.check_set(one, plan.config.evaluate.ood.images)
         if one.sha256 is not None:
@@ -223,6 +242,22 @@ def check_counts(config: PipelineConfig) -> None:
             f"evaluate.neighbours ({least - 1}) others beside it: generate {least} at least, and "
             "thousands to tell models apart"
         )
+
+
+def _check_references(plan: Plan, source: Ref) -> None:
+    """Refuse a file in place of real images that nothing could be held against."""
+    for name in (None, *plan.config.further):
+        by = plan.config if name is None else plan.config.further[name]
+        if by.reference.file is None:
+            continue
+        job = extractor_job(plan, source, name)
+        extractor = plan.store.record("extractor", job_digest(job))
+        if extractor is not None:
+            asked = reference_job(plan, source, extractor, name)
+            if plan.store.record("reference", job_digest(asked)) is not None:
+                # It was read once, and is needed no more.
+                continue
+        _check_file(plan, by.reference.file)
 
 
 def _check_images(config: PipelineConfig, found: ImageSource) -> None:

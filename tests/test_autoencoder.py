@@ -315,7 +315,7 @@ def test_the_digest_is_checked_before_anything_is_parsed(tmp_path: Path) -> None
     weights = tmp_path / "vae" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(b"cos\nsystem\n(S'touch pwned'\ntR.")
     with pytest.raises(
-        IntegrityError, match=rf"have SHA-256 .*, but pretrained.sha256 is {file.sha256}"
+        IntegrityError, match=rf"has SHA-256 .*, but the sha256 given with it is {file.sha256}"
     ):
         pretrained(file, SOURCE)
     with pytest.raises(DataError, match="cannot be read as safetensors"):
@@ -326,7 +326,7 @@ def test_places_that_hold_no_weights_are_refused(tmp_path: Path) -> None:
     none = "0" * 64
     with pytest.raises(DataError, match=r"there is no such file or folder$"):
         pretrained(PretrainedFile(uri=str(tmp_path / "x"), sha256=none), SOURCE)
-    with pytest.raises(DataError, match=r"to take it from the hub, give pretrained\.revision"):
+    with pytest.raises(DataError, match=r"to take it from the hub, give its revision"):
         pretrained(PretrainedFile(uri="owner/name", sha256=none), SOURCE)
     with pytest.raises(ConfigError, match="a path, s3://"):
         pretrained(PretrainedFile(uri="https://host/x.safetensors", sha256=none), SOURCE)

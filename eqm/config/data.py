@@ -99,7 +99,8 @@ class PretrainedFile:
 
     def __post_init__(self) -> None:
         ok = is_sha256(self.sha256)
-        require(ok, "pretrained.sha256", self.sha256, "64 hexadecimal digits, as sha256sum prints")
+        named = f"sha256 of {self.uri}"
+        require(ok, named, self.sha256, "64 hexadecimal digits, as sha256sum prints")
 
 
 @dataclass(frozen=True, kw_only=True)

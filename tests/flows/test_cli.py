@@ -1,6 +1,7 @@
 """The ``eqm`` command: quick help, dry runs, and one message for every mistake."""
 
 import collections
+import dataclasses
 import importlib
 import inspect
 import io
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import chain
 import httpx
@@ -31,14 +33,16 @@ from typer.testing import CliRunner
 import eqm
 from eqm import champion
 from eqm.autoencoder import identity
-from eqm.config import NetworkConfig, SourceConfig
-from eqm.errors import ConfigError, DataError
+from eqm.config import NetworkConfig, SourceConfig, replace
+from eqm.errors import ConfigError, DataError, IntegrityError
 from eqm.events import EventLog
 from eqm.images import open_source
 from eqm.model import reconstructed
+from eqm.records import Ref, sha256
 from eqm.storage import LocalStore
 from flows import cli, clusters, curves, settings
-from flows.plan import read_config
+from flows.jobs import Plan
+from flows.plan import make_launcher, read_config
 from flows.terminal import any_encoding, show, table
 from infra import alarms
 
@@ -926,6 +930,72 @@ def test_images_that_no_evaluation_could_measure_by_are_refused_before_a_trainin
     # By their names: the second one is held out from 0.35 on.
     with pytest.raises(DataError, match=r"of 9 images only 1 is held out.*_fraction \(0\.2\) hig"):
         check(**{"source.held_out_fraction": 0.2})
+
+
+def test_a_reference_file_that_cannot_be_read_is_refused_before_a_training(
+    tmp_path: Path, monkeypatch
+) -> None:
+    file = tmp_path / "batch.npz"
+    inception = {"kind": "inception", "pretrained": {"uri": "x", "sha256": "0" * 64}}
+    for reference, why in (
+        ({"uri": str(tmp_path / "no.npz"), "sha256": "0" * 64}, r"no\.npz': there is no such file"),
+        ({"uri": str(file), "sha256": "0" * 64}, r"batch\.npz has SHA-256 .* given with it is 000"),
+    ):
+        file.write_bytes(b"other")
+        given: dict[str, Any] = {"reference.file": reference}
+        with pytest.raises((DataError, IntegrityError), match=why):
+            checked_digits(tmp_path, monkeypatch, given)
+        further = {"own": {"extractor": inception, "reference": {"file": reference}}}
+        with pytest.raises((DataError, IntegrityError), match=why):
+            checked_digits(tmp_path, monkeypatch, {"further": further})
+    checked_digits(
+        tmp_path, monkeypatch, {"reference.file": {"uri": str(file), "sha256": sha256(b"other")}}
+    )
+
+
+def test_a_reference_that_is_sealed_asks_for_its_file_no_more(tmp_path: Path, monkeypatch) -> None:
+    from flows import checks
+
+    asked: list[str] = []
+
+    class Sealed(LocalStore):
+        def record(self, stage: str, digest: str) -> Any:
+            asked.append(stage)
+            return SimpleNamespace(ref=Ref(stage=stage, digest=digest, content=digest))
+
+    gone = {"uri": str(tmp_path / "no.npz"), "sha256": "0" * 64}
+    config = read_config("demo", {"reference.file": gone})
+    sealed, launcher = Sealed(tmp_path), make_launcher(settings.current_settings())
+    plan = Plan(config, settings.current_settings(), sealed, launcher)
+    checks._check_references(plan, Ref(stage="source", digest="0" * 64, content="0" * 64))
+    assert asked == ["extractor", "reference"]
+
+
+def test_weights_to_begin_with_that_are_not_there_are_refused_before_an_autoencoder_is_fitted(
+    tmp_path: Path, monkeypatch
+) -> None:
+    from flows.encode import encode_images, fit_autoencoder
+    from flows.jobs import list_source, source_ref
+    from flows.plan import make_plan
+
+    monkeypatch.setenv("EQM_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("EQM_STORE", str(tmp_path / "store"))
+    gone = {"uri": str(tmp_path / "no.safetensors"), "sha256": "0" * 64}
+    given = {"train.init_from": gone, "autoencoder.kind": "identity"}
+    plan = make_plan("tiny", given, tracked=False)
+    source = source_ref(list_source(plan))
+    for kind in ("fit", "pretrained"):
+        given = replace(plan.config.autoencoder, kind=kind, pretrained=plan.config.train.init_from)
+        one = dataclasses.replace(plan, config=replace(plan.config, autoencoder=given))
+        with pytest.raises(DataError, match=r"no\.safetensors': there is no such file"):
+            fit_autoencoder.fn(one, source)
+    fitted = fit_autoencoder.fn(plan, source, to_train=False)
+    fit_autoencoder.fn(plan, source)
+    with pytest.raises(DataError, match=r"no\.safetensors': there is no such file"):
+        encode_images.fn(plan, source, fitted)
+    encode_images.fn(plan, source, fitted, to_train=False)
+    # What is there already may have begun with weights that are gone.
+    encode_images.fn(plan, source, fitted)
 
 
 def test_an_extractor_that_is_fitted_on_too_small_images_is_refused_before_a_training(
