@@ -35,6 +35,11 @@ WIDEST_HEAD = 128
 """Channels of a head that our attention keeps in registers; more spill."""
 PRODUCTS = 8
 """Products of each kind that are timed: together a tenth of a second."""
+BLOCKS, MOST_IMAGES, BLOCK_FLOPS = 4, 8, 4e9
+"""Runs of a block in each precision, on so many images, of so many operations forward: together
+a second at most, and two for the largest networks."""
+SHORTEST_SECONDS = 0.3
+"""What is short is timed for so long: its least time is that of a moment when nobody disturbed."""
 
 
 def prepare(
@@ -303,22 +308,39 @@ def check_halves(
         check_machine()
 
 
-def slow_bfloat16(config: TrainConfig, device: torch.device) -> str | None:
-    """What to tell a user whose processor multiplies in float32 faster; None elsewhere.
+def slow_bfloat16(config: TrainConfig, network: nn.Module, device: torch.device) -> str | None:
+    """What to tell a user whose processor is quicker in float32; None elsewhere.
 
     It is measured: some processors have instructions for bfloat16 that do half of what those for
-    float32 do, and some have none, so that it is emulated.
+    float32 do, some have none, so that it is emulated, and small networks gain less by quick
+    products than they lose by what is cast around them.
     """
     if config.precision != "bfloat16" or device.type != "cpu":
         return None
-    ratio = bfloat16_products()
+    ratio = bfloat16_blocks(network) if hasattr(network, "blocks") else bfloat16_products()
     if ratio <= SLOW_PRODUCTS:
         return None
     faster = ", and 'float16' faster still" if quickest_precision(ratio) == "float16" else ""
     return (
-        f"train.precision is 'bfloat16', but products in it take {ratio:.1f} times as long as in "
-        f"float32 on this processor: 'float32' is faster here, and more exact{faster}"
+        f"train.precision is 'bfloat16', but it takes {ratio:.1f} times as long as float32 for "
+        "this network on this processor: 'float32' is faster here, and more exact" + faster
     )
+
+
+def bfloat16_blocks(network: nn.Module) -> float:
+    """Seconds of a block of a transformer, there and back, in bfloat16 over those in float32."""
+    block = cast(nn.ModuleList, network.blocks)[0]
+    count, width = cast(torch.Tensor, network.positions).shape[-2:]
+    images = int(max(1, min(MOST_IMAGES, BLOCK_FLOPS / (24 * count * width**2))))
+    tokens = torch.zeros(images, count, width, requires_grad=True)
+    given = (tokens, *block.parameters())
+
+    def run(half: bool) -> None:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = block(tokens, torch.zeros(images, width))
+        torch.autograd.grad(out.sum(), given)
+
+    return _over(lambda: run(True), lambda: run(False), rounds=BLOCKS)
 
 
 def quickest_precision(bfloat16: float) -> str:
@@ -338,12 +360,17 @@ def bfloat16_products() -> float:
 
     The least of a few of each, taken in turn: what else the machine does falls on both.
     """
-    kinds = (torch.bfloat16, torch.float32)
-    matrices = {kind: torch.ones(768, 768, dtype=kind) for kind in kinds}
-    least = dict.fromkeys(kinds, math.inf)
-    for _ in range(PRODUCTS):
-        for kind, matrix in matrices.items():
-            began = time.perf_counter()
-            torch.mm(matrix, matrix)
-            least[kind] = min(least[kind], time.perf_counter() - began)
-    return least[torch.bfloat16] / least[torch.float32]
+    half, whole = (torch.ones(768, 768, dtype=t) for t in (torch.bfloat16, torch.float32))
+    return _over(lambda: torch.mm(half, half), lambda: torch.mm(whole, whole), rounds=PRODUCTS)
+
+
+def _over(one: Callable[[], object], other: Callable[[], object], *, rounds: int) -> float:
+    """The least time of one over the least of the other, taken in turn, so often or a while."""
+    least, began = [math.inf, math.inf], time.perf_counter()
+    while rounds > 0 or time.perf_counter() - began < SHORTEST_SECONDS:
+        rounds -= 1
+        for k, act in enumerate((one, other)):
+            at = time.perf_counter()
+            act()
+            least[k] = min(least[k], time.perf_counter() - at)
+    return least[0] / least[1]

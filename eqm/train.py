@@ -72,8 +72,6 @@ def setup(context: Context, mine: lease.Held | None = None) -> Run:
     if runtime.grid_every_images is not None:
         sampled = runtime.grid_sampler.precision
         check_products(sampled, device, setting="generate.sampler.precision")
-    if context.world.is_first and (told := slow_bfloat16(stage.train, device)) is not None:
-        sys.stderr.write(told + "\n")
     spec = ModelSpec(
         schema=model.SCHEMA,
         network=stage.network,
@@ -86,6 +84,8 @@ def setup(context: Context, mine: lease.Held | None = None) -> Run:
     # What a run goes on from is in its checkpoint: the file that it began from may be gone.
     network = spec.build() if begun else first_network(stage, spec, context.store)
     network.to(device)
+    if context.world.is_first and (told := slow_bfloat16(stage.train, network, device)):
+        sys.stderr.write(told + "\n")
     if compute.compile:
         # Versions of blocks trained earlier in this process would count against these.
         torch.compiler.reset()

@@ -115,7 +115,7 @@ def accelerator() -> Finding:
         return Finding("accelerator", False, told, remedy, needed=False)
     quickest = quickest_precision(bfloat16_products())
     text = f"none; {cores()} cores, {torch.backends.cpu.get_cpu_capability()}"
-    text += f"; train.precision '{quickest}' trains transformers quickest"
+    text += f"; train.precision '{quickest}' trains wide transformers quickest"
     return Finding("accelerator", False, text, "fine for the demo", needed=False)
 
 

@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import needs
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eqm import compute
 from eqm.compute import (
@@ -365,21 +366,54 @@ def test_products_of_float32_are_chosen_and_tf32_is_of_gpus():
 
 
 def test_bfloat16_that_is_slower_is_told(monkeypatch):
-    half = TrainConfig(precision="bfloat16")
+    half, net = TrainConfig(precision="bfloat16"), torch.nn.Module()
     monkeypatch.setattr(compute, "bfloat16_products", lambda: 2.9)
     monkeypatch.setattr(compute, "lacking", lambda: "avx512_fp16")
-    told = slow_bfloat16(half, CPU)
+    told = slow_bfloat16(half, net, CPU)
     assert told is not None
-    assert "take 2.9 times as long as in float32 on this processor: 'float32' is faster" in told
+    assert "takes 2.9 times as long as float32 for this network" in told
     assert told.endswith("more exact")
     monkeypatch.setattr(compute, "lacking", lambda: None)
-    told = slow_bfloat16(half, CPU)
+    told = slow_bfloat16(half, net, CPU)
     assert told is not None
     assert told.endswith("more exact, and 'float16' faster still")
-    assert slow_bfloat16(TrainConfig(), CPU) is None
-    assert slow_bfloat16(half, torch.device("cuda")) is None
+    assert slow_bfloat16(TrainConfig(), net, CPU) is None
+    assert slow_bfloat16(half, net, torch.device("cuda")) is None
     monkeypatch.setattr(compute, "bfloat16_products", lambda: 0.6)
-    assert slow_bfloat16(half, CPU) is None
+    assert slow_bfloat16(half, net, CPU) is None
+
+
+def test_of_a_transformer_its_own_blocks_are_timed(monkeypatch):
+    net = Transformer(NetworkConfig(width=32, depth=1, heads=2), size=8, channels=3, classes=2)
+    monkeypatch.setattr(compute, "_over", timed := Timed())
+    assert slow_bfloat16(TrainConfig(precision="bfloat16"), net, CPU) is not None
+    (half, whole) = timed.seen
+    for run, linear in ((half, torch.bfloat16), (whole, torch.float32)):
+        with Linear() as seen:
+            run()
+        assert seen.found == {linear}
+    assert all(weight.grad is None for weight in net.parameters())
+
+
+class Timed:
+    """In place of what measures: the first takes twice as long."""
+
+    def __call__(self, one, other, **_):
+        self.seen = one, other
+        return 2.0
+
+
+class Linear(TorchDispatchMode):
+    """What products are made of."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func._schema.name in ("aten::addmm", "aten::mm"):
+            self.found.add(args[1].dtype)
+        return func(*args, **(kwargs or {}))
+
+    def __enter__(self):
+        self.found = set()
+        return super().__enter__()
 
 
 @pytest.mark.parametrize(

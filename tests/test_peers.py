@@ -86,7 +86,7 @@ def test_a_gpu_that_torch_cannot_use_is_told_and_not_passed_over(
     for ratio, quickest in ((0.2, "bfloat16"), (0.9, "float32")):
         monkeypatch.setattr(compute, "bfloat16_products", lambda ratio=ratio: ratio)
         monkeypatch.setattr(compute, "lacking", lambda: "avx512_fp16")
-        assert f"'{quickest}' trains transformers quickest" in doctor.accelerator().found
+        assert f"'{quickest}' trains wide transformers quickest" in doctor.accelerator().found
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     # Of another job on a shared machine: control groups refuse to open it.
     (tmp_path / "nvidia0").unlink()

@@ -135,6 +135,27 @@ def test_an_update_asks_its_device_nothing(tmp_path: Path, changes: dict[str, An
         assert seen.found == ["lift_fresh", "_local_scalar_dense"]
 
 
+@pytest.mark.parametrize("ratio", [0.4, 2.0])
+def test_a_training_that_is_slower_in_bfloat16_says_so(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: Any, ratio: float
+) -> None:
+    monkeypatch.setattr(compute, "bfloat16_blocks", lambda _: ratio)
+    set_up(asking(untrained(tiny, tmp_path), train={"precision": "bfloat16"}))
+    assert ("'float32' is faster here" in capfd.readouterr().err) == (ratio > 1)
+
+
+def test_batches_for_a_gpu_are_pinned(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the host waits for each to be copied there."""
+    run, asked = set_up(untrained(tiny, tmp_path)), list[bool]()
+    monkeypatch.setattr(train, "batches", lambda *_, pin, **__: asked.append(pin))
+    for device in ("cpu", "cuda"):
+        run.context = replace(run.context, world=World(0, 1, torch.device(device)))
+        train.feed(run)
+    assert asked == [False, True]
+
+
 # -- the curve ----------------------------------------------------------------------------------
 
 

@@ -513,6 +513,9 @@ def test_stages_are_let_into_restricted_namespaces_and_have_time_for_a_checkpoin
     assert pod["enableServiceLinks"] is False
     # Whoever is nearer to the program is the first to lose patience.
     assert launch.SHUTDOWN_SECONDS < launch.GRACE_SECONDS <= keeper.PROGRAMS_SECONDS
+    page = (PROJECT / "docs" / "training.md").read_text()
+    told = f"has {launch.SHUTDOWN_SECONDS} s for its checkpoint before it is killed"
+    assert told in " ".join(page.split())
     ends = pod["terminationGracePeriodSeconds"], services.GRACE_SECONDS[services.WORKER]
     assert min(ends) > keeper.PROGRAMS_SECONDS
     assert compose["services"]["worker"]["stop_grace_period"] == "2m"
