@@ -18,8 +18,15 @@ def interrupts_told() -> Iterator[None]:
     """Say what Ctrl-C leaves of the stages that run inside, and exit as shells expect."""
     try:
         yield
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
+        from flows.launch import InterruptedTwiceError
+
         told = "interrupted: what is done is kept, and the same command goes on from there"
+        if isinstance(error, InterruptedTwiceError):
+            told = (
+                "interrupted twice: it was ended at once. Stages that are done are kept, and the "
+                "same command goes on with a training from its last checkpoint"
+            )
         err.print(told, highlight=False)
         raise typer.Exit(130) from None
 

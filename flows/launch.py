@@ -30,6 +30,8 @@ GRACE_SECONDS = 110.0
 """From SIGTERM to SIGKILL: time for a checkpoint, which of XL/2 is 11 GB."""
 SHUTDOWN_SECONDS = 100
 """The same between torchrun and its workers, which otherwise is 30."""
+TOLD_SECONDS = 1
+"""What ends sooner than that after Ctrl-C needs no explanation."""
 MARK = "_EQM_PROGRAM"
 """Environment variable by which all processes of a program are recognised: torchrun gives each of
 its workers a session of its own."""
@@ -116,9 +118,13 @@ class LocalLauncher:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
+                file.seek(0)
+                # The first one has started all others.
+                first = min(_marked(file.read()), default=None)
+                how = "" if first is None else f" (kill {first}; a training makes a checkpoint)"
                 raise StageError(
                     f"{name} is running already on this machine, started by another flow: wait "
-                    "for it to end, or stop it"
+                    f"for it to end, or end it{how}"
                 ) from None
             file.seek(0)
             if left := file.read():
@@ -156,9 +162,9 @@ class LocalLauncher:
                 line, env=environment, start_new_session=True, pass_fds=(lock,)
             )
             status = child.wait()
-        except BaseException:
+        except BaseException as error:
             # Cancelled or interrupted: the program ends before the flow does.
-            stop(child, environment[MARK])
+            stop(child, environment[MARK], by_hand=isinstance(error, KeyboardInterrupt))
             raise
         # Workers of a torchrun that was killed would train on beside the next attempt.
         _kill_marked(environment[MARK])
@@ -174,33 +180,58 @@ def command(module: str, file: Path, processes: int) -> list[str]:
     return [*torchrun, "-m", module, str(file)]
 
 
-def stop(child: subprocess.Popen[bytes] | None, mark: str) -> None:
+class InterruptedTwiceError(KeyboardInterrupt):
+    """Ctrl-C again, while what ran was about to end in order."""
+
+
+def stop(child: subprocess.Popen[bytes] | None, mark: str, *, by_hand: bool = False) -> None:
     """End a program and all its children: SIGTERM, and SIGKILL after a grace time.
 
-    None: of a start that was interrupted, which may have been made all the same.
+    None: of a start that was interrupted, which may have been made all the same. ``by_hand``: of
+    Ctrl-C, whose next one ends it at once (InterruptedTwiceError).
     """
     try:
         if child is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(child.pid, signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
-                child.wait(GRACE_SECONDS)
+                _wait(child, by_hand=by_hand)
+    except KeyboardInterrupt as error:
+        raise (InterruptedTwiceError() if by_hand else error) from None
     finally:
         _kill_marked(mark)
         if child is not None:
             child.wait()
 
 
+def _wait(child: subprocess.Popen[bytes], *, by_hand: bool) -> None:
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        child.wait(min(TOLD_SECONDS, GRACE_SECONDS))
+        return
+    if by_hand and GRACE_SECONDS > TOLD_SECONDS:
+        sys.stderr.write(
+            "interrupted: what runs is ending in order, and a training writes a checkpoint (for up "
+            f"to {GRACE_SECONDS:g} s). Ctrl-C again ends it at once, which costs what came after "
+            "the checkpoint before\n"
+        )
+    child.wait(max(0, GRACE_SECONDS - TOLD_SECONDS))
+
+
 def _kill_marked(mark: str) -> None:
     # Again: one may have been starting another while it was killed.
     for _ in range(5):
-        left = [int(e.name) for e in Path("/proc").iterdir() if e.name.isdigit() and _has(e, mark)]
+        left = _marked(mark)
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         if not left:
             return
         time.sleep(0.02)
+
+
+def _marked(mark: str) -> list[int]:
+    """Processes of the program that was started with a mark."""
+    return [int(e.name) for e in Path("/proc").iterdir() if e.name.isdigit() and _has(e, mark)]
 
 
 def _has(process: Path, mark: str) -> bool:

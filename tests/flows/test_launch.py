@@ -1,24 +1,27 @@
 """Stage programs as processes: their reasons are told, and none is left behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from eqm.config import Job, Runtime, replace
 from eqm.errors import AwayError, StageError
 from eqm.records import from_json
 from eqm.stage import AWAY, read_job
 from flows import launch
+from flows.calling import interrupts_told
 from flows.launch import LocalLauncher
 
 pytestmark = pytest.mark.timeout(120)
@@ -151,7 +154,8 @@ def test_parts_of_a_job_run_beside_each_other_but_no_part_twice(place: Place) ->
     with ThreadPoolExecutor() as beside:
         running = beside.submit(place.launcher.run, a_job(shards=(0, 2)))
         pids = place.pids(1)
-        with pytest.raises(StageError, match="is running already on this machine"):
+        told = rf"is running already on this machine.* end it \(kill {pids[0]}; a training makes"
+        with pytest.raises(StageError, match=told):
             place.launcher.run(a_job(shards=(0, 2)))
         place.program('Path("seen").write_text(sys.argv[1])')
         place.launcher.run(a_job(shards=(2, 4)))
@@ -286,16 +290,27 @@ def test_training_has_time_for_a_checkpoint(place: Place) -> None:
     assert place.survivors() == []
 
 
-def test_a_second_interrupt_ends_it_at_once(place: Place) -> None:
+def test_a_second_interrupt_ends_it_at_once(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(launch, "TOLD_SECONDS", 0.1)
     place.program(IGNORES_SIGTERM)
     began = time.monotonic()
-    with (
-        interrupted(lambda: place.pids(1), times=2),
-        pytest.raises(KeyboardInterrupt),
-    ):
+    with calling_interrupted(), interrupted(lambda: place.pids(1), times=2):
         place.launcher.run(a_job(), processes=1)
     assert time.monotonic() - began < launch.GRACE_SECONDS
     assert place.survivors() == []
+    told = " ".join(capsys.readouterr().err.split())
+    assert "a training writes a checkpoint (for up to 110 s). Ctrl-C again ends it at once" in told
+    assert told.endswith("goes on with a training from its last checkpoint")
+
+
+@contextlib.contextmanager
+def calling_interrupted() -> Iterator[None]:
+    """What a command says in the end, and its exit status."""
+    with pytest.raises(typer.Exit) as left, interrupts_told():
+        yield
+    assert left.value.exit_code == 130
 
 
 def test_an_interrupt_of_the_start_itself_leaves_nothing(
