@@ -22,26 +22,33 @@ def sealed_by_digits(store: Any, stage: str, digits: str) -> Any:
     return store.record(stage, found[0]) if found else None
 
 
+def store_at(address: str) -> Any:
+    """The store that an address of something in it begins with."""
+    from eqm.storage import open_store
+    from flows.settings import activate
+
+    settings = activate()
+    cache = settings.home / "cache"
+    return open_store(address, cache=cache, cache_bytes=settings.cache_bytes)
+
+
 def open_sealed(name: str, stage: str) -> tuple[Any, Any]:
     """Store and record of ``<store>/<stage>/<digest>``, or of first digits in EQM_STORE.
 
     Raises ConfigError for an address of something else, DataError for what is not there.
     """
     from eqm.errors import ConfigError, DataError
-    from eqm.storage import open_store
     from flows.plan import store_of
     from flows.settings import activate
 
-    settings = activate()
     if "/" not in name:
-        store = store_of(settings)
+        store = store_of(activate())
         record = sealed_by_digits(store, stage, name)
     else:
         place, kind, digest = f"//{name.rstrip('/').removesuffix('/record.json')}".rsplit("/", 2)
         if kind != stage or not place.strip("/"):
             raise ConfigError(f"{name} is no address of {stage}: give <store>/{stage}/<digest>")
-        cache = settings.home / "cache"
-        store = open_store(place[2:], cache=cache, cache_bytes=settings.cache_bytes)
+        store = store_at(place[2:])
         record = store.record(stage, digest)
     if record is None:
         raise DataError(f"{name} is not sealed in {store.uri}: there is no such {stage} there")

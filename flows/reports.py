@@ -14,10 +14,14 @@ from rich.console import Console
 from rich.markup import escape
 from typer.core import TyperGroup
 
-from flows.addresses import sealed_digests
+from flows.addresses import sealed_digests, store_at
 from flows.options import ConfigArgument, SetOption, changes_of, check_file
 
 FETCH = "fetch"
+ADDRESS = re.compile(
+    r"(?P<store>.+)/(?P<key>(?P<stage>reports|evaluation)/(?P<digest>[0-9a-f]{64})(?:/(?P<name>[^/]+))?)"
+)
+"""What `eqm evaluate` prints of a report, and the address of an evaluation."""
 MOST_DIFFERENCES = 12
 """Of a check, that are shown to people; --json gives all."""
 
@@ -64,8 +68,8 @@ def verify(
         str,
         typer.Argument(
             metavar="REPORT",
-            help="A config (its champion's report), an evaluation (first digits of its digest), "
-            "or a file (.json, .html).",
+            help="A config (its champion's report), an evaluation (first digits of its digest, or "
+            "its address), or a report (a .json or .html file, or its address).",
         ),
     ] = "demo",
     set_: SetOption = None,
@@ -86,7 +90,13 @@ def verify(
     from eqm.verification import verify as checks_of
 
     checks = []
-    if Path(report).suffix in (".json", ".html"):
+    if (address := ADDRESS.fullmatch(report)) is not None:
+        store, evaluation = store_at(address["store"]), address["digest"]
+        named = address["stage"] == "reports" and address["name"]
+        reports = (
+            [stored_report(store, address["key"])] if named else stored_reports(store, evaluation)
+        )
+    elif Path(report).suffix in (".json", ".html"):
         store = _store()
         evaluation, stored, check = stored_as(store, Path(report))
         checks, reports = [check], [stored]

@@ -108,7 +108,9 @@ def test_a_report_is_verified_by_config_digest_and_file(tiny, store, tmp_path):
         assert eqm(*words).exit_code == 0
     (stored,) = verification.stored_reports(store, digest)
     assert (page.read_bytes(), numbers.read_bytes()) == (stored.page, stored.data)
-    for target in ("tiny", digest, digest[:8], digest[:4], str(page), str(numbers)):
+    addresses = [store.where(f"evaluation/{digest}"), store.where(f"reports/{digest}")]
+    addresses += [f"{store.where(stored.key)}{end}" for end in (".html", ".json", "")]
+    for target in ("tiny", digest, digest[:8], digest[:4], str(page), str(numbers), *addresses):
         told = eqm("verify", target)
         assert told.exit_code == 0, told.output
         assert "nothing differs" in told.output
@@ -135,6 +137,8 @@ def test_what_is_asked_for_must_be_there(store, tmp_path):
         (["verify", "ffffffff"], "`eqm history` shows those of champions"),
         (["verify", str(tmp_path / "none.json")], "does not exist"),
         (["verify", "nonsense"], "neither a preset"),
+        (["verify", store.where(f"reports/{'f' * 64}")], "has no report in"),
+        (["verify", store.where(f"reports/{'f' * 64}/{'f' * 64}.html")], "does not exist"),
         (["demo"], "no champion yet"),
         (["verify", "demo"], "no champion yet"),
         (
