@@ -14,6 +14,7 @@ from eqm.batches import samples_of
 from eqm.errors import DivergedError, ReplicaError
 from eqm.learner import diverged
 from eqm.run import Run
+from eqm.words import counted
 
 SPIKE, SPIKE_POINTS = 5.0, 10
 """A loss so many times the median of so many points of the curve is told."""
@@ -37,9 +38,11 @@ def guarded(run: Run) -> tuple[Tensor, Tensor]:
     if odd and (run.config.on_nonfinite == "stop" or not recent.isfinite().all(dim=1).any()):
         tell_nonfinite(run, "guard", odd[:1])
         loss, norm = found[~finite][0].tolist()
-        raise DivergedError(
-            diverged(loss, norm, odd[0]), updates_from=odd[:1], samples=[samples_at(run, odd[0])]
-        )
+        told = diverged(loss, norm, odd[0])
+        if run.config.on_nonfinite == "skip":
+            of = counted(len(recent), "update")
+            told += f" (train.on_nonfinite is 'skip', but of the last {of} none was finite)"
+        raise DivergedError(told, updates_from=odd[:1], samples=[samples_at(run, odd[0])])
     if odd:
         tell_nonfinite(run, "skip", odd)
     return found[finite], begun[finite]
