@@ -8,6 +8,7 @@ from typing import Any
 from prefect import flow
 
 from eqm import serving
+from eqm.errors import TrackingError
 from eqm.records import Record
 from eqm.records import digest as digest_of
 from eqm.registry import Registry, Version
@@ -26,6 +27,16 @@ def train_model(plan: Plan, latents: Record) -> Record:
 @stage
 def register_model(plan: Plan, trained: Record) -> Version:
     """Make a registered version that points to the sealed model, alias ``candidate``."""
+    try:
+        return _registered(plan, trained)
+    except TrackingError as error:
+        where = plan.store.where(f"train/{trained.digest}")
+        raise TrackingError(
+            f"{error}. The model is sealed ({where}), and the same command makes its version"
+        ) from error
+
+
+def _registered(plan: Plan, trained: Record) -> Version:
     registry = Registry(plan.mlflow_uri)
     if not registry.has_finished(trained.digest):
         # MLflow was away while it was trained: the run is shown first, so that it can be named.

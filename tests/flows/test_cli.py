@@ -34,7 +34,7 @@ import eqm
 from eqm import champion
 from eqm.autoencoder import identity
 from eqm.config import NetworkConfig, SourceConfig, replace
-from eqm.errors import ConfigError, DataError, IntegrityError
+from eqm.errors import ConfigError, DataError, IntegrityError, TrackingError
 from eqm.events import EventLog
 from eqm.images import open_source
 from eqm.model import reconstructed
@@ -889,6 +889,19 @@ def test_samples_that_run_off_are_no_success(run) -> None:
     assert told.status != 0
     assert "4 of 4 samples diverged, which grid.png shows as they are: lower --step-" in told.err
     assert Path("grid.png").exists()
+
+
+def test_who_could_not_register_a_model_is_told_that_it_is_sealed(tmp_path, monkeypatch) -> None:
+    from flows import train
+
+    def away(*_: object) -> None:
+        raise TrackingError("MLflow cannot be reached")
+
+    plan = SimpleNamespace(store=LocalStore(tmp_path), mlflow_uri="http://127.0.0.1:9")
+    monkeypatch.setattr(train, "Registry", away)
+    told = rf"be reached\. The model is sealed \({tmp_path}/train/ab\), and the same command makes"
+    with pytest.raises(TrackingError, match=told):
+        train.register_model.fn(plan, SimpleNamespace(digest="ab"))
 
 
 def test_what_no_evaluation_could_measure_is_refused_before_a_training() -> None:
