@@ -245,13 +245,17 @@ def _has(process: Path, mark: str) -> bool:
 def _why(name: str, status: int, reason: Path) -> str:
     said = reason.read_text() if reason.exists() else ""
     if status in (-signal.SIGKILL, 128 + signal.SIGKILL):
-        # What other ranks say then is what followed from it.
-        which, said = name if status < 0 else f"a process of {name}", f" ({said})" if said else ""
-        return (
-            f"{which} was killed by SIGKILL{said}: if memory ran out, of this machine or of its "
-            "container (dmesg tells), give it more, or lower processes or compute.micro_batch; run "
-            "it again to go on"
+        memory = (
+            "if memory ran out, of this machine or of its container (dmesg tells), give it more, "
+            "or lower processes or compute.micro_batch; run it again to go on"
         )
+        if not said:
+            which = name if status < 0 else f"a process of {name}"
+            return f"{which} was killed by SIGKILL: {memory}"
+        # What other ranks say is what followed from it; or one of them did not answer, and was
+        # killed for that.
+        killed = "A process of it was killed by SIGKILL, before that or for it"
+        return f"{name}: {said}. {killed}: {memory}"
     if said:
         return f"{name}: {said}"
     if status < 0:
