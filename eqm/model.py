@@ -490,6 +490,12 @@ def reconstructed(
             f"{uri} has its first snapshot at image {min(seen for _, seen in kept):,}, after the "
             f"moment wanted ({images_seen:,}): want a later one"
         )
+    last = max((seen for _, seen in kept), default=0)
+    if images_seen is not None and kept and images_seen > last:
+        raise DataError(
+            f"{uri} has its last snapshot at image {last:,}, with which its training ended, before "
+            f"the moment wanted ({images_seen:,}): want an earlier one"
+        )
     plan = plan_reconstruction(used, sigma_rel, images_seen=images_seen)
     if plan.expected_error > maximum_error:
         lengths = ", ".join(map(number_name, sorted({sigma for sigma, _ in used})))

@@ -102,14 +102,22 @@ def _level(name: str) -> str:
 
 
 def events_of(training: str) -> list[Any]:
-    """Events of a training by what a person calls it. Raises DataError, IntegrityError."""
+    """Events of a training by what a person calls it.
+
+    Raises ConfigError for a config, DataError, IntegrityError.
+    """
     from eqm import events
-    from eqm.errors import DataError, EqmError, IntegrityError
+    from eqm.errors import ConfigError, DataError, EqmError, IntegrityError
     from eqm.model import sealed
     from flows.addresses import open_sealed
     from flows.settings import activate
 
     file = Path(training)
+    if file.suffix == ".toml":
+        raise ConfigError(
+            f"{training} is a config, and curves are of a training: give the first digits of its "
+            "digest, which `eqm train` prints when it starts, or models:/NAME@ALIAS"
+        )
     if file.suffix == ".jsonl":
         if not file.is_file():
             raise DataError(f"{training}: there is no such file")

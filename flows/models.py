@@ -213,7 +213,11 @@ def _rows(classes: tuple[str, ...], asked: list[int] | None) -> tuple[list[int],
     # All thousand of ImageNet would take hours, and are no picture.
     rows = list(range(min(len(classes), FIRST_CLASSES))) if asked is None else asked
     if max(rows) >= len(classes):
-        raise ConfigError(f"--labels asks for {max(rows)}; this model has 0 to {len(classes) - 1}")
+        last = len(classes) - 1
+        raise ConfigError(
+            f"--labels asks for {max(rows)}; this model has 0 ({classes[0]}) to {last} "
+            f"({classes[last]}), in the order of their names"
+        )
     return rows, [classes[k] for k in rows]
 
 
@@ -340,7 +344,9 @@ def _numbers(name: str, text: str) -> list[int]:
         parts = [part.partition("-") for part in text.split(",")]
         spans = [range(int(a), int(b if dash else a) + 1) for a, dash, b in parts]
     except ValueError as error:
-        raise ConfigError(f"--{name} is {text!r}; it must look like 0-9 or 0,3,5") from error
+        numbered = "; classes are numbered from 0, in the order of their names"
+        more = numbered if name == "labels" else ""
+        raise ConfigError(f"--{name} is {text!r}; it must look like 0-9 or 0,3,5{more}") from error
     # Of what is too long for len() as well.
     count = sum(max(0, span.stop - span.start) for span in spans)
     if not count:

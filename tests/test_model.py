@@ -282,6 +282,8 @@ def test_moments_on_the_way_and_poor_reconstructions(two_tracks: chain.Chain) ->
     assert between.expected_error > plan.expected_error
     with pytest.raises(ConfigError, match=r"at image 1,280 would .* those tracked \(0\.05, 0\.1\)"):
         model.reconstructed(uri, sigma_rel=0.28, maximum_error=0.01)
+    with pytest.raises(DataError, match=r"last snapshot at image 1,280, with which"):
+        model.reconstructed(uri, sigma_rel=0.08, images_seen=1281)
     with pytest.raises(DataError, match="first snapshot at image 40, after the moment wanted"):
         model.reconstructed(uri, sigma_rel=0.08, images_seen=39)
     with pytest.raises(ConfigError, match=r"sigma_rel is 0\.3; it must be"):

@@ -391,7 +391,9 @@ def test_a_file_that_is_no_text_is_named(run, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("words", [["--labels", "a-b"], ["--seeds", "1,,2"]])
 def test_bad_numbers_are_named(run, words: list[str]) -> None:
-    refused(run("sample", *words), f"{words[0]} is {words[1]!r}", "0-9 or 0,3,5")
+    told = run("sample", *words)
+    refused(told, f"{words[0]} is {words[1]!r}", "0-9 or 0,3,5")
+    assert ("classes are numbered from 0" in told.err) == (words[0] == "--labels")
 
 
 def test_a_grid_that_nobody_could_look_at_is_refused_at_once(run) -> None:
@@ -721,6 +723,10 @@ def test_curves_are_drawn_of_a_log_and_of_a_training_that_goes_on(run, tmp_path:
         assert Path("d.png").read_bytes() == before
 
 
+def test_curves_are_of_a_training_and_not_of_a_config(run) -> None:
+    refused(run("curves", "mine.toml"), "mine.toml is a config", "which `eqm train` prints")
+
+
 def test_curves_pass_over_no_damaged_record(run, tmp_path: Path) -> None:
     os.environ["EQM_STORE"] = str(tmp_path / "store")
     a_log(tmp_path / "home" / "cache" / "events" / f"{'ab' * 32}.jsonl")
@@ -835,7 +841,8 @@ def test_samples_of_models_with_labels_and_without(run, classes: int | None) -> 
     width, height = Image.open("grid.png").size
     assert (width // 64, height // 64) == (3, classes or 1)
     wrong = run("sample", "model", "--labels", "2", "--updates", "2", "--to", "other.png")
-    refused(wrong, "leave it out" if classes is None else "asks for 2; this model has 0 to 1")
+    numbered = ("asks for 2; this model has 0 (", ") to 1 (", "order of their names")
+    refused(wrong, *(["leave it out"] if classes is None else numbered))
     assert not Path("other.png").exists()
 
 
