@@ -2,15 +2,15 @@
 
 The plain side is the recipe of the released script, written here: fp32 without autocast, torch's
 default optimiser, one EMA call a weight, ``loss.item()`` at every step. Both sides train the same
-network on the same latents; ours draws its noise by image number, which the plain one does not.
-That both have one loss is seen in float64 first. On a CPU, S/2 and B/2 at 256 tokens, batches
-alike, each side in a process of its own, which are asked for a step in turn: how a process keeps
-freed memory is part of ours. With a GPU, XL/2 and B/2, or the one that ``--size`` names: the plain
-side in TF32 with the largest batch that fits, ours with 256 images an update, with kernels that add
-in a fixed order and with the quickest; what was measured is shown at once. FLOPs are those of
-matrix products and attention, 2 a multiply-add, three forwards a step, nothing recomputed; a CPU's
-peak is what its own matrix products reach here in float32, a GPU's what its data sheet says of
-bfloat16.
+network on the same latents; ours draws latents of stored moments and its noise by image number, and
+adds losses up by level, which the plain one does not. That both have one loss is seen in float64
+first. On a CPU, S/2 and B/2 at 256 tokens, batches alike, each side in a process of its own, which
+are asked for a step in turn: how a process keeps freed memory is part of ours. With a GPU, XL/2 and
+B/2, or the one that ``--size`` names: the plain side in TF32 with the largest batch that fits, ours
+with 256 images an update, with kernels that add in a fixed order and with the quickest; what was
+measured is shown at once. FLOPs are those of matrix products and attention, 2 a multiply-add, three
+forwards a step, nothing recomputed; a CPU's peak is what its own matrix products reach here in
+float32, a GPU's what its data sheet says of bfloat16.
 """
 
 import copy
@@ -33,12 +33,15 @@ from bench.energies import DEVICE, _held, _peak
 from eqm import flops
 from eqm.compute import bfloat16_products, is_replayed, prepare
 from eqm.config import ComputeConfig, NetworkConfig, ObjectiveConfig, TrainConfig
+from eqm.gauges import BANDS, by_band
 from eqm.kernels.halves import lacking
+from eqm.latents import sample_latents
 from eqm.learner import Learner
 from eqm.memory import keep_freed
 from eqm.network import Transformer
 from eqm.precision import choose_deterministic, choose_products
 from eqm.randomness import Stream, normal
+from eqm.records import LatentSpec
 
 ON_GPU = DEVICE.type == "cuda"
 CASES = {"XL": 256, "B": 256} if ON_GPU else {"S": 16, "B": 8}
@@ -55,6 +58,14 @@ ROUNDS, STEPS = (3, 6) if ON_GPU else (7, 1)
 FIRST = 3
 """Steps that are not counted: kernels are compiled, and the step recorded."""
 TOKENS, CLASSES, DECAY = 256, 1000, 0.9999
+LATENT = LatentSpec(
+    autoencoder="",
+    image_size_px=256,
+    image_channels=3,
+    shape=(4, 32, 32),
+    shift=(0.0,) * 4,
+    scale=(1.0,) * 4,
+)
 HAS_BF16 = ON_GPU or bool(torch.cpu.get_capabilities().get("avx512_bf16", False))
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++")))
 Precision = Literal["float32", "bfloat16", "float16"]
@@ -145,11 +156,16 @@ def ours(
     again = is_replayed(compute, objective, DEVICE)
     learner = Learner(net, objective, config, device=DEVICE, micro_batch=micro, replays=again)
     x, labels = latents(batch)
-    numbers = torch.arange(batch, device=DEVICE)
+    # As a store has them: of these the posterior is a point.
+    moments = torch.cat([x, torch.zeros_like(x)], dim=1).half()
+    numbers, tally = torch.arange(batch, device=DEVICE), torch.zeros(2 * BANDS, device=DEVICE)
 
     def step() -> None:
-        loss = learner.backward(learner.corrupted(x, labels, numbers)).mean()
-        learner.apply(learner.gradient(), images_seen=0, loss=loss)
+        noise = normal(config.seed, Stream.POSTERIOR, numbers, LATENT.shape)
+        at = learner.corrupted(sample_latents(moments, noise, LATENT), labels, numbers)
+        losses = learner.backward(at)
+        tally.add_(by_band(losses, learner.levels(numbers)))
+        learner.apply(learner.gradient(), images_seen=0, loss=losses.mean())
         numbers.add_(batch)
 
     return step
