@@ -253,8 +253,8 @@ def test_every_kind_of_fault_is_tried() -> None:
     assert {*tried, "stale"} == set(KINDS)
 
 
-def test_a_checkpoint_that_is_not_read_whole_or_not_listed_costs_work_and_nothing_else(
-    tiny: chain.Chain, tmp_path: Path, proxied: Proxied
+def test_a_checkpoint_that_is_not_read_whole_is_no_other_and_one_that_is_not_listed_is_found(
+    tiny: chain.Chain, tmp_path: Path, proxied: Proxied, capfd: pytest.CaptureFixture[str]
 ) -> None:
     proxy = proxied()
     job = training(tiny, tmp_path)
@@ -269,8 +269,10 @@ def test_a_checkpoint_that_is_not_read_whole_or_not_listed_costs_work_and_nothin
         with pytest.raises(EqmError, match=r"broke off.*run again"):
             chain.run(job)
     proxy.now(Fault("stale", key="list-type.*/checkpoints/", most=None))
+    capfd.readouterr()
     assert chain.run(job).content == tiny["train"].content
     assert proxy.count("stale") >= 1
+    assert f"goes on from image {held.images_seen:,}" in capfd.readouterr().err
     proxy.now()
     found = checkpoint.newest(store_of(job, tmp_path / "other"), job_digest(job))
     assert found is not None
@@ -374,7 +376,7 @@ def test_a_process_that_is_stopped_among_faults_of_all_kinds(
     assert found is not None
     assert found.images_seen == position
     check_commits(store, job)
-    proxy.now(*(fault for fault in MIX if fault.kind != "stale"))
+    proxy.now(*MIX)
     child = start()
     _, said = child.communicate(timeout=240)
     assert child.returncode == 0, said
