@@ -412,6 +412,21 @@ def read_pretrained(file: PretrainedFile) -> bytes:
     return read_snapshot(file)[1]
 
 
+def check_pretrained(file: PretrainedFile) -> None:
+    """Refuse a file that is not there, or another one. Raises as ``pretrained``.
+
+    What lies in a bucket is not downloaded for that: only looked for.
+    """
+    place = _place(file)
+    here = Path(place.name) / place.weights
+    if place.store is None:
+        read_pretrained(file)
+    elif "://" not in place.name and here.is_file():
+        _check_digest(file, hash_file(here))
+    elif not place.store.exists(place.weights):
+        raise DataError(f"uri {file.uri!r}: there is no such object")
+
+
 def read_snapshot(file: PretrainedFile, weights: str = HUB_WEIGHTS) -> tuple[str, bytes]:
     """Name and bytes of a file of weights: a file itself, or what lies so named in a folder.
 
@@ -484,13 +499,16 @@ def _from_hub(repository: str, revision: str, name: str) -> bytes:
 
 
 def _checked(file: PretrainedFile, data: bytes) -> bytes:
-    found = sha256(data)
+    _check_digest(file, sha256(data))
+    return data
+
+
+def _check_digest(file: PretrainedFile, found: str) -> None:
     if found != file.sha256:
         raise IntegrityError(
             f"the file at {file.uri} has SHA-256 {found}, but the sha256 given with it is "
             f"{file.sha256}: fetch it again, or correct the digest if you trust this file"
         )
-    return data
 
 
 def _new_name(name: str) -> str:

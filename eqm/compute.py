@@ -35,9 +35,10 @@ WIDEST_HEAD = 128
 """Channels of a head that our attention keeps in registers; more spill."""
 PRODUCTS = 8
 """Products of each kind that are timed: together a tenth of a second."""
-BLOCKS, MOST_IMAGES, BLOCK_FLOPS = 4, 8, 4e9
-"""Runs of a block in each precision, on so many images, of so many operations forward: together
-a second at most, and two for the largest networks."""
+BLOCKS, MOST_IMAGES, BLOCK_FLOPS, MOST_FLOPS = 4, 8, 4e9, 2e10
+"""Runs of a block in each precision, on so many images, of so many operations forward: together a
+second. Where one image has more it takes some seconds, and of the last so many nobody waits for
+it: products alone are timed, as they are most of what is done there."""
 SHORTEST_SECONDS = 0.3
 """What is short is timed for so long: its least time is that of a moment when nobody disturbed."""
 
@@ -328,10 +329,16 @@ def slow_bfloat16(config: TrainConfig, network: nn.Module, device: torch.device)
 
 
 def bfloat16_blocks(network: nn.Module) -> float:
-    """Seconds of a block of a transformer, there and back, in bfloat16 over those in float32."""
+    """Seconds of a block of a transformer, there and back, in bfloat16 over those in float32.
+
+    Of blocks that take long alone, those of products.
+    """
     block = cast(nn.ModuleList, network.blocks)[0]
     count, width = cast(torch.Tensor, network.positions).shape[-2:]
-    images = int(max(1, min(MOST_IMAGES, BLOCK_FLOPS / (24 * count * width**2))))
+    one = 24 * count * width**2 + 4 * count**2 * width
+    if one > MOST_FLOPS:
+        return bfloat16_products()
+    images = int(max(1, min(MOST_IMAGES, BLOCK_FLOPS / one)))
     tokens = torch.zeros(images, count, width, requires_grad=True)
     given = (tokens, *block.parameters())
 

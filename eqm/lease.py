@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eqm.errors import EqmError, MissingError, StoreError
-from eqm.records import note_from_bytes, note_to_bytes
+from eqm.records import LATER, note_from_bytes, note_to_bytes
 from eqm.storage import Store
 
 SCHEMA = "eqm-lease/1"
@@ -76,7 +76,7 @@ class Lease:
     released: bool = False
     accepted: tuple[str, ...] = ()
     """Names of what was there of former holders when this one took over, and counts."""
-    sealing: str = ""
+    sealing: str = dataclasses.field(default="", metadata={LATER: True})
     """Name of the newest that its holder was about to seal: whether it is there, a look tells, and
     no list, which may be behind."""
 

@@ -140,9 +140,9 @@ def _check_file(plan: Plan, file: PretrainedFile | None) -> None:
     """
     if file is None or (plan.settings.cluster is not None and not file.uri.startswith("s3://")):
         return
-    from eqm.autoencoder import read_pretrained
+    from eqm.autoencoder import check_pretrained
 
-    read_pretrained(file)
+    check_pretrained(file)
 
 
 def _untrained(config: PipelineConfig, latent: LatentSpec) -> Any:

@@ -121,7 +121,7 @@ def events_of(training: str) -> list[Any]:
     if file.suffix == ".jsonl":
         if not file.is_file():
             raise DataError(f"{training}: there is no such file")
-        return events.events_of(file.read_bytes(), training)
+        return _of_copy(file)
     settings = activate()
     if training.startswith("models:/"):
         cache = settings.home / "cache"
@@ -136,11 +136,19 @@ def events_of(training: str) -> list[Any]:
             # for nobody to pass over.
             if isinstance(error, IntegrityError) or len(here) != 1:
                 raise
-            written = here[0].read_bytes()
-            # Its last line may be on its way still, or have been when its writer was killed.
-            return events.events_of(written[: written.rfind(b"\n") + 1], str(here[0]))
+            return _of_copy(here[0])
     if events.EVENTS not in record.logs:
         raise DataError(f"{training} was sealed without a log: there is nothing to draw")
     return events.events_of(
         store.get(record.logs[events.EVENTS]), f"{events.EVENTS} of {record.digest[:12]}"
     )
+
+
+def _of_copy(file: Path) -> list[Any]:
+    """Events of the copy that a training writes line by line. Raises IntegrityError."""
+    from eqm import events
+
+    written = file.read_bytes()
+    # Its last line may be on its way still, or have been when its writer was killed.
+    whole = written[: written.rfind(b"\n") + 1]
+    return events.events_of(whole or written, str(file))

@@ -209,11 +209,13 @@ def _wait(child: subprocess.Popen[bytes], *, by_hand: bool) -> None:
         child.wait(min(TOLD_SECONDS, GRACE_SECONDS))
         return
     if by_hand and GRACE_SECONDS > TOLD_SECONDS:
-        sys.stderr.write(
-            "interrupted: what runs is ending in order, and a training writes a checkpoint (for up "
-            f"to {GRACE_SECONDS:g} s). Ctrl-C again ends it at once, which costs what came after "
-            "the checkpoint before\n"
-        )
+        # Ctrl-C has ended whoever reads a pipe as well: that is no reason to kill what is ending.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            sys.stderr.write(
+                "interrupted: what runs is ending in order, and a training writes a checkpoint "
+                f"(for up to {GRACE_SECONDS:g} s). Ctrl-C again ends it at once, which costs what "
+                "came after the checkpoint before\n"
+            )
     child.wait(max(0, GRACE_SECONDS - TOLD_SECONDS))
 
 

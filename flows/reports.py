@@ -90,12 +90,8 @@ def verify(
     from eqm.verification import verify as checks_of
 
     checks = []
-    if (address := ADDRESS.fullmatch(report)) is not None:
-        store, evaluation = store_at(address["store"]), address["digest"]
-        named = address["stage"] == "reports" and address["name"]
-        reports = (
-            [stored_report(store, address["key"])] if named else stored_reports(store, evaluation)
-        )
+    if (found := _by_address(report)) is not None:
+        store, evaluation, reports = found
     elif Path(report).suffix in (".json", ".html"):
         store = _store()
         evaluation, stored, check = stored_as(store, Path(report))
@@ -129,6 +125,28 @@ def _champion(config: str, settings: list[str] | None) -> Any:
     if standing is None:
         raise DataError(f"{plan.model_name} has no champion yet: run `eqm pipeline` first")
     return plan, standing
+
+
+def _by_address(report: str) -> tuple[Any, str, list[Any]] | None:
+    """Store, evaluation and reports of an address in a store; None for what is none.
+
+    Nor is a file in a folder of reports that somebody copied. Raises DataError for what is not
+    sealed there.
+    """
+    from eqm.errors import DataError
+    from eqm.verification import stored_report, stored_reports
+
+    found = ADDRESS.fullmatch(report.rstrip("/"))
+    if found is None:
+        return None
+    store, evaluation = store_at(found["store"]), found["digest"]
+    if store.exists(f"evaluation/{evaluation}/record.json"):
+        if found["stage"] == "reports" and found["name"]:
+            return store, evaluation, [stored_report(store, found["key"])]
+        return store, evaluation, stored_reports(store, evaluation)
+    if Path(report).is_file():
+        return None
+    raise DataError(f"{report}: no such evaluation is sealed in {store.uri}")
 
 
 def _store() -> Any:

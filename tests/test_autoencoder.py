@@ -13,6 +13,7 @@ from eqm.autoencoder import (
     Autoencoder,
     autoencoder_from_bytes,
     autoencoder_to_bytes,
+    check_pretrained,
     for_latents,
     fresh_network,
     identity,
@@ -26,7 +27,7 @@ from eqm.config import AutoencoderFit, PretrainedFile, SourceConfig, replace
 from eqm.errors import ConfigError, DataError, IntegrityError, MissingError
 from eqm.latents import mean_latents
 from eqm.records import Record, sha256
-from eqm.storage import LocalStore
+from eqm.storage import LocalStore, open_store
 
 SOURCE = SourceConfig(image_size_px=8, channels=3, kind="folder")
 FIT = AutoencoderFit(widths=(8, 16), latent_channels=2)
@@ -333,6 +334,27 @@ def test_places_that_hold_no_weights_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(MissingError, match="does not exist"):
         pretrained(PretrainedFile(uri=str(tmp_path / "empty"), sha256=none), SOURCE)
+
+
+@pytest.mark.parametrize("uri", ["local", pytest.param("s3", marks=pytest.mark.services)])
+def test_a_file_is_checked_without_being_kept(
+    uri: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    root = str(tmp_path)
+    if uri == "s3":
+        request.getfixturevalue("s3_environment")
+        root = f"s3://eqm/test-{tmp_path.name}"
+    data, name = b"weights", "w.safetensors"
+    open_store(root).write_once(name, data)
+    check_pretrained(PretrainedFile(uri=f"{root}/{name}", sha256=sha256(data)))
+    for file, why in (
+        (PretrainedFile(uri=f"{root}/none.safetensors", sha256=sha256(data)), "there is no such"),
+        (PretrainedFile(uri=f"{root}/{name}", sha256="0" * 64), "has SHA-256"),
+    ):
+        # A bucket's bytes are read once, by whoever needs them.
+        if uri == "local" or why != "has SHA-256":
+            with pytest.raises((DataError, IntegrityError), match=why):
+                check_pretrained(file)
 
 
 def test_a_hub_that_cannot_be_reached_is_told_in_words(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from eqm import compute
 from eqm.compute import (
+    bfloat16_blocks,
     bfloat16_products,
     check_for_training,
     check_kernels,
@@ -393,6 +394,14 @@ def test_of_a_transformer_its_own_blocks_are_timed(monkeypatch):
             run()
         assert seen.found == {linear}
     assert all(weight.grad is None for weight in net.parameters())
+
+
+def test_nobody_waits_for_blocks_that_take_long(monkeypatch):
+    monkeypatch.setattr(compute, "bfloat16_products", lambda: 5.0)
+    with torch.device("meta"):
+        config = NetworkConfig(width=64, depth=1, heads=1, patch=1)
+        net = Transformer(config, size=128, channels=4, classes=2)
+    assert bfloat16_blocks(net) == 5.0
 
 
 class Timed:

@@ -719,8 +719,11 @@ def test_curves_are_drawn_of_a_log_and_of_a_training_that_goes_on(run, tmp_path:
     # The line that is being written is not there yet.
     for written in (b"", b'{"at_ms": 17'):
         running.write_bytes(log.to_bytes() + written)
-        assert run("curves", "abab", "--to", "d.png").status == 0
-        assert Path("d.png").read_bytes() == before
+        for asked in ("abab", str(running)):
+            assert run("curves", asked, "--to", "d.png").status == 0
+            assert Path("d.png").read_bytes() == before
+    running.write_bytes(b"no log")
+    refused(run("curves", str(running)), "is no log of events")
 
 
 def test_curves_are_of_a_training_and_not_of_a_config(run) -> None:

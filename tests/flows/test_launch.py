@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -274,6 +275,7 @@ def test_an_interrupt_ends_the_whole_group(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(launch, "GRACE_SECONDS", grace)
+    monkeypatch.setattr(launch, "TOLD_SECONDS", grace)
     place.program(body)
     with interrupted(lambda: place.pids(processes)) as begun, pytest.raises(KeyboardInterrupt):
         place.launcher.run(a_job(), processes=processes)
@@ -288,6 +290,33 @@ def test_training_has_time_for_a_checkpoint(place: Place) -> None:
         place.launcher.run(a_job(), processes=1)
     assert (place.folder / "checkpoint").read_text() == "made"
     assert place.survivors() == []
+
+
+def speechless(within: pytest.MonkeyPatch, place: Place, stderr: Any) -> None:
+    within.setattr(sys, "stderr", stderr)
+    place.launcher.run(a_job(), processes=1)
+
+
+@pytest.mark.parametrize("gone", [BrokenPipeError(), None])
+def test_it_has_that_time_though_nobody_reads_what_is_said(
+    place: Place, monkeypatch: pytest.MonkeyPatch, gone: OSError | None
+) -> None:
+    """Ctrl-C ends the `tee` behind a pipe too; a daemon may have no stderr at all."""
+
+    def write(_: str) -> int:
+        assert gone is not None
+        raise gone
+
+    monkeypatch.setattr(launch, "TOLD_SECONDS", 0.1)
+    place.program(MAKES_A_CHECKPOINT)
+    stderr = None if gone is None else SimpleNamespace(write=write)
+    with (
+        monkeypatch.context() as within,
+        interrupted(lambda: place.pids(1)),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        speechless(within, place, stderr)
+    assert (place.folder / "checkpoint").read_text() == "made"
 
 
 def test_a_second_interrupt_ends_it_at_once(

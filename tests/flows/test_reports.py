@@ -108,7 +108,12 @@ def test_a_report_is_verified_by_config_digest_and_file(tiny, store, tmp_path):
         assert eqm(*words).exit_code == 0
     (stored,) = verification.stored_reports(store, digest)
     assert (page.read_bytes(), numbers.read_bytes()) == (stored.page, stored.data)
-    addresses = [store.where(f"evaluation/{digest}"), store.where(f"reports/{digest}")]
+    addresses = [store.where(f"evaluation/{digest}"), store.where(f"reports/{digest}/")]
+    # One that somebody copied as it lies in a store, without that.
+    copied = tmp_path / "mail" / "reports" / digest / "r.html"
+    copied.parent.mkdir(parents=True)
+    copied.write_bytes(stored.page)
+    addresses += [str(copied)]
     addresses += [f"{store.where(stored.key)}{end}" for end in (".html", ".json", "")]
     for target in ("tiny", digest, digest[:8], digest[:4], str(page), str(numbers), *addresses):
         told = eqm("verify", target)
@@ -137,8 +142,8 @@ def test_what_is_asked_for_must_be_there(store, tmp_path):
         (["verify", "ffffffff"], "`eqm history` shows those of champions"),
         (["verify", str(tmp_path / "none.json")], "does not exist"),
         (["verify", "nonsense"], "neither a preset"),
-        (["verify", store.where(f"reports/{'f' * 64}")], "has no report in"),
-        (["verify", store.where(f"reports/{'f' * 64}/{'f' * 64}.html")], "does not exist"),
+        (["verify", store.where(f"reports/{'f' * 64}")], "no such evaluation is sealed in"),
+        (["verify", store.where(f"reports/{'f' * 64}/a.html")], "no such evaluation is sealed in"),
         (["demo"], "no champion yet"),
         (["verify", "demo"], "no champion yet"),
         (
