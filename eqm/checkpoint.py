@@ -402,7 +402,7 @@ def _counting(
         return sorted(there)
     counting = {at for at in there if at.token == holder.token or at.name in holder.accepted}
     # A list may be behind: what the lease names is looked for by its name.
-    for name in (*holder.accepted, holder.sealing):
+    for name in holder.accepted:
         named = Position.of_file(f"{name}.json")
         if named is not None and named[0] not in there:
             at, end = named

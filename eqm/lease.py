@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from eqm.errors import EqmError, MissingError, StoreError
-from eqm.records import LATER, note_from_bytes, note_to_bytes
+from eqm.records import note_from_bytes, note_to_bytes
 from eqm.storage import Store
 
 SCHEMA = "eqm-lease/1"
@@ -75,10 +75,9 @@ class Lease:
     renewals: int = 0
     released: bool = False
     accepted: tuple[str, ...] = ()
-    """Names of what was there of former holders when this one took over, and counts."""
-    sealing: str = dataclasses.field(default="", metadata={LATER: True})
-    """Name of the newest that its holder was about to seal: whether it is there, a look tells, and
-    no list, which may be behind."""
+    """Names of what was there of former holders when this one took over, and counts; and, last, of
+    what this one was about to seal: whether that is there a look tells, and no list, which may be
+    behind."""
 
 
 @dataclass(frozen=True)
@@ -216,6 +215,7 @@ class Held:
     def __init__(self, store: Store, key: str, lease: Lease, version: str) -> None:
         self.store, self.key = store, key
         self._lease, self._version = lease, version
+        self._former = lease.accepted
         self._lock = threading.Lock()
         self._end = threading.Event()
         self._thread: threading.Thread | None = None
@@ -250,8 +250,8 @@ class Held:
         with self._lock:
             if self._lost is not None:
                 raise self._lost
-            named = self._lease.sealing if sealing is None else sealing
-            self._change(renewals=self._lease.renewals + 1, sealing=named)
+            named = self._lease.accepted if sealing is None else (*self._former, sealing)
+            self._change(renewals=self._lease.renewals + 1, accepted=named)
 
     def _change(self, **changes: object) -> None:
         wanted = dataclasses.replace(self._lease, **changes)  # type: ignore[arg-type]
