@@ -625,9 +625,17 @@ def test_a_list_that_is_behind_costs_no_checkpoint(tmp_path: Path) -> None:
         held.release()
     # Nor do those that what its holder seals next lets go.
     held = takes_over(store)
-    write(store, held, 256, keep=2)
+    write(store, held, 224, 256, keep=2)
     store.lacking = "nothing"
-    assert checkpoint.complete(store, RUN) == [(192, 1), (256, held.token)]
+    there = lease.read(store, lease_key(RUN))
+    assert there is not None
+    # Of its own the last one: no more names than checkpoints that are kept.
+    assert there.accepted == tuple(
+        at.name for at in (Position(128, 1), Position(192, 1), Position(256, held.token))
+    )
+    # What no list names cannot be deleted either.
+    own = held.token
+    assert checkpoint.complete(store, RUN) == [(192, 1), (224, own), (256, own)]
     assert_same(load(store, RUN, Position(192, 1)), a_state(192))
 
 
