@@ -165,7 +165,7 @@ def test_weights_of_others_are_sealed_the_same_way(tmp_path: Path) -> None:
     assert made.spec.scale == (0.18215,) * 4
     assert record.values["psnr_db"] < 20
     wrong = replace(file, sha256="0" * 64)
-    with pytest.raises(IntegrityError, match=r"pretrained\.sha256 is 0000"):
+    with pytest.raises(IntegrityError, match=r"given with it is 0000"):
         run(tmp_path, AutoencoderConfig(kind="pretrained", pretrained=wrong))
 
 
@@ -232,7 +232,7 @@ def test_inception_weights_are_checked_before_they_are_parsed(tmp_path: Path) ->
     path = tmp_path / "weights.safetensors"
     path.write_bytes(safetensors.torch.save({"x": torch.zeros(1)}))
     file = PretrainedFile(uri=str(path), sha256="0" * 64)
-    with pytest.raises(IntegrityError, match=r"pretrained\.sha256 is 0000"):
+    with pytest.raises(IntegrityError, match=r"given with it is 0000"):
         run(tmp_path, ExtractorConfig(kind="inception", pretrained=file))
     right = replace(file, sha256=sha256(path.read_bytes()))
     with pytest.raises(DataError, match="these tensors are not the network's"):
@@ -268,7 +268,7 @@ def test_weights_of_an_extractor_come_from_a_folder_of_the_hub(tmp_path: Path) -
     assert values["name"] == "dinov2-vit-s-14"
     assert outputs["weights.safetensors"].sha256 == digest
     wrong = PretrainedFile(uri=str(here), sha256="0" * 64)
-    with pytest.raises(IntegrityError, match=r"pretrained\.sha256 is 0000"):
+    with pytest.raises(IntegrityError, match=r"given with it is 0000"):
         run(tmp_path, ExtractorConfig(kind="dinov2", pretrained=wrong))
 
 
@@ -285,7 +285,7 @@ def test_a_hub_id_needs_a_revision_and_a_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bare = PretrainedFile(uri="somebody/dinov2-small", sha256="0" * 64)
-    with pytest.raises(DataError, match=r"no such file or folder; to take it .* give pretrained"):
+    with pytest.raises(DataError, match=r"no such file or folder; to take it .* give its revision"):
         run(tmp_path, ExtractorConfig(kind="dinov2", pretrained=bare))
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path / "none"))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -317,7 +317,7 @@ def test_a_file_of_the_hub_is_taken_by_its_name(
     assert record.outputs["weights.pth"].sha256 == file.sha256
     assert record.values["name"] == "dinov2-vit-s-14"
     wrong = replace(file, sha256="0" * 64)
-    with pytest.raises(IntegrityError, match=r"pretrained\.sha256 is 0000"):
+    with pytest.raises(IntegrityError, match=r"given with it is 0000"):
         run(tmp_path, ExtractorConfig(kind="dinov2", pretrained=wrong))
     gone = replace(file, uri="somebody/dinov2-small/released/large.pth")
     told = r"large\.pth of somebody/dinov2-small/released@c.* cannot be had from the hub"
