@@ -221,7 +221,12 @@ def test_what_cannot_be_made_durable_is_told(
     assert chain.run(job).content == tiny["samples"].content
 
 
-def test_how_long_it_took_is_kept_and_in_no_digest(tiny: chain.Chain, tmp_path: Path) -> None:
+def test_how_long_it_took_is_kept_and_in_no_digest(
+    tiny: chain.Chain, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Else two runs may have taken the same milliseconds.
+    slow = SimpleNamespace(perf_counter=lambda: 1000 * time.perf_counter())
+    monkeypatch.setattr(generate, "time", slow)
     first, again = tiny["samples"], chain.run(fresh(tiny, tmp_path))
     for record in (first, again):
         assert record.provenance["seconds"].keys() == {"sampler", "decoder", "extractor"}
