@@ -91,10 +91,10 @@ class Position(NamedTuple):
         return f"{self.images_seen:012d}" + (f"-{self.token:06d}" if self.token else "")
 
     @classmethod
-    def of_file(cls, name: str) -> "tuple[Position, str] | None":
-        """Position and end of the name of a file; None for a name that is none of ours."""
-        found = re.fullmatch(r"(\d{12,})(?:-(\d{6,}))?\.(.+)", name)
-        return None if found is None else (cls(int(found[1]), int(found[2] or 0)), found[3])
+    def named(cls, name: str) -> "Position | None":
+        """The position of a name; None for one that is none of ours."""
+        found = re.fullmatch(r"(\d{12,})(?:-(\d{6,}))?", name)
+        return None if found is None else cls(int(found[1]), int(found[2] or 0))
 
 
 # -- writing ------------------------------------------------------------------------------------
@@ -402,19 +402,16 @@ def _counting(
         return sorted(there)
     counting = {at for at in there if at.token == holder.token or at.name in holder.accepted}
     # A list may be behind: what the lease names is looked for by its name.
-    for name in holder.accepted:
-        named = Position.of_file(f"{name}.json")
-        if named is not None and named[0] not in there:
-            at, end = named
-            counting |= {at} if store.exists(_key(digest, at, end)) else set()
-    return sorted(counting)
+    unlisted = {at for at in map(Position.named, holder.accepted) if at is not None} - there
+    return sorted(counting | {at for at in unlisted if store.exists(_key(digest, at, "json"))})
 
 
 def _listed(store: Store, digest: str, folder: str = "checkpoints") -> list[tuple[Position, str]]:
     """Position and end of the name of every file of checkpoints, or of snapshots."""
     keys = store.list(f"train/{digest}/{folder}/")
-    found = (Position.of_file(key.rpartition("/")[2]) for key in keys)
-    return [one for one in found if one is not None]
+    names = (key.rpartition("/")[2].partition(".") for key in keys)
+    found = ((Position.named(name), end) for name, _, end in names)
+    return [(at, end) for at, end in found if at is not None and end]
 
 
 def _key(digest: str, at: Position, end: str, folder: str = "checkpoints") -> str:

@@ -321,7 +321,7 @@ def slow_bfloat16(config: TrainConfig, network: nn.Module, device: torch.device)
     ratio = bfloat16_blocks(network) if hasattr(network, "blocks") else bfloat16_products()
     if ratio <= SLOW_PRODUCTS:
         return None
-    faster = ", and 'float16' faster still" if quickest_precision(ratio) == "float16" else ""
+    faster = ", and 'float16' faster still for wide ones" if lacking() is None else ""
     return (
         f"train.precision is 'bfloat16', but it takes {ratio:.1f} times as long as float32 for "
         "this network on this processor: 'float32' is faster here, and more exact" + faster

@@ -377,7 +377,7 @@ def test_bfloat16_that_is_slower_is_told(monkeypatch):
     monkeypatch.setattr(compute, "lacking", lambda: None)
     told = slow_bfloat16(half, net, CPU)
     assert told is not None
-    assert told.endswith("more exact, and 'float16' faster still")
+    assert told.endswith("more exact, and 'float16' faster still for wide ones")
     assert slow_bfloat16(TrainConfig(), net, CPU) is None
     assert slow_bfloat16(half, net, torch.device("cuda")) is None
     monkeypatch.setattr(compute, "bfloat16_products", lambda: 0.6)
